@@ -1,0 +1,39 @@
+// The forward process Q = π 1ᵀ - I and its exponential, exp(σQ) = a I + (1 - a) π 1ᵀ with a = e^{-σ}.
+#pragma once
+
+#include <cmath>
+
+#include "common/types.h"
+
+namespace sedd {
+
+// One row's noise: how much of x_0 is kept (a) and how much has moved to π (b = 1 - a), both to full precision.
+struct Decay {
+    double a;
+    double b;
+};
+
+SEDD_HD Decay decay(double sigma) { return {exp(-sigma), -expm1(-sigma)}; }
+
+// NaN, infinite, zero and negative noise are all refused: every one of them makes some formula meaningless.
+SEDD_HD bool valid_sigma(double sigma) { return sigma > 0.0 && sigma <= 1.7976931348623157e308; }
+
+SEDD_HD bool valid_token(int64_t token, int64_t dim) { return token >= 0 && token < dim; }
+
+// π_y. `stationary` is read for a vector π only.
+template <class Real>
+SEDD_HD double stationary_at(Process process, const Real* stationary, int64_t dim, int64_t y) {
+    switch (process) {
+        case Process::absorbing:
+            return y == dim - 1 ? 1.0 : 0.0;
+        case Process::uniform:
+            return 1.0 / static_cast<double>(dim);
+        default:
+            return static_cast<double>(stationary[y]);
+    }
+}
+
+// x log x, 0 at 0.
+SEDD_HD double x_log_x(double x) { return x > 0.0 ? x * log(x) : 0.0; }
+
+}  // namespace sedd

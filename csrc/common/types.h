@@ -1,0 +1,46 @@
+// The vocabulary of every kernel: element types, process shapes, and how a kernel says that its input was bad.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define SEDD_HD static __host__ __device__ __forceinline__
+#else
+#define SEDD_HD static inline  // internal linkage: csrc/cpu is compiled once per instruction set
+#endif
+
+namespace sedd {
+
+// Element type of the log-scores. sedd_ext/_dispatch.py lists the same codes.
+enum class DType : int32_t { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+// Shape of the stationary distribution π; kernels are specialised on it.
+enum class Process : int32_t {
+    absorbing = 0,  // π = e_M, M = dim - 1
+    uniform = 1,    // π = 1/dim
+    rank_one = 2,   // π is a vector
+};
+
+enum class Fault : int32_t {
+    none = 0,
+    x_t = 1,    // token outside [0, dim)
+    x_0 = 2,    // token outside [0, dim)
+    sigma = 3,  // not a finite number above zero
+    total = 4,  // the probabilities of a row have no finite positive sum
+};
+
+// The first bad row of a launch; what it left in the output is undefined.
+struct Status {
+    Fault fault = Fault::none;
+    int64_t row = -1;
+};
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+struct Half {
+    uint16_t bits;
+};
+
+}  // namespace sedd

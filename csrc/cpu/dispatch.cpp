@@ -1,0 +1,94 @@
+// Picks the best kernels that this machine runs, once, and launches them over the rows.
+#include <cstring>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace sedd {
+namespace {
+
+#define SEDD_TABLE(isa) \
+    KernelTable { #isa, isa::score_entropy, isa::score_entropy_backward, isa::reverse_probs, isa::reverse_sample }
+
+bool runs_here(const char* isa) {
+#if defined(SEDD_X86)
+    __builtin_cpu_init();
+    if (std::strcmp(isa, "avx512") == 0) {
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    }
+    if (std::strcmp(isa, "avx2") == 0) {
+        // every processor with AVX2 has F16C, for which older compilers have no name here
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    }
+#endif
+    return std::strcmp(isa, "baseline") == 0;
+}
+
+const KernelTable tables[] = {
+#if defined(SEDD_X86)
+    SEDD_TABLE(avx512),
+    SEDD_TABLE(avx2),
+#endif
+    SEDD_TABLE(baseline),
+};
+
+const KernelTable* best() {
+    const KernelTable* table = tables;
+    while (!runs_here(table->isa)) ++table;
+    return table;
+}
+
+std::atomic<const KernelTable*>& current() {
+    static std::atomic<const KernelTable*> table{best()};
+    return table;
+}
+
+template <class Params>
+Status launch(RowKernel<Params> kernel, const Params& p, int64_t scratch_bytes, int threads) {
+    return parallel_rows(
+        p.rows, p.dim, scratch_bytes, threads,
+        [&](int64_t begin, int64_t end, void* scratch, Status& status) { kernel(p, begin, end, scratch, status); });
+}
+
+}  // namespace
+
+const KernelTable& kernels() { return *current().load(); }
+
+int available_isas(const char** names, int capacity) {
+    int count = 0;
+    for (const KernelTable& table : tables) {
+        if (runs_here(table.isa) && count < capacity) names[count++] = table.isa;
+    }
+    return count;
+}
+
+bool select_isa(const char* name) {
+    for (const KernelTable& table : tables) {
+        if (std::strcmp(table.isa, name) == 0 && runs_here(name)) {
+            current() = &table;
+            return true;
+        }
+    }
+    return false;
+}
+
+Status score_entropy_cpu(const ScoreEntropyParams& p, int threads) {
+    return launch(kernels().score_entropy(p.dtype, p.process), p, 0, threads);
+}
+
+Status score_entropy_backward_cpu(const ScoreEntropyParams& p, int threads) {
+    return launch(kernels().score_entropy_backward(p.dtype, p.process), p, 0, threads);
+}
+
+Status reverse_probs_cpu(const ReverseParams& p, int threads) {
+    return launch(kernels().reverse_probs(p.dtype, p.process), p, 0, threads);
+}
+
+Status reverse_sample_cpu(const ReverseParams& p, int threads) {
+    const int64_t element = p.dtype == DType::float64 ? 8 : 4;
+    const int64_t num_blocks = (p.dim + kReverseBlock - 1) / kReverseBlock;
+    return launch(kernels().reverse_sample(p.dtype, p.process), p, num_blocks * 8 + p.dim * element, threads);
+}
+
+}  // namespace sedd

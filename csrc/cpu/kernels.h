@@ -1,0 +1,48 @@
+// The row kernels that exist once per instruction set, and the table that the launchers pick from at run time.
+#pragma once
+
+#include "reverse.h"
+#include "score_entropy.h"
+
+namespace sedd {
+
+// Works on rows [begin, end). `scratch` holds scratch_bytes(dim) bytes of the calling thread's own.
+template <class Params>
+using RowKernel = void (*)(const Params& params, int64_t begin, int64_t end, void* scratch, Status& status);
+
+struct KernelTable {
+    const char* isa;
+    RowKernel<ScoreEntropyParams> (*score_entropy)(DType, Process);
+    RowKernel<ScoreEntropyParams> (*score_entropy_backward)(DType, Process);
+    RowKernel<ReverseParams> (*reverse_probs)(DType, Process);
+    RowKernel<ReverseParams> (*reverse_sample)(DType, Process);
+};
+
+#define SEDD_DECLARE_KERNELS(isa)                                         \
+    namespace isa {                                                       \
+    RowKernel<ScoreEntropyParams> score_entropy(DType, Process);          \
+    RowKernel<ScoreEntropyParams> score_entropy_backward(DType, Process); \
+    RowKernel<ReverseParams> reverse_probs(DType, Process);               \
+    RowKernel<ReverseParams> reverse_sample(DType, Process);              \
+    }
+
+SEDD_DECLARE_KERNELS(baseline)
+SEDD_DECLARE_KERNELS(avx2)
+SEDD_DECLARE_KERNELS(avx512)
+
+// The table in use: the best one this machine runs, unless select_isa chose another.
+const KernelTable& kernels();
+// Number of tables this machine can run, best first, and their names.
+int available_isas(const char** names, int capacity);
+// Uses the named table from now on; false if it was not built or this machine cannot run it.
+bool select_isa(const char* name);
+
+// Blocks whose sums a sampler keeps: it looks a second time at one block only.
+constexpr int64_t kReverseBlock = 512;
+
+// The first fault wins, by row, whatever thread found it.
+static inline void report(Status& status, Fault fault, int64_t row) {
+    if (status.fault == Fault::none || row < status.row) status = {fault, row};
+}
+
+}  // namespace sedd

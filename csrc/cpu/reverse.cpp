@@ -1,0 +1,268 @@
+// Reverse steps on the CPU: block sums of the scores in one read of the row, one random number, and a second look at
+// the one block that it falls in. Where the clamp max(0, ·) needs the total first (Tweedie with π spread out), the
+// scores wait in a buffer of one row, which the cache holds. Limit: a plain read.
+#include "reverse.h"
+
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+
+namespace sedd::SEDD_ISA {
+namespace {
+
+// Visits [begin, end): visit(y) at whole vectors, part(y, n) at the n < width elements behind them.
+template <int width, class Visit, class Part>
+inline void sweep(int64_t begin, int64_t end, Visit visit, Part part) {
+    int64_t y = begin;
+    for (; y + width <= end; y += width) visit(y);
+    if (y < end) part(y, end - y);
+}
+
+template <int n>
+struct Count {
+    static constexpr int value = n;
+};
+
+// Σ s_y over [begin, end) without y = skip; the scores go to `scores` too unless it is null (0 at skip).
+template <bool kKeep, class T, class Real = Compute<T>>
+double sum_scores(const T* log_score, int64_t begin, int64_t end, int64_t skip, Real shift, Real* scores) {
+    constexpr int width = Lanes<Real>::width;
+    using Vec = typename Lanes<Real>::Vec;
+    const Vec shifts = broadcast(shift);
+    if (begin <= skip && skip < end) {
+        if constexpr (kKeep) scores[skip] = Real(0);
+        return sum_scores<kKeep>(log_score, begin, skip, int64_t{-1}, shift, scores) +
+               sum_scores<kKeep>(log_score, skip + 1, end, int64_t{-1}, shift, scores);
+    }
+    Vec sums[kUnroll] = {};
+    const auto add = [&](int64_t y, auto count) {
+        Vec s[count.value];
+        SEDD_UNROLL for (int k = 0; k < count.value; ++k) s[k] = load(log_score + y + k * width) - shifts;
+        exp_lanes(s);
+        SEDD_UNROLL for (int k = 0; k < count.value; ++k) {
+            if constexpr (kKeep) store(scores + y + k * width, s[k]);
+            sums[k] += s[k];
+        }
+    };
+    int64_t y = begin;
+    for (; y + kUnroll * width <= end; y += kUnroll * width) add(y, Count<kUnroll>{});
+    sweep<width>(
+        y, end, [&](int64_t z) { add(z, Count<1>{}); },
+        [&](int64_t z, int64_t n) {
+            const Vec s = exp_lanes(load_partial(log_score + z, n, -__builtin_inff()) - shifts);
+            if constexpr (kKeep) store_partial(scores + z, s, n);
+            sums[1] += s;
+        });
+    return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// scores_y <- max(0, scale s_y - drain π_y) over [begin, end); returns the sum.
+template <Process P, class Real>
+double clamp_weights(Real* scores, const Real* stationary, int64_t begin, int64_t end, Real scale, Real drain) {
+    constexpr int width = Lanes<Real>::width;
+    using Vec = typename Lanes<Real>::Vec;
+    const Vec scales = broadcast(scale), drains = broadcast(drain), zero = {};
+    Vec sum = {};
+    sweep<width>(
+        begin, end,
+        [&](int64_t y) {
+            Vec w = scales * load(scores + y);
+            if constexpr (P == Process::uniform) w -= drains;
+            if constexpr (P == Process::rank_one) w -= drains * load(stationary + y);
+            w = max_or_second(w, zero);
+            store(scores + y, w);
+            sum += w;
+        },
+        [&](int64_t y, int64_t n) {
+            Vec w = scales * load_partial(scores + y, n, 0.0f);
+            if constexpr (P == Process::uniform) w -= drains;
+            if constexpr (P == Process::rank_one) w -= drains * load_partial(stationary + y, n, 0.0f);
+            w = max_or_second(w, zero);
+            store_partial(scores + y, w, n);
+            sum += w;  // lanes behind the end hold max(0, -drain π) = 0
+        });
+    return sum_lanes(sum);
+}
+
+// The first index whose running sum exceeds `target`; the last one with any weight if rounding let the target past it.
+template <class Real>
+int64_t find(const Real* weights, int64_t n, double target) {
+    int64_t last = -1;
+    double running = 0.0;
+    for (int64_t i = 0; i < n; ++i) {
+        if (!(weights[i] > Real(0))) continue;
+        running += static_cast<double>(weights[i]);
+        last = i;
+        if (running > target) break;
+    }
+    return last;
+}
+
+// Checks a row; false if it is bad (reported).
+inline bool enter(const ReverseParams& p, int64_t row, Status& status) {
+    const Fault fault = !valid_token(p.x_t[row], p.dim) ? Fault::x_t
+                        : !valid_sigma(p.step[row])     ? Fault::sigma
+                                                        : Fault::none;
+    if (fault != Fault::none) report(status, fault, row);
+    return fault == Fault::none;
+}
+
+inline bool valid_total(double total) { return total > 0.0 && total <= __DBL_MAX__; }
+
+inline double stay_weight(const ReverseParams& p, const ReverseRow& r, int64_t x, double others) {
+    const double w = r.stay - r.leave * others;
+    return x == p.forbidden || !(w > 0.0) ? 0.0 : w;
+}
+
+template <Process P, class T>
+void probs_rows(const ReverseParams& p, int64_t begin, int64_t end, void*, Status& status) {
+    using Real = Compute<T>;
+    const Real* stationary = static_cast<const Real*>(p.stationary);
+    for (int64_t i = begin; i < end; ++i) {
+        if (!enter(p, i, status)) continue;
+        const int64_t x = p.x_t[i];
+        const T* l = static_cast<const T*>(p.log_score) + i * p.dim;
+        Real* out = static_cast<Real*>(p.out) + i * p.dim;
+        const double pi_x = stationary_at(P, stationary, p.dim, x);
+        if (pi_x == 0.0) {
+            memset(out, 0, sizeof(Real) * static_cast<size_t>(p.dim));
+            out[x] = Real(1);
+            if (x == p.forbidden) report(status, Fault::total, i);
+            continue;
+        }
+        const ReverseRow r = reverse_row(p.kind, p.step[i], pi_x);
+        const Real shift = p.shift != nullptr ? static_cast<Real>(p.shift[i]) : Real(0);
+        double others = 0.0;
+        for (int64_t b = 0; b < p.dim; b += kReverseBlock) {
+            const int64_t stop = b + kReverseBlock < p.dim ? b + kReverseBlock : p.dim;
+            others += sum_scores<true>(l, b, stop, x, shift, out);
+        }
+        double total = others;
+        const double constant_pi = P == Process::uniform ? pi_x : 1.0;
+        if (valid_total(1.0 + others)) {
+            const double drain = r.drain * (1.0 + others) * constant_pi;
+            if (p.forbidden >= 0) out[p.forbidden] = Real(0);
+            total = 0.0;
+            for (int64_t b = 0; b < p.dim; b += kReverseBlock) {
+                const int64_t stop = b + kReverseBlock < p.dim ? b + kReverseBlock : p.dim;
+                total +=
+                    clamp_weights<P>(out, stationary, b, stop, static_cast<Real>(r.scale), static_cast<Real>(drain));
+            }
+            const double self = stay_weight(p, r, x, others);
+            total += self;
+            out[x] = static_cast<Real>(self);
+        }
+        if (!valid_total(total)) {
+            report(status, Fault::total, i);
+            continue;
+        }
+        const double inverse = 1.0 / total;
+        for (int64_t y = 0; y < p.dim; ++y) out[y] = static_cast<Real>(out[y] * inverse);
+    }
+}
+
+template <Process P, class T>
+void sample_rows(const ReverseParams& p, int64_t begin, int64_t end, void* scratch, Status& status) {
+    using Real = Compute<T>;
+    const Real* stationary = static_cast<const Real*>(p.stationary);
+    const int64_t num_blocks = (p.dim + kReverseBlock - 1) / kReverseBlock;
+    double* blocks = static_cast<double*>(scratch);
+    Real* scores = reinterpret_cast<Real*>(blocks + num_blocks);
+    int64_t* out = static_cast<int64_t*>(p.out);
+    for (int64_t i = begin; i < end; ++i) {
+        if (!enter(p, i, status)) continue;
+        const int64_t x = p.x_t[i];
+        out[i] = x;
+        const double pi_x = stationary_at(P, stationary, p.dim, x);
+        if (pi_x == 0.0) {
+            if (x == p.forbidden) report(status, Fault::total, i);
+            continue;
+        }
+        const T* l = static_cast<const T*>(p.log_score) + i * p.dim;
+        const ReverseRow r = reverse_row(p.kind, p.step[i], pi_x);
+        const Real shift = p.shift != nullptr ? static_cast<Real>(p.shift[i]) : Real(0);
+        // Without a clamp and without a token to leave out, the weights are the scores times one number.
+        const bool linear = P == Process::absorbing || (r.drain == 0.0 && (p.forbidden < 0 || p.forbidden == x));
+        double others = 0.0;
+        for (int64_t k = 0; k < num_blocks; ++k) {
+            const int64_t b = k * kReverseBlock, stop = b + kReverseBlock < p.dim ? b + kReverseBlock : p.dim;
+            blocks[k] = linear ? sum_scores<false>(l, b, stop, x, shift, scores)
+                               : sum_scores<true>(l, b, stop, x, shift, scores);
+            others += blocks[k];
+        }
+        if (!valid_total(1.0 + others)) {
+            report(status, Fault::total, i);
+            continue;
+        }
+        double weights = 0.0;
+        if (linear) {
+            weights = r.scale * others;
+        } else {
+            const double drain = r.drain * (1.0 + others) * (P == Process::uniform ? pi_x : 1.0);
+            if (p.forbidden >= 0) scores[p.forbidden] = Real(0);
+            for (int64_t k = 0; k < num_blocks; ++k) {
+                const int64_t b = k * kReverseBlock, stop = b + kReverseBlock < p.dim ? b + kReverseBlock : p.dim;
+                blocks[k] =
+                    clamp_weights<P>(scores, stationary, b, stop, static_cast<Real>(r.scale), static_cast<Real>(drain));
+                weights += blocks[k];
+            }
+        }
+        const double self = stay_weight(p, r, x, others);
+        const double total = self + weights;
+        if (!valid_total(total)) {
+            report(status, Fault::total, i);
+            continue;
+        }
+        const double drawn = row_uniforms(p.seed, static_cast<uint64_t>(i)).first * total - self;
+        if (drawn < 0.0 || weights == 0.0) continue;  // x stays
+        // The place of the drawn number on the axis of the block sums, then the same place within its block.
+        double target = linear ? drawn / r.scale : drawn;
+        int64_t k = 0, last = -1;
+        for (; k < num_blocks; ++k) {
+            if (blocks[k] > 0.0) last = k;
+            if (target < blocks[k]) break;
+            target -= blocks[k];
+        }
+        if (k == num_blocks) {  // rounding: past the last block with any weight
+            k = last;
+            target = blocks[k];
+        }
+        const int64_t b = k * kReverseBlock, stop = b + kReverseBlock < p.dim ? b + kReverseBlock : p.dim;
+        if (linear) sum_scores<true>(l, b, stop, x, shift, scores);
+        double exact = 0.0;
+        for (int64_t y = b; y < stop; ++y) exact += static_cast<double>(scores[y]);
+        const int64_t found = find(scores + b, stop - b, target / blocks[k] * exact);
+        out[i] = b + found;
+    }
+}
+
+template <class T>
+RowKernel<ReverseParams> pick(Process process, bool sample) {
+    switch (process) {
+        case Process::absorbing:
+            return sample ? sample_rows<Process::absorbing, T> : probs_rows<Process::absorbing, T>;
+        case Process::uniform:
+            return sample ? sample_rows<Process::uniform, T> : probs_rows<Process::uniform, T>;
+        default:
+            return sample ? sample_rows<Process::rank_one, T> : probs_rows<Process::rank_one, T>;
+    }
+}
+
+RowKernel<ReverseParams> pick(DType dtype, Process process, bool sample) {
+    switch (dtype) {
+        case DType::float32:
+            return pick<float>(process, sample);
+        case DType::float64:
+            return pick<double>(process, sample);
+        case DType::bfloat16:
+            return pick<BFloat16>(process, sample);
+        default:
+            return pick<Half>(process, sample);
+    }
+}
+
+}  // namespace
+
+RowKernel<ReverseParams> reverse_probs(DType dtype, Process process) { return pick(dtype, process, false); }
+RowKernel<ReverseParams> reverse_sample(DType dtype, Process process) { return pick(dtype, process, true); }
+
+}  // namespace sedd::SEDD_ISA

@@ -1,0 +1,242 @@
+// Score entropy on the CPU. One sweep over a row: exp, its sum and, where π is not all on MASK, the dot product with
+// the log-scores; the gradient is a second sweep that reads and writes once. Limits: a plain read, a plain copy.
+#include "score_entropy.h"
+
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+
+namespace sedd::SEDD_ISA {
+namespace {
+
+// Lanes add up in the compute type over a block, blocks in float64: the error does not grow with the vocabulary.
+constexpr int64_t kBlock = 2048;
+
+struct Sums {
+    double scores = 0.0;  // Σ s_y
+    double dot = 0.0;     // Σ π_y ℓ_y for a vector π, Σ ℓ_y for the uniform one
+};
+
+// Adds the sums over kCount vectors from y on, vector k to accumulator k.
+template <Process P, int kCount, class T, class Real, class Vec>
+inline void add_vectors(Vec* scores, Vec* dot, const T* log_score, const Real* stationary, int64_t y, Vec shift) {
+    constexpr int width = Lanes<Real>::width;
+    Vec l[kCount];
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) l[k] = load(log_score + y + k * width) - shift;
+    if constexpr (P == Process::uniform) {
+        SEDD_UNROLL for (int k = 0; k < kCount; ++k) dot[k] += l[k];
+    }
+    if constexpr (P == Process::rank_one) {
+        SEDD_UNROLL for (int k = 0; k < kCount; ++k) {
+            const Vec pi = load(stationary + y + k * width);
+            dot[k] += where_nonzero(pi, pi * l[k]);
+        }
+    }
+    exp_lanes(l);
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) scores[k] += l[k];
+}
+
+// Adds the sums over [begin, end).
+template <Process P, class T, class Real = Compute<T>>
+void add_sums(Sums& sums, const T* log_score, const Real* stationary, int64_t begin, int64_t end, Real shift) {
+    using Vec = typename Lanes<Real>::Vec;
+    constexpr int width = Lanes<Real>::width;
+    const Vec shifts = broadcast(shift);
+    for (int64_t block = begin; block < end; block += kBlock) {
+        const int64_t stop = block + kBlock < end ? block + kBlock : end;
+        Vec scores[kUnroll] = {}, dot[kUnroll] = {};
+        int64_t y = block;
+        for (; y + kUnroll * width <= stop; y += kUnroll * width) {
+            add_vectors<P, kUnroll>(scores, dot, log_score, stationary, y, shifts);
+        }
+        for (; y + width <= stop; y += width) add_vectors<P, 1>(scores, dot, log_score, stationary, y, shifts);
+        if (y < stop) {
+            const int64_t n = stop - y;
+            const Vec l = load_partial(log_score + y, n, -__builtin_inff()) - shifts;
+            scores[1] += exp_lanes(l);
+            if constexpr (P == Process::uniform) {
+                dot[1] += load_partial(log_score + y, n, static_cast<float>(shift)) - shifts;
+            }
+            if constexpr (P == Process::rank_one) {
+                const Vec pi = load_partial(stationary + y, n, 0.0f);
+                dot[1] += where_nonzero(pi, pi * l);
+            }
+        }
+        sums.scores += sum_lanes((scores[0] + scores[1]) + (scores[2] + scores[3]));
+        if (P != Process::absorbing) sums.dot += sum_lanes((dot[0] + dot[1]) + (dot[2] + dot[3]));
+    }
+}
+
+// out_y = factor s_y - offset π_y over kCount vectors from y on, where a constant π is part of the offset already.
+template <Process P, int kCount, class T, class Real, class Vec>
+inline void write_vectors(T* out, const T* log_score, const Real* stationary, int64_t y, Vec shift, Vec factor,
+                          Vec offset) {
+    constexpr int width = Lanes<Real>::width;
+    Vec l[kCount];
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) l[k] = load(log_score + y + k * width) - shift;
+    exp_lanes(l);
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) {
+        Vec gradient = factor * l[k];
+        if constexpr (P == Process::uniform) gradient -= offset;
+        if constexpr (P == Process::rank_one) gradient -= offset * load(stationary + y + k * width);
+        store(out + y + k * width, gradient);
+    }
+}
+
+template <Process P, class T, class Real = Compute<T>>
+void write_gradient(T* out, const T* log_score, const Real* stationary, int64_t begin, int64_t end, Real shift,
+                    Real factor, Real offset) {
+    using Vec = typename Lanes<Real>::Vec;
+    constexpr int width = Lanes<Real>::width;
+    const Vec shifts = broadcast(shift), factors = broadcast(factor), offsets = broadcast(offset);
+    int64_t y = begin;
+    for (; y + kUnroll * width <= end; y += kUnroll * width) {
+        write_vectors<P, kUnroll>(out, log_score, stationary, y, shifts, factors, offsets);
+    }
+    for (; y + width <= end; y += width) {
+        write_vectors<P, 1>(out, log_score, stationary, y, shifts, factors, offsets);
+    }
+    if (y >= end) return;
+    if (end - begin >= width) {  // overlaps what is written already, with the same values
+        write_vectors<P, 1>(out, log_score, stationary, end - width, shifts, factors, offsets);
+    } else {
+        const int64_t n = end - y;
+        Vec gradient = factors * exp_lanes(load_partial(log_score + y, n, 0.0f) - shifts);
+        if constexpr (P == Process::uniform) gradient -= offsets;
+        if constexpr (P == Process::rank_one) gradient -= offsets * load_partial(stationary + y, n, 0.0f);
+        store_partial(out + y, gradient, n);
+    }
+}
+
+// Checks a row and finds its numbers. Rows of one sequence share σ, and with it, but for a vector π, everything else.
+template <Process P, class Real>
+class Rows {
+  public:
+    explicit Rows(const ScoreEntropyParams& p) : p_(p), stationary_(static_cast<const Real*>(p.stationary)) {}
+
+    // False if the row is bad, with the fault reported.
+    bool enter(int64_t row, Status& status) {
+        x = p_.x_t[row];
+        x_0 = p_.x_0[row];
+        const double sigma = p_.sigma[row];
+        const Fault fault = !valid_token(x, p_.dim)     ? Fault::x_t
+                            : !valid_token(x_0, p_.dim) ? Fault::x_0
+                            : !valid_sigma(sigma)       ? Fault::sigma
+                                                        : Fault::none;
+        if (fault != Fault::none) {
+            report(status, fault, row);
+            return false;
+        }
+        pi_x = stationary_at(P, stationary_, p_.dim, x);
+        if (pi_x == 0.0) return true;
+        shift = p_.shift != nullptr ? p_.shift[row] : 0.0;
+        const int same = x == x_0;
+        if (P == Process::rank_one || sigma_[same] != sigma) {
+            sigma_[same] = sigma;
+            const double pi_x0 = stationary_at(P, stationary_, p_.dim, x_0);
+            numbers_[same] = score_entropy_row(sigma, pi_x, pi_x0, same != 0, p_.neg_entropy);
+        }
+        numbers = numbers_[same];
+        return true;
+    }
+
+    int64_t x = 0, x_0 = 0;
+    double pi_x = 0.0, shift = 0.0;
+    ScoreEntropyRow numbers{};
+
+  private:
+    const ScoreEntropyParams& p_;
+    const Real* stationary_;
+    double sigma_[2] = {-1.0, -1.0};
+    ScoreEntropyRow numbers_[2] = {};
+};
+
+template <Process P, class T>
+void forward_rows(const ScoreEntropyParams& p, int64_t begin, int64_t end, void*, Status& status) {
+    using Real = Compute<T>;
+    const Real* stationary = static_cast<const Real*>(p.stationary);
+    Real* loss = static_cast<Real*>(p.out);
+    Rows<P, Real> row(p);
+    for (int64_t i = begin; i < end; ++i) {
+        if (!row.enter(i, status)) continue;
+        if (row.pi_x == 0.0) {
+            loss[i] = Real(0);
+            continue;
+        }
+        const T* l = static_cast<const T*>(p.log_score) + i * p.dim;
+        const Real shift = static_cast<Real>(row.shift);
+        Sums sums;
+        add_sums<P>(sums, l, stationary, 0, row.x, shift);
+        add_sums<P>(sums, l, stationary, row.x + 1, p.dim, shift);
+        double value = sums.scores + row.numbers.constant;
+        if constexpr (P == Process::uniform) value -= row.numbers.slope * (sums.dot / static_cast<double>(p.dim));
+        if constexpr (P == Process::rank_one) value -= row.numbers.slope * sums.dot;
+        if (row.x != row.x_0) value -= row.numbers.pull * (read_one(l + row.x_0) - row.shift);
+        loss[i] = static_cast<Real>(row.numbers.weight * value);
+    }
+}
+
+template <Process P, class T>
+void backward_rows(const ScoreEntropyParams& p, int64_t begin, int64_t end, void*, Status& status) {
+    using Real = Compute<T>;
+    const Real* stationary = static_cast<const Real*>(p.stationary);
+    Rows<P, Real> row(p);
+    for (int64_t i = begin; i < end; ++i) {
+        if (!row.enter(i, status)) continue;
+        const T* l = static_cast<const T*>(p.log_score) + i * p.dim;
+        T* out = static_cast<T*>(p.out) + i * p.dim;
+        if (row.pi_x == 0.0) {
+            memset(out, 0, sizeof(T) * static_cast<size_t>(p.dim));
+            continue;
+        }
+        const Real shift = static_cast<Real>(row.shift);
+        const double factor = static_cast<const Real*>(p.grad_loss)[i] * row.numbers.weight;
+        const double offset =
+            P == Process::uniform ? factor * row.numbers.slope * row.pi_x : factor * row.numbers.slope;
+        const auto write = [&](int64_t from, int64_t to) {
+            write_gradient<P>(out, l, stationary, from, to, shift, static_cast<Real>(factor),
+                              static_cast<Real>(offset));
+        };
+        write(0, row.x);
+        write_one(out + row.x, 0.0);
+        write(row.x + 1, p.dim);
+        if (row.x != row.x_0) {
+            const double score = exp(read_one(l + row.x_0) - row.shift);
+            const double pi_x0 = stationary_at(P, stationary, p.dim, row.x_0);
+            write_one(out + row.x_0, factor * (score - row.numbers.slope * pi_x0 - row.numbers.pull));
+        }
+    }
+}
+
+template <class T>
+RowKernel<ScoreEntropyParams> pick(Process process, bool backward) {
+    switch (process) {
+        case Process::absorbing:
+            return backward ? backward_rows<Process::absorbing, T> : forward_rows<Process::absorbing, T>;
+        case Process::uniform:
+            return backward ? backward_rows<Process::uniform, T> : forward_rows<Process::uniform, T>;
+        default:
+            return backward ? backward_rows<Process::rank_one, T> : forward_rows<Process::rank_one, T>;
+    }
+}
+
+RowKernel<ScoreEntropyParams> pick(DType dtype, Process process, bool backward) {
+    switch (dtype) {
+        case DType::float32:
+            return pick<float>(process, backward);
+        case DType::float64:
+            return pick<double>(process, backward);
+        case DType::bfloat16:
+            return pick<BFloat16>(process, backward);
+        default:
+            return pick<Half>(process, backward);
+    }
+}
+
+}  // namespace
+
+RowKernel<ScoreEntropyParams> score_entropy(DType dtype, Process process) { return pick(dtype, process, false); }
+RowKernel<ScoreEntropyParams> score_entropy_backward(DType dtype, Process process) {
+    return pick(dtype, process, true);
+}
+
+}  // namespace sedd::SEDD_ISA

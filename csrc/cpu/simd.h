@@ -1,0 +1,282 @@
+// Vectors for the kernels in csrc/cpu, compiled once per instruction set into a namespace of its own.
+//
+// Arithmetic is written with the compilers' vector extension (GCC, Clang), so that x86 and ARM share it; intrinsics
+// stand only behind the guards below. Nothing here, and nothing in a file compiled per instruction set, may use
+// templates or inline functions of the standard library that survive inlining: the linker would merge their AVX-512
+// copy into code that runs on machines without it.
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#include "common/types.h"
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if !defined(SEDD_ISA)
+#error "compile with -DSEDD_ISA=<namespace>"
+#endif
+
+namespace sedd::SEDD_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float VecF __attribute__((vector_size(4 * kWidth)));
+typedef int32_t VecI __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t VecU __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t VecH __attribute__((vector_size(2 * kWidth)));
+
+// Lanes<Real>: the vector of a compute type. float64 is for checks rather than for speed: one lane.
+template <class Real>
+struct Lanes;
+template <>
+struct Lanes<float> {
+    using Vec = VecF;
+    static constexpr int width = kWidth;
+};
+template <>
+struct Lanes<double> {
+    using Vec = double;
+    static constexpr int width = 1;
+};
+
+// Compute<T>: what elements of type T are computed in.
+template <class T>
+struct ComputeOf {
+    using type = float;
+};
+template <>
+struct ComputeOf<double> {
+    using type = double;
+};
+template <class T>
+using Compute = typename ComputeOf<T>::type;
+
+inline VecF broadcast(float x) { return x - VecF{}; }
+inline double broadcast(double x) { return x; }
+
+template <class To, class From>
+inline To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "same size");
+    To to;
+    memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+// a > b ? a : b, lane by lane; b when either is NaN.
+inline VecF max_or_second(VecF a, VecF b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+inline double max_or_second(double a, double b) { return a > b ? a : b; }
+
+inline VecF min_or_second(VecF a, VecF b) {
+#if defined(__AVX512F__)
+    return _mm512_min_ps(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
+// a where π is not zero, else 0: a token that the process never reaches adds nothing, whatever its log-score.
+inline VecF where_nonzero(VecF pi, VecF a) { return pi != 0.0f ? a : VecF{}; }
+inline double where_nonzero(double pi, double a) { return pi != 0.0 ? a : 0.0; }
+
+// ---- loads and stores: float16 and bfloat16 become float32
+// -----------------------------------------------------------
+
+inline VecF load(const float* p) {
+    VecF v;
+    memcpy(&v, p, sizeof(v));
+    return v;
+}
+
+inline VecF load(const BFloat16* p) {
+    VecH h;
+    memcpy(&h, p, sizeof(h));
+    return bit_cast<VecF>(__builtin_convertvector(h, VecU) << 16);
+}
+
+inline VecF load(const Half* p) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    VecH h;
+    memcpy(&h, p, sizeof(h));
+    const VecU bits = __builtin_convertvector(h, VecU);
+    const VecU magnitude = bits & 0x7fffu;
+    // 2^112 moves the exponent from bias 15 to bias 127, subnormals included; infinities and NaN keep theirs.
+    const VecF finite = bit_cast<VecF>(magnitude << 13) * 0x1p112f;
+    const VecF special = bit_cast<VecF>((magnitude << 13) | 0x7f800000u);
+    const VecF value = magnitude >= 0x7c00u ? special : finite;
+    return bit_cast<VecF>(bit_cast<VecU>(value) | ((bits & 0x8000u) << 16));
+#endif
+}
+
+inline double load(const double* p) { return *p; }
+
+inline void store(float* p, VecF v) { memcpy(p, &v, sizeof(v)); }
+
+inline void store(BFloat16* p, VecF v) {
+    // To nearest, ties to even. A NaN stays one unless its lowest 15 bits are all set, which no NaN has that came from
+    // bfloat16 or from arithmetic.
+    const VecU bits = bit_cast<VecU>(v);
+    const VecH h = __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, VecH);
+    memcpy(p, &h, sizeof(h));
+}
+
+inline void store(Half* p, VecF v) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    const VecU bits = bit_cast<VecU>(v);
+    const VecU magnitude = bits & 0x7fffffffu;
+    // Adding a power of two puts float16's last place at float32's, so that the addition itself rounds to nearest even:
+    // 2^-24 is a subnormal's last place, and a normal number's lies 13 bits above its own.
+    const VecU subnormal = bit_cast<VecU>(bit_cast<VecF>(magnitude) + 0.5f) - 0x3f000000u;
+    const VecU normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    VecU half = magnitude < 0x38800000u ? subnormal : normal;
+    half = magnitude >= 0x477ff000u ? (VecU{} + 0x7c00u) : half;
+    half = magnitude > 0x7f800000u ? (VecU{} + 0x7e00u) : half;
+    const VecH h = __builtin_convertvector(half | ((bits >> 16) & 0x8000u), VecH);
+    memcpy(p, &h, sizeof(h));
+#endif
+}
+
+inline void store(double* p, double v) { *p = v; }
+
+// The first n < width elements, the other lanes holding `fill`.
+template <class T>
+inline typename Lanes<Compute<T>>::Vec load_partial(const T* p, int64_t n, float fill) {
+    constexpr int width = Lanes<Compute<T>>::width;
+    if constexpr (width == 1) {
+        return broadcast(static_cast<Compute<T>>(fill));
+    } else {
+        T buffer[width] = {};
+        for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+        VecF v = load(buffer);
+        for (int64_t i = n; i < width; ++i) v[i] = fill;
+        return v;
+    }
+}
+
+template <class T, class Vec>
+inline void store_partial(T* p, Vec v, int64_t n) {
+    constexpr int width = Lanes<Compute<T>>::width;
+    if constexpr (width > 1) {
+        T buffer[width];
+        store(buffer, v);
+        for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+    }
+}
+
+template <class T>
+inline double read_one(const T* p) {
+    if constexpr (Lanes<Compute<T>>::width == 1) {
+        return *p;
+    } else {
+        return load_partial(p, 1, 0.0f)[0];
+    }
+}
+
+template <class T>
+inline void write_one(T* p, double value) {
+    if constexpr (Lanes<Compute<T>>::width == 1) {
+        *p = value;
+    } else {
+        store_partial(p, broadcast(static_cast<float>(value)), 1);
+    }
+}
+
+// ---- sums and exponentials
+// -------------------------------------------------------------------------------------------
+
+// The lanes' sum in float64, in a fixed order.
+inline double sum_lanes(VecF v) {
+    float lane[kWidth];
+    memcpy(lane, &v, sizeof(v));
+    double sum[4] = {lane[0], lane[1], lane[2], lane[3]};
+    for (int i = 4; i < kWidth; i += 4) {
+        for (int j = 0; j < 4; ++j) sum[j] += static_cast<double>(lane[i + j]);
+    }
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+inline double sum_lanes(double v) { return v; }
+
+// Vectors worked on side by side. One exp is a chain of some fifteen dependent operations: its latency is hidden only
+// if the operations of several vectors stand interleaved, and the compiler keeps the order they are written in.
+constexpr int kUnroll = 4;
+
+#if defined(__clang__)
+#define SEDD_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define SEDD_UNROLL _Pragma("GCC unroll 8")
+#endif
+
+// exp to about one unit in the last place; NaN stays NaN, overflow is inf, underflow goes through the subnormals to 0.
+// exp(x) = 2^n exp(r) with |r| ≤ ln2/2, exp(r) = 1 + r + r² q(r), q of degree 4 (relative error of the fit 3e-9).
+template <int kCount>
+inline void exp_lanes(VecF (&x)[kCount]) {
+    constexpr float log2e = 0x1.715476p0f, ln2_high = 0x1.62e400p-1f, ln2_low = 0x1.7f7d1cp-20f;
+    [[maybe_unused]] constexpr float magic = 0x1.8p23f;  // adding it rounds to an integer
+    VecF n[kCount], p[kCount];
+    // Beyond these bounds the result is 0 or inf anyway. x stands second: NaN goes through.
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) x[k] = min_or_second(broadcast(89.0f), x[k]);
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) x[k] = max_or_second(broadcast(-104.0f), x[k]);
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) {
+#if defined(__AVX512F__)
+        n[k] = _mm512_roundscale_ps(x[k] * log2e, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+        n[k] = (x[k] * log2e + magic) - magic;
+#endif
+    }
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) x[k] = x[k] - n[k] * ln2_high;
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) x[k] = x[k] - n[k] * ln2_low;
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) p[k] = x[k] * 0x1.6a23d0p-10f + 0x1.123a20p-7f;
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) p[k] = p[k] * x[k] + 0x1.5558f2p-5f;
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) p[k] = p[k] * x[k] + 0x1.555492p-3f;
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) p[k] = p[k] * x[k] + 0x1.fffffcp-2f;
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) p[k] = p[k] * x[k] + 1.0f;
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) p[k] = p[k] * x[k] + 1.0f;
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) {
+#if defined(__AVX512F__)
+        x[k] = _mm512_scalef_ps(p[k], n[k]);
+#else
+        const VecI exponent = bit_cast<VecI>(n[k] + magic) - bit_cast<int32_t>(magic);
+        const VecI half = exponent >> 1;  // in two factors, since 2^128 and 2^-150 are no floats
+        const VecF first = bit_cast<VecF>((half + 127) << 23);
+        const VecF second = bit_cast<VecF>((exponent - half + 127) << 23);
+        x[k] = p[k] * first * second;
+#endif
+    }
+}
+template <int kCount>
+inline void exp_lanes(double (&x)[kCount]) {
+    for (int k = 0; k < kCount; ++k) x[k] = exp(x[k]);
+}
+
+template <class Vec>
+inline Vec exp_lanes(Vec x) {
+    Vec one[1] = {x};
+    exp_lanes(one);
+    return one[0];
+}
+
+}  // namespace
+}  // namespace sedd::SEDD_ISA

@@ -1,0 +1,60 @@
+// Diffusion-weighted denoising score entropy of one position (SEDD, Theorem 3.6), for any rank-one process.
+//
+//   L(x, x0) = π_x { Σ_{y≠x} s_y - c Σ_{y≠x} π_y ℓ_y - [x≠x0] (a/D) ℓ_{x0} + C },   s = exp(ℓ), D = a [x=x0] + b π_x, c
+//   = b/D ∂L/∂ℓ_y  = π_x ( s_y - c π_y - [y=x0≠x] a/D ) for y ≠ x, 0 at y = x
+//
+// Everything but the two sums over y is a number of the row: that is what this header computes, on every device.
+#pragma once
+
+#include "common/rank_one.h"
+
+namespace sedd {
+
+struct ScoreEntropyParams {
+    const void* log_score;   // [rows, dim] of dtype, contiguous
+    const int64_t* x_t;      // [rows]
+    const int64_t* x_0;      // [rows]
+    const double* sigma;     // [rows] total noise
+    const double* shift;     // [rows] subtracted from the row's log-scores, or null
+    const void* stationary;  // [dim] of the compute type, for a vector π; else null
+    const void* grad_loss;   // [rows] of the compute type; backward only
+    void* out;               // forward: loss [rows] of the compute type; backward: gradient [rows, dim] of dtype
+    double neg_entropy;      // H = Σ π log π
+    int64_t rows;
+    int64_t dim;
+    DType dtype;
+    Process process;
+};
+
+// The numbers of one row.
+struct ScoreEntropyRow {
+    double weight;    // π_x: the rate x -> y, the same for every y
+    double slope;     // c: what multiplies Σ π_y ℓ_y
+    double pull;      // a/D if x ≠ x0, else 0: what multiplies ℓ_{x0}
+    double constant;  // C
+};
+
+SEDD_HD ScoreEntropyRow score_entropy_row(double sigma, double pi_x, double pi_x0, bool same, double neg_entropy) {
+    const Decay d = decay(sigma);
+    const double moved = same ? d.a + d.b * pi_x : d.b * pi_x;  // D = p(x_t | x_0)
+    const double c = d.b / moved;
+    ScoreEntropyRow row;
+    row.weight = pi_x;
+    row.slope = c;
+    row.pull = same ? 0.0 : d.a / moved;
+    // K(r) = r (log r - 1) summed over y ≠ x with r_y = c π_y, and once r = (a + b π_x0)/D at y = x0 ≠ x.
+    const double mass = same ? 1.0 - pi_x : 1.0 - pi_x - pi_x0;
+    const double entropy = neg_entropy - x_log_x(pi_x) - (same ? 0.0 : x_log_x(pi_x0));
+    row.constant = c * ((log(c) - 1.0) * mass + entropy);
+    if (!same) {
+        const double ratio = (d.a + d.b * pi_x0) / moved;
+        row.constant += x_log_x(ratio) - ratio;
+    }
+    return row;
+}
+
+// Launchers: rows are split over `threads`; the first bad row comes back in the status.
+Status score_entropy_cpu(const ScoreEntropyParams& params, int threads);
+Status score_entropy_backward_cpu(const ScoreEntropyParams& params, int threads);
+
+}  // namespace sedd

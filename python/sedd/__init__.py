@@ -1,0 +1,48 @@
+"""Score-entropy diffusion language models: train, sample, infill and evaluate, on the operators of :mod:`sedd_ext`.
+
+The names below are imported when they are first used: ``from sedd import SEDD`` needs torch alone, the trainer and the
+command line need the packages of the ``train`` extra.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sedd.checkpoint import load_model as load_model
+    from sedd.config import TrainConfig as TrainConfig
+    from sedd.evaluate import elbo as elbo
+    from sedd.model import SEDD as SEDD
+    from sedd.model import ModelConfig as ModelConfig
+    from sedd.objective import score_entropy as score_entropy
+    from sedd.schedule import get_schedule as get_schedule
+    from sedd.tokenizer import get_tokenizer as get_tokenizer
+    from sedd.train import Trainer as Trainer
+
+_MODULES = {
+    "SEDD": "model",
+    "ModelConfig": "model",
+    "TrainConfig": "config",
+    "Trainer": "train",
+    "elbo": "evaluate",
+    "get_schedule": "schedule",
+    "get_tokenizer": "tokenizer",
+    "load_model": "checkpoint",
+    "score_entropy": "objective",
+}
+
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'sedd' has no attribute {name!r}")
+    try:
+        return getattr(import_module(f"sedd.{_MODULES[name]}"), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f'sedd.{name} needs {error.name}: pip install "sedd_ext[train]"') from error
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

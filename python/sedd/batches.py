@@ -1,0 +1,311 @@
+"""Blocks of tokens and the order in which training sees them: exact to resume, decided by a seed."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sedd.tokenizer import Tokenizer
+
+Tokens = NDArray[np.uint16]
+
+
+def is_blank(text: str) -> bool:
+    """Whether a document has nothing to learn from."""
+    return not text or text.isspace()
+
+
+def encode_document(text: str, tokenizer: Tokenizer) -> Tokens:
+    """Tokens of a document, closed with end-of-text, or with a space where the vocabulary has no end-of-text."""
+    end = tokenizer.encode(" ")[0] if tokenizer.eot is None else tokenizer.eot
+    return np.append(tokenizer.encode_array(text), np.uint16(end))
+
+
+class TokenBlocks(torch.utils.data.Dataset[torch.Tensor]):
+    """Equally long blocks of a sequence of tokens, as a map-style dataset.
+
+    The sequence stays where it is (a memory-mapped file, as a rule); a block is copied when it is asked for.
+
+    Args:
+        chunks: The sequence, in pieces of any length.
+        length: Tokens a block, L.
+        windows: Whether training may begin a block at any token; `batches` looks at it.
+        starts: Offset of each block in the sequence, [n] int64. None: 0, L, 2L, … to the last full block.
+        what: What the text is, for the error message.
+
+    Raises:
+        ValueError: If the sequence is shorter than one block.
+    """
+
+    def __init__(
+        self,
+        chunks: Iterable[Tokens],
+        length: int,
+        *,
+        windows: bool = False,
+        starts: NDArray[np.int64] | None = None,
+        what: str = "text",
+    ) -> None:
+        self._chunks = [chunk for chunk in chunks if len(chunk)]
+        self._ends = np.cumsum([len(chunk) for chunk in self._chunks], dtype=np.int64)
+        self.length = length
+        self.windows = windows
+        self.n_tokens = int(self._ends[-1]) if self._chunks else 0
+        if self.n_tokens < length:
+            raise ValueError(
+                f"the {what} has {self.n_tokens} tokens, fewer than one block (length {length}): give more text, "
+                "shorter blocks, or another valid_fraction"
+            )
+        self.starts = np.arange(self.n_tokens // length, dtype=np.int64) * length if starts is None else starts
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """Block `index`, [L] int64."""
+        return self.take([index])[0]
+
+    def take(self, indices: Sequence[int] | NDArray[np.int64]) -> torch.Tensor:
+        """Blocks of those numbers: [B, L] int64."""
+        return torch.from_numpy(self.gather(self.starts[np.asarray(indices, np.int64)]).astype(np.int64))
+
+    def gather(self, starts: NDArray[np.int64]) -> Tokens:
+        """The L tokens from each offset of `starts` [B]: [B, L] uint16."""
+        blocks = np.empty((len(starts), self.length), np.uint16)
+        for block, start, chunk in zip(blocks, starts, np.searchsorted(self._ends, starts, side="right"), strict=True):
+            filled = 0
+            while filled < self.length:
+                begin = start + filled - (self._ends[chunk] - len(self._chunks[chunk]))
+                piece = self._chunks[chunk][begin : begin + self.length - filled]
+                block[filled : filled + len(piece)] = piece
+                filled += len(piece)
+                chunk += 1
+        return blocks
+
+    def tokens(self) -> Tokens:
+        """The tokens of all blocks, one block after the other: [n·L] uint16."""
+        return self.gather(self.starts).reshape(-1)
+
+    def checksum(self) -> str:
+        """A word that other tokens or another block length would (almost surely) change."""
+        ends = self.gather(self.starts[[0, len(self) // 2, -1]])
+        return hashlib.blake2b(
+            ends.tobytes() + f"{self.n_tokens} {self.starts.sum()}".encode(), digest_size=8
+        ).hexdigest()
+
+
+class TokenStream:
+    """Training blocks that are read, tokenised and joined while they are wanted; made by `load_blocks`.
+
+    Args:
+        rows: A `datasets.IterableDataset`.
+        column: Its column that holds the text.
+        tokenizer: Encodes the text.
+        length: Tokens a block, L.
+        shuffle_blocks: Number of blocks that are shuffled together.
+        wanted: Whether a text belongs to this side of the split.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        column: str,
+        tokenizer: Tokenizer,
+        length: int,
+        shuffle_blocks: int,
+        wanted: Callable[[str], bool] = lambda text: True,
+    ) -> None:
+        self.rows = rows
+        self.beginning: dict[str, Any] = rows.state_dict()
+        self.length = length
+        self.shuffle_blocks = shuffle_blocks
+        self._column = column
+        self._tokenizer = tokenizer
+        self._wanted = wanted
+
+    def documents(self) -> Iterator[Tokens]:
+        """The tokens of each document from where `rows` stands (`rows.load_state_dict`) to the end."""
+        for row in self.rows:
+            text = row[self._column]
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f"text_column: {self._column!r} holds {type(text).__name__}, wanted text")
+            if text is not None and not is_blank(text) and self._wanted(text):
+                yield encode_document(text, self._tokenizer)
+
+
+class Batches(Protocol):
+    """Training batches without end, [batch_size, L] int64, in an order that follows from the seed alone.
+
+    `state_dict` says what came so far, as JSON-able data; after `load_state_dict` in a new process the same batches
+    follow that would have followed here. All batches are full: one that begins in one epoch may end in the next.
+    """
+
+    def __iter__(self) -> Iterator[torch.Tensor]: ...
+    def __next__(self) -> torch.Tensor: ...
+    def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...  # noqa: D102
+
+
+def batches(split: TokenBlocks | TokenStream, batch_size: int, *, seed: int = 0) -> Batches:
+    """Endless training batches of a split.
+
+    Fixed blocks come once an epoch, in an order drawn anew for each epoch. With `windows` an epoch has as many blocks
+    as would fill the text, each from an offset drawn uniformly. A stream's blocks are shuffled in groups.
+
+    Args:
+        split: `DataSplits.train`.
+        batch_size: Blocks a batch, ≥ 1.
+        seed: Decides the order, ≥ 0.
+
+    Raises:
+        ValueError: If batch_size or seed is too small; from `load_state_dict` if the state is of other data or another
+            seed; from a stream if it holds no training text.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: {batch_size} given, wanted at least 1")
+    if seed < 0:
+        raise ValueError(f"seed: {seed} given, wanted at least 0")
+    if isinstance(split, TokenStream):
+        return _StreamBatches(split, batch_size, seed)
+    return _BlockBatches(split, batch_size, seed)
+
+
+def valid_batches(blocks: TokenBlocks, batch_size: int, max_blocks: int | None = None) -> Iterator[torch.Tensor]:
+    """The first `max_blocks` blocks (None: all) once, in their fixed order: [≤ batch_size, L] int64."""
+    numbers = range(len(blocks))[:max_blocks]
+    for first in range(0, len(numbers), batch_size):
+        yield blocks.take(numbers[first : first + batch_size])
+
+
+class _BlockBatches:
+    def __init__(self, blocks: TokenBlocks, batch_size: int, seed: int) -> None:
+        self._blocks = blocks
+        self._batch_size = batch_size
+        self._identity = {"kind": "windows" if blocks.windows else "blocks", "seed": seed, "data": blocks.checksum()}
+        self._seed = seed
+        self._consumed = 0
+        self._epoch = -1
+        self._order = blocks.starts
+
+    def _starts(self, epoch: int) -> NDArray[np.int64]:
+        if epoch != self._epoch:
+            random = np.random.default_rng([self._seed, epoch])
+            n, length = len(self._blocks), self._blocks.length
+            if self._blocks.windows:
+                self._order = random.integers(0, self._blocks.n_tokens - length, n, endpoint=True)
+            else:
+                self._order = random.permutation(self._blocks.starts)
+            self._epoch = epoch
+        return self._order
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        starts: list[NDArray[np.int64]] = []
+        missing = self._batch_size
+        while missing:
+            epoch, position = divmod(self._consumed, len(self._blocks))
+            starts.append(self._starts(epoch)[position : position + missing])
+            missing -= len(starts[-1])
+            self._consumed += len(starts[-1])
+        return torch.from_numpy(self._blocks.gather(np.concatenate(starts)).astype(np.int64))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._identity, "consumed": self._consumed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _check_state(state, self._identity)
+        self._consumed = state["consumed"]
+
+
+class _StreamBatches:
+    """Batches of a stream.
+
+    Documents are read until they fill a group of blocks, and the group is given out in a random order. Only one whole
+    group is ever in hand, so the state is where the group began (the reader's state, and the tokens left over from the
+    group before, fewer than a block) and how many of its blocks are gone; resuming reads that one group again.
+    """
+
+    def __init__(self, stream: TokenStream, batch_size: int, seed: int) -> None:
+        self._stream = stream
+        self._batch_size = batch_size
+        self._seed = seed
+        data = f"length {stream.length}, shuffle_blocks {stream.shuffle_blocks}"
+        self._identity = {"kind": "stream", "seed": seed, "data": data}
+        self._restart({"epoch": 0, "group": 0, "rows": stream.beginning, "left_over": []}, 0)
+
+    def _restart(self, group: dict[str, Any], position: int) -> None:
+        self._group = group
+        self._position = position
+        self._blocks: Tokens | None = None
+        self._rewind(group["rows"])
+
+    def _rewind(self, rows: dict[str, Any]) -> None:
+        self._stream.rows.load_state_dict(rows)
+        self._documents = self._stream.documents()
+
+    def _read_group(self) -> Tokens:
+        length, wanted = self._stream.length, self._stream.length * self._stream.shuffle_blocks
+        pieces: list[Tokens] = [np.array(self._group["left_over"], np.uint16)]
+        n_tokens, epoch = len(pieces[0]), self._group["epoch"]
+        while n_tokens < wanted:
+            document = next(self._documents, None)
+            if document is not None:
+                pieces.append(document)
+                n_tokens += len(document)
+                continue
+            if epoch > self._group["epoch"] and len(pieces) == 1:
+                raise ValueError("source: the stream gives no training document; it is empty or all validation text")
+            epoch += 1
+            self._rewind(self._stream.beginning)
+            if n_tokens >= length:
+                break
+        tokens = np.concatenate(pieces)
+        n_blocks = len(tokens) // length
+        order = np.random.default_rng([self._seed, self._group["epoch"], self._group["group"]]).permutation(n_blocks)
+        self._after = {
+            "epoch": epoch,
+            "group": self._group["group"] + 1,
+            "rows": self._stream.rows.state_dict(),
+            "left_over": tokens[n_blocks * length :].tolist(),
+        }
+        return tokens[: n_blocks * length].reshape(n_blocks, length)[order]
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        parts: list[Tokens] = []
+        missing = self._batch_size
+        while missing:
+            if self._blocks is None:
+                self._blocks = self._read_group()
+            parts.append(self._blocks[self._position : self._position + missing])
+            missing -= len(parts[-1])
+            self._position += len(parts[-1])
+            if self._position == len(self._blocks):
+                self._group, self._position, self._blocks = self._after, 0, None
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._identity, **copy.deepcopy(self._group), "position": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _check_state(state, self._identity)
+        self._restart(copy.deepcopy({key: state[key] for key in self._group}), state["position"])
+
+
+def _check_state(state: dict[str, Any], identity: dict[str, Any]) -> None:
+    for key, mine in identity.items():
+        if state.get(key) != mine:
+            raise ValueError(
+                f"state: saved with {key} = {state.get(key)!r}, but here {key} = {mine!r}; a run goes on only with the "
+                "data, the block length and the seed that it began with"
+            )

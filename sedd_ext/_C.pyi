@@ -1,0 +1,70 @@
+"""The compiled kernels (csrc/bindings.cpp). Addresses are those of contiguous tensors; results are (fault, row)."""
+
+__version__: str
+cuda: str
+compiler: str
+
+_Status = tuple[int, int]
+
+def score_entropy(
+    log_score: int,
+    x_t: int,
+    x_0: int,
+    sigma: int,
+    shift: int,
+    stationary: int,
+    grad_loss: int,
+    out: int,
+    neg_entropy: float,
+    rows: int,
+    dim: int,
+    dtype: int,
+    process: int,
+    threads: int,
+    /,
+) -> _Status: ...
+
+score_entropy_backward = score_entropy
+
+def transition_column(
+    x: int,
+    sigma: int,
+    stationary: int,
+    cumulative: int,
+    out: int,
+    seed: int,
+    rows: int,
+    dim: int,
+    dtype: int,
+    process: int,
+    threads: int,
+    /,
+) -> _Status: ...
+
+transition_row = transition_column
+sample_transition = transition_column
+
+def reverse_probs(
+    log_score: int,
+    x_t: int,
+    step: int,
+    shift: int,
+    stationary: int,
+    out: int,
+    seed: int,
+    rows: int,
+    dim: int,
+    forbidden: int,
+    dtype: int,
+    process: int,
+    kind: int,
+    threads: int,
+    /,
+) -> _Status: ...
+
+reverse_sample = reverse_probs
+
+def advise_huge_pages(address: int, bytes: int, /) -> None: ...
+def isa() -> str: ...
+def available_isas() -> list[str]: ...
+def select_isa(name: str, /) -> None: ...

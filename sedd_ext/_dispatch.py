@@ -1,0 +1,157 @@
+"""What every operator shares: checks of its arguments, their form for the kernels, and the errors that come back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sedd_ext.graph import RankOne
+
+__all__: list[str] = []
+
+LIBRARY = torch.library.Library("sedd_ext", "DEF")
+
+# As in csrc/common/types.h.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+PROCESSES = {"absorbing": 0, "uniform": 1, "rank_one": 2}
+STEPS = {"euler": 0, "tweedie": 1}
+_FAULT_X_T, _FAULT_X_0, _FAULT_SIGMA, _FAULT_TOTAL = 1, 2, 3, 4
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that log-scores of ``dtype`` are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _kind(value: object) -> str:
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_graph(graph: object) -> RankOne:
+    """``graph`` is a process."""
+    if not isinstance(graph, RankOne):
+        raise TypeError(
+            f"graph: expected a process (Absorbing, Uniform, Hybrid or RankOne of sedd_ext), got {_kind(graph)}"
+        )
+    return graph
+
+
+def check_tokens(name: str, value: object, shape: torch.Size | None = None) -> Tensor:
+    """``value`` is an int64 tensor on a device that has kernels, and of the given shape."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        raise TypeError(f"{name}: expected an int64 tensor, got {_kind(value)}")
+    if shape is not None and value.shape != shape:
+        raise ValueError(
+            f"{name}: expected shape {list(shape)} as log_score's without its last, got {list(value.shape)}"
+        )
+    _check_device(name, value.device)
+    return value
+
+
+def check_log_score(value: object, graph: RankOne) -> Tensor:
+    """``value`` holds log-scores [*B, N] for the graph's N."""
+    if not isinstance(value, Tensor) or value.dtype not in DTYPES:
+        raise TypeError(f"log_score: expected a float32, bfloat16, float16 or float64 tensor, got {_kind(value)}")
+    if value.dim() == 0 or value.shape[-1] != graph.dim:
+        raise ValueError(f"log_score: expected shape [*B, {graph.dim}] for {graph}, got {list(value.shape)}")
+    _check_device("log_score", value.device)
+    return value
+
+
+def _check_device(name: str, device: torch.device) -> None:
+    if device.type not in ("cpu", "meta"):
+        raise NotImplementedError(
+            f"{name}: this build has kernels for the CPU only, got a tensor on {device}; "
+            "sedd_ext.reference computes the same on any device"
+        )
+
+
+def check_same_device(**tensors: Tensor) -> None:
+    """All tensors lie on the first one's device."""
+    (first_name, first), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{name}: expected a tensor on {first.device} as {first_name} is, got one on {tensor.device}"
+            )
+
+
+def per_row(name: str, value: object, batch: torch.Size, device: torch.device) -> Tensor:
+    """A number, or numbers that broadcast to the batch, as float64 [*B]."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return torch.full(batch, float(value), dtype=torch.float64, device=device)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name}: expected a number or a floating-point tensor, got {_kind(value)}")
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: expected no requires_grad, since only log_score has a gradient; detach() it")
+    if value.device != device and value.dim() > 0:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
+    try:
+        rows = value.to(device=device, dtype=torch.float64).expand(batch)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to {list(batch)}, got {list(value.shape)}"
+        ) from error
+    return rows.contiguous()
+
+
+def stationary_for(graph: RankOne, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """π as the kernels read it: a vector of the compute type, or None where its shape says it all."""
+    if graph.process != "rank_one":
+        return None
+    return graph.stationary.to(device=device, dtype=compute_dtype(dtype))
+
+
+def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """63 random bits from the generator, int64 [1]: the key of all the rows' random numbers."""
+    return torch.randint(2**63 - 1, (1,), generator=generator, device=device)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a contiguous tensor's data lies; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def raise_fault(status: tuple[int, int], tokens: dict[str, Tensor], dim: int, sigma: tuple[str, Tensor]) -> None:
+    """Turns what a kernel returned into a ValueError that names the argument, the first bad row and its value.
+
+    Args:
+        status: (fault, row) as in csrc/common/types.h.
+        tokens: the token arguments by name, in the order of the kernel's faults (x_t, then x_0).
+        dim: N.
+        sigma: the noise argument's name and values.
+    """
+    fault, row = status
+    if fault == 0:
+        return
+    shape = sigma[1].shape
+    where = f"at index {_index(row, shape)}" if shape else "as its value"
+    if fault in (_FAULT_X_T, _FAULT_X_0):
+        name, values = list(tokens.items())[-1 if fault == _FAULT_X_0 else 0]
+        raise ValueError(f"{name}: expected tokens in [0, {dim}), got {int(values.reshape(-1)[row])} {where}")
+    if fault == _FAULT_SIGMA:
+        name, values = sigma
+        raise ValueError(f"{name}: expected finite numbers above 0, got {float(values.reshape(-1)[row])} {where}")
+    assert fault == _FAULT_TOTAL
+    raise ValueError(
+        "log_score: expected scores whose probabilities have a finite sum above 0, got a row without "
+        f"({where}): NaN, a log-score above 88, or nothing but zeros at a step that may not return MASK"
+    )
+
+
+def _index(row: int, shape: torch.Size) -> list[int]:
+    index: list[int] = []
+    for size in reversed(shape):
+        index.insert(0, row % size)
+        row //= size
+    return index
+
+
+def define(schema: str, cpu: Any, fake: Any) -> None:
+    """Registers an operator: its schema, its CPU implementation, and what it does to shapes and dtypes."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"sedd_ext::{name}", fake, lib=LIBRARY)

@@ -1,0 +1,189 @@
+"""The forward processes: one rank-one family, told apart only by its stationary distribution.
+
+Every process has the generator ``Q = π 1ᵀ - I`` (columns are "from"), so ``exp(σQ) = a I + (1 - a) π 1ᵀ`` with
+``a = exp(-σ)``. Absorbing, uniform and hybrid diffusion differ in π alone, and so a process is data: a
+:class:`RankOne` holds π, and :func:`Absorbing`, :func:`Uniform` and :func:`Hybrid` are ways to make one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Absorbing", "Hybrid", "RankOne", "Uniform"]
+
+Process = Literal["absorbing", "uniform", "rank_one"]
+
+
+class RankOne:
+    """A diffusion process ``Q = π 1ᵀ - I`` over tokens 0..N-1, given by its stationary distribution π.
+
+    Args:
+        stationary: probability vector π, [N], any floating dtype; entries ≥ 0 that sum to 1. Kept in float64.
+        mask_id: the token that means "not yet known", if π has one. The last, denoising reverse step never returns it.
+
+    Raises:
+        TypeError: ``stationary`` is not a floating-point tensor.
+        ValueError: ``stationary`` is not a probability vector, or ``mask_id`` is not a token.
+
+    Attributes:
+        dim: N, the length of the vocabulary axis.
+        mask_id: the MASK token, or None.
+        process: the shape of π that the kernels are specialised for: ``"absorbing"`` (all of it on the last token),
+            ``"uniform"`` (1/N everywhere) or ``"rank_one"`` (a vector).
+        neg_entropy: Σ_y π_y log π_y, the constant H of the score-entropy loss.
+
+    Source: SEDD (Lou, Meng & Ermon 2024), section 3.3, generalised from its two matrices to any π.
+    """
+
+    dim: int
+    mask_id: int | None
+    process: Process
+    neg_entropy: float
+
+    def __init__(self, stationary: Tensor, *, mask_id: int | None = None) -> None:
+        if not isinstance(stationary, Tensor) or not stationary.is_floating_point():
+            given = f"a {stationary.dtype} tensor" if isinstance(stationary, Tensor) else type(stationary).__name__
+            raise TypeError(f"stationary: expected a floating-point tensor [N], got {given}")
+        if stationary.dim() != 1 or stationary.numel() == 0:
+            raise ValueError(f"stationary: expected a non-empty vector [N], got shape {list(stationary.shape)}")
+        vector = stationary.detach().double().contiguous().clone()
+        total = float(vector.sum())
+        # not(...) so that NaN fails too; float32 vectors of 50k entries sum to 1 within a few 1e-5
+        if not bool((vector >= 0).all()) or not abs(total - 1.0) <= 1e-4:
+            raise ValueError(
+                f"stationary: expected probabilities ≥ 0 that sum to 1, got minimum {float(vector.min()):.6g} "
+                f"and sum {total:.9g}"
+            )
+        vector /= total
+        dim = vector.numel()
+        if mask_id is not None and not 0 <= mask_id < dim:
+            raise ValueError(f"mask_id: expected a token in [0, {dim}), got {mask_id}")
+        self._set("rank_one", dim, mask_id, float(torch.xlogy(vector, vector).sum()))
+        self._stationary: Tensor | None = vector
+        self._cumulative: Tensor | None = vector.cumsum(0)
+
+    def _set(self, process: Process, dim: int, mask_id: int | None, neg_entropy: float) -> None:
+        self.process, self.dim, self.mask_id, self.neg_entropy = process, dim, mask_id, neg_entropy
+
+    @classmethod
+    def _closed_form(cls, process: Process, dim: int, mask_id: int | None, neg_entropy: float) -> RankOne:
+        """A process whose π needs no vector."""
+        graph = cls.__new__(cls)
+        graph._set(process, dim, mask_id, neg_entropy)
+        graph._stationary = graph._cumulative = None
+        return graph
+
+    @property
+    def stationary(self) -> Tensor:
+        """π, float64 [N]."""
+        if self._stationary is not None:
+            return self._stationary
+        if self.process == "uniform":
+            return torch.full((self.dim,), 1.0 / self.dim, dtype=torch.float64)
+        vector = torch.zeros(self.dim, dtype=torch.float64)
+        vector[-1] = 1.0
+        return vector
+
+    @property
+    def cumulative(self) -> Tensor:
+        """The cumulative sums of π, float64 [N]: what an inverse-CDF draw from π searches."""
+        return self._cumulative if self._cumulative is not None else self.stationary.cumsum(0)
+
+    def sample_limit(
+        self,
+        shape: Sequence[int],
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draws tokens from π, where the reverse process starts: x_T ~ π.
+
+        Args:
+            shape: shape of the result.
+            generator: random number generator; torch's default one if None.
+            device: where the result lies; the generator's device, else the CPU, if None.
+
+        Returns:
+            int64 tensor of the given shape.
+        """
+        if device is None:
+            device = generator.device if generator is not None else "cpu"
+        if self.process == "absorbing":
+            return torch.full(tuple(shape), self.dim - 1, dtype=torch.int64, device=device)
+        if self.process == "uniform":
+            return torch.randint(self.dim, tuple(shape), generator=generator, device=device)
+        cumulative = self.cumulative.to(device)
+        u = torch.rand(tuple(shape), generator=generator, device=device, dtype=torch.float64)
+        # right=True: the first entry above u, so a token with π = 0 is never drawn
+        return torch.searchsorted(cumulative, u * cumulative[-1], right=True).clamp_(max=self.dim - 1)
+
+    def __repr__(self) -> str:
+        mask = "" if self.mask_id is None else f", mask_id={self.mask_id}"
+        return f"RankOne({self.process}, dim={self.dim}{mask})"
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected a positive number of tokens, got {value}")
+    return value
+
+
+def Absorbing(num_tokens: int) -> RankOne:  # noqa: N802 - named like the processes of the field
+    """Masked diffusion: every token decays to MASK, one more id behind the vocabulary (π = e_MASK).
+
+    Args:
+        num_tokens: n, the size of the vocabulary without MASK.
+
+    Returns:
+        A process with ``dim = n + 1`` and ``mask_id = n``.
+
+    Raises:
+        TypeError, ValueError: ``num_tokens`` is not a positive int.
+    """
+    n = _positive("num_tokens", num_tokens)
+    return RankOne._closed_form("absorbing", n + 1, n, 0.0)
+
+
+def Uniform(num_tokens: int) -> RankOne:  # noqa: N802
+    """Uniform diffusion: every token is replaced by any other at the same rate (π = 1/N).
+
+    Args:
+        num_tokens: N, the size of the vocabulary.
+
+    Returns:
+        A process with ``dim = N`` and no MASK. Its Q is the paper's Q_uniform times 1/N, as in the released code.
+
+    Raises:
+        TypeError, ValueError: ``num_tokens`` is not a positive int.
+    """
+    n = _positive("num_tokens", num_tokens)
+    return RankOne._closed_form("uniform", n, None, -float(torch.tensor(n, dtype=torch.float64).log()))
+
+
+def Hybrid(num_tokens: int, uniform_fraction: float) -> RankOne:  # noqa: N802
+    """Masking and uniform noise together: π = (1 - λ) e_MASK + λ/n on the n tokens.
+
+    Args:
+        num_tokens: n, the size of the vocabulary without MASK.
+        uniform_fraction: λ in [0, 1], the part of the noise that replaces a token by a random one.
+
+    Returns:
+        A process with ``dim = n + 1`` and ``mask_id = n``.
+
+    Raises:
+        TypeError, ValueError: ``num_tokens`` is not a positive int, or λ lies outside [0, 1].
+
+    Source: generalised interpolating diffusion (GIDD), with constant λ.
+    """
+    n = _positive("num_tokens", num_tokens)
+    if not 0.0 <= uniform_fraction <= 1.0:
+        raise ValueError(f"uniform_fraction: expected a number in [0, 1], got {uniform_fraction}")
+    vector = torch.full((n + 1,), uniform_fraction / n, dtype=torch.float64)
+    vector[n] = 1.0 - uniform_fraction
+    return RankOne(vector, mask_id=n)

@@ -1,0 +1,270 @@
+"""Reverse steps, Tweedie and Euler: their probabilities, and samples from them in one pass over the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sedd_ext import _C
+from sedd_ext._dispatch import (
+    DTYPES,
+    PROCESSES,
+    STEPS,
+    address,
+    check_graph,
+    check_log_score,
+    check_same_device,
+    check_tokens,
+    compute_dtype,
+    define,
+    draw_seed,
+    per_row,
+    raise_fault,
+    stationary_for,
+)
+from sedd_ext.graph import RankOne
+
+__all__ = ["euler_probs", "euler_sample", "tweedie_probs", "tweedie_sample"]
+
+_ARGUMENTS = (
+    "Tensor log_score, Tensor x_t, Tensor step, Tensor? log_score_shift, Tensor? stationary, "
+    "str process, str kind, int forbidden"
+)
+_STEP_NAME = {"tweedie": "dsigma", "euler": "step"}
+
+
+def _launch(
+    kernel: Any,
+    out: Tensor,
+    seed: int,
+    log_score: Tensor,
+    x_t: Tensor,
+    step: Tensor,
+    log_score_shift: Tensor | None,
+    stationary: Tensor | None,
+    process: str,
+    kind: str,
+    forbidden: int,
+) -> Tensor:
+    log_score, x_t, step = (tensor.contiguous() for tensor in (log_score, x_t, step))
+    shift = None if log_score_shift is None else log_score_shift.contiguous()
+    status = kernel(
+        address(log_score),
+        address(x_t),
+        address(step),
+        address(shift),
+        address(stationary),
+        address(out),
+        seed,
+        x_t.numel(),
+        log_score.shape[-1],
+        forbidden,
+        DTYPES[log_score.dtype],
+        PROCESSES[process],
+        STEPS[kind],
+        torch.get_num_threads(),
+    )
+    raise_fault(status, {"x_t": x_t}, log_score.shape[-1], (_STEP_NAME[kind], step))
+    return out
+
+
+def _probs_fake(log_score: Tensor, *_: Any) -> Tensor:
+    return log_score.new_empty(log_score.shape, dtype=compute_dtype(log_score.dtype))
+
+
+def _probs_cpu(log_score: Tensor, *rest: Any) -> Tensor:
+    return _launch(_C.reverse_probs, _probs_fake(log_score), 0, log_score, *rest)
+
+
+def _sample_fake(log_score: Tensor, x_t: Tensor, *_: Any) -> Tensor:
+    return x_t.new_empty(x_t.shape)
+
+
+def _sample_cpu(log_score: Tensor, x_t: Tensor, *rest: Any) -> Tensor:
+    *arguments, seed = rest
+    return _launch(_C.reverse_sample, _sample_fake(log_score, x_t), int(seed), log_score, x_t, *arguments)
+
+
+define(f"reverse_probs({_ARGUMENTS}) -> Tensor", _probs_cpu, _probs_fake)
+define(f"reverse_sample({_ARGUMENTS}, Tensor seed) -> Tensor", _sample_cpu, _sample_fake)
+
+
+def _arguments(
+    kind: str,
+    log_score: Tensor,
+    x_t: Tensor,
+    step: Tensor | float,
+    graph: RankOne,
+    log_score_shift: Tensor | float | None,
+    denoise: bool,
+) -> tuple[Any, ...]:
+    graph = check_graph(graph)
+    log_score = check_log_score(log_score, graph)
+    batch, device = log_score.shape[:-1], log_score.device
+    x_t = check_tokens("x_t", x_t, batch)
+    check_same_device(log_score=log_score, x_t=x_t)
+    return (
+        log_score.detach(),
+        x_t,
+        per_row(_STEP_NAME[kind], step, batch, device),
+        None if log_score_shift is None else per_row("log_score_shift", log_score_shift, batch, device),
+        stationary_for(graph, log_score.dtype, device),
+        graph.process,
+        kind,
+        graph.mask_id if denoise and graph.mask_id is not None else -1,
+    )
+
+
+def tweedie_probs(
+    log_score: Tensor,
+    x_t: Tensor,
+    dsigma: Tensor | float,
+    graph: RankOne,
+    *,
+    log_score_shift: Tensor | float | None = None,
+    denoise: bool = False,
+) -> Tensor:
+    """Probabilities of one Tweedie τ-leaping step, the optimal one for positions taken independently.
+
+    With s = exp(log_score), s_x = 1, S = Σ_z s_z and Δ = σ̄(t) - σ̄(t - Δt)::
+
+        p(y) ∝ max(0, e^Δ s_y + (1 - e^Δ) π_y S) · (e^{-Δ} [y = x] + (1 - e^{-Δ}) π_x)
+
+    Args:
+        log_score: log s_y, [*B, N], float32, bfloat16, float16 or float64. Entry y = x_t is ignored, whatever it holds.
+        x_t: the current tokens, [*B], int64, in [0, N).
+        dsigma: Δ > 0, a number or a floating-point tensor that broadcasts to [*B].
+        graph: the process; ``graph.dim`` is N.
+        log_score_shift: subtracted from every log-score of its row; a number or a floating-point tensor that broadcasts
+            to [*B].
+        denoise: the last step (Δ = σ̄(ε)): MASK, where the process has one, gets probability 0.
+
+    Returns:
+        Normalised probabilities [*B, N], float32 (float64 for float64 log-scores). Without gradient. A token with
+        π_x = 0 (unmasked, absorbing) stays with probability 1.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: a shape does not fit, a token lies outside [0, N), Δ is NaN, infinite or not above 0, or a row's
+            probabilities have no finite sum above 0 (NaN or overflowing log-scores).
+
+    Source: SEDD (Lou, Meng & Ermon 2024), Theorem 4.2, eq. 19; clamped at 0 and normalised.
+    """
+    arguments = _arguments("tweedie", log_score, x_t, dsigma, graph, log_score_shift, denoise)
+    result: Tensor = torch.ops.sedd_ext.reverse_probs(*arguments)
+    return result
+
+
+def tweedie_sample(
+    log_score: Tensor,
+    x_t: Tensor,
+    dsigma: Tensor | float,
+    graph: RankOne,
+    *,
+    log_score_shift: Tensor | float | None = None,
+    denoise: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draws one token a position from :func:`tweedie_probs`, without making the probabilities.
+
+    One pass over the log-scores gives sums of blocks; one random number of 53 bits a row picks a block, and a second
+    look at that block alone the token: exact to float64 sums, however rare the token. The same generator state gives
+    the same tokens, whatever the number of threads.
+
+    Args:
+        log_score: as for :func:`tweedie_probs`.
+        x_t: as for :func:`tweedie_probs`.
+        dsigma: as for :func:`tweedie_probs`.
+        graph: as for :func:`tweedie_probs`.
+        log_score_shift: as for :func:`tweedie_probs`.
+        denoise: as for :func:`tweedie_probs`.
+        generator: random number generator on the tensors' device; torch's default one if None.
+
+    Returns:
+        Tokens [*B], int64.
+
+    Raises:
+        TypeError, ValueError: as :func:`tweedie_probs`.
+
+    Source: SEDD (Lou, Meng & Ermon 2024), Algorithm 2 with eq. 19.
+    """
+    arguments = _arguments("tweedie", log_score, x_t, dsigma, graph, log_score_shift, denoise)
+    result: Tensor = torch.ops.sedd_ext.reverse_sample(*arguments, draw_seed(generator, x_t.device))
+    return result
+
+
+def euler_probs(
+    log_score: Tensor,
+    x_t: Tensor,
+    step: Tensor | float,
+    graph: RankOne,
+    *,
+    log_score_shift: Tensor | float | None = None,
+    denoise: bool = False,
+) -> Tensor:
+    """Probabilities of one Euler (τ-leaping) step.
+
+    With s = exp(log_score)::
+
+        p(y) = Δt σ(t) π_x s_y for y ≠ x,   p(x) = max(0, 1 - Σ_{y≠x} p(y)),   then normalised
+
+    Args:
+        log_score: log s_y, [*B, N], float32, bfloat16, float16 or float64. Entry y = x_t is ignored, whatever it holds.
+        x_t: the current tokens, [*B], int64, in [0, N).
+        step: Δt σ(t) > 0, a number or a floating-point tensor that broadcasts to [*B].
+        graph: the process; ``graph.dim`` is N.
+        log_score_shift: subtracted from every log-score of its row; a number or a floating-point tensor that broadcasts
+            to [*B].
+        denoise: the last step: MASK, where the process has one, gets probability 0.
+
+    Returns:
+        Normalised probabilities [*B, N], float32 (float64 for float64 log-scores). Without gradient.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: a shape does not fit, a token lies outside [0, N), the step is NaN, infinite or not above 0, or a
+            row's probabilities have no finite sum above 0 (NaN or overflowing log-scores).
+
+    Source: SEDD (Lou, Meng & Ermon 2024), eq. 17; clamped at 0 and normalised.
+    """
+    arguments = _arguments("euler", log_score, x_t, step, graph, log_score_shift, denoise)
+    result: Tensor = torch.ops.sedd_ext.reverse_probs(*arguments)
+    return result
+
+
+def euler_sample(
+    log_score: Tensor,
+    x_t: Tensor,
+    step: Tensor | float,
+    graph: RankOne,
+    *,
+    log_score_shift: Tensor | float | None = None,
+    denoise: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draws one token a position from :func:`euler_probs`, without making the probabilities.
+
+    As exact, and as reproducible, as :func:`tweedie_sample`.
+
+    Args:
+        log_score: as for :func:`euler_probs`.
+        x_t: as for :func:`euler_probs`.
+        step: as for :func:`euler_probs`.
+        graph: as for :func:`euler_probs`.
+        log_score_shift: as for :func:`euler_probs`.
+        denoise: as for :func:`euler_probs`.
+        generator: random number generator on the tensors' device; torch's default one if None.
+
+    Returns:
+        Tokens [*B], int64.
+
+    Raises:
+        TypeError, ValueError: as :func:`euler_probs`.
+
+    Source: SEDD (Lou, Meng & Ermon 2024), Algorithm 2 with eq. 17.
+    """
+    arguments = _arguments("euler", log_score, x_t, step, graph, log_score_shift, denoise)
+    result: Tensor = torch.ops.sedd_ext.reverse_sample(*arguments, draw_seed(generator, x_t.device))
+    return result

@@ -1,0 +1,202 @@
+"""Diffusion-weighted denoising score entropy, forward and backward in one pass over the vocabulary each."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sedd_ext import _C
+from sedd_ext._dispatch import (
+    DTYPES,
+    PROCESSES,
+    address,
+    check_graph,
+    check_log_score,
+    check_same_device,
+    check_tokens,
+    compute_dtype,
+    define,
+    per_row,
+    raise_fault,
+    stationary_for,
+)
+from sedd_ext.graph import RankOne
+
+__all__ = ["score_entropy_loss"]
+
+_ARGUMENTS = (
+    "Tensor log_score, Tensor x_t, Tensor x_0, Tensor sigma, Tensor? log_score_shift, Tensor? stationary, "
+    "str process, float neg_entropy"
+)
+# From this size on a fresh gradient is worth huge pages (a hint to the system, see csrc/bindings.cpp).
+_HUGE_BYTES = 1 << 24
+
+
+def _launch(
+    kernel: Any,
+    grad_loss: Tensor | None,
+    out: Tensor,
+    log_score: Tensor,
+    x_t: Tensor,
+    x_0: Tensor,
+    sigma: Tensor,
+    log_score_shift: Tensor | None,
+    stationary: Tensor | None,
+    process: str,
+    neg_entropy: float,
+) -> Tensor:
+    # the names keep what .contiguous() may have made alive until the kernel is done
+    log_score, x_t, x_0, sigma = (tensor.contiguous() for tensor in (log_score, x_t, x_0, sigma))
+    shift = None if log_score_shift is None else log_score_shift.contiguous()
+    status = kernel(
+        address(log_score),
+        address(x_t),
+        address(x_0),
+        address(sigma),
+        address(shift),
+        address(stationary),
+        address(grad_loss),
+        address(out),
+        neg_entropy,
+        x_t.numel(),
+        log_score.shape[-1],
+        DTYPES[log_score.dtype],
+        PROCESSES[process],
+        torch.get_num_threads(),
+    )
+    raise_fault(status, {"x_t": x_t, "x_0": x_0}, log_score.shape[-1], ("sigma", sigma))
+    return out
+
+
+def _fake(log_score: Tensor, x_t: Tensor, *_: Any) -> Tensor:
+    return log_score.new_empty(x_t.shape, dtype=compute_dtype(log_score.dtype))
+
+
+def _cpu(log_score: Tensor, x_t: Tensor, *rest: Any) -> Tensor:
+    return _launch(_C.score_entropy, None, _fake(log_score, x_t), log_score, x_t, *rest)
+
+
+def _backward_fake(grad_loss: Tensor, log_score: Tensor, *_: Any) -> Tensor:
+    return log_score.new_empty(log_score.shape)
+
+
+def _backward_cpu(grad_loss: Tensor, log_score: Tensor, *rest: Any) -> Tensor:
+    out = _backward_fake(grad_loss, log_score)
+    bytes_out = out.numel() * out.element_size()
+    if bytes_out >= _HUGE_BYTES:
+        _C.advise_huge_pages(address(out), bytes_out)
+    # .sum().backward() hands over a gradient of stride 0
+    grad_loss = grad_loss.to(compute_dtype(log_score.dtype)).contiguous()
+    return _launch(_C.score_entropy_backward, grad_loss, out, log_score, *rest)
+
+
+define(f"score_entropy({_ARGUMENTS}) -> Tensor", _cpu, _fake)
+define(f"score_entropy_backward(Tensor grad_loss, {_ARGUMENTS}) -> Tensor", _backward_cpu, _backward_fake)
+
+
+class _ScoreEntropyGradient(torch.autograd.Function):
+    """The gradient, and a refusal to differentiate it again, which would otherwise drop terms in silence."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        result: Tensor = torch.ops.sedd_ext.score_entropy_backward(*arguments)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError("score_entropy_loss: differentiable once only, and this asks for a second derivative")
+
+
+class _ScoreEntropy(torch.autograd.Function):
+    """Keeps the inputs alone: the gradient is computed anew from the log-scores, in one read and one write."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        log_score: Tensor,
+        x_t: Tensor,
+        x_0: Tensor,
+        sigma: Tensor,
+        log_score_shift: Tensor | None,
+        stationary: Tensor | None,
+        process: str,
+        neg_entropy: float,
+    ) -> Tensor:
+        ctx.save_for_backward(log_score, x_t, x_0, sigma, log_score_shift, stationary)
+        ctx.process, ctx.neg_entropy = process, neg_entropy
+        result: Tensor = torch.ops.sedd_ext.score_entropy(
+            log_score, x_t, x_0, sigma, log_score_shift, stationary, process, neg_entropy
+        )
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None, None, None, None]:
+        grad = _ScoreEntropyGradient.apply(  # type: ignore[no-untyped-call]
+            grad_loss, *ctx.saved_tensors, ctx.process, ctx.neg_entropy
+        )
+        return grad, None, None, None, None, None, None, None
+
+
+def score_entropy_loss(
+    log_score: Tensor,
+    x_t: Tensor,
+    x_0: Tensor,
+    sigma: Tensor | float,
+    graph: RankOne,
+    *,
+    log_score_shift: Tensor | float | None = None,
+    reduction: Literal["none", "mean", "sum"] = "none",
+) -> Tensor:
+    """Diffusion-weighted denoising score entropy of every position, without the factor σ(t).
+
+    With s = exp(log_score), a = e^{-σ̄}, b = 1 - a and D = a [x_t = x_0] + b π_{x_t}::
+
+        L = π_x { Σ_{y≠x} s_y - (b/D) Σ_{y≠x} π_y log s_y - [x ≠ x_0] (a/D) log s_{x_0} + C }
+
+    The constant C is included: L ≥ 0, and L = 0 where s is the true ratio p(y | x_0) / p(x_t | x_0). A training loss is
+    the sum over a sequence times the noise rate σ(t). Positions with π_{x_t} = 0 (unmasked tokens of absorbing
+    diffusion) give exactly 0, and 0 gradient, and are not read. NaN and infinities go through as in arithmetic.
+
+    Args:
+        log_score: log s_y, [*B, N], float32, bfloat16, float16 or float64. Entry y = x_t is ignored, whatever it holds.
+        x_t: noised tokens, [*B], int64, in [0, N).
+        x_0: clean tokens, [*B], int64, in [0, N).
+        sigma: total noise σ̄(t) > 0, a number or a floating-point tensor that broadcasts to [*B].
+        graph: the process; ``graph.dim`` is N.
+        log_score_shift: subtracted from every log-score of its row inside the kernel; a number or a floating-point
+            tensor that broadcasts to [*B]. The σ-scaling of absorbing models, log expm1(σ̄) + log(N - 1), goes here.
+        reduction: ``"none"`` gives [*B]; ``"mean"`` and ``"sum"`` give a scalar over all positions.
+
+    Returns:
+        float32 (float64 for float64 log-scores); differentiable once, with respect to ``log_score`` alone.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: a shape does not fit, a token lies outside [0, N), σ̄ is NaN, infinite or not above 0, ``sigma`` or
+            ``log_score_shift`` requires a gradient, or ``reduction`` is unknown.
+
+    Source: SEDD (Lou, Meng & Ermon 2024), Theorem 3.6, in closed form for any rank-one process.
+    """
+    graph = check_graph(graph)
+    log_score = check_log_score(log_score, graph)
+    batch = log_score.shape[:-1]
+    x_t, x_0 = check_tokens("x_t", x_t, batch), check_tokens("x_0", x_0, batch)
+    check_same_device(log_score=log_score, x_t=x_t, x_0=x_0)
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    device = log_score.device
+    loss: Tensor = _ScoreEntropy.apply(  # type: ignore[no-untyped-call]
+        log_score,
+        x_t,
+        x_0,
+        per_row("sigma", sigma, batch, device),
+        None if log_score_shift is None else per_row("log_score_shift", log_score_shift, batch, device),
+        stationary_for(graph, log_score.dtype, device),
+        graph.process,
+        graph.neg_entropy,
+    )
+    if reduction == "mean":
+        return loss.mean()
+    return loss.sum() if reduction == "sum" else loss

@@ -1,0 +1,176 @@
+"""The forward process exp(σQ) = a I + (1 - a) π 1ᵀ in closed form: columns, rows and samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sedd_ext import _C
+from sedd_ext._dispatch import (
+    DTYPES,
+    PROCESSES,
+    address,
+    check_graph,
+    check_tokens,
+    define,
+    draw_seed,
+    per_row,
+    raise_fault,
+    stationary_for,
+)
+from sedd_ext.graph import RankOne
+
+__all__ = ["sample_transition", "transition_column", "transition_row"]
+
+
+def _launch(
+    kernel: Any,
+    name: str,
+    out: Tensor,
+    x: Tensor,
+    sigma: Tensor,
+    stationary: Tensor | None,
+    cumulative: Tensor | None,
+    seed: int,
+    process: str,
+    dim: int,
+) -> Tensor:
+    x, sigma = x.contiguous(), sigma.contiguous()
+    status = kernel(
+        address(x),
+        address(sigma),
+        address(stationary),
+        address(cumulative),
+        address(out),
+        seed,
+        x.numel(),
+        dim,
+        DTYPES.get(out.dtype, 0),
+        PROCESSES[process],
+        torch.get_num_threads(),
+    )
+    raise_fault(status, {name: x}, dim, ("sigma", sigma))
+    return out
+
+
+def _fake(x: Tensor, sigma: Tensor, stationary: Tensor | None, process: str, dim: int, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((*x.shape, dim), dtype=dtype)
+
+
+def _column_cpu(
+    x_0: Tensor, sigma: Tensor, stationary: Tensor | None, process: str, dim: int, dtype: torch.dtype
+) -> Tensor:
+    out = _fake(x_0, sigma, stationary, process, dim, dtype)
+    return _launch(_C.transition_column, "x_0", out, x_0, sigma, stationary, None, 0, process, dim)
+
+
+def _row_cpu(x: Tensor, sigma: Tensor, stationary: Tensor | None, process: str, dim: int, dtype: torch.dtype) -> Tensor:
+    out = _fake(x, sigma, stationary, process, dim, dtype)
+    return _launch(_C.transition_row, "x", out, x, sigma, stationary, None, 0, process, dim)
+
+
+def _sample_fake(x_0: Tensor, sigma: Tensor, cumulative: Tensor | None, process: str, dim: int, seed: Tensor) -> Tensor:
+    return x_0.new_empty(x_0.shape)
+
+
+def _sample_cpu(x_0: Tensor, sigma: Tensor, cumulative: Tensor | None, process: str, dim: int, seed: Tensor) -> Tensor:
+    out = _sample_fake(x_0, sigma, cumulative, process, dim, seed)
+    return _launch(_C.sample_transition, "x_0", out, x_0, sigma, None, cumulative, int(seed), process, dim)
+
+
+define(
+    "transition_column(Tensor x_0, Tensor sigma, Tensor? stationary, str process, int dim, ScalarType dtype) -> Tensor",
+    _column_cpu,
+    _fake,
+)
+define(
+    "transition_row(Tensor x, Tensor sigma, Tensor? stationary, str process, int dim, ScalarType dtype) -> Tensor",
+    _row_cpu,
+    _fake,
+)
+define(
+    "sample_transition(Tensor x_0, Tensor sigma, Tensor? cumulative, str process, int dim, Tensor seed) -> Tensor",
+    _sample_cpu,
+    _sample_fake,
+)
+
+
+def _probabilities(operator: Any, name: str, x: Tensor, sigma: Tensor | float, graph: RankOne) -> Tensor:
+    graph, x = check_graph(graph), check_tokens(name, x)
+    dtype = torch.float64 if isinstance(sigma, Tensor) and sigma.dtype == torch.float64 else torch.float32
+    rows = per_row("sigma", sigma, x.shape, x.device)
+    result: Tensor = operator(x, rows, stationary_for(graph, dtype, x.device), graph.process, graph.dim, dtype)
+    return result
+
+
+def transition_column(x_0: Tensor, sigma: Tensor | float, graph: RankOne) -> Tensor:
+    """Columns of exp(σQ): the distribution p(· | x_0) of the noised token, a [y = x_0] + (1 - a) π_y with a = e^{-σ}.
+
+    Args:
+        x_0: clean tokens, [*B], int64, in [0, N).
+        sigma: total noise σ̄ > 0, a number or a floating-point tensor that broadcasts to [*B].
+        graph: the process; ``graph.dim`` is N.
+
+    Returns:
+        Probabilities [*B, N] that sum to 1; float64 if ``sigma`` is a float64 tensor, else float32.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: a token lies outside [0, N), or σ̄ does not broadcast, is NaN, infinite or not above 0.
+
+    Source: SEDD (Lou, Meng & Ermon 2024), section 3.3, in closed form for any rank-one process.
+    """
+    return _probabilities(torch.ops.sedd_ext.transition_column, "x_0", x_0, sigma, graph)
+
+
+def transition_row(x: Tensor, sigma: Tensor | float, graph: RankOne) -> Tensor:
+    """Rows of exp(σQ): the likelihood p(x | y) of every origin y, a [y = x] + (1 - a) π_x with a = e^{-σ}.
+
+    Args:
+        x: noised tokens, [*B], int64, in [0, N).
+        sigma: total noise σ̄ > 0, a number or a floating-point tensor that broadcasts to [*B].
+        graph: the process; ``graph.dim`` is N.
+
+    Returns:
+        Likelihoods [*B, N]; float64 if ``sigma`` is a float64 tensor, else float32.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: a token lies outside [0, N), or σ̄ does not broadcast, is NaN, infinite or not above 0.
+
+    Source: SEDD (Lou, Meng & Ermon 2024), section 3.3, in closed form for any rank-one process.
+    """
+    return _probabilities(torch.ops.sedd_ext.transition_row, "x", x, sigma, graph)
+
+
+def sample_transition(
+    x_0: Tensor, sigma: Tensor | float, graph: RankOne, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Noises tokens: x_t ~ p(· | x_0), keeping each with probability e^{-σ}, else drawing it from π.
+
+    Takes one or two random numbers a token and never makes a tensor over the vocabulary. The same generator state gives
+    the same tokens, whatever the number of threads.
+
+    Args:
+        x_0: clean tokens, [*B], int64, in [0, N).
+        sigma: total noise σ̄ > 0, a number or a floating-point tensor that broadcasts to [*B].
+        graph: the process; ``graph.dim`` is N.
+        generator: random number generator on the tokens' device; torch's default one if None.
+
+    Returns:
+        Noised tokens, [*B], int64.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: a token lies outside [0, N), or σ̄ does not broadcast, is NaN, infinite or not above 0.
+
+    Source: SEDD (Lou, Meng & Ermon 2024), Algorithm 1.
+    """
+    graph, x_0 = check_graph(graph), check_tokens("x_0", x_0)
+    rows = per_row("sigma", sigma, x_0.shape, x_0.device)
+    cumulative = graph.cumulative.to(x_0.device) if graph.process == "rank_one" else None
+    seed = draw_seed(generator, x_0.device)
+    result: Tensor = torch.ops.sedd_ext.sample_transition(x_0, rows, cumulative, graph.process, graph.dim, seed)
+    return result

@@ -1,0 +1,35 @@
+"""Hands the build of sedd_ext._C to CMake; everything else is in pyproject.toml and CMakeLists.txt."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class CMakeBuild(build_ext):
+    """Builds the one extension with CMake and Ninja."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Configures and builds into the folder where setuptools expects the extension."""
+        source = Path(__file__).parent.resolve()
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target.parent,
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "SEDD_VERSION": self.distribution.get_version(),
+            "SEDD_CUDA": os.environ.get("SEDD_CUDA", "auto"),
+        }
+        defines = [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.check_call(["cmake", "-G", "Ninja", "-S", source, "-B", build, *defines])
+        subprocess.check_call(["cmake", "--build", build, "--target", "_C"])
+
+
+setup(ext_modules=[Extension("sedd_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,0 +1,163 @@
+"""What was built: one OpenMP runtime, torch's threads, no torch inside, and the same results on every instruction set."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sedd_ext import Absorbing, Hybrid, Uniform, _C, reference, score_entropy_loss, tweedie_probs, tweedie_sample
+
+linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and ELF files")
+N = 1031
+
+
+@pytest.fixture(params=_C.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _C.isa()
+    _C.select_isa(request.param)
+    yield request.param
+    _C.select_isa(before)
+
+
+@linux_only
+def test_one_openmp_runtime() -> None:
+    code = (
+        "import sedd_ext, torch\n"
+        "sedd_ext.score_entropy_loss(torch.zeros(64, 5001), torch.full((64,), 5000), torch.zeros(64).long(), 1.0,"
+        " sedd_ext.Absorbing(5000))\n"
+        "print(*{l.split()[-1] for l in open('/proc/self/maps') if 'omp' in l.split()[-1].rsplit('/', 1)[-1]})"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert len([path for path in loaded if "gomp" in path or "iomp" in path or "libomp" in path]) == 1, loaded
+
+
+@linux_only
+def test_needs_no_torch_library() -> None:
+    needed = subprocess.run(["ldd", _C.__file__], capture_output=True, text=True, check=True).stdout
+    assert "libc.so" in needed
+    assert "torch" not in needed
+    assert "omp" not in needed
+
+
+def cpu_threads_used(threads: int) -> int:
+    """How many threads worked, as the operating system counts them."""
+    graph = Absorbing(50257)
+    log_score = torch.randn(64, graph.dim)
+    x_t, x_0 = torch.full((64,), graph.mask_id), torch.zeros(64, dtype=torch.int64)
+    torch.set_num_threads(threads)
+
+    def ticks() -> dict[str, int]:
+        found = {}
+        for task in Path("/proc/self/task").iterdir():
+            fields = (task / "stat").read_text().rsplit(")", 1)[1].split()
+            found[task.name] = int(fields[11])
+        return found
+
+    before = ticks()
+    for _ in range(400):
+        score_entropy_loss(log_score, x_t, x_0, 1.0, graph)
+    after = ticks()
+    return sum(after[task] - before.get(task, 0) >= 5 for task in after)  # 50 ms or more of work
+
+
+@linux_only
+@pytest.mark.parametrize("threads", [1, 2])
+def test_set_num_threads_is_obeyed(threads: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert cpu_threads_used(threads) == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_gil_is_released() -> None:
+    """Another Python thread gets to run again and again while one kernel does."""
+    graph = Uniform(50258)
+    log_score = torch.randn(2048, graph.dim)
+    x = torch.zeros(2048, dtype=torch.int64)
+    turns = []
+
+    def kernel() -> None:
+        address = [t.data_ptr() for t in (log_score, x, x, sigma)]
+        begin = time.perf_counter()
+        status = _C.score_entropy(*address, 0, 0, 0, out.data_ptr(), graph.neg_entropy, 2048, graph.dim, 0, 1, 1)
+        turns.append((begin, time.perf_counter(), status))
+
+    sigma, out = torch.ones(2048, dtype=torch.float64), torch.empty(2048)
+    worker = threading.Thread(target=kernel)
+    worker.start()
+    times = []
+    while worker.is_alive():
+        times.append(time.perf_counter())
+        time.sleep(1e-4)
+    worker.join()
+    ((begin, end, status),) = turns
+    assert status == (0, -1)
+    assert sum(begin < moment < end for moment in times) >= 5  # with the GIL held: none
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("graph", [Absorbing(N - 1), Uniform(N), Hybrid(N - 1, 0.3)], ids=str)
+def test_instruction_sets_agree(isa: str, graph, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    log_score = (1.5 * torch.randn(40, N, generator=generator)).to(dtype)  # float16 gradients stay below 65504
+    x_0 = torch.randint(N - 1, (40,), generator=generator)
+    x_t = torch.where(torch.arange(40) < 30, N - 1, x_0)
+    sigma = torch.rand(40, generator=generator, dtype=torch.float64) + 0.05
+
+    def run(module, values):
+        values = values.clone().requires_grad_()
+        loss = module.score_entropy_loss(values, x_t, x_0, sigma, graph, log_score_shift=0.7)
+        (gradient,) = torch.autograd.grad(loss.sum(), values)
+        return loss.double(), gradient.double(), module.tweedie_probs(values.detach(), x_t, sigma / 20, graph).double()
+
+    import sedd_ext
+
+    results, exact = run(sedd_ext, log_score), run(reference, log_score.double())
+    digits = 1e-13 if dtype == torch.float64 else 2e-6
+    stored = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, digits)  # the gradient has the dtype's digits
+    for result, true, relative in zip(results, exact, (digits, stored, digits), strict=True):
+        # terms as large as the row's largest cancel in the loss and in the clamped probabilities
+        size = true.abs().amax(-1, keepdim=True) if true.dim() > 1 else true.abs() + 100.0
+        smallest = 2**-25 if relative == 2**-11 else 0.0  # half of float16's smallest number
+        assert ((result - true).abs() <= relative * true.abs() + digits * size + smallest).all()
+
+
+def test_special_values_on_every_instruction_set(isa: str) -> None:
+    inf, nan = float("inf"), float("nan")
+    values = [0.0, -0.0, inf, -inf, nan, 88.7, 88.8, -87.4, -103.9, -104.1, 3.4e38, -3.4e38, 1e-45]
+    graph = Absorbing(1)  # with the other token's loss Σ s = exp(l) at x_0 = MASK: the kernel's exp, seen alone
+    log_score = torch.tensor(values)[:, None].expand(-1, 2).contiguous()
+    mask = torch.ones(len(values), dtype=torch.int64)
+    loss = score_entropy_loss(log_score, mask, mask, 1.0, graph)
+    torch.testing.assert_close(loss, torch.tensor(values).exp(), equal_nan=True, rtol=3e-7, atol=1.5e-45)
+
+
+def test_sampler_agrees_on_every_instruction_set(isa: str) -> None:
+    """Sums in another order move a boundary between tokens by one part in 10⁷: rarely does a token change."""
+    graph = Absorbing(N - 1)
+    log_score = torch.randn(2000, N, generator=torch.Generator().manual_seed(5))
+    x_t = torch.full((2000,), graph.mask_id)
+    tokens = tweedie_sample(log_score, x_t, 0.5, graph, generator=torch.Generator().manual_seed(1))
+    _C.select_isa("baseline")
+    other = tweedie_sample(log_score, x_t, 0.5, graph, generator=torch.Generator().manual_seed(1))
+    assert (tokens != other).sum() <= 2
+    assert tweedie_probs(log_score, x_t, 0.5, graph).shape == log_score.shape
+
+
+def test_unknown_instruction_set() -> None:
+    with pytest.raises(ValueError, match="isa: 'mmx'"):
+        _C.select_isa("mmx")
+
+
+def test_describe() -> None:
+    text = subprocess.run([sys.executable, "-m", "sedd_ext"], capture_output=True, text=True, check=True).stdout
+    assert _C.__version__ in text
+    assert f"{_C.isa()} (in use)" in text
+    assert "CUDA kernels" in text
+    assert "threads" in text

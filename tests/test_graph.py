@@ -1,0 +1,100 @@
+"""The processes: their stationary distributions, constants, limits, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from explicit import chi_square, generator_matrix
+
+from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
+
+
+@pytest.mark.parametrize("n", [2, 7, 50258])
+def test_stationary_is_a_probability_vector(process: Callable[[int], RankOne], n: int) -> None:
+    graph = process(n)
+    pi = graph.stationary
+    assert graph.dim == n
+    assert pi.shape == (n,)
+    assert pi.dtype == torch.float64
+    assert (pi >= 0).all()
+    assert float(pi.sum()) == pytest.approx(1, abs=1e-12)
+    torch.testing.assert_close(graph.cumulative, pi.cumsum(0))
+    assert graph.neg_entropy == pytest.approx(float(torch.xlogy(pi, pi).sum()), rel=1e-12)
+
+
+def test_generator_keeps_the_stationary_distribution(process: Callable[[int], RankOne]) -> None:
+    graph = process(7)
+    q = generator_matrix(graph)
+    torch.testing.assert_close(q.sum(0), torch.zeros(7, dtype=torch.float64), rtol=0, atol=1e-15)
+    torch.testing.assert_close(q @ graph.stationary, torch.zeros(7, dtype=torch.float64), rtol=0, atol=1e-15)
+
+
+def test_the_three_named_processes() -> None:
+    absorbing, uniform, hybrid = Absorbing(4), Uniform(4), Hybrid(4, 0.2)
+    assert (absorbing.dim, absorbing.mask_id, absorbing.process) == (5, 4, "absorbing")
+    assert (uniform.dim, uniform.mask_id, uniform.process) == (4, None, "uniform")
+    assert (hybrid.dim, hybrid.mask_id, hybrid.process) == (5, 4, "rank_one")
+    assert absorbing.stationary.tolist() == [0, 0, 0, 0, 1]
+    assert uniform.stationary.tolist() == [0.25] * 4
+    torch.testing.assert_close(hybrid.stationary, torch.tensor([0.05, 0.05, 0.05, 0.05, 0.8], dtype=torch.float64))
+
+
+def test_hybrid_ends_are_absorbing_and_uniform() -> None:
+    assert Hybrid(4, 0.0).stationary.tolist() == Absorbing(4).stationary.tolist()
+    assert Hybrid(4, 1.0).stationary.tolist() == [0.25] * 4 + [0.0]
+
+
+def test_a_float32_vector_is_normalised_and_not_aliased() -> None:
+    given = torch.rand(50258).softmax(0)
+    graph = RankOne(given)
+    before = graph.stationary.clone()
+    given.zero_()
+    assert float(graph.stationary.sum()) == pytest.approx(1, abs=1e-12)
+    torch.testing.assert_close(graph.stationary, before, rtol=0, atol=0)
+
+
+def test_sample_limit_draws_from_the_stationary_distribution(process: Callable[[int], RankOne]) -> None:
+    graph = process(13)
+    tokens = graph.sample_limit((400, 500), generator=torch.Generator().manual_seed(0))
+    assert tokens.shape == (400, 500)
+    assert tokens.dtype == torch.int64
+    if graph.process == "absorbing":
+        assert (tokens == graph.mask_id).all()
+    else:
+        assert chi_square(tokens.flatten().bincount(minlength=13), graph.stationary) > 1e-3
+
+
+def test_sample_limit_obeys_the_generator(process: Callable[[int], RankOne]) -> None:
+    graph = process(1000)
+    first, second = (graph.sample_limit((50,), generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Absorbing(0), ValueError, r"num_tokens: .* 0"),
+        (lambda: Uniform(-3), ValueError, r"num_tokens: .* -3"),
+        (lambda: Uniform(2.0), TypeError, r"num_tokens: .* float"),
+        (lambda: Absorbing(True), TypeError, r"num_tokens: .* bool"),
+        (lambda: Hybrid(4, 1.5), ValueError, r"uniform_fraction: .* 1\.5"),
+        (lambda: Hybrid(4, NAN), ValueError, r"uniform_fraction: .* nan"),
+        (lambda: RankOne([0.5, 0.5]), TypeError, r"stationary: .* list"),
+        (lambda: RankOne(torch.tensor([1, 0])), TypeError, r"stationary: .* torch\.int64"),
+        (lambda: RankOne(torch.ones(2, 2) / 4), ValueError, r"stationary: .* \[2, 2\]"),
+        (lambda: RankOne(torch.ones(0)), ValueError, r"stationary: .* \[0\]"),
+        (lambda: RankOne(torch.tensor([0.5, 0.4])), ValueError, r"stationary: .* sum 0\.9"),
+        (lambda: RankOne(torch.tensor([1.5, -0.5])), ValueError, r"stationary: .* minimum -0\.5"),
+        (lambda: RankOne(torch.tensor([NAN, 1.0])), ValueError, r"stationary: .* nan"),
+        (lambda: RankOne(torch.tensor([INF, 0.0])), ValueError, r"stationary: .* inf"),
+        (lambda: RankOne(torch.ones(2) / 2, mask_id=2), ValueError, r"mask_id: .* \[0, 2\), got 2"),
+    ],
+)
+def test_bad_input(make: Callable[[], RankOne], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()

@@ -1,0 +1,410 @@
+"""Reverse steps: Tweedie and Euler, their probabilities and their samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from explicit import (
+    PROCESSES,
+    chi_square,
+    generator_matrix,
+    largest_error,
+    random_log_score,
+    random_rows,
+    selected_isa,
+    transition_matrix,
+    true_log_score,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sedd_ext import (
+    _C,
+    Absorbing,
+    Hybrid,
+    RankOne,
+    Uniform,
+    euler_probs,
+    euler_sample,
+    reference,
+    tweedie_probs,
+    tweedie_sample,
+)
+
+Process = Callable[[int], RankOne]
+
+
+class Step(NamedTuple):
+    probs: Callable[..., Tensor]
+    sample: Callable[..., Tensor]
+    reference_probs: Callable[..., Tensor]
+
+
+TWEEDIE = Step(tweedie_probs, tweedie_sample, reference.tweedie_probs)
+EULER = Step(euler_probs, euler_sample, reference.euler_probs)
+both_steps = pytest.mark.parametrize("step", [TWEEDIE, EULER], ids=["tweedie", "euler"])
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+BOUND = {torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6, torch.float64: 1e-13}
+
+
+def term_scale(log_score: Tensor, x: Tensor, size: Tensor, graph: RankOne, step: Step) -> Tensor:
+    """How large the terms are whose differences become the weights, in units of the total weight. [rows, N]"""
+    here = torch.arange(graph.dim) == x[:, None]
+    pi = graph.stationary
+    live = (pi[x] > 0)[:, None]
+    score = torch.where(here, 1.0, log_score.double().exp() * live)
+    size = size.double()[:, None]
+    if step is EULER:
+        leave = (size * pi[x][:, None] * score).masked_fill(here, 0.0)
+        stay, terms = 1 - leave.sum(-1, keepdim=True), leave
+        weights = torch.where(here, stay.clamp(min=0), leave)
+        terms = torch.where(here, 1 + leave.sum(-1, keepdim=True), leave)
+    else:
+        gain, loss = size.exp() * score, torch.expm1(size) * pi * score.sum(-1, keepdim=True)
+        row = here * torch.exp(-size) - torch.expm1(-size) * pi[x][:, None]
+        weights, terms = (gain - loss).clamp(min=0) * row, (gain + loss) * row
+    return terms / weights.sum(-1, keepdim=True)
+
+
+def check_accuracy(step: Step, log_score: Tensor, x: Tensor, size: Tensor, graph: RankOne, **options: object) -> None:
+    exact = step.reference_probs(log_score.double(), x, size, graph, **options)
+    plain = step.reference_probs(log_score, x, size, graph, **options)
+    shift = options.get("log_score_shift")
+    shifted = log_score.double() - shift[:, None] if isinstance(shift, Tensor) else log_score
+    scale = term_scale(shifted, x, size, graph, step)
+    allowed = largest_error(plain, exact, scale) + BOUND[log_score.dtype]
+    for isa in _C.available_isas():
+        with selected_isa(isa):
+            result = step.probs(log_score, x, size, graph, **options)
+        assert result.dtype == (torch.float64 if log_score.dtype == torch.float64 else torch.float32)
+        assert largest_error(result, exact, scale) <= allowed, isa
+        torch.testing.assert_close(
+            result.sum(-1), torch.ones(len(x), dtype=result.dtype), rtol=0, atol=BOUND[log_score.dtype]
+        )
+
+
+def step_sizes(count: int) -> Tensor:
+    return torch.logspace(-4, 0.5, count, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------------------------------------------- probabilities
+
+
+@both_steps
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [2, 3, 17, 27, 1025, 4099, 50258])
+def test_probs(process: Process, step: Step, n: int, dtype: torch.dtype) -> None:
+    graph, count = process(n), 3 if n > 10_000 else 24
+    x = random_rows(graph, count).x_t
+    check_accuracy(step, random_log_score((count, n), dtype), x, step_sizes(count), graph)
+
+
+@both_steps
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_probs_with_shift(process: Process, step: Step, dtype: torch.dtype) -> None:
+    graph = process(1025)
+    x, shift = random_rows(graph, 24).x_t, random_log_score((24,), torch.float64, seed=2, spread=4.0)
+    check_accuracy(step, random_log_score((24, 1025), dtype), x, step_sizes(24), graph, log_score_shift=shift)
+
+
+@both_steps
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_peaky_log_scores(process: Process, step: Step, dtype: torch.dtype) -> None:
+    graph = process(1025)
+    log_score = 80 * (2 * torch.rand(24, 1025, generator=torch.Generator().manual_seed(4)) - 1)
+    check_accuracy(step, log_score.to(dtype), random_rows(graph, 24).x_t, step_sizes(24), graph)
+
+
+@given(
+    st.sampled_from(sorted(PROCESSES)),
+    st.integers(2, 30),
+    st.floats(0.1, 5.0),
+    st.floats(0.01, 0.9),
+    st.integers(0, 2**31),
+)
+def test_tweedie_with_the_true_score_is_the_posterior(name: str, n: int, sigma: float, part: float, seed: int) -> None:
+    """p(x_s | x_t) by Bayes from matrix exponentials, for any data distribution."""
+    graph, dsigma = PROCESSES[name](n), sigma * part
+    p_0 = torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.01
+    p_0 /= p_0.sum()
+    p_s, p_t = transition_matrix(graph, sigma - dsigma) @ p_0, transition_matrix(graph, sigma) @ p_0
+    posterior = transition_matrix(graph, dsigma) * p_s / p_t[:, None]
+    probs = tweedie_probs(true_log_score(graph, p_0, torch.arange(n), sigma), torch.arange(n), dsigma, graph)
+    torch.testing.assert_close(probs, posterior, rtol=1e-9, atol=1e-12)
+
+
+@given(st.sampled_from(sorted(PROCESSES)), st.integers(2, 30), st.floats(1e-6, 1e-4), st.integers(0, 2**31))
+def test_small_steps_agree(name: str, n: int, size: float, seed: int) -> None:
+    """Both steps are I + size · (reverse rate) to first order."""
+    graph, x = PROCESSES[name](n), torch.arange(n)
+    log_score = random_log_score((n, n), torch.float64, seed, spread=0.5)
+    rate = log_score.exp() * generator_matrix(graph)
+    rate[x, x] = 0.0
+    rate[x, x] = -rate.sum(-1)
+    first_order = torch.eye(n, dtype=torch.float64) + size * rate
+    for probs in (euler_probs, tweedie_probs):
+        error = (probs(log_score, x, size, graph) - first_order).abs().max()
+        assert error <= 10 * (size * rate.abs().max()) ** 2
+
+
+@both_steps
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_what_stands_at_x_does_not_matter(isa: str, process: Process, step: Step, value: float) -> None:
+    graph = process(37)
+    x = random_rows(graph, 48).x_t
+    clean = random_log_score((48, 37), torch.float32).scatter(-1, x[:, None], 0.0)
+    dirty = clean.scatter(-1, x[:, None], value)
+    assert torch.equal(step.probs(dirty, x, 0.1, graph), step.probs(clean, x, 0.1, graph))
+    drawn = [step.sample(v, x, 0.1, graph, generator=torch.Generator().manual_seed(0)) for v in (clean, dirty)]
+    assert torch.equal(*drawn)
+
+
+@both_steps
+@pytest.mark.parametrize("denoise", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_cannot_move_stay(isa: str, step: Step, dtype: torch.dtype, denoise: bool) -> None:
+    """Unmasked positions of absorbing diffusion, whatever their log-scores are."""
+    graph, x = Absorbing(37), torch.arange(37)
+    for filling in (1.0, float("nan"), float("inf"), -float("inf")):
+        log_score = torch.full((37, 38), filling, dtype=dtype)
+        probs = step.probs(log_score, x, 0.5, graph, denoise=denoise)
+        assert torch.equal(probs, torch.eye(37, 38, dtype=probs.dtype))
+        assert torch.equal(step.sample(log_score, x, 0.5, graph, denoise=denoise), x)
+
+
+@both_steps
+@pytest.mark.parametrize("graph", [Absorbing(26), Hybrid(26, 0.3)], ids=["absorbing", "hybrid"])
+def test_denoising_never_returns_the_mask(isa: str, step: Step, graph: RankOne) -> None:
+    x = random_rows(graph, 200).x_t
+    log_score = random_log_score((200, 27), torch.float32)
+    probs = step.probs(log_score, x, 1e-3, graph, denoise=True)
+    assert (probs[:, graph.mask_id] == 0).all()
+    exact = step.reference_probs(log_score.double(), x, 1e-3, graph, denoise=True)
+    torch.testing.assert_close(probs.double(), exact, rtol=1e-4, atol=1e-7)
+    drawn = step.sample(log_score.repeat(500, 1), x.repeat(500), 1e-3, graph, denoise=True)
+    assert (drawn != graph.mask_id).all()
+
+
+@both_steps
+def test_denoising_changes_nothing_where_there_is_no_mask(step: Step) -> None:
+    graph, x = Uniform(27), torch.arange(27)
+    log_score = random_log_score((27, 27), torch.float32)
+    last, usual = (step.probs(log_score, x, 0.1, graph, denoise=d) for d in (True, False))
+    assert torch.equal(last, usual)
+
+
+@both_steps
+def test_forbidden_tokens(isa: str, process: Process, step: Step) -> None:
+    """A log-score of -∞ takes a token out (constrained decoding)."""
+    graph = process(38)
+    x = torch.full((20_000,), 37)
+    log_score = random_log_score((38,), torch.float32)
+    log_score[1:30] = -math.inf
+    assert (step.probs(log_score, x[0], 0.3, graph)[1:30] == 0).all()
+    drawn = step.sample(log_score.repeat(20_000, 1), x, 0.3, graph, generator=torch.Generator().manual_seed(0))
+    assert not ((drawn >= 1) & (drawn < 30)).any()
+
+
+@both_steps
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
+def test_rows_without_a_distribution_are_refused(isa: str, process: Process, step: Step, value: float) -> None:
+    graph, x = process(38), torch.full((3,), 37)
+    log_score = random_log_score((3, 38), torch.float32)
+    log_score[1, 5] = value
+    for operator in (step.probs, step.sample):
+        with pytest.raises(ValueError, match=r"log_score: .*index \[1\]"):
+            operator(log_score, x, 0.3, graph)
+
+
+@both_steps
+def test_denoising_with_nothing_left_is_refused(step: Step) -> None:
+    graph, x = Absorbing(6), torch.full((2,), 6)
+    for operator in (step.probs, step.sample):
+        with pytest.raises(ValueError, match="log_score"):
+            operator(torch.full((2, 7), -math.inf), x, 0.3, graph, denoise=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- shapes
+
+
+@both_steps
+def test_batches_and_broadcasting(process: Process, step: Step) -> None:
+    graph = process(11)
+    log_score, x = random_log_score((4, 6, 11), torch.float32), random_rows(graph, 24).x_t.view(4, 6)
+    size = torch.tensor([[1e-3], [0.1], [0.5], [2.0]])
+    probs = step.probs(log_score, x, size, graph)
+    assert probs.shape == (4, 6, 11)
+    assert torch.equal(probs[2, 3], step.probs(log_score[2, 3], x[2, 3], size[2, 0], graph))
+    shifted = step.probs(log_score, x, size, graph, log_score_shift=torch.full((6,), 0.5))
+    assert torch.equal(shifted, step.probs(log_score, x, size, graph, log_score_shift=0.5))
+    tokens = step.sample(log_score, x, size, graph)
+    assert tokens.shape == (4, 6)
+    assert tokens.dtype == torch.int64
+    assert step.sample(log_score[0, 0], x[0, 0], 0.1, graph).shape == ()
+    assert step.sample(log_score[:, :0], x[:, :0], 0.1, graph).shape == (4, 0)
+    assert step.probs(log_score[:, :0], x[:, :0], 0.1, graph).shape == (4, 0, 11)
+
+
+@both_steps
+def test_strided_inputs(process: Process, step: Step) -> None:
+    graph = process(27)
+    log_score, x = random_log_score((27, 24), torch.float32).T, random_rows(graph, 48).x_t[::2]
+    assert torch.equal(
+        step.probs(log_score, x, 0.1, graph), step.probs(log_score.contiguous(), x.contiguous(), 0.1, graph)
+    )
+    one, two = (
+        step.sample(v, x, 0.1, graph, generator=torch.Generator().manual_seed(0))
+        for v in (log_score, log_score.contiguous())
+    )
+    assert torch.equal(one, two)
+
+
+# ---------------------------------------------------------------------------------------------------------- samples
+
+
+@both_steps
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_samples_follow_the_probabilities(isa: str, process: Process, step: Step, dtype: torch.dtype) -> None:
+    graph, draws = process(27), 20_000
+    log_score = random_log_score((27,), dtype)
+    generator = torch.Generator().manual_seed(0)
+    for x in (4, 26):  # of absorbing diffusion only the second can move
+        drawn = step.sample(log_score.repeat(draws, 1), torch.full((draws,), x), 0.2, graph, generator=generator)
+        probs = step.reference_probs(log_score.double(), torch.tensor(x), 0.2, graph)
+        counts = drawn.bincount(minlength=27)
+        if (probs == 1).any():
+            assert int(counts[probs == 1]) == draws
+        else:
+            assert chi_square(counts, probs) > 1e-3
+
+
+@both_steps
+def test_samples_of_a_large_vocabulary(process: Process, step: Step) -> None:
+    """50,258 tokens whose frequencies fall like 1/rank: 2,000 draws, pooled by how rare the tokens are."""
+    graph, draws = process(50258), 2000
+    ranks = torch.randperm(50257, generator=torch.Generator().manual_seed(0)) + 1.0
+    log_score = torch.cat([-ranks.log() - math.log(math.log(50257)), torch.zeros(1)])
+    if graph.process != "absorbing":
+        log_score -= graph.stationary[-1].log().float()
+    rows, x = log_score.repeat(100, 1), torch.full((100,), 50257)
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.cat([step.sample(rows, x, 0.5, graph, generator=generator) for _ in range(draws // 100)])
+    probs = step.reference_probs(log_score.double(), x[0], 0.5, graph)
+    assert chi_square(drawn.bincount(minlength=50258), probs) > 1e-3
+
+
+RARE = slice(48, 4096)
+
+
+def rare_case(step: Step) -> tuple[RankOne, Tensor, float, Tensor]:
+    """A small step from a MASK that mostly stays, to 48 tokens of 1e-4 or 4,048 of 1.5e-8.
+
+    Returns the process, the log-scores of the row, the step's size and its law.
+    """
+    graph, size = Absorbing(4096), 0.002
+    wanted = torch.cat([torch.full((48,), 1e-4), torch.full((4048,), 1.5e-8), torch.ones(1)]).double()
+    log_score = (wanted / (math.expm1(size) if step is TWEEDIE else size)).log().float()
+    return graph, log_score, size, step.reference_probs(log_score.double(), torch.tensor(4096), size, graph)
+
+
+def rare_or_not(values: Tensor) -> Tensor:
+    rare = values[RARE].sum()
+    return torch.stack([rare, values.sum() - rare])
+
+
+def count(draw: Callable[[], Tensor], calls: int) -> Tensor:
+    return torch.cat([draw() for _ in range(calls)]).bincount(minlength=4097)
+
+
+@both_steps
+def test_rare_tokens_get_their_share(step: Step, threads: Callable[[int], None]) -> None:
+    threads(1)  # many small calls
+    graph, log_score, size, probs = rare_case(step)
+    rows, x, generator = log_score.repeat(250, 1), torch.full((250,), 4096), torch.Generator().manual_seed(0)
+    counts = count(lambda: step.sample(rows, x, size, graph, generator=generator), 2400)
+    assert chi_square(counts, probs) > 0.01
+    assert chi_square(rare_or_not(counts), rare_or_not(probs)) > 0.01
+
+
+def test_one_stage_gumbel_fails_the_same_test(threads: Callable[[int], None]) -> None:
+    """That it can fail: the draw of the released code, in float32, gives the rare tokens a tenth of their share."""
+    threads(1)
+    _, _, _, probs = rare_case(TWEEDIE)
+    rows, generator = probs.float().repeat(25, 1), torch.Generator().manual_seed(0)
+    counts = count(lambda: reference._one_stage_gumbel(rows, generator), 8000)
+    assert chi_square(rare_or_not(counts), rare_or_not(probs)) < 0.01
+
+
+@both_steps
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_generator_same_tokens(
+    process: Process, step: Step, threads: Callable[[int], None], dtype: torch.dtype
+) -> None:
+    graph = process(1025)
+    x, log_score = random_rows(graph, 97).x_t, random_log_score((97, 1025), dtype)
+    results = []
+    for count in (1, 2):
+        threads(count)
+        generator = torch.Generator().manual_seed(11)
+        tokens = [step.sample(log_score, x, 0.5, graph, generator=generator) for _ in range(2)]
+        results.append((*tokens, step.probs(log_score, x, 0.5, graph)))
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+    assert not torch.equal(results[0][0], results[0][1])
+
+
+@both_steps
+def test_inputs_are_left_alone(process: Process, step: Step) -> None:
+    graph = process(27)
+    x, log_score = random_rows(graph, 24).x_t, random_log_score((24, 27), torch.float32)
+    before = x.clone(), log_score.clone()
+    step.probs(log_score, x, 0.5, graph, denoise=True)
+    step.sample(log_score, x, 0.5, graph, denoise=True)
+    assert torch.equal(x, before[0])
+    assert torch.equal(log_score, before[1])
+
+
+# --------------------------------------------------------------------------------------------------------- operator
+
+
+@pytest.mark.parametrize("kind", ["tweedie", "euler"])
+def test_opcheck(process: Process, kind: str) -> None:
+    graph = process(27)
+    rows = random_rows(graph, 24)
+    arguments = (
+        random_log_score((24, 27), torch.float32),
+        rows.x_t,
+        rows.sigma,
+        random_log_score((24,), torch.float64),
+        graph.stationary.float() if graph.process == "rank_one" else None,
+        graph.process,
+        kind,
+        -1,
+    )
+    torch.library.opcheck(torch.ops.sedd_ext.reverse_probs, arguments)
+    torch.library.opcheck(torch.ops.sedd_ext.reverse_sample, (*arguments, torch.tensor([3])))
+
+
+@both_steps
+@pytest.mark.parametrize("name", ["absorbing", "hybrid"])
+def test_compile(step: Step, name: str) -> None:
+    graph = PROCESSES[name](27)
+    rows = random_rows(graph, 24)
+    log_score, shift = random_log_score((24, 27), torch.float32), torch.full((24,), 0.5)
+    for operator in (step.probs, step.sample):
+
+        def call(log_score: Tensor, x: Tensor, size: Tensor, operator: Callable[..., Tensor] = operator) -> Tensor:
+            return operator(2 * log_score, x, size, graph, log_score_shift=shift) + 1
+
+        results = []
+        with torch.random.fork_rng():
+            for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+                torch.manual_seed(5)
+                results.append(function(log_score, rows.x_t, rows.sigma))
+        assert torch.equal(*results)

@@ -1,0 +1,328 @@
+"""The score-entropy loss: value and gradient against float64, the shapes it takes, its manners as an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from explicit import (
+    PROCESSES,
+    Rows,
+    largest_error,
+    random_log_score,
+    random_rows,
+    selected_isa,
+    term_scales,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sedd_ext import _C, Absorbing, RankOne, Uniform, reference, score_entropy_loss
+
+Process = Callable[[int], RankOne]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# What a kernel's error may exceed that of plain PyTorch in the same dtype by, in units of the terms that are summed.
+BOUND = {torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6, torch.float64: 1e-13}
+
+
+def value_and_gradient(
+    function: Callable[..., Tensor], log_score: Tensor, rows: Rows, graph: RankOne, shift: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    leaf = log_score.detach().clone().requires_grad_()
+    loss = function(leaf, *rows, graph, log_score_shift=shift)
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.detach(), gradient
+
+
+def check_accuracy(log_score: Tensor, rows: Rows, graph: RankOne, shift: Tensor | None = None) -> None:
+    """The error against float64 is no larger than plain PyTorch's in the same dtype, plus a small bound."""
+    exact = value_and_gradient(reference.score_entropy_loss, log_score.double(), rows, graph, shift)
+    plain = value_and_gradient(reference.score_entropy_loss, log_score, rows, graph, shift)
+    shifted = log_score.double() if shift is None else log_score.double() - shift.double()[..., None]
+    scales = term_scales(shifted, rows, graph)
+    allowed = [largest_error(*v) + BOUND[log_score.dtype] for v in zip(plain, exact, scales, strict=True)]
+    for isa in _C.available_isas():
+        with selected_isa(isa):
+            result = value_and_gradient(score_entropy_loss, log_score, rows, graph, shift)
+        assert result[0].dtype == (torch.float64 if log_score.dtype == torch.float64 else torch.float32)
+        assert result[1].dtype == log_score.dtype
+        errors = [largest_error(*v) for v in zip(result, exact, scales, strict=True)]
+        assert errors[0] <= allowed[0], f"loss, {isa}"
+        assert errors[1] <= allowed[1], f"gradient, {isa}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [2, 3, 17, 27, 1025, 4099, 50258])
+def test_value_and_gradient(process: Process, n: int, dtype: torch.dtype) -> None:
+    graph, count = process(n), 3 if n > 10_000 else 24
+    check_accuracy(random_log_score((count, n), dtype), random_rows(graph, count), graph)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log_score_shift(process: Process, dtype: torch.dtype) -> None:
+    graph = process(1025)
+    shift = random_log_score((24,), torch.float64, seed=2, spread=4.0)
+    check_accuracy(random_log_score((24, 1025), dtype), random_rows(graph, 24), graph, shift)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_peaky_log_scores(process: Process, dtype: torch.dtype) -> None:
+    """Terms from e^-80 to e^80 (to e^10 in float16, whose gradients end at 65,504)."""
+    graph, spread = process(1025), 10.0 if dtype == torch.float16 else 80.0
+    log_score = spread * (2 * torch.rand(24, 1025, generator=torch.Generator().manual_seed(4)) - 1)
+    check_accuracy(log_score.to(dtype), random_rows(graph, 24), graph)
+
+
+def test_one_token_has_nothing_to_learn() -> None:
+    graph, zeros = Uniform(1), torch.zeros(3, dtype=torch.int64)
+    loss, gradient = value_and_gradient(
+        score_entropy_loss, torch.ones(3, 1), Rows(zeros, zeros, torch.ones(3).double()), graph
+    )
+    torch.testing.assert_close(loss, torch.zeros(3))
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("n", [5, 150])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_goes_through(isa: str, process: Process, dtype: torch.dtype, value: float, n: int) -> None:
+    """Row i has the value at entry i, so that every place of a vector loop has it once."""
+    graph = process(n)
+    log_score = random_log_score((n, n), dtype)
+    log_score.fill_diagonal_(value)
+    rows = random_rows(graph, n)
+    exact = value_and_gradient(reference.score_entropy_loss, log_score.double(), rows, graph)
+    result = value_and_gradient(score_entropy_loss, log_score, rows, graph)
+    # float16 and bfloat16 round what is finite; what is not must be the same
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
+    for got, true in zip(result, exact, strict=True):
+        torch.testing.assert_close(got.double(), true, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_what_stands_at_x_does_not_matter(isa: str, process: Process, value: float) -> None:
+    graph = process(37)
+    rows = random_rows(graph, 48)
+    clean = random_log_score((48, 37), torch.float32).scatter(-1, rows.x_t[:, None], 0.0)
+    dirty = clean.scatter(-1, rows.x_t[:, None], value)
+    for a, b in zip(*(value_and_gradient(score_entropy_loss, v, rows, graph) for v in (clean, dirty)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["absorbing", "vector_with_zeros"])
+def test_rows_that_cannot_move_are_exactly_zero(isa: str, name: str, dtype: torch.dtype) -> None:
+    graph = PROCESSES[name](38)
+    still = (graph.stationary == 0).nonzero()[:, 0]
+    x_0 = torch.where(torch.arange(len(still)) % 2 == 0, still, 0)  # also one that the process could not have made
+    rows = Rows(still, x_0, torch.full((len(still),), 0.5, dtype=torch.float64))
+    for filling in (1.0, float("nan"), float("inf")):
+        log_score = torch.full((len(still), 38), filling, dtype=dtype)
+        for result in value_and_gradient(score_entropy_loss, log_score, rows, graph):
+            assert (result == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------------- properties
+
+dims = st.integers(2, 40)
+names = st.sampled_from(sorted(PROCESSES))
+sigmas = st.floats(1e-4, 10.0)
+seeds = st.integers(0, 2**31)
+
+
+@given(names, dims, sigmas, seeds, st.floats(0.1, 8.0))
+def test_never_negative(name: str, n: int, sigma: float, seed: int, spread: float) -> None:
+    graph = PROCESSES[name](n)
+    rows = random_rows(graph, 9, seed)._replace(sigma=torch.full((9,), sigma, dtype=torch.float64))
+    log_score = random_log_score((9, n), torch.float64, seed, spread)
+    loss = score_entropy_loss(log_score, *rows, graph)
+    assert (loss >= -1e-13 * term_scales(log_score, rows, graph).loss).all()
+
+
+@given(names, dims, sigmas, seeds)
+def test_zero_value_and_gradient_at_the_true_ratio(name: str, n: int, sigma: float, seed: int) -> None:
+    graph = PROCESSES[name](n)
+    x_0 = torch.randint(n, (), generator=torch.Generator().manual_seed(seed))
+    column = reference.transition_column(x_0, torch.tensor(sigma, dtype=torch.float64), graph)
+    reachable = column.nonzero()[:, 0]
+    log_score = column.log() - column[reachable].log()[:, None]
+    rows = Rows(reachable, x_0.expand_as(reachable), torch.full(reachable.shape, sigma, dtype=torch.float64))
+    scales = term_scales(log_score, rows, graph)
+    loss, gradient = value_and_gradient(score_entropy_loss, log_score, rows, graph)
+    assert (loss.abs() <= 1e-12 * scales.loss).all()
+    assert (gradient.abs() <= 1e-12 * scales.gradient).all()
+
+
+# ----------------------------------------------------------------------------------------------------------- shapes
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor, Tensor, Tensor, RankOne]:
+    """log_score [4, 6, 11], x_t and x_0 [4, 6], sigma [4, 1], process."""
+    graph = Uniform(11)
+    rows = random_rows(graph, 24)
+    sigma = rows.sigma[:4, None]
+    return random_log_score((4, 6, 11), torch.float32), rows.x_t.view(4, 6), rows.x_0.view(4, 6), sigma, graph
+
+
+def test_batches_and_broadcasting(batch: tuple[Tensor, Tensor, Tensor, Tensor, RankOne]) -> None:
+    log_score, x_t, x_0, sigma, graph = batch
+    loss = score_entropy_loss(log_score, x_t, x_0, sigma, graph)
+    assert loss.shape == (4, 6)
+    for i in range(4):
+        for j in range(6):
+            one = score_entropy_loss(log_score[i, j], x_t[i, j], x_0[i, j], sigma[i, 0], graph)
+            assert one.shape == ()
+            assert torch.equal(one, loss[i, j])
+    full = score_entropy_loss(log_score, x_t, x_0, sigma.expand(4, 6), graph)
+    assert torch.equal(full, loss)
+    number = score_entropy_loss(log_score, x_t, x_0, 0.37, graph)
+    tensor = score_entropy_loss(log_score, x_t, x_0, torch.tensor(0.37, dtype=torch.float64), graph)
+    assert torch.equal(number, tensor)
+    shifted = score_entropy_loss(log_score, x_t, x_0, sigma, graph, log_score_shift=torch.full((6,), 0.5))
+    assert torch.equal(shifted, score_entropy_loss(log_score, x_t, x_0, sigma, graph, log_score_shift=0.5))
+
+
+def test_reductions(batch: tuple[Tensor, Tensor, Tensor, Tensor, RankOne]) -> None:
+    loss = score_entropy_loss(*batch)
+    torch.testing.assert_close(score_entropy_loss(*batch, reduction="sum"), loss.sum())
+    torch.testing.assert_close(score_entropy_loss(*batch, reduction="mean"), loss.mean())
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 5)])
+def test_empty_batches(shape: tuple[int, ...]) -> None:
+    graph, tokens = Absorbing(10), torch.zeros(shape, dtype=torch.int64)
+    log_score = torch.zeros(*shape, 11, requires_grad=True)
+    loss = score_entropy_loss(log_score, tokens, tokens, 0.5, graph)
+    assert loss.shape == shape
+    loss.sum().backward()
+    assert log_score.grad is not None
+    assert log_score.grad.shape == (*shape, 11)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_inputs(process: Process, dtype: torch.dtype) -> None:
+    """Transposed log-scores, every second token, expanded σ: the same as their contiguous copies."""
+    graph = process(27)
+    rows = random_rows(graph, 24)
+    log_score = random_log_score((27, 24), dtype).T
+    x_t, x_0 = (torch.stack([v, v.flip(0)], dim=-1)[:, 0] for v in (rows.x_t, rows.x_0))
+    assert not log_score.is_contiguous()
+    assert not x_t.is_contiguous()
+    strided = value_and_gradient(score_entropy_loss, log_score, Rows(x_t, x_0, rows.sigma[:1].expand(24)), graph)
+    plain = value_and_gradient(
+        score_entropy_loss, log_score.contiguous(), rows._replace(sigma=rows.sigma[:1].repeat(24)), graph
+    )
+    for a, b in zip(strided, plain, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_expanded_log_score() -> None:
+    """One row for many positions: stride 0 in the input, a summed gradient out."""
+    graph = Uniform(27)
+    rows = random_rows(graph, 24)
+    log_score = random_log_score((27,), torch.float64).requires_grad_()
+    (gradient,) = torch.autograd.grad(score_entropy_loss(log_score.expand(24, 27), *rows, graph).sum(), log_score)
+    every = log_score.detach().repeat(24, 1).requires_grad_()
+    (expected,) = torch.autograd.grad(score_entropy_loss(every, *rows, graph).sum(), every)
+    torch.testing.assert_close(gradient, expected.sum(0))
+
+
+def test_gradients_handed_down(process: Process) -> None:
+    """Stride 0 from .sum(), a vector of weights, and a transposed one give what the chain rule says."""
+    graph = process(27)
+    rows = random_rows(graph, 24)
+    log_score = random_log_score((24, 27), torch.float64).requires_grad_()
+    loss = score_entropy_loss(log_score, *rows, graph)
+    (ones,) = torch.autograd.grad(loss, log_score, torch.ones(24, dtype=torch.float64), retain_graph=True)
+    (summed,) = torch.autograd.grad(loss.sum(), log_score, retain_graph=True)
+    assert torch.equal(summed, ones)
+    weights = random_log_score((24, 2), torch.float64)[:, 0]
+    (weighted,) = torch.autograd.grad(loss, log_score, weights)
+    torch.testing.assert_close(weighted, weights[:, None] * ones)
+
+
+def test_inputs_are_left_alone(process: Process) -> None:
+    graph = process(27)
+    rows = random_rows(graph, 24)
+    log_score = random_log_score((24, 27), torch.float32)
+    before = [v.clone() for v in (log_score, *rows)]
+    value_and_gradient(score_entropy_loss, log_score, rows, graph)
+    for now, then in zip((log_score, *rows), before, strict=True):
+        assert torch.equal(now, then)
+
+
+# --------------------------------------------------------------------------------------------------------- operator
+
+
+def test_gradcheck(process: Process) -> None:
+    graph = process(7)
+    rows = random_rows(graph, 9)._replace(sigma=torch.linspace(0.1, 2.0, 9, dtype=torch.float64))
+    shift = random_log_score((9,), torch.float64, seed=2)
+    log_score = random_log_score((9, 7), torch.float64, spread=1.0).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda v: score_entropy_loss(v, *rows, graph, log_score_shift=shift), (log_score,), atol=1e-6, rtol=1e-5
+    )
+
+
+def test_second_derivatives_are_refused() -> None:
+    """Never a gradient that lacks a term without saying so, as a gradient penalty would get it."""
+    graph = Uniform(7)
+    log_score = random_log_score((9, 7), torch.float64).requires_grad_()
+    loss = score_entropy_loss(log_score, *random_rows(graph, 9), graph)
+    for function in (loss, loss**2):  # what comes down to the operator has no gradient of its own, or has one
+        (gradient,) = torch.autograd.grad(function.sum(), log_score, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"score_entropy_loss: .*once"):
+            (function.sum() + (gradient**2).sum()).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_do_not_change_a_bit(process: Process, threads: Callable[[int], None], dtype: torch.dtype) -> None:
+    graph = process(1025)
+    rows = random_rows(graph, 97)
+    log_score = random_log_score((97, 1025), dtype)
+    results = []
+    for count in (1, 2):
+        threads(count)
+        results.append(value_and_gradient(score_entropy_loss, log_score, rows, graph))
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", ["absorbing", "hybrid"])
+def test_compile(name: str, backend: str) -> None:
+    graph = PROCESSES[name](27)
+    rows = random_rows(graph, 24)
+
+    def loss_of(log_score: Tensor, x_t: Tensor, x_0: Tensor, sigma: Tensor, shift: Tensor) -> Tensor:
+        return score_entropy_loss(2 * log_score, x_t, x_0, sigma, graph, log_score_shift=shift, reduction="mean")
+
+    compiled = torch.compile(loss_of, fullgraph=True, backend=backend)
+    log_score, shift = random_log_score((24, 27), torch.float32), torch.full((24,), 0.5)
+    results = []
+    for function in (loss_of, compiled):
+        leaf = log_score.clone().requires_grad_()
+        loss = function(leaf, *rows, shift)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(process: Process, dtype: torch.dtype) -> None:
+    graph = process(27)
+    rows = random_rows(graph, 24)
+    arguments = (
+        random_log_score((24, 27), dtype),
+        *rows,
+        random_log_score((24,), torch.float64),
+        graph.stationary.float() if graph.process == "rank_one" else None,
+        graph.process,
+        graph.neg_entropy,
+    )
+    torch.library.opcheck(torch.ops.sedd_ext.score_entropy, arguments)
+    torch.library.opcheck(torch.ops.sedd_ext.score_entropy_backward, (torch.rand(24), *arguments))
