@@ -214,7 +214,8 @@ def dense_score_entropy(log_score: Tensor, x_t: Tensor, x_0: Tensor, sigma: Tens
     sigma = sigma.to(scores.dtype)
     a, b = torch.exp(-sigma), -torch.expm1(-sigma)
     moved = x_t != x_0
-    at_x, at_x0 = (scores.gather(-1, x[..., None]).squeeze(-1) for x in (x_t, x_0))
+    # one gather for both: the gradient of every gather is a tensor [*B, N] of its own
+    at_x, at_x0 = scores.gather(-1, torch.stack([x_t, x_0], dim=-1)).unbind(-1)
     positive = scores.exp().sum(-1) - at_x.exp()
     if graph.process == "absorbing":
         ratio = a / b

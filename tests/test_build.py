@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sedd_ext import Absorbing, Hybrid, Uniform, _C, reference, score_entropy_loss, tweedie_probs, tweedie_sample
+from sedd_ext import _C, Absorbing, Hybrid, Uniform, reference, score_entropy_loss, tweedie_probs, tweedie_sample
 
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and ELF files")
 N = 1031

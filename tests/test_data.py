@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from sedd.batches import TokenBlocks
 from sedd.data import DataConfig, batches, load_blocks, valid_batches
 from sedd.sources import stdlib_files

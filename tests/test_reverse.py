@@ -359,6 +359,19 @@ def test_same_generator_same_tokens(
     assert not torch.equal(results[0][0], results[0][1])
 
 
+def test_more_than_two_to_the_31_elements() -> None:
+    """43,000 rows of which one is masked: the others are never read, so that the system never provides their memory."""
+    graph, rows = Absorbing(50257), 43_000
+    log_score = torch.empty(rows, 50258, dtype=torch.bfloat16)
+    log_score[-1] = -math.inf
+    log_score[-1, 1234] = 0.0
+    x = torch.zeros(rows, dtype=torch.int64)
+    x[-1] = graph.mask_id
+    drawn = tweedie_sample(log_score, x, 0.5, graph, denoise=True)
+    assert int(drawn[-1]) == 1234
+    assert not drawn[:-1].any()
+
+
 @both_steps
 def test_inputs_are_left_alone(process: Process, step: Step) -> None:
     graph = process(27)

@@ -245,6 +245,39 @@ def test_gradients_handed_down(process: Process) -> None:
     torch.testing.assert_close(weighted, weights[:, None] * ones)
 
 
+def test_more_than_two_to_the_31_elements() -> None:
+    """43,000 rows of which one is masked: the others are never read, so that the system never provides their memory."""
+    graph, rows = Absorbing(50257), 43_000
+    log_score = torch.empty(rows, 50258, dtype=torch.bfloat16)
+    log_score[-1] = random_log_score((50258,), torch.bfloat16)
+    x_t = torch.zeros(rows, dtype=torch.int64)
+    x_t[-1] = graph.mask_id
+    loss = score_entropy_loss(log_score, x_t, torch.zeros_like(x_t), 0.5, graph)
+    assert torch.equal(loss[-1], score_entropy_loss(log_score[-1], x_t[-1], x_t[0], 0.5, graph))
+    assert not loss[:-1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_round_as_torch_does(isa: str, dtype: torch.dtype) -> None:
+    """Scores of 1 hand the incoming float32 gradient through: any bit pattern, subnormal and overflowing ones too."""
+    graph, rows = Absorbing(40), 20_000
+    patterns = torch.randint(-(2**31), 2**31, (rows,), generator=torch.Generator().manual_seed(0), dtype=torch.int64)
+    handed = patterns.to(torch.int32).view(torch.float32)
+    # random patterns seldom have float16's exponents, and never lie half-way between two numbers
+    handed[::2] = torch.logspace(-9, 5, rows // 2)
+    below = handed[::4].to(dtype)
+    above = (below.view(torch.int16) + 1).view(dtype)
+    handed[1::4] = (below.float() + above.float()) / 2
+    handed[:6] = torch.tensor([65519.0, 65520.0, 2**-25, 1.5 * 2**-24, 0.0, -0.0])
+    log_score = torch.zeros(rows, 41, dtype=dtype, requires_grad=True)
+    x_t = torch.full((rows,), graph.mask_id)
+    (gradient,) = torch.autograd.grad(
+        score_entropy_loss(log_score, x_t, torch.zeros_like(x_t), 0.5, graph), log_score, handed
+    )
+    expected = handed.to(dtype)[:, None].expand(rows, 39)
+    torch.testing.assert_close(gradient[:, 1:40], expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_inputs_are_left_alone(process: Process) -> None:
     graph = process(27)
     rows = random_rows(graph, 24)

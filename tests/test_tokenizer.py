@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sedd.tokenizer import EOT_TEXT, GPT2, MASK_TEXT, TOKENIZERS, count_bytes, get_tokenizer
 
 SAMPLES = ["", "Hello, world!\n", "naïve Σ 日本語 🙂", "a\r\n\tb", f"not the token: {EOT_TEXT}"]

@@ -116,6 +116,15 @@ def test_every_token_of_a_large_vocabulary() -> None:
     assert chi_square(tokens.bincount(minlength=50258), column) > 1e-3
 
 
+def test_the_random_numbers_have_more_bits_than_float32() -> None:
+    """The low byte of a token out of 2^48: 24 random bits would leave it 0."""
+    tokens = sample_transition(
+        torch.zeros(200_000).long(), 60.0, Uniform(2**48), generator=torch.Generator().manual_seed(0)
+    )
+    assert chi_square((tokens & 255).bincount(minlength=256), torch.full((256,), 1 / 256)) > 1e-3
+    assert chi_square((tokens >> 40).bincount(minlength=256), torch.full((256,), 1 / 256)) > 1e-3
+
+
 def test_positions_are_independent() -> None:
     """Neighbouring positions of one call, and the same position of two calls, move independently of each other."""
     graph, generator = Absorbing(1), torch.Generator().manual_seed(0)

@@ -19,15 +19,15 @@ struct Sums {
 // Adds the sums over kCount vectors from y on, vector k to accumulator k.
 template <Process P, int kCount, class T, class Real, class Vec>
 inline void add_vectors(Vec* scores, Vec* dot, const T* log_score, const Real* stationary, int64_t y, Vec shift) {
-    constexpr int width = Lanes<Real>::width;
     Vec l[kCount];
-    SEDD_UNROLL for (int k = 0; k < kCount; ++k) l[k] = load(log_score + y + k * width) - shift;
+    load_vectors<P == Process::rank_one>(log_score + y, l);
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) l[k] -= shift;
     if constexpr (P == Process::uniform) {
         SEDD_UNROLL for (int k = 0; k < kCount; ++k) dot[k] += l[k];
     }
     if constexpr (P == Process::rank_one) {
         SEDD_UNROLL for (int k = 0; k < kCount; ++k) {
-            const Vec pi = load(stationary + y + k * width);
+            const Vec pi = load(stationary + y + k * Lanes<Real>::width);
             dot[k] += where_nonzero(pi, pi * l[k]);
         }
     }
@@ -70,16 +70,17 @@ void add_sums(Sums& sums, const T* log_score, const Real* stationary, int64_t be
 template <Process P, int kCount, class T, class Real, class Vec>
 inline void write_vectors(T* out, const T* log_score, const Real* stationary, int64_t y, Vec shift, Vec factor,
                           Vec offset) {
-    constexpr int width = Lanes<Real>::width;
+    constexpr bool ordered = P == Process::rank_one;
     Vec l[kCount];
-    SEDD_UNROLL for (int k = 0; k < kCount; ++k) l[k] = load(log_score + y + k * width) - shift;
+    load_vectors<ordered>(log_score + y, l);
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) l[k] -= shift;
     exp_lanes(l);
     SEDD_UNROLL for (int k = 0; k < kCount; ++k) {
-        Vec gradient = factor * l[k];
-        if constexpr (P == Process::uniform) gradient -= offset;
-        if constexpr (P == Process::rank_one) gradient -= offset * load(stationary + y + k * width);
-        store(out + y + k * width, gradient);
+        l[k] *= factor;
+        if constexpr (P == Process::uniform) l[k] -= offset;
+        if constexpr (P == Process::rank_one) l[k] -= offset * load(stationary + y + k * Lanes<Real>::width);
     }
+    store_vectors<ordered>(out + y, l);
 }
 
 template <Process P, class T, class Real = Compute<T>>

@@ -94,8 +94,7 @@ inline VecF min_or_second(VecF a, VecF b) {
 inline VecF where_nonzero(VecF pi, VecF a) { return pi != 0.0f ? a : VecF{}; }
 inline double where_nonzero(double pi, double a) { return pi != 0.0 ? a : 0.0; }
 
-// ---- loads and stores: float16 and bfloat16 become float32
-// -----------------------------------------------------------
+// ---- loads and stores: float16 and bfloat16 become float32 ----
 
 inline VecF load(const float* p) {
     VecF v;
@@ -131,11 +130,15 @@ inline double load(const double* p) { return *p; }
 
 inline void store(float* p, VecF v) { memcpy(p, &v, sizeof(v)); }
 
-inline void store(BFloat16* p, VecF v) {
-    // To nearest, ties to even. A NaN stays one unless its lowest 15 bits are all set, which no NaN has that came from
-    // bfloat16 or from arithmetic.
+// bfloat16 in the upper halves: to nearest, ties to even. A NaN stays one unless its lowest 15 bits are all set, which
+// no NaN has that came from bfloat16 or from arithmetic.
+inline VecU round_to_upper(VecF v) {
     const VecU bits = bit_cast<VecU>(v);
-    const VecH h = __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, VecH);
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+inline void store(BFloat16* p, VecF v) {
+    const VecH h = __builtin_convertvector(round_to_upper(v) >> 16, VecH);
     memcpy(p, &h, sizeof(h));
 }
 
@@ -186,6 +189,44 @@ inline void store_partial(T* p, Vec v, int64_t n) {
     }
 }
 
+// kCount vectors from p on. Unless kOrdered, each pair of bfloat16 vectors holds the even elements in the first and the
+// odd ones in the second, which takes one operation a vector where their order takes three; store_vectors undoes it.
+template <bool kOrdered, int kCount, class T, class Vec>
+inline void load_vectors(const T* p, Vec (&v)[kCount]) {
+    for (int k = 0; k < kCount; ++k) v[k] = load(p + k * Lanes<Compute<T>>::width);
+}
+
+template <bool kOrdered, int kCount, class T, class Vec>
+inline void store_vectors(T* p, const Vec (&v)[kCount]) {
+    for (int k = 0; k < kCount; ++k) store(p + k * Lanes<Compute<T>>::width, v[k]);
+}
+
+template <bool kOrdered, int kCount>
+inline void load_vectors(const BFloat16* p, VecF (&v)[kCount]) {
+    if constexpr (kOrdered || kCount % 2 != 0) {
+        load_vectors<kOrdered, kCount, BFloat16, VecF>(p, v);
+    } else {
+        for (int k = 0; k < kCount; k += 2) {
+            VecU pairs;
+            memcpy(&pairs, p + k * kWidth, sizeof(pairs));
+            v[k] = bit_cast<VecF>(pairs << 16);
+            v[k + 1] = bit_cast<VecF>(pairs & 0xffff0000u);
+        }
+    }
+}
+
+template <bool kOrdered, int kCount>
+inline void store_vectors(BFloat16* p, const VecF (&v)[kCount]) {
+    if constexpr (kOrdered || kCount % 2 != 0) {
+        store_vectors<kOrdered, kCount, BFloat16, VecF>(p, v);
+    } else {
+        for (int k = 0; k < kCount; k += 2) {
+            const VecU pairs = (round_to_upper(v[k]) >> 16) | (round_to_upper(v[k + 1]) & 0xffff0000u);
+            memcpy(p + k * kWidth, &pairs, sizeof(pairs));
+        }
+    }
+}
+
 template <class T>
 inline double read_one(const T* p) {
     if constexpr (Lanes<Compute<T>>::width == 1) {
@@ -204,8 +245,7 @@ inline void write_one(T* p, double value) {
     }
 }
 
-// ---- sums and exponentials
-// -------------------------------------------------------------------------------------------
+// ---- sums and exponentials ----
 
 // The lanes' sum in float64, in a fixed order.
 inline double sum_lanes(VecF v) {

@@ -1,0 +1,17 @@
+"""The command ``sedd``, also ``python -m sedd``."""
+
+import sys
+
+
+def main() -> int:
+    """Runs the command line; returns the exit code."""
+    try:
+        from sedd.cli import main as run
+    except ModuleNotFoundError as error:
+        print(f'sedd: error: needs {error.name}: pip install "sedd_ext[train]"', file=sys.stderr)
+        return 2
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,325 @@
+"""What the commands of ``sedd`` do; :mod:`sedd.cli` is their command line.
+
+Each takes a dataclass of options, whose docstrings are the help, and returns the exit code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from rich.console import Console, Group
+from rich.live import Live
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from sedd.checkpoint import LoadedModel, best_checkpoint, finite, list_checkpoints, load_model, read_state, write_json
+from sedd.config import GraphName, TrainConfig, resolve_device
+from sedd.data import TokenBlocks, load_blocks, valid_batches
+from sedd.evaluate import elbo, ngram_bits, plot_bound
+from sedd.model import PRESETS
+from sedd.objective import OBJECTIVES
+from sedd.sample import SAMPLERS
+from sedd.sample import sample as draw
+from sedd.schedule import SCHEDULES
+from sedd.tokenizer import MASK_TEXT, TOKENIZERS, Tokenizer, count_bytes
+from sedd.train import Trainer
+from sedd_ext.__main__ import describe
+
+NGRAM_TOKENS = 20_000_000  # training tokens that the n-gram models count
+GAP = re.compile(r"\{\{(\d+)\}\}")
+# what a model writes must not steer the terminal: control characters become their pictures, ␛ for escape
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {
+    code: 0xFFFD for code in range(0x7F, 0xA0)
+}
+
+
+def _check(options: Any, positive: Sequence[str], outputs: Sequence[str] = ()) -> None:
+    """Refuses what could only fail after the work is done."""
+    for name in positive:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {getattr(options, name)}")
+    for name in outputs:
+        path = getattr(options, name)
+        if path is not None and not Path(path).parent.is_dir():
+            raise FileNotFoundError(f"{name}: cannot write {path}: there is no folder {Path(path).parent}")
+
+
+@dataclass
+class SamplingOptions:
+    """Sampling"""
+
+    num: int = 1
+    """How many texts to write."""
+    steps: int = 128
+    """Reverse steps; more take longer and write better. One denoising step follows them."""
+    sampler: str = "tweedie"
+    """How a reverse step is drawn: tweedie (best for the given scores) or euler."""
+    seed: int = 0
+    """The same seed writes the same texts."""
+    batch_size: int = 8
+    """Texts written at a time."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: the GPU if there is one."""
+    json: str | None = None
+    """Write texts and tokens to this file too."""
+
+    def __post_init__(self) -> None:
+        _check(self, positive=("num", "steps", "batch_size"), outputs=("json",))
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}; got {self.sampler!r}")
+
+
+@dataclass
+class SampleOptions(SamplingOptions):
+    """Sampling"""
+
+    length: int | None = None
+    """Tokens in a text; null: as many as in a training block."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, positive=("length",))
+
+
+@dataclass
+class EvalOptions:
+    """Evaluation"""
+
+    text: str | None = None
+    """Score this file or folder in place of the run's validation text."""
+    blocks: int | None = None
+    """Score only so many blocks of it."""
+    draws: int = 4
+    """Noise levels drawn for each block; more make the estimate for these blocks more exact."""
+    seed: int = 0
+    """Seed of noise levels and noise."""
+    batch_size: int = 32
+    """Blocks scored at a time."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: the GPU if there is one."""
+    json: str | None = None
+    """Write the figures to this file too."""
+    plot: str | None = None
+    """Draw what each noise level adds to the bound, as a picture (needs the extra `eval`)."""
+
+    def __post_init__(self) -> None:
+        _check(self, positive=("blocks", "draws", "batch_size"), outputs=("json", "plot"))
+        if self.text is not None and not Path(self.text).exists():
+            raise FileNotFoundError(f"text: there is no file or folder {self.text}")
+
+
+def train(config: TrainConfig, resume: bool) -> int:
+    """Trains; returns 0, or 128 + the number of the signal that stopped it."""
+    out = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    trainer = Trainer(config, resume=resume, console=out)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    out.print(
+        f"{config.model.preset} model, {parameters / 1e6:.2f} M parameters, {config.graph} noise, "
+        f"{config.tokenizer} tokens in blocks of {trainer.length}, {trainer.device} "
+        f"({str(trainer.autocast_dtype or torch.float32)[6:]}); everything goes to {trainer.run_dir}"
+    )
+    outcome = trainer.run()
+    best = best_checkpoint(trainer.run_dir)
+    kept = list_checkpoints(trainer.run_dir)
+    out.print(
+        f"\nstopped at step {outcome.step:,} of {config.steps:,}; last checkpoint: {kept[-1] if kept else 'none yet'}"
+    )
+    if best is not None:
+        out.print(f"best checkpoint: {best} ({trainer.best:.4f} nats per token)")
+    out.print(f"  sedd train --run_dir {trainer.run_dir} --resume    goes on (with more --steps or --max_minutes)")
+    out.print(f"  sedd sample {trainer.run_dir} --live               writes text")
+    out.print(f"  sedd eval {trainer.run_dir}                        measures it")
+    return 0 if outcome.signum is None else 128 + outcome.signum
+
+
+def sample(run: str, options: SampleOptions, live: bool) -> int:
+    """``sedd sample``: writes texts from nothing."""
+    loaded = load_model(run, resolve_device(options.device))
+    length = options.length or loaded.model.config.length
+    nothing = torch.zeros(length, dtype=torch.int64), torch.zeros(length, dtype=torch.bool)
+    _generate(loaded, options, live, *nothing)
+    return 0
+
+
+def infill(run: str, template: str, options: SamplingOptions, live: bool) -> int:
+    """``sedd infill``: fills the gaps of a text."""
+    loaded = load_model(run, resolve_device(options.device))
+    _generate(loaded, options, live, *parse_template(template, loaded.tokenizer))
+    return 0
+
+
+def parse_template(template: str, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """Turns a text with gaps, ``"The {{5}} sat"``, into tokens.
+
+    Args:
+        template: text in which ``{{n}}`` stands for n unknown tokens; all other text is fixed.
+        tokenizer: encodes the fixed parts, each by itself.
+
+    Returns:
+        ``(tokens, is_fixed)``, int64 and bool, both [L]; the tokens of gaps are 0.
+
+    Raises:
+        ValueError: no gap, an empty gap, or text that the tokeniser does not know.
+    """
+    tokens: list[int] = []
+    is_fixed: list[bool] = []
+    for index, part in enumerate(GAP.split(template)):  # text, n, text, n, ..., text
+        known = index % 2 == 0
+        if not known and int(part) == 0:
+            raise ValueError("template: a gap {{0}} holds nothing; write {{n}} for n unknown tokens")
+        tokens += tokenizer.encode(part) if known else [0] * int(part)
+        is_fixed += [known] * (len(tokens) - len(is_fixed))
+    if all(is_fixed):
+        raise ValueError(f"template: nothing to fill in {template!r}; write {{{{n}}}} where n tokens are unknown")
+    return torch.tensor(tokens), torch.tensor(is_fixed)
+
+
+def render(tokens: Tensor, is_fixed: Tensor, tokenizer: Tokenizer) -> Text:
+    """Returns text for the terminal, with what was filled in between fixed parts highlighted, and MASK dim."""
+    text = Text()
+    style = "bold green" if bool(is_fixed.any()) else ""
+    flags, counts = torch.unique_consecutive(is_fixed, return_counts=True)
+    for known, part in zip(flags.tolist(), tokens.split(counts.tolist()), strict=True):
+        text.append(tokenizer.decode(part.tolist()).translate(CONTROLS), "" if known else style)
+    text.highlight_regex(f"{MASK_TEXT}+", "dim")
+    return text
+
+
+def _show(view: Live, is_fixed: Tensor, tokenizer: Tokenizer, step: int, steps: int, tokens: Tensor) -> None:
+    """Shows the first text of a batch on its way."""
+    text = render(tokens[0].cpu(), is_fixed, tokenizer)
+    view.update(Group(Rule(f"step {step} of {steps}", style="dim"), text), refresh=True)
+
+
+def _generate(loaded: LoadedModel, options: SamplingOptions, live: bool, tokens: Tensor, is_fixed: Tensor) -> None:
+    device = next(loaded.model.parameters()).device
+    generator = torch.Generator(device).manual_seed(options.seed)
+    out = Console(highlight=False, markup=False)
+    texts: list[dict[str, Any]] = []
+    for first in range(0, options.num, options.batch_size):
+        with Live(console=out, transient=True, auto_refresh=False) if live else nullcontext() as view:
+            written = draw(
+                loaded.model,
+                loaded.graph,
+                loaded.schedule,
+                batch=min(options.batch_size, options.num - first),
+                length=len(tokens),
+                steps=options.steps,
+                sampler=options.sampler,
+                generator=generator,
+                device=device,
+                fixed=(tokens, is_fixed) if bool(is_fixed.any()) else None,
+                on_step=partial(_show, view, is_fixed, loaded.tokenizer) if view is not None else None,
+                progress=not live and out.is_terminal,
+                autocast_dtype=loaded.config.autocast_dtype(device),
+            ).cpu()
+        for row in written:
+            out.print(Rule(f"{len(texts) + 1} of {options.num}", style="dim"))
+            out.print(render(row, is_fixed, loaded.tokenizer), soft_wrap=True)
+            texts.append({"text": loaded.tokenizer.decode(row.tolist()), "tokens": row.tolist()})
+    if options.json:
+        write_json(Path(options.json), texts)
+
+
+def evaluate(run: str, options: EvalOptions) -> int:
+    """``sedd eval``: the likelihood bound, beside n-gram models on the same text."""
+    device = resolve_device(options.device)
+    loaded = load_model(run, device)
+    data = loaded.config.data
+    if options.text is not None:
+        data = dataclasses.replace(data, valid_source=options.text)
+    splits = load_blocks(data, loaded.tokenizer, loaded.model.config.length)
+    blocks = torch.cat(list(valid_batches(splits.valid, options.batch_size, options.blocks)))
+    n_bytes = count_bytes(blocks, loaded.tokenizer)
+    out = Console(highlight=False, markup=False)
+    result = elbo(
+        loaded.model,
+        blocks,
+        loaded.graph,
+        loaded.schedule,
+        draws=options.draws,
+        n_bytes=n_bytes,
+        batch_size=options.batch_size,
+        generator=torch.Generator(device).manual_seed(options.seed),
+        autocast_dtype=loaded.config.autocast_dtype(device),
+        progress=out.is_terminal,
+    )
+    bits = {"this model (upper bound)": result.bits_per_token}
+    if isinstance(splits.train, TokenBlocks):  # a stream would have to be read to its end
+        counted = torch.cat(list(valid_batches(splits.train, 4096, NGRAM_TOKENS // splits.train.length)))
+        for order, name in ((1, "unigram"), (2, "bigram")):
+            bits[name] = ngram_bits(counted, blocks, loaded.tokenizer.vocab_size, order)
+    figures = {
+        name: {
+            "bits_per_byte": value * blocks.numel() / n_bytes,
+            "bits_per_token": value,
+            "nats_per_token": value * math.log(2),
+            "perplexity": 2**value,
+        }
+        for name, value in bits.items()
+    }
+    table = Table("", title=f"{len(blocks):,} blocks of {result.length} tokens, {options.draws} noise levels each")
+    for column in next(iter(figures.values())):
+        table.add_column(column.replace("_per_", "/"), justify="right")
+    for name, row in figures.items():
+        table.add_row(name, *(f"{value:.4f}" for value in row.values()))
+    out.print(table)
+    details = {
+        "standard_error": finite(result.standard_error),
+        "monte_carlo_error": finite(result.monte_carlo_error),
+        "prior": result.prior,
+        "perplexity_mean_of_exp": result.perplexity_mean_of_exp,
+    }
+    out.print(
+        f"nats/token {result.nats_per_token:.4f} ± {result.standard_error:.4f} as an estimate for all text like this, "
+        f"± {result.monte_carlo_error:.4f} for these blocks; {result.prior:.4f} of it is the prior term. "
+        f"Mean of the blocks' own perplexities: {result.perplexity_mean_of_exp:.4f}.",
+        soft_wrap=True,
+    )
+    if options.json:
+        write_json(Path(options.json), {"checkpoint": str(loaded.path), "models": figures, **details})
+    if options.plot:
+        plot_bound(result, options.plot)
+    return 0
+
+
+def info(run: str | None) -> int:
+    """``sedd info``: what is installed and known, and what a run is."""
+    out = Console(highlight=False, markup=False)
+    if run is None:
+        out.print(describe())
+        table = Table.grid(padding=(0, 2))
+        for name, registry in (
+            ("tokenizers", TOKENIZERS),
+            ("schedules", SCHEDULES),
+            ("objectives", OBJECTIVES),
+            ("samplers", SAMPLERS),
+            ("graphs", get_args(GraphName)),
+        ):
+            table.add_row(f"{name}:", ", ".join(registry))
+        for name, preset in PRESETS.items():
+            sizes = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(preset).items())
+            table.add_row(f"preset {name}:", sizes)
+        out.print(table)
+        return 0
+    loaded = load_model(run)
+    out.print_json(data=loaded.config.to_dict())
+    table = Table.grid(padding=(0, 2))
+    table.add_row("parameters:", f"{sum(p.numel() for p in loaded.model.parameters()):,}")
+    table.add_row("trained for:", f"{loaded.state['step']:,} steps, {loaded.state['elapsed'] / 60:.1f} minutes")
+    for path in list_checkpoints(loaded.path.parent.parent):
+        bound = read_state(path)["valid"]
+        table.add_row(f"{path.name}:", "not validated" if bound is None else f"{bound:.4f} nats per token")
+    out.print(table)
+    return 0

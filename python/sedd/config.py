@@ -1,0 +1,296 @@
+"""The typed configuration of a training run: what ``sedd train`` takes, and what is saved as ``config.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from argparse import ArgumentError
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from sedd.data import DataConfig
+from sedd.model import PRESETS, ModelConfig
+from sedd.objective import OBJECTIVES
+from sedd.schedule import SCHEDULES, get_schedule
+from sedd.tokenizer import TOKENIZERS
+from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
+
+__all__ = [
+    "GraphName",
+    "ModelOptions",
+    "TrainConfig",
+    "explain",
+    "from_options",
+    "load_config",
+    "resolve_device",
+    "train_parser",
+]
+
+# the help of an option is the docstring below its attribute
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+Options = TypeVar("Options")
+GraphName = Literal["absorbing", "uniform", "hybrid"]
+
+# What a resumed run may change: where it lives, when it ends, what it reports and keeps, and, after a divergence, the
+# step size. Everything else would make it another run.
+RESUMABLE = frozenset(
+    {
+        "run_dir",
+        "device",
+        "steps",
+        "max_minutes",
+        "lr",
+        "clip",
+        "log_every",
+        "valid_every",
+        "valid_blocks",
+        "valid_draws",
+        "checkpoint_every",
+        "keep_last",
+        "data.num_proc",
+        "data.cache_dir",
+    }
+)
+
+
+def _choice(name: str, value: str, allowed: Any) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(sorted(allowed))}; got {value!r}")
+
+
+@dataclass
+class ModelOptions:
+    """The size of the model: a preset, and what to change of it."""
+
+    preset: str = "tiny"
+    """Starting point: tiny (for a laptop), small or medium (the sizes of the SEDD paper)."""
+    hidden_size: int | None = None
+    """Width of the transformer; null: the preset's. So for every option below."""
+    n_blocks: int | None = None
+    """Number of transformer blocks."""
+    n_heads: int | None = None
+    """Number of attention heads; divides hidden_size."""
+    cond_dim: int | None = None
+    """Width of the noise-level conditioning."""
+    length: int | None = None
+    """Tokens in a block of text: what one sequence holds in training, and at most in sampling."""
+    dropout: float | None = None
+    """Dropout probability while training."""
+    scale_by_sigma: bool | None = None
+    """Divide the scores by exp(total noise) - 1 (absorbing process only), as the released models do."""
+
+    def __post_init__(self) -> None:
+        """Checks that the sizes fit together."""
+        _choice("model.preset", self.preset, PRESETS)
+        self.build()
+
+    def build(self) -> ModelConfig:
+        """Returns the model configuration that these options describe."""
+        changed = {name: value for name, value in dataclasses.asdict(self).items() if name != "preset"}
+        return dataclasses.replace(
+            PRESETS[self.preset], **{name: value for name, value in changed.items() if value is not None}
+        )
+
+
+@dataclass
+class TrainConfig:
+    """Options of a training run."""
+
+    run_dir: str = "runs/default"
+    """Folder of the run: configuration, metrics, TensorBoard scalars and checkpoints."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What to train on"""
+    tokenizer: str = "bytes"
+    """How text becomes tokens: bytes (256 values), text8 (a-z and space) or gpt2 (50,257 word pieces)."""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    """Size of the model"""
+    graph: GraphName = "absorbing"
+    """How noise corrupts a token: into MASK, into any token, or a mixture of both."""
+    uniform_fraction: float = 0.1
+    """For graph hybrid: the part of the noise that replaces a token by a random one."""
+    schedule: str = "loglinear"
+    """How the total noise grows with time: loglinear, geometric, cosine or polynomial."""
+    schedule_params: dict[str, float] = field(default_factory=dict)
+    """Parameters of the schedule, for example --schedule_params.eps 1e-4."""
+    objective: str = "score_entropy"
+    """The training loss."""
+    antithetic: bool = True
+    """Spread the times of a batch evenly over (0, 1] in place of independent draws: less noise in the loss."""
+    batch_size: int = 32
+    """Sequences in one forward pass."""
+    accumulate: int = 1
+    """Forward passes per optimiser step; a step sees batch_size x accumulate sequences."""
+    steps: int = 20_000
+    """Stop after this many optimiser steps."""
+    max_minutes: float | None = None
+    """Stop cleanly after this many minutes of training, counting those before a --resume."""
+    lr: float = 3e-4
+    """Learning rate of AdamW, reached after the warm-up and then held."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments, for example --betas [0.9,0.98]."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    warmup: int = 2500
+    """Steps over which the learning rate rises linearly from 0."""
+    clip: float = 1.0
+    """Largest norm of the gradient; a longer one is scaled down to it."""
+    ema: float = 0.9999
+    """Decay of the moving average of the weights (the weights that are validated and sampled from); it starts lower,
+    min(ema, (1+n)/(10+n)) at step n."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of the model: bf16 autocast or float32. auto: bf16 on a GPU that has it, else fp32."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: the GPU if there is one."""
+    seed: int = 0
+    """Seed of everything random: initial weights, order of the data, times, noise, dropout."""
+    log_every: int = 10
+    """Steps between points of the training curves."""
+    valid_every: int = 500
+    """Steps between validations."""
+    valid_blocks: int = 64
+    """Blocks of the validation split that a validation scores, always the same ones."""
+    valid_draws: int = 8
+    """Noise levels drawn for each of them, always the same ones."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints. A validation better than all before is saved too."""
+    keep_last: int = 2
+    """Checkpoints kept, besides the best one."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        _choice("tokenizer", self.tokenizer, TOKENIZERS)
+        _choice("schedule", self.schedule, SCHEDULES)
+        _choice("objective", self.objective, OBJECTIVES)
+        for name in (
+            *("batch_size", "accumulate", "steps", "log_every", "valid_every", "valid_blocks", "valid_draws"),
+            *("checkpoint_every", "keep_last"),
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("lr", "eps", "clip", "max_minutes"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        for name in ("warmup", "weight_decay", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name, values in (("betas", self.betas), ("ema", (self.ema,))):
+            if not all(0 <= value < 1 for value in values):
+                raise ValueError(f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
+        if not 0 <= self.uniform_fraction <= 1:
+            raise ValueError(f"uniform_fraction: expected a number in [0, 1], got {self.uniform_fraction}")
+        try:
+            get_schedule(self.schedule, **self.schedule_params)
+        except TypeError as error:
+            raise ValueError(f"schedule_params: {error}") from error
+
+    def make_graph(self, vocab_size: int) -> RankOne:
+        """Returns the forward process over a vocabulary of ``vocab_size`` tokens (MASK not counted)."""
+        if self.graph == "hybrid":
+            return Hybrid(vocab_size, self.uniform_fraction)
+        return (Absorbing if self.graph == "absorbing" else Uniform)(vocab_size)
+
+    def autocast_dtype(self, device: torch.device) -> torch.dtype | None:
+        """Returns the dtype of autocast on ``device``, None for float32 without autocast."""
+        if self.precision == "auto":
+            return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+        return torch.bfloat16 if self.precision == "bf16" else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the options as JSON-ready values."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+    def resolved(self) -> TrainConfig:
+        """Returns the same configuration with presets and default parameters written out.
+
+        A checkpoint keeps this one, so that it loads although a later version may have other presets.
+        """
+        model = ModelOptions(preset=self.model.preset, **dataclasses.asdict(self.model.build()))
+        schedule = get_schedule(self.schedule, **self.schedule_params)
+        return dataclasses.replace(self, model=model, schedule_params=dict(vars(schedule)))
+
+    def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
+        """Returns the options, by dotted name, that differ in ``other`` and that a resumed run may not change."""
+        mine, theirs = _flat(self.resolved().to_dict()), _flat(other.resolved().to_dict())
+        return {
+            name: (mine.get(name), theirs.get(name))
+            for name in sorted(mine.keys() | theirs.keys())
+            if name not in RESUMABLE and mine.get(name) != theirs.get(name)
+        }
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return leaves
+
+
+def resolve_device(name: str) -> torch.device:
+    """Returns the device of that name; ``"auto"`` is the GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N; got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N (the kernels have no other); got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def train_parser(**kwargs: Any) -> ArgumentParser:
+    """Returns a parser of all training options, which also reads them from ``--config FILE`` (JSON or YAML)."""
+    parser = ArgumentParser(**{"exit_on_error": False, **kwargs})
+    parser.add_argument("--config", action="config", help="Read options from a file, such as a run's config.json.")
+    parser.add_class_arguments(TrainConfig)
+    return parser
+
+
+def from_options(kind: type[Options], parsed: Any) -> Options:
+    """Makes a dataclass of options out of what a parser read; more than its fields may be there."""
+    return kind(**{field.name: parsed[field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+
+
+def load_config(path: Path | str) -> TrainConfig:
+    """Reads a configuration that a run saved.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not JSON, or an option in it is unknown, of the wrong type or out of range.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            options = json.load(file)
+        groups = (
+            (options, options.get("data", {}), options.get("model", {})) if isinstance(options, dict) else (options,)
+        )
+        if not all(isinstance(group, dict) for group in groups):
+            raise ValueError("expected an object of options, with objects data and model")
+        parser = train_parser()
+        return from_options(TrainConfig, parser.instantiate(parser.parse_object(options)))
+    except (ValueError, ArgumentError) as error:  # what is not JSON or UTF-8 is a ValueError
+        raise ValueError(f"{path}: not the options of a run: {explain(error)}") from error
+
+
+def explain(error: Exception) -> str:
+    """Returns the message of an error on one line, in the words of the command line."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
+    return re.sub(r'Parser key "([^"]+)":', r"--\1:", text)

@@ -1,0 +1,338 @@
+"""Likelihood: the evidence bound of a score model, n-gram models to compare it with, and a picture of the bound."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sedd.model import ScoreModel, device_of
+from sedd.objective import score_entropy
+from sedd.progress import track
+from sedd.schedule import Schedule
+from sedd_ext import RankOne
+
+__all__ = ["ElboResult", "elbo", "ngram_bits", "plot_bound", "prior_kl"]
+
+
+@dataclass(frozen=True)
+class ElboResult:
+    """An estimate of the bound -log p(text) ≤ ∫ σ(t) Σ L dt + prior term, and what went into it.
+
+    Attributes:
+        sequences: nats of each sequence [S], float64: its draws' mean plus its prior term. Estimates of upper bounds.
+        length: tokens in each sequence.
+        times: t of each draw [S, draws], float64.
+        integrand: σ(t) Σ_i L of each draw [S, draws], float64: nats per sequence and unit of time.
+        prior: the prior term's part, nats per token.
+        n_bytes: bytes of the text scored, if told.
+    """
+
+    sequences: Tensor
+    length: int
+    times: Tensor
+    integrand: Tensor
+    prior: float
+    n_bytes: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens scored."""
+        return self.sequences.numel() * self.length
+
+    @property
+    def nats_per_token(self) -> float:
+        """The bound: mean over all tokens."""
+        return float(self.sequences.mean()) / self.length
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of ``nats_per_token`` as an estimate for all text like this; NaN for one sequence.
+
+        The sequences are taken as the independent unit: the standard deviation of their values / √S. That counts the
+        spread between texts as well as the Monte Carlo noise, and knows nothing of the even spread of the times over
+        the sequences, so it errs on the large side.
+        """
+        return float(self.sequences.std()) / math.sqrt(self.sequences.numel()) / self.length
+
+    @property
+    def monte_carlo_error(self) -> float:
+        """Standard error of ``nats_per_token`` as an estimate of the bound of just these sequences; NaN for one draw.
+
+        The draws of a sequence are stratified in t, so the noise within the strata is judged from the differences of
+        neighbours: half their sum of squares is Σ_k Var_k, but for the trend over t, which it takes for noise, and the
+        first and last stratum, which it sees only once and which are therefore counted again. The sequences are added
+        as if independent. More draws make the error smaller.
+        """
+        n_sequences, draws = self.integrand.shape
+        if draws < 2:
+            return math.nan
+        squares = self.integrand.diff(dim=1).square()
+        variance = float((squares.sum(dim=1) + squares[:, 0] + squares[:, -1]).sum()) / 2
+        return math.sqrt(variance) / draws / n_sequences / self.length
+
+    @property
+    def bits_per_token(self) -> float:
+        """``nats_per_token`` in bits (for character-level tokens: bits per character)."""
+        return self.nats_per_token / math.log(2)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits per byte of the text; None if its number of bytes was not told."""
+        return None if self.n_bytes is None else self.bits_per_token * self.tokens / self.n_bytes
+
+    @property
+    def perplexity(self) -> float:
+        """exp(mean nats per token)."""
+        return math.exp(self.nats_per_token)
+
+    @property
+    def perplexity_mean_of_exp(self) -> float:
+        """The SEDD paper's averaging: the mean over sequences of exp(nats per token). Never below ``perplexity``."""
+        return float((self.sequences / self.length).exp().mean())
+
+
+class _Onset(Schedule):
+    """Noise from 0 to the σ̄(0) > 0 at which another schedule starts, growing at a constant rate."""
+
+    def __init__(self, sigma: float) -> None:
+        self.sigma = sigma
+
+    def total(self, t: Tensor) -> Tensor:
+        return self.sigma * t.double()
+
+    def rate(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, self.sigma, dtype=torch.float64)
+
+
+def elbo(
+    model: ScoreModel,
+    blocks: Tensor,
+    graph: RankOne,
+    schedule: Schedule,
+    *,
+    draws: int,
+    n_bytes: int | None = None,
+    batch_size: int = 32,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> ElboResult:
+    """Monte Carlo estimate of the likelihood bound of Theorem 3.6 on given text.
+
+    ``-log p(x_0) ≤ ∫₀¹ E[σ(t) Σ_i L(x_t^i, x_0^i)] dt + D_KL(p_{1|0}(·|x_0) ‖ p_base)``
+
+    The integral runs over all of (0, 1]: nothing near t = 0 is left out, although training starts at a small ε. A
+    schedule that starts with noise on the text, σ̄(0) > 0 (geometric), leaves out the noise from 0 to σ̄(0); that part is
+    integrated over σ̄ instead, with one more draw per sequence, so that the bound is always one for the clean text.
+
+    Times are stratified: the k-th draw of a sequence lies in [k/draws, (k+1)/draws), evenly spread over the sequences
+    within. Each is uniform there, so the estimate has no bias, and a few draws per sequence do where there are many.
+
+    Args:
+        model: the score model. Used in evaluation mode and left in the mode it was in.
+        blocks: text [S, L], int64, without MASK tokens.
+        graph: the forward process the model was trained for.
+        schedule: its noise schedule.
+        draws: times drawn per sequence.
+        n_bytes: how many bytes of text the blocks hold, for ``bits_per_byte``.
+        batch_size: sequences the model sees at once.
+        generator: random number generator, on ``device``; torch's default one if None.
+        device: where to compute; the model's device if None.
+        autocast_dtype: run the model under autocast in this dtype, e.g. torch.bfloat16.
+        progress: show a progress bar.
+
+    Returns:
+        The estimate with its errors, see :class:`ElboResult`.
+
+    Raises:
+        TypeError: ``blocks`` is not int64.
+        ValueError: ``blocks`` is empty, not [S, L], or holds MASK or a token outside the vocabulary; a count below 1.
+        ImportError: ``progress`` without rich.
+
+    Source: SEDD (Lou, Meng & Ermon 2024), theorem 3.6; p_base as explained at :func:`prior_kl`.
+    """
+    for name, value in (("draws", draws), ("batch_size", batch_size), ("n_bytes", n_bytes)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    _check_blocks(blocks, graph)
+    device = torch.device(device) if device is not None else device_of(model)
+    n_sequences, length = blocks.shape
+    start, end = (float(s) for s in schedule.total(torch.tensor([0.0, 1.0])))
+
+    # the place within its stratum of every (sequence, draw): a random order of S evenly spread points, moved as a whole
+    uniform = torch.rand(n_sequences + 1, draws, generator=generator, dtype=torch.float64, device=device)
+    place = (uniform[:-1].argsort(dim=0) + uniform[-1]) / n_sequences
+    times = (torch.arange(1, draws + 1, device=device) - place) / draws  # in (0, 1]: at 0 there is no noise to score
+
+    parts = [(schedule, times)]
+    if start > 0:
+        parts.append(
+            (_Onset(start), 1.0 - torch.rand(n_sequences, 1, generator=generator, dtype=torch.float64, device=device))
+        )
+    training = model.training
+    model.train(False)
+    try:
+        with (
+            torch.inference_mode(),
+            torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
+        ):
+            integrals = [
+                _integrand(model, blocks, t, graph, part, batch_size, generator, device, progress) for part, t in parts
+            ]
+    finally:
+        model.train(training)
+    integrand = integrals[0].cpu()
+    prior = prior_kl(blocks.cpu(), end, graph).sum(dim=1)
+    sequences = sum((values.mean(dim=1).cpu() for values in integrals), start=prior)
+    return ElboResult(
+        sequences=sequences.clone(),
+        length=length,
+        times=times.cpu(),
+        integrand=integrand.clone(),
+        prior=float(prior.mean()) / length,
+        n_bytes=n_bytes,
+    )
+
+
+def _integrand(
+    model: ScoreModel,
+    blocks: Tensor,
+    times: Tensor,
+    graph: RankOne,
+    schedule: Schedule,
+    batch_size: int,
+    generator: torch.Generator | None,
+    device: torch.device,
+    progress: bool,
+) -> Tensor:
+    """σ(t) Σ_i L of every sequence at each of its times [S, draws], float64."""
+    draws = times.shape[1]
+    values = torch.empty(times.numel(), dtype=torch.float64, device=device)
+    for start in track(range(0, times.numel(), batch_size), "likelihood", progress):
+        pair = torch.arange(start, min(start + batch_size, times.numel()))
+        x_0 = blocks[(pair // draws).to(blocks.device)].to(device)
+        values[pair] = score_entropy(model, x_0, times.flatten()[pair], graph, schedule, generator=generator).double()
+    return values.view(times.shape)
+
+
+def prior_kl(x_0: Tensor, sigma: float, graph: RankOne) -> Tensor:
+    """The bound's prior term D_KL(p_{T|0}(·|x_0) ‖ p_base) of every token, in closed form.
+
+    With ``a = exp(-σ̄(T))``, ``p_{T|0} = a δ_{x_0} + (1-a) π``. The base is what a uniformly random token becomes by T:
+    ``p_base = a u + (1-a) π``, u uniform over all tokens but MASK. For the uniform process that is π itself, the
+    paper's choice. For the absorbing one π would make the term infinite, since a fraction a of the text is still there
+    at T, where π has MASK alone; published figures leave the term out. With this base it costs a·log n nats per token.
+
+    Args:
+        x_0: tokens, any shape, int64, none of them MASK.
+        sigma: σ̄(T), the total noise at the end.
+        graph: the process.
+
+    Returns:
+        Nats, float64, of the shape of ``x_0``, on the CPU.
+    """
+    a, b = math.exp(-sigma), -math.expm1(-sigma)
+    stationary = graph.stationary
+    base = torch.full_like(stationary, a / (graph.dim - (graph.mask_id is not None)))
+    if graph.mask_id is not None:
+        base[graph.mask_id] = 0.0
+    base += b * stationary
+    # Σ_y p log(p/base), first as if x_0 had no mass of its own, then with the term of y = x_0 exchanged
+    away = torch.special.entr(b * stationary).neg() - torch.special.xlogy(b * stationary, base)
+    home: Tensor = torch.special.xlogy(a + b * stationary, (a + b * stationary) / base)
+    terms: Tensor = away.sum() - away + torch.where(base > 0, home, 0.0)
+    return terms[x_0.cpu()]
+
+
+def _check_blocks(blocks: Tensor, graph: RankOne) -> None:
+    if blocks.dtype != torch.int64:
+        raise TypeError(f"blocks: expected an int64 tensor [S, L], got {blocks.dtype}")
+    if blocks.dim() != 2 or blocks.numel() == 0:
+        raise ValueError(f"blocks: expected a non-empty tensor [S, L], got shape {list(blocks.shape)}")
+    low, high = (int(value) for value in blocks.aminmax())
+    if low < 0 or high >= graph.dim:
+        raise ValueError(f"blocks: expected tokens in [0, {graph.dim}), got values from {low} to {high}")
+    if graph.mask_id is not None and bool((blocks == graph.mask_id).any()):
+        raise ValueError(f"blocks: expected text, got the MASK token {graph.mask_id} in it")
+
+
+def ngram_bits(train_tokens: Tensor, valid_tokens: Tensor, dim: int, order: int) -> float:
+    """What a unigram or bigram model needs to code text: the yardsticks for a small language model.
+
+    The unigram model counts tokens, adding one to each count. The bigram model interpolates the counts of pairs with
+    the unigram (Witten-Bell smoothing): ``p(y|x) = (c(xy) + k(x) p(y)) / (c(x) + k(x))``, k(x) the number of
+    different tokens seen after x. The rows of a two-dimensional input are texts of their own, as to a diffusion model
+    trained on blocks: the first token of each is scored by the unigram.
+
+    Args:
+        train_tokens: text to count, [T] or [S, L], int64.
+        valid_tokens: text to score, [T] or [S, L], int64.
+        dim: number of tokens in the vocabulary.
+        order: 1 for unigram, 2 for bigram.
+
+    Returns:
+        Mean bits per token of ``valid_tokens``.
+
+    Raises:
+        ValueError: ``order`` is neither 1 nor 2, a tensor is empty or has another shape, or a token is out of range.
+
+    Source: Witten & Bell (1991), method C, in the interpolated form of Chen & Goodman (1998).
+    """
+    if order not in (1, 2):
+        raise ValueError(f"order: expected 1 (unigram) or 2 (bigram), got {order}")
+    for name, tokens in (("train_tokens", train_tokens), ("valid_tokens", valid_tokens)):
+        if tokens.dim() not in (1, 2) or tokens.numel() == 0:
+            raise ValueError(f"{name}: expected a non-empty tensor [T] or [S, L], got shape {list(tokens.shape)}")
+        if int(tokens.min()) < 0 or int(tokens.max()) >= dim:
+            raise ValueError(f"{name}: expected tokens in [0, {dim}), got {int(tokens.min())} to {int(tokens.max())}")
+    train, valid = (tokens.reshape(-1, tokens.shape[-1]) for tokens in (train_tokens, valid_tokens))
+    unigram = torch.bincount(train.flatten(), minlength=dim).double() + 1
+    unigram /= unigram.sum()
+    prob = unigram[valid]
+    if order == 2 and train.shape[1] > 1:
+        pairs, counts = (train[:, :-1] * dim + train[:, 1:]).unique(return_counts=True)
+        followers = torch.bincount(pairs // dim, minlength=dim)  # k(x)
+        seen = torch.bincount(pairs // dim, weights=counts.double(), minlength=dim)  # c(x)
+        first, wanted = valid[:, :-1], valid[:, :-1] * dim + valid[:, 1:]
+        slot = torch.searchsorted(pairs, wanted).clamp_(max=len(pairs) - 1)
+        count = torch.where(pairs[slot] == wanted, counts[slot], 0)
+        smoothed = (count + followers[first] * prob[:, 1:]) / (seen + followers)[first]
+        prob = torch.cat([prob[:, :1], torch.where(seen[first] > 0, smoothed, prob[:, 1:])], dim=1)
+    return float(-prob.log2().mean())
+
+
+def plot_bound(result: ElboResult, path: str | Path, bins: int = 20) -> None:
+    """Draws the bound's integrand over time: where in t the nats of a token are lost.
+
+    Args:
+        result: what :func:`elbo` returned.
+        path: the picture to write; its ending gives the format (.png, .svg, .pdf).
+        bins: intervals of [0, 1] over which draws are averaged.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: ``bins`` below 1.
+    """
+    if bins < 1:
+        raise ValueError(f"bins: expected at least 1, got {bins}")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('plotting needs matplotlib: pip install "sedd_ext[eval]"') from error
+    index = (result.times.flatten() * bins).long().clamp_(max=bins - 1)
+    count = torch.bincount(index, minlength=bins)
+    mean = torch.bincount(index, weights=result.integrand.flatten(), minlength=bins) / count / result.length
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="t", ylabel="nats per token and unit of time", xlim=(0, 1))
+    axes.stairs(mean.tolist(), [i / bins for i in range(bins + 1)], label="σ(t) Σ L / length")
+    axes.axhline(result.nats_per_token, linestyle="--", color="gray", label=f"bound: {result.nats_per_token:.3f}")
+    axes.legend()
+    path = Path(path)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    figure.savefig(partial)
+    partial.replace(path)

@@ -1,0 +1,357 @@
+"""The command line, end to end, and the configuration it reads and writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sedd.commands
+from sedd.__main__ import main as program
+from sedd.cli import main
+from sedd.commands import parse_template, render
+from sedd.config import ModelOptions, TrainConfig, load_config, resolve_device
+from sedd.tokenizer import get_tokenizer
+
+LENGTH = 16
+TEXT = "".join(f"the cat {i} sat on the mat {i * i}\n" for i in range(2000))
+# one thread wherever the run is trained, and small enough for seconds
+TRAIN = [
+    *("train", "--model.n_blocks=1", "--model.n_heads=2", "--model.hidden_size=32", f"--model.length={LENGTH}"),
+    *("--steps=100", "--batch_size=16", "--warmup=5", "--lr=1e-2", "--valid_every=50", "--valid_blocks=8", "--seed=3"),
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "cats.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run, used by all tests that only read it."""
+    folder = tmp_path_factory.mktemp("runs") / "cats"
+    source = [f"--data.source={text}", f"--data.cache_dir={text.parent / 'cache'}"]
+    assert main([*TRAIN, *source, f"--run_dir={folder}"]) == 0
+    return folder
+
+
+# -- the commands ------------------------------------------------------------------------------------------------------
+
+
+def test_train_says_where_things_are_and_goes_on_from_there(
+    run: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = tmp_path / "again"
+    assert main(["train", "--config", str(run / "config.json"), "--run_dir", str(again), "--steps", "60"]) == 0
+    printed = capsys.readouterr().err
+    assert "validation" in printed
+    assert f"sedd sample {again}" in printed
+    assert str(again / "checkpoints" / "step_00000060") in printed
+    assert main(["train", "--run_dir", str(again), "--resume", "--steps", "100"]) == 0
+    assert load_config(again / "config.json").steps == 100
+
+    def losses(folder: Path) -> list[str]:
+        return [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+
+    assert losses(again) == losses(run), "--config and --resume change nothing but what is given"
+
+
+def test_sample(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def texts(*options: str) -> list[dict[str, object]]:
+        out = tmp_path / "texts.json"
+        assert main(["sample", str(run), "--json", str(out), *options]) == 0
+        found: list[dict[str, object]] = json.loads(out.read_text())
+        return found
+
+    three = texts("--num", "3", "--steps", "4", "--batch_size", "2")
+    assert "3 of 3" in capsys.readouterr().out
+    assert [len(row["tokens"]) for row in three] == [LENGTH] * 3
+    assert all(0 <= token < 257 for row in three for token in row["tokens"]), "no MASK is left"
+    assert len({row["text"] for row in three}) == 3
+    assert texts("--num", "3", "--steps", "4", "--batch_size", "2") == three
+    assert texts("--num", "1", "--steps", "4", "--seed", "1") != three[:1]
+    assert len(texts("--length", "24", "--sampler", "euler", "--steps", "2")[0]["tokens"]) == 24
+
+
+@pytest.mark.parametrize("template", ["the cat {{5}}", "{{4}} mat", "the {{3}} sat on {{6}}é{{2}}\n", "{{16}}"])
+def test_infill_keeps_every_fixed_token(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], template: str
+) -> None:
+    out = tmp_path / "filled.json"
+    assert main(["infill", str(run), template, "--num=3", "--steps=4", "--live", "--json", str(out)]) == 0
+    tokens, is_fixed = parse_template(template, get_tokenizer("bytes"))
+    rows = json.loads(out.read_text())
+    assert len(rows) == 3
+    for row in rows:
+        filled = torch.tensor(row["tokens"])
+        assert torch.equal(filled[is_fixed], tokens[is_fixed])
+        assert int(filled.max()) < 257
+    assert capsys.readouterr().out.count(" of 3") >= 3
+
+
+def test_eval_prints_and_writes_the_bound_beside_ngrams(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures, picture = tmp_path / "figures.json", tmp_path / "bound.png"
+    arguments = ["eval", str(run), "--draws", "4", "--json", str(figures), "--plot", str(picture)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    found = json.loads(figures.read_text())
+    model, unigram, bigram = found["models"].values()
+    assert list(found["models"])[1:] == ["unigram", "bigram"]
+    assert bigram["bits_per_byte"] < unigram["bits_per_byte"] < 8
+    assert model["bits_per_byte"] < unigram["bits_per_byte"], "a hundred steps learn more than letter frequencies"
+    for row in (model, unigram, bigram):
+        assert f"{row['bits_per_byte']:.4f}" in printed
+        assert row["perplexity"] == pytest.approx(2.718281828459045 ** row["nats_per_token"])
+    assert 0 < found["standard_error"] < model["nats_per_token"]
+    assert picture.stat().st_size > 1000
+    first = figures.read_bytes()
+    assert main(arguments) == 0
+    assert figures.read_bytes() == first, "the same seed gives the same figures"
+
+    assert main(["eval", str(run), "--draws", "1", "--blocks", "1", "--json", str(figures)]) == 0
+    assert json.loads(figures.read_text())["standard_error"] is None, "one block has no standard error"
+
+    other = tmp_path / "other.txt"
+    other.write_text("Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich! " * 20)
+    assert main(["eval", str(run), "--text", str(other), "--draws", "4", "--json", str(figures)]) == 0
+    strange = json.loads(figures.read_text())["models"]
+    assert next(iter(strange.values()))["bits_per_token"] > model["bits_per_token"]
+
+
+def test_info(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("sedd_ext:", "instruction sets:", "loglinear", "tweedie", "preset medium"))
+    assert main(["info", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ('"hidden_size": 32', "100 steps", "step_00000100"))
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "infill", "eval", "info"])
+def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert f"examples:\n  sedd {command}" in text or f"\n  sedd {command} " in text.partition("examples")[2]
+    options = re.findall(r"^  (--[\w.]+)[^\n]*?(?:\n\s+|  +)(\S+)", text, re.MULTILINE)
+    assert len(options) == text.count("\n  --")
+    assert all(not words.startswith("(") for _, words in options), "an option without help shows only its type"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_the_program_without_a_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    printed = capsys.readouterr()
+    assert code == (0 if arguments else 2)
+    assert all(name in printed.out + printed.err for name in ("train", "sample", "infill", "eval", "info"))
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+BAD = [
+    ("frobnicate", "invalid choice: 'frobnicate'"),
+    ("train --frobnicate 1", "--frobnicate"),
+    ("train --steps many", "--steps: Expected a int"),
+    ("train --steps 0", "steps: expected at least 1, got 0"),
+    ("train --lr -1", "lr: expected a positive number, got -1"),
+    ("train --ema 1.5", "ema: expected 0 <= ema < 1, got 1.5"),
+    ("train --betas [0.9,1]", "betas: expected 0 <= betas < 1"),
+    ("train --graph circular", "--graph: Expected a Literal['absorbing', 'uniform', 'hybrid']"),
+    ("train --graph hybrid --uniform_fraction 2", "uniform_fraction: expected a number in [0, 1], got 2.0"),
+    ("train --schedule zigzag", "schedule: expected one of cosine, geometric, loglinear, polynomial; got 'zigzag'"),
+    ("train --schedule_params.zig 1", "schedule_params: schedule 'loglinear' has the parameters eps; got 'zig'"),
+    ("train --schedule_params.eps 7", "eps: expected a number between 0 and 1"),
+    ("train --tokenizer words", "tokenizer: expected one of bytes, gpt2, text8; got 'words'"),
+    ("train --model.preset huge", "model.preset: expected one of medium, small, tiny; got 'huge'"),
+    ("train --model.n_heads 3", "hidden_size: expected a multiple of 2 * n_heads = 6"),
+    ("train --device toaster", "device: expected auto, cpu, cuda or cuda:N; got 'toaster'"),
+    ("train --data.source {tmp}/no.txt --run_dir {tmp}/r", "no.txt"),
+    ("train --data.source {text} --tokenizer text8 --run_dir {tmp}/r", "is not one of the 27 symbols"),
+    ("train --data.source {text} --model.length 900000 --run_dir {tmp}/r", "fewer than one block"),
+    ("train --config {tmp}/no.json", "no.json"),
+    ("train --run_dir {run}", "already holds a run"),
+    ("train --run_dir {run} --resume --batch_size 3", "batch_size: {run} was trained with 16"),
+    ("train --run_dir {tmp}/none --resume", "nothing to resume in {tmp}/none"),
+    ("sample", "run"),
+    ("sample {tmp}/none", "{tmp}/none: no such folder"),
+    ("sample {tmp}", "{tmp}: no checkpoints in this folder"),
+    ("sample {run} --steps 0", "steps: expected at least 1, got 0"),
+    ("sample {run} --length 0", "length: expected at least 1, got 0"),
+    ("sample {run} --sampler magic", "sampler: expected one of tweedie, euler; got 'magic'"),
+    ("infill {run}", "template"),
+    ("infill {run} nothing", "template: nothing to fill in 'nothing'; write {{{{n}}}}"),
+    ("infill {run} a{{{{0}}}}b", "template: a gap {{{{0}}}} holds nothing"),
+    ("eval {run} --draws 0", "draws: expected at least 1, got 0"),
+    ("eval {run} --text {tmp}/no.txt", "text: there is no file or folder {tmp}/no.txt"),
+    (
+        "eval {run} --json {tmp}/no/figures.json",
+        "json: cannot write {tmp}/no/figures.json: there is no folder {tmp}/no",
+    ),
+    ("info {tmp}/none", "{tmp}/none: no such folder"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD, ids=[line for line, _ in BAD])
+def test_a_mistake_is_one_line(
+    line: str, message: str, run: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"run": str(run), "tmp": str(tmp_path), "text": str(text)}
+    capsys.readouterr()
+    assert main([word.format(**names) for word in line.split()]) == 2
+    *before, last = capsys.readouterr().err.strip().splitlines()
+    assert last.startswith("sedd: error: ")
+    assert message.format(**names) in last
+    assert not any("Traceback" in row or "usage:" in row for row in before)
+    assert not (tmp_path / "r").exists(), "a run that cannot start leaves no folder"
+
+
+def test_damage_and_debugging(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"lr": "fast"}')
+    assert main(["train", "--config", str(tmp_path / "config.json")]) == 2
+    assert "--lr: Expected a float. Got value: fast" in capsys.readouterr().err
+    monkeypatch.setenv("SEDD_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["sample", str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (RuntimeError("two\nlines"), 1, "sedd: error: two lines\n"),
+        (OSError("no space left"), 2, "sedd: error: no space left\n"),
+        (KeyboardInterrupt(), 130, "sedd: interrupted\n"),
+    ],
+)
+def test_exit_codes(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    message: str,
+) -> None:
+    def fails(run: str | None) -> int:
+        raise error
+
+    monkeypatch.setattr(sedd.commands, "info", fails)
+    assert main(["info"]) == code
+    assert capsys.readouterr().err == message
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in [name for name in sys.modules if name.startswith("sedd.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert program() == 2
+    assert capsys.readouterr().err == 'sedd: error: needs jsonargparse: pip install "sedd_ext[train]"\n'
+    with pytest.raises(ImportError, match=r'sedd\.Trainer needs jsonargparse: pip install "sedd_ext\[train\]"'):
+        sedd.Trainer  # noqa: B018
+    assert sedd.SEDD.__name__ == "SEDD", "the model needs torch alone"
+    with pytest.raises(AttributeError, match="no attribute 'Sedd'"):
+        sedd.Sedd  # noqa: B018
+
+
+def test_every_exported_name_is_there() -> None:
+    for name in sedd.__all__:
+        assert getattr(sedd, name).__name__ == name
+
+
+def test_a_closed_pipe_is_no_error(run: Path) -> None:
+    command = f"{sys.executable} -m sedd info {run} | true"  # ends long before the first line is written
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)}
+    )
+    assert done.stderr == ""
+
+
+# -- text on the terminal ----------------------------------------------------------------------------------------------
+
+
+def test_template() -> None:
+    tokens, is_fixed = parse_template("a{{2}}{{1}} b{{3}}", get_tokenizer("text8"))
+    assert is_fixed.tolist() == [True] + [False] * 3 + [True] * 2 + [False] * 3
+    assert tokens[is_fixed].tolist() == [1, 0, 2]
+    assert parse_template("{x} {{y}} {{1}}", get_tokenizer("bytes"))[1].sum() == len("{x} {{y}} "), (
+        "other braces are text"
+    )
+
+
+def test_what_is_shown_cannot_steer_the_terminal() -> None:
+    tokenizer = get_tokenizer("bytes")
+    tokens = torch.tensor([*b"\x1b[31mred\x07\r\n\tok", 257, 256])
+    is_fixed = torch.tensor([False] * len(tokens))
+    assert render(tokens, is_fixed, tokenizer).plain == "␛[31mred␇␍\n\tok█<|endoftext|>"
+    shown = render(torch.tensor([*b"abcd"]), torch.tensor([True, False, False, True]), tokenizer)
+    assert [(span.start, span.end, span.style) for span in shown.spans] == [(1, 3, "bold green")]
+
+
+# -- the configuration -------------------------------------------------------------------------------------------------
+
+
+def test_configurations_survive_a_file(tmp_path: Path) -> None:
+    config = TrainConfig(
+        model=ModelOptions(preset="small", length=64),
+        graph="hybrid",
+        schedule="geometric",
+        schedule_params={"sigma_max": 5.0},
+        betas=(0.8, 0.95),
+        max_minutes=1.5,
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert load_config(tmp_path / "config.json") == config
+    resolved = config.resolved()
+    assert resolved.model.hidden_size == 768
+    assert resolved.schedule_params == {"sigma_min": 1e-5, "sigma_max": 5.0}
+    assert resolved.resolved() == resolved
+    assert config.differences(resolved) == {}
+    changed = dataclasses.replace(config, seed=1, steps=3, model=ModelOptions(preset="small", length=32))
+    assert config.differences(changed) == {"model.length": (64, 32), "seed": (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"lr": 1', "Expecting ',' delimiter"),
+        ("[]", "expected an object of options"),
+        ('{"model": 3}', "with objects data and model"),
+        ('{"learning_rate": 1}', "'learning_rate' is not accepted"),
+        ('{"batch_size": 0.5}', "--batch_size: Expected a int"),
+        ('{"warmup": -1}', "warmup: expected at least 0, got -1"),
+        ('{"lr": NaN}', "lr: expected a positive number, got nan"),
+    ],
+)
+def test_a_bad_configuration_file_is_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="not the options of a run") as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ValueError, match="torch sees"):
+        resolve_device("cuda:99")
+    with pytest.raises(ValueError, match="the kernels have no other"):
+        resolve_device("meta")
+    assert TrainConfig(precision="bf16").autocast_dtype(torch.device("cpu")) == torch.bfloat16
+    assert TrainConfig().autocast_dtype(torch.device("cpu")) is None

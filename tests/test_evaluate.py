@@ -1,0 +1,253 @@
+"""Likelihood: tight where the score is exact, honest about its errors; n-gram yardsticks; the picture."""
+
+import math
+import sys
+
+import pytest
+import torch
+from toy import VOCABULARY, TrueScore
+
+from sedd.evaluate import ElboResult, elbo, ngram_bits, plot_bound, prior_kl
+from sedd.schedule import get_schedule
+from sedd_ext import Absorbing, Hybrid, RankOne, Uniform, transition_column
+
+GRAPHS = {"absorbing": Absorbing(VOCABULARY), "uniform": Uniform(VOCABULARY), "hybrid": Hybrid(VOCABULARY, 0.3)}
+SCHEDULES = ["loglinear", "cosine", "geometric"]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def base(sigma, graph):
+    """p_base, from the definition: the mean of the columns of exp(σQ) over all tokens but MASK."""
+    n = graph.dim - (graph.mask_id is not None)
+    return transition_column(torch.arange(n), torch.tensor(sigma, dtype=torch.float64), graph).mean(0)
+
+
+def divergence(p, q):
+    """D_KL(p ‖ q) over the last axis."""
+    return torch.where(p > 0, p * (p / q).log(), 0.0).sum(-1)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", GRAPHS)
+def test_bound_is_the_entropy_where_the_score_is_exact(name, schedule):
+    """Averaged over text from p_0, bound - entropy = D_KL(p_1 ‖ p_base) for each token, with p_1 the noised p_0."""
+    graph, schedule = GRAPHS[name], get_schedule(schedule)
+    p_0 = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05], dtype=torch.float64)
+    model = TrueScore(graph, p_0)
+    blocks = model.draw((400, 25), seeded(1))
+    result = elbo(model, blocks, graph, schedule, draws=100, batch_size=2000, generator=seeded(2))
+    end = schedule.total(torch.ones(1))
+    p_end, p_base = model.p_t(end)[0], base(float(end), graph)
+    expected = -float(p_0.log()[blocks].mean()) + float(divergence(p_end, p_base))
+    assert result.monte_carlo_error < 0.025
+    assert abs(result.nats_per_token - expected) < 4 * result.monte_carlo_error
+    assert result.tokens == 10_000
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_bound_is_above_the_entropy_where_the_score_is_wrong(name):
+    """By D_KL of the text's law from the model's, here a known number."""
+    graph = GRAPHS[name]
+    wrong = torch.tensor([0.2, 0.2, 0.2, 0.2, 0.2], dtype=torch.float64)
+    blocks = TrueScore(graph).draw((400, 25), seeded(1))
+    result = elbo(
+        TrueScore(graph, wrong), blocks, graph, get_schedule("loglinear", eps=1e-6), draws=20, generator=seeded(2)
+    )
+    assert result.nats_per_token == pytest.approx(math.log(5), abs=4 * result.monte_carlo_error + 1e-4)
+
+
+def test_errors_cover_the_estimates_of_repeated_runs():
+    graph = GRAPHS["absorbing"]
+    model = TrueScore(graph)
+    blocks = model.draw((40, 10), seeded(1))
+    schedule = get_schedule("loglinear")
+    results = [elbo(model, blocks, graph, schedule, draws=4, batch_size=160, generator=seeded(i)) for i in range(40)]
+    spread = float(torch.tensor([result.nats_per_token for result in results]).std())
+    told = float(torch.tensor([result.monte_carlo_error for result in results]).mean())
+    assert 0.5 * told < spread < 1.3 * told
+    fresh = [
+        elbo(
+            model, model.draw((40, 10), seeded(100 + i)), graph, schedule, draws=4, batch_size=160, generator=seeded(i)
+        )
+        for i in range(40)
+    ]
+    spread = float(torch.tensor([result.nats_per_token for result in fresh]).std())
+    told = float(torch.tensor([result.standard_error for result in fresh]).mean())
+    assert 0.6 * told < spread < 1.4 * told
+
+
+def test_times_are_stratified():
+    graph = GRAPHS["absorbing"]
+    model = TrueScore(graph)
+    times = elbo(
+        model, model.draw((50, 2), seeded()), graph, get_schedule("loglinear"), draws=3, generator=seeded()
+    ).times
+    for k in range(3):
+        stratum = times[:, k].sort().values
+        assert k / 3 < float(stratum[0])
+        assert float(stratum[-1]) <= (k + 1) / 3
+        torch.testing.assert_close(
+            stratum.diff(), torch.full((49,), 1 / 150, dtype=torch.float64), rtol=1e-9, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("sigma", [0.01, 1.0, 6.9, 800.0])
+@pytest.mark.parametrize(
+    "graph",
+    [*GRAPHS.values(), RankOne(torch.tensor([0.5, 0.0, 0.3, 0.2], dtype=torch.float64))],
+    ids=[*GRAPHS, "rank_one"],
+)
+def test_prior_term_is_the_divergence(graph, sigma):
+    x_0 = torch.arange(graph.dim - (graph.mask_id is not None))
+    column = transition_column(x_0, torch.tensor(sigma, dtype=torch.float64), graph)
+    expected = divergence(column, base(sigma, graph))
+    torch.testing.assert_close(prior_kl(x_0, sigma, graph), expected, rtol=1e-9, atol=1e-15)
+
+
+def test_prior_term_of_the_papers_processes():
+    x_0 = torch.tensor([[0, 3]])
+    sigma = -math.log(1e-3)
+    absorbing = prior_kl(x_0, sigma, GRAPHS["absorbing"])
+    torch.testing.assert_close(absorbing, torch.full((1, 2), 1e-3 * math.log(VOCABULARY), dtype=torch.float64))
+    p = torch.full((5,), 0.999 / 5, dtype=torch.float64)
+    p[0] += 1e-3
+    to_stationary = float((p * (p * 5).log()).sum())
+    assert float(prior_kl(x_0, sigma, GRAPHS["uniform"])[0, 0]) == pytest.approx(to_stationary, rel=1e-9)
+
+
+def test_result_arithmetic():
+    sequences = torch.tensor([2.0, 6.0], dtype=torch.float64)
+    integrand = torch.tensor([[1.0, 3.0], [5.0, 7.0]], dtype=torch.float64)
+    result = ElboResult(sequences, 2, torch.zeros(2, 2), integrand, 0.0, n_bytes=8)
+    assert result.tokens == 4
+    assert result.nats_per_token == 2.0
+    assert result.bits_per_token == pytest.approx(2 / math.log(2))
+    assert result.bits_per_byte == pytest.approx(1 / math.log(2))
+    assert result.perplexity == pytest.approx(math.exp(2))
+    assert result.perplexity_mean_of_exp == pytest.approx((math.exp(1) + math.exp(3)) / 2)
+    assert result.standard_error == pytest.approx(math.sqrt(8) / math.sqrt(2) / 2)
+    assert result.monte_carlo_error == pytest.approx(math.sqrt(2 * 3 * 4 / 2) / 2 / 2 / 2)
+    assert math.isnan(ElboResult(sequences, 2, torch.zeros(2, 1), integrand[:, :1], 0.0).monte_carlo_error)
+    assert ElboResult(sequences, 2, torch.zeros(2, 2), integrand, 0.0).bits_per_byte is None
+
+
+def test_same_seed_same_bound_whatever_the_mode_and_mode_is_restored():
+    graph = GRAPHS["hybrid"]
+    model = TrueScore(graph)
+    blocks = model.draw((5, 4), seeded())
+    values = []
+    for training in (True, False):
+        model.train(training)
+        values.append(elbo(model, blocks, graph, get_schedule("loglinear"), draws=3, generator=seeded()).nats_per_token)
+        assert model.training is training
+    assert values[0] == values[1]
+    assert not any(model.modes)
+
+
+def test_bigram_by_hand():
+    train = torch.tensor([0, 1, 0, 1, 0, 2])
+    valid = torch.tensor([0, 1, 1, 2])
+    unigram = [4 / 10, 3 / 10, 2 / 10, 1 / 10]
+    assert ngram_bits(train, valid, 4, 1) == pytest.approx(-sum(math.log2(unigram[y]) for y in (0, 1, 1, 2)) / 4)
+    after_0 = (2 + 2 * unigram[1]) / (3 + 2)  # three pairs from 0, to two different tokens
+    after_1 = [(0 + 1 * unigram[y]) / (2 + 1) for y in (1, 2)]
+    p = [unigram[0], after_0, *after_1]
+    assert ngram_bits(train, valid, 4, 2) == pytest.approx(-sum(math.log2(q) for q in p) / 4)
+
+
+def test_bigram_is_a_distribution_and_handles_the_unseen():
+    """Summed over all next tokens, 2^-bits of the second token is one; after a token never seen, it is the unigram."""
+    train = torch.randint(5, (200,), generator=seeded())  # tokens 5 and 6 do not occur
+    for first in (0, 6):
+        valid = torch.tensor([[first, y] for y in range(7)])
+        start = ngram_bits(train, valid[:1, :1], 7, 1)
+        p = [2 ** -(2 * ngram_bits(train, row[None], 7, 2) - start) for row in valid]
+        assert sum(p) == pytest.approx(1.0)
+        assert min(p) > 0
+
+
+def test_rows_are_texts_of_their_own():
+    train = torch.tensor([[0, 1], [2, 3]])
+    assert ngram_bits(train, torch.tensor([1, 2]), 4, 2) == pytest.approx(2.0)  # 1 → 2 was not a pair; unigram 1/4 each
+    assert ngram_bits(train.flatten(), torch.tensor([1, 2]), 4, 2) < 2.0
+    rows = ngram_bits(train, torch.tensor([[0, 1], [2, 3]]), 4, 2)
+    assert rows > ngram_bits(train, torch.tensor([0, 1]), 4, 2) - 1e-12
+
+
+def test_bigram_of_a_large_vocabulary_needs_no_table():
+    train = torch.randint(50_000, (20_000,), generator=seeded())
+    assert ngram_bits(train, train, 50_257, 2) < 1.5 < 10 < ngram_bits(train, train, 50_257, 1)
+
+
+def test_a_markov_text_shows_the_order():
+    """Tokens that repeat with probability 0.9: the bigram model finds its entropy, the unigram model does not."""
+    generator = seeded()
+    jump = torch.rand(20_000, generator=generator) < 0.1
+    x = torch.randint(2, (20_000,), generator=generator)
+    last = torch.where(jump, torch.arange(20_000), 0).cummax(0).values
+    x = x[last]
+    p = 0.95
+    entropy = -(p * math.log2(p) + (1 - p) * math.log2(1 - p))
+    assert ngram_bits(x[:10_000], x[10_000:], 2, 2) == pytest.approx(entropy, abs=0.03)
+    assert ngram_bits(x[:10_000], x[10_000:], 2, 1) == pytest.approx(1.0, abs=0.03)
+
+
+def test_plot_is_written_whole(tmp_path):
+    graph = GRAPHS["absorbing"]
+    model = TrueScore(graph)
+    result = elbo(model, model.draw((5, 4), seeded()), graph, get_schedule("loglinear"), draws=3, generator=seeded())
+    plot_bound(result, tmp_path / "bound.png", bins=7)
+    assert [path.name for path in tmp_path.iterdir()] == ["bound.png"]
+    assert (tmp_path / "bound.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = ElboResult(torch.ones(1), 1, torch.zeros(1, 1), torch.ones(1, 1), 0.0)
+    with pytest.raises(ImportError, match=r'pip install "sedd_ext\[eval\]"'):
+        plot_bound(result, tmp_path / "bound.png")
+
+
+def test_progress_without_rich_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    graph = GRAPHS["absorbing"]
+    with pytest.raises(ImportError, match=r'pip install "sedd_ext\[train\]"'):
+        elbo(TrueScore(graph), BLOCKS, graph, get_schedule("loglinear"), draws=1, progress=True)
+
+
+BLOCKS = torch.zeros(2, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "arguments", "error", "message"),
+    [
+        (BLOCKS, {"draws": 0}, ValueError, "draws: expected at least 1, got 0"),
+        (BLOCKS, {"batch_size": 0}, ValueError, "batch_size: .* got 0"),
+        (BLOCKS, {"n_bytes": 0}, ValueError, "n_bytes: .* got 0"),
+        (BLOCKS[0], {}, ValueError, r"blocks: .* got shape \[3\]"),
+        (BLOCKS[:0], {}, ValueError, r"blocks: .* got shape \[0, 3\]"),
+        (BLOCKS.float(), {}, TypeError, "blocks: .* got torch.float32"),
+        (BLOCKS - 1, {}, ValueError, r"blocks: expected tokens in \[0, 6\), got values from -1 to -1"),
+        (BLOCKS + VOCABULARY, {}, ValueError, "blocks: expected text, got the MASK token 5 in it"),
+    ],
+)
+def test_bad_input(blocks, arguments, error, message):
+    graph = GRAPHS["absorbing"]
+    with pytest.raises(error, match=message):
+        elbo(TrueScore(graph), blocks, graph, get_schedule("loglinear"), **({"draws": 1} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "order", "message"),
+    [
+        (BLOCKS, BLOCKS, 3, r"order: expected 1 \(unigram\) or 2 \(bigram\), got 3"),
+        (BLOCKS[:0], BLOCKS, 1, r"train_tokens: .* got shape \[0, 3\]"),
+        (BLOCKS, BLOCKS + 7, 2, r"valid_tokens: expected tokens in \[0, 7\), got 7 to 7"),
+    ],
+)
+def test_bad_ngram_input(train, valid, order, message):
+    with pytest.raises(ValueError, match=message):
+        ngram_bits(train, valid, 7, order)

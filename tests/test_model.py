@@ -1,0 +1,284 @@
+"""The network: names and shapes of the released models, its conventions, mixed precision, and what it refuses."""
+
+import math
+
+import pytest
+import torch
+
+from sedd.model import PRESETS, SEDD, ModelConfig, device_of
+from sedd_ext import Absorbing, Hybrid, Uniform
+
+N_VOCAB = 11
+
+
+def build(graph=None, **overrides):
+    """A small model whose zero-initialised layers are filled, so that every part takes part."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "n_blocks": 2, "n_heads": 2, "cond_dim": 16, "length": 8, "dropout": 0.0} | overrides
+    model = SEDD(ModelConfig(**sizes), graph or Absorbing(N_VOCAB))
+    for name, parameter in model.named_parameters():
+        if "adaLN" in name or name.startswith("output_layer.linear"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def inputs(model, batch=3, length=8):
+    torch.manual_seed(1)
+    return torch.randint(model.dim, (batch, length)), torch.rand(batch) + 0.1
+
+
+def expected_names(d, n_blocks, n_heads, vocabulary, cond=128):
+    names = {
+        "vocab_embed.embedding": [vocabulary, d],
+        "sigma_map.mlp.0.weight": [cond, 256],
+        "sigma_map.mlp.0.bias": [cond],
+        "sigma_map.mlp.2.weight": [cond, cond],
+        "sigma_map.mlp.2.bias": [cond],
+        "rotary_emb.inv_freq": [d // n_heads // 2],
+    }
+    for block in range(n_blocks):
+        names |= {
+            f"blocks.{block}.{name}": shape
+            for name, shape in {
+                "norm1.weight": [d],
+                "attn_qkv.weight": [3 * d, d],
+                "attn_out.weight": [d, d],
+                "norm2.weight": [d],
+                "mlp.0.weight": [4 * d, d],
+                "mlp.0.bias": [4 * d],
+                "mlp.2.weight": [d, 4 * d],
+                "mlp.2.bias": [d],
+                "adaLN_modulation.weight": [6 * d, cond],
+                "adaLN_modulation.bias": [6 * d],
+            }.items()
+        }
+    return names | {
+        "output_layer.norm_final.weight": [d],
+        "output_layer.linear.weight": [vocabulary, d],
+        "output_layer.linear.bias": [vocabulary],
+        "output_layer.adaLN_modulation.weight": [2 * d, cond],
+        "output_layer.adaLN_modulation.bias": [2 * d],
+    }
+
+
+def test_small_has_the_released_names_shapes_and_order():
+    with torch.device("meta"):
+        model = SEDD("small", Absorbing(50257))
+    state = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = expected_names(768, 12, 12, 50258)
+    assert state == expected
+    assert list(state) == list(expected)  # the order of the EMA's nameless tensors in released checkpoints
+    assert len(state) == 131
+    assert sum(parameter.numel() for parameter in model.parameters()) == 169_627_218
+
+
+def test_medium_has_the_released_names_and_shapes():
+    graph = Uniform(50257)
+    with torch.device("meta"):
+        model = SEDD("medium", graph)
+    assert {n: list(t.shape) for n, t in model.state_dict().items()} == expected_names(1024, 24, 16, 50257)
+
+
+def test_presets_are_usable_by_name():
+    model = SEDD("tiny", Absorbing(257))
+    assert model.config == PRESETS["tiny"]
+    assert model(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1)).shape == (1, 4, 258)
+
+
+def test_a_new_model_scores_every_token_alike():
+    """The head starts at zero, so the scores of a masked position are 1/(expm1(σ̄)(N-1)): they sum to the true sum."""
+    model = SEDD("tiny", Absorbing(257))
+    x, sigma = torch.full((2, 5), 257), torch.tensor([0.3, 4.0])
+    log_score = model(x, sigma)
+    scores = log_score[..., :257].exp().detach()
+    torch.testing.assert_close(scores.sum(-1), (1 / torch.expm1(sigma))[:, None].expand(2, 5), rtol=1e-5, atol=0)
+    assert float((scores.amax(-1) / scores.amin(-1)).max()) == pytest.approx(1.0)
+
+
+def test_forward_is_hidden_head_and_shift_with_a_zero_at_x_t():
+    model = build().eval()
+    x, sigma = inputs(model)
+    log_score = model(x, sigma)
+    raw = model.head(model.hidden(x, sigma)) - model.log_score_shift(sigma)[:, None, None]
+    at_x_t = torch.nn.functional.one_hot(x, model.dim).bool()
+    assert log_score.shape == (3, 8, N_VOCAB + 1)
+    assert bool((log_score[at_x_t] == 0).all())
+    torch.testing.assert_close(log_score[~at_x_t], raw[~at_x_t], rtol=0, atol=0)
+
+
+def test_shift_formula_and_its_extremes():
+    model = build()
+    sigma = torch.tensor([1e-12, 1e-5, 0.7, 20.0, 800.0], dtype=torch.float64)
+    shift = model.log_score_shift(sigma)
+    expected = [math.log(math.expm1(s)) if s < 500 else s for s in sigma.tolist()]
+    torch.testing.assert_close(
+        shift, torch.tensor(expected, dtype=torch.float64) + math.log(N_VOCAB), rtol=1e-13, atol=0
+    )
+
+
+@pytest.mark.parametrize("graph", [Uniform(N_VOCAB), Hybrid(N_VOCAB, 0.2)], ids=["uniform", "hybrid"])
+def test_other_processes_have_no_shift(graph):
+    assert build(graph).log_score_shift(torch.ones(2)) is None
+    assert build(Absorbing(N_VOCAB), scale_by_sigma=False).log_score_shift(torch.ones(2)) is None
+
+
+def test_sigma_embedding_is_cosines_then_sines_of_256_inputs():
+    model = build()
+    seen = []
+    model.sigma_map.mlp[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    x, _ = inputs(model, batch=2)
+    model(x, torch.tensor([0.5, 7.0]))
+    i = torch.arange(128, dtype=torch.float64)
+    angles = torch.tensor([[0.5], [7.0]]).double() * 10_000 ** (-i / 128)
+    torch.testing.assert_close(seen[0].double(), torch.cat([angles.cos(), angles.sin()], -1), rtol=0, atol=2e-6)
+
+
+def test_matches_an_independent_statement_of_the_network():
+    """Written once more with explicit loops over heads and complex rotations, in float64."""
+    model = build().double().eval()
+    x, sigma = inputs(model)
+    w = {name: tensor.detach().double() for name, tensor in model.state_dict().items()}
+    heads, d = 2, 32
+    silu = lambda z: z / (1 + torch.exp(-z))  # noqa: E731
+    norm = lambda z, g: g * (z - z.mean(-1, keepdim=True)) / (z.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()  # noqa: E731
+    gelu = lambda z: 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))  # noqa: E731
+    affine = lambda name, z: z @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)  # noqa: E731
+
+    angles = sigma.float()[:, None] * torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float32) / 128)
+    waves = torch.cat([angles.cos(), angles.sin()], -1).double()
+    c = silu(affine("sigma_map.mlp.2", silu(affine("sigma_map.mlp.0", waves))))
+    h = w["vocab_embed.embedding"][x]
+    half = d // heads // 2
+    turn = torch.exp(1j * torch.arange(8)[:, None] * 10_000.0 ** (-torch.arange(half) / half))
+    for b in range(2):
+        part = [p[:, None] for p in affine(f"blocks.{b}.adaLN_modulation", c).split(d, -1)]
+        qkv = affine(f"blocks.{b}.attn_qkv", norm(h, w[f"blocks.{b}.norm1.weight"]) * (1 + part[1]) + part[0])
+        out = []
+        for k in range(heads):
+            q, key, v = (qkv[..., i * d + k * 2 * half : i * d + (k + 1) * 2 * half] for i in range(3))
+            q, key = (torch.complex(z[..., :half], z[..., half:]) * turn for z in (q, key))
+            logits = (q @ key.conj().transpose(-1, -2)).real / math.sqrt(2 * half)
+            out.append(logits.softmax(-1) @ v)
+        h = h + part[2] * affine(f"blocks.{b}.attn_out", torch.cat(out, -1))
+        m = norm(h, w[f"blocks.{b}.norm2.weight"]) * (1 + part[4]) + part[3]
+        h = h + part[5] * affine(f"blocks.{b}.mlp.2", gelu(affine(f"blocks.{b}.mlp.0", m)))
+    shift, scale = (p[:, None] for p in affine("output_layer.adaLN_modulation", c).split(d, -1))
+    expected = norm(h, w["output_layer.norm_final.weight"]) * (1 + scale) + shift
+    # float32 inside: the sinusoids and the rotary angles
+    torch.testing.assert_close(model.hidden(x, sigma), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_order_of_tokens_matters_and_all_positions_see_each_other():
+    model = build().eval()
+    x, sigma = inputs(model, batch=1)
+    hidden = model.hidden(x, sigma)
+    other = x.clone()
+    other[0, -1] = (other[0, -1] + 1) % model.dim
+    assert bool(((model.hidden(other, sigma) - hidden).abs().amax(-1) > 0).all())
+    flipped = model.hidden(x.flip(1), sigma).flip(1)
+    assert not torch.allclose(flipped, hidden, atol=1e-3)
+
+
+def test_bfloat16_autocast_keeps_the_tail_in_float32():
+    model = build().eval()
+    x, sigma = inputs(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden, log_score = model.hidden(x, sigma), model(x, sigma)
+        raw = model.head(hidden)
+    assert hidden.dtype == torch.float32
+    assert raw.dtype == torch.bfloat16
+    assert log_score.dtype == torch.float32
+    exact = model(x, sigma)
+    assert float((log_score - exact).detach().abs().max()) < 0.05 * float(exact.detach().abs().max())
+
+
+def test_conditioning_stays_in_float32_under_autocast():
+    model = build().eval()
+    outputs = []
+    for layer in (
+        model.sigma_map,
+        *(block.adaLN_modulation for block in model.blocks),
+        model.output_layer.adaLN_modulation,
+    ):
+        layer.register_forward_hook(lambda _, __, output: outputs.append(output.clone()))
+    x, sigma = inputs(model)
+    model(x, sigma)
+    plain, outputs[:] = list(outputs), []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x, sigma)
+    assert len(plain) == len(outputs) == 4
+    for a, b in zip(plain, outputs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_dropout_drops_in_training_only():
+    model = build(dropout=0.5)
+    x, sigma = inputs(model)
+    assert not torch.equal(model(x, sigma), model(x, sigma))
+    model.eval()
+    torch.testing.assert_close(model(x, sigma), model(x, sigma), rtol=0, atol=0)
+
+
+def test_every_parameter_gets_a_gradient():
+    model = build()
+    x, sigma = inputs(model)
+    model(x, sigma).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.any()), name
+
+
+def test_compiles_in_one_graph():
+    model = build().eval()
+    x, sigma = inputs(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, sigma), model(x, sigma), rtol=1e-5, atol=1e-5)
+
+
+def test_device_of():
+    assert device_of(build()) == torch.device("cpu")
+    with torch.device("meta"):
+        assert device_of(build()) == torch.device("meta")
+
+
+GOOD = torch.zeros(2, 4, dtype=torch.int64), torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("x", "sigma", "error", "message"),
+    [
+        (GOOD[0].int(), GOOD[1], TypeError, r"x_t: expected an int64 tensor \[B, L\], got torch.int32"),
+        (GOOD[0][0], GOOD[1], ValueError, r"x_t: .* got shape \[4\]"),
+        (GOOD[0][:, :0], GOOD[1], ValueError, r"x_t: .* got shape \[2, 0\]"),
+        (GOOD[0] + N_VOCAB + 1, GOOD[1], ValueError, r"x_t: expected tokens in \[0, 12\), got values from 12 to 12"),
+        (GOOD[0] - 1, GOOD[1], ValueError, r"x_t: .* got values from -1 to -1"),
+        (GOOD[0], GOOD[1].long(), TypeError, r"sigma: .* got torch.int64"),
+        (GOOD[0], torch.ones(3), ValueError, r"sigma: expected shape \[2\].*got \[3\]"),
+        (GOOD[0], torch.ones(2, 1), ValueError, r"sigma: expected shape \[2\].*got \[2, 1\]"),
+        (GOOD[0], torch.tensor([1.0, 0.0]), ValueError, r"sigma: expected positive finite values, got \[1.0, 0.0\]"),
+        (GOOD[0], torch.tensor([1.0, math.nan]), ValueError, r"sigma: .*nan"),
+        (GOOD[0], torch.tensor([math.inf, 1.0]), ValueError, r"sigma: .*inf"),
+    ],
+)
+def test_bad_input(x, sigma, error, message):
+    with pytest.raises(error, match=message):
+        build()(x, sigma)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size: expected a positive int, got 0"),
+        ({"n_blocks": -1}, "n_blocks: .* got -1"),
+        ({"hidden_size": 30, "n_heads": 2}, "hidden_size: expected a multiple of 2 . n_heads = 4, got 30"),
+        ({"dropout": 1.0}, r"dropout: expected a number in \[0, 1\), got 1.0"),
+    ],
+)
+def test_bad_sizes(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**sizes)
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match=r"config: expected a ModelConfig or one of tiny, small, medium, got 'large'"):
+        SEDD("large", Absorbing(5))

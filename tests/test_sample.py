@@ -1,0 +1,250 @@
+"""Sampler: reproduces a known distribution, infills around given tokens, leaves the model as it was."""
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from toy import P_0, VOCABULARY, TrueScore
+
+from sedd.model import SEDD
+from sedd.sample import SAMPLERS, sample
+from sedd.schedule import get_schedule
+from sedd_ext import Absorbing, Hybrid, Uniform
+
+SCHEDULE = get_schedule("loglinear")
+GRAPHS = {"absorbing": Absorbing(VOCABULARY), "uniform": Uniform(VOCABULARY), "hybrid": Hybrid(VOCABULARY, 0.3)}
+SHAPE = {"batch": 500, "length": 40}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def p_value(tokens, p_0=P_0):
+    """Chi-square test of the tokens against p_0; small where the sampler is wrong."""
+    counts = torch.bincount(tokens.flatten(), minlength=len(p_0))
+    assert len(counts) == len(p_0), f"a token outside the vocabulary: {counts.tolist()}"
+    return chisquare(counts.numpy(), (p_0 / p_0.sum() * counts.sum()).numpy()).pvalue
+
+
+@pytest.mark.parametrize("steps", [1, 4, 50])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_tweedie_with_the_true_score_is_exact_for_any_number_of_steps(name, steps):
+    """Positions are independent here, so each Tweedie step is the exact posterior, however long it is."""
+    graph = GRAPHS[name]
+    # what is left at t = 1 starts from π instead of p_1: an error of ε that 20,000 tokens must not see
+    schedule = get_schedule("loglinear", eps=1e-5)
+    tokens = sample(TrueScore(graph), graph, schedule, steps=steps, generator=seeded(steps), **SHAPE)
+    assert p_value(tokens) > 1e-4
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_euler_with_the_true_score_approaches_the_distribution(name):
+    graph = GRAPHS[name]
+    schedule = get_schedule("geometric", sigma_min=1e-4, sigma_max=12.0)  # its rate has no spike at t = 1
+    fine, coarse = (
+        sample(TrueScore(graph), graph, schedule, sampler="euler", steps=steps, generator=seeded(), **SHAPE)
+        for steps in (300, 4)
+    )
+    error = [
+        float((torch.bincount(x.flatten(), minlength=5)[:5] / x.numel() - P_0).abs().sum()) for x in (fine, coarse)
+    ]
+    assert error[0] < 0.03
+    assert name == "absorbing" or error[1] > 2 * error[0]
+
+
+def test_the_sampler_asked_for_is_used():
+    graph = GRAPHS["uniform"]
+    tweedie, euler = (
+        sample(TrueScore(graph), graph, SCHEDULE, steps=2, sampler=name, generator=seeded(), **SHAPE)
+        for name in SAMPLERS
+    )
+    assert p_value(tweedie) > 1e-4 > p_value(euler)
+
+
+def test_a_wrong_score_is_noticed():
+    """The chi-square test above can fail: a model of another distribution does."""
+    graph = GRAPHS["absorbing"]
+    wrong = TrueScore(graph, P_0 + torch.tensor([-0.02, 0.02, 0.0, 0.0, 0.0]))
+    assert p_value(sample(wrong, graph, SCHEDULE, steps=4, generator=seeded(), **SHAPE)) < 1e-4
+
+
+def test_model_shift_is_taken_off():
+    for graph in GRAPHS.values():
+        plain, shifted = (
+            sample(TrueScore(graph, shift=shift), graph, SCHEDULE, steps=3, generator=seeded(), batch=8, length=30)
+            for shift in (None, 3.0)
+        )
+        torch.testing.assert_close(plain, shifted, rtol=0, atol=0)
+
+
+def test_same_seed_same_text():
+    graph = GRAPHS["hybrid"]
+    one, two, three = (
+        sample(TrueScore(graph), graph, SCHEDULE, steps=5, generator=seeded(seed), batch=8, length=30)
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, two)
+    assert not torch.equal(one, three)
+
+
+def test_denoising_step_leaves_no_mask():
+    graph = GRAPHS["absorbing"]
+    sampled, rough = (
+        sample(
+            TrueScore(graph),
+            graph,
+            get_schedule("geometric", sigma_min=0.1, sigma_max=20.0),
+            steps=20,
+            denoise=denoise,
+            generator=seeded(),
+            **SHAPE,
+        )
+        for denoise in (True, False)
+    )
+    assert not bool((sampled == graph.mask_id).any())
+    assert bool((rough == graph.mask_id).any())
+
+
+def test_head_runs_on_masked_positions_only_and_the_model_rests_when_none_is_left():
+    graph = GRAPHS["absorbing"]
+    model = TrueScore(graph)
+    sample(model, graph, SCHEDULE, steps=200, batch=2, length=10, generator=seeded())
+    assert model.rows_scored[0] == 20
+    assert model.rows_scored == sorted(model.rows_scored, reverse=True)
+    assert model.rows_scored[-1] > 0
+    assert len(model.rows_scored) < 201
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("given", ["prefix", "suffix", "middle", "spans"])
+def test_infilling_keeps_every_given_token_in_every_step(name, sampler, given):
+    graph = GRAPHS[name]
+    where = torch.zeros(12, dtype=torch.bool)
+    where[{"prefix": slice(0, 4), "suffix": slice(7, 12), "middle": slice(3, 9), "spans": slice(0, 12, 3)}[given]] = (
+        True
+    )
+    tokens = torch.randint(VOCABULARY, (12,), generator=seeded(5))
+    seen = []
+    filled = sample(
+        TrueScore(graph),
+        graph,
+        SCHEDULE,
+        batch=3,
+        length=12,
+        steps=6,
+        sampler=sampler,
+        fixed=(tokens, where),
+        generator=seeded(),
+        on_step=lambda step, steps, x: seen.append((step, steps, x)),
+    )
+    assert [entry[:2] for entry in seen] == [(i, 7) for i in range(1, 8)]
+    for x in (*(entry[2] for entry in seen), filled):
+        assert torch.equal(x[:, where], tokens[where].expand(3, -1))
+    assert torch.equal(seen[-1][2], filled)
+
+
+def test_infilling_around_given_tokens_leaves_the_rest_to_the_model():
+    graph = GRAPHS["uniform"]
+    where = torch.arange(40) % 2 == 0
+    tokens = torch.full((500, 40), 4)
+    x = sample(
+        TrueScore(graph),
+        graph,
+        get_schedule("loglinear", eps=1e-5),
+        steps=3,
+        fixed=(tokens, where),
+        generator=seeded(),
+        **SHAPE,
+    )
+    assert p_value(x[:, ~where]) > 1e-4
+
+
+def test_infilling_with_other_positions_in_each_sequence():
+    graph = GRAPHS["absorbing"]
+    tokens = torch.randint(VOCABULARY, (2, 6), generator=seeded())
+    where = torch.tensor([[True] * 6, [False, True] * 3])
+    x = sample(TrueScore(graph), graph, SCHEDULE, batch=2, length=6, steps=3, fixed=(tokens, where), generator=seeded())
+    assert torch.equal(x[0], tokens[0])
+    assert torch.equal(x[1, 1::2], tokens[1, 1::2])
+
+
+def test_tokens_outside_the_given_positions_do_not_matter():
+    graph = GRAPHS["absorbing"]
+    where = torch.tensor([True, False, False])
+    for unknown in (graph.mask_id, -1):
+        fixed = (torch.tensor([2, unknown, unknown]), where)
+        x = sample(TrueScore(graph), graph, SCHEDULE, batch=4, length=3, steps=2, fixed=fixed, generator=seeded())
+        assert x[:, 0].tolist() == [2] * 4
+
+
+def test_mode_is_evaluation_inside_and_restored_outside():
+    graph = GRAPHS["absorbing"]
+    for training in (True, False):
+        model = TrueScore(graph).train(training)
+        sample(model, graph, SCHEDULE, batch=1, length=3, steps=2, generator=seeded())
+        assert model.training is training
+        assert model.modes
+        assert not any(model.modes)
+
+
+def test_mode_is_restored_after_an_error():
+    graph = GRAPHS["absorbing"]
+    model = TrueScore(graph, torch.full((5,), torch.nan)).train()
+    with pytest.raises(ValueError, match="log_score"):
+        sample(model, graph, SCHEDULE, batch=1, length=3, steps=2, generator=seeded())
+    assert model.training
+
+
+def test_samples_are_ordinary_tensors():
+    """Not inference tensors, which autograd would refuse: a caller may train on what was sampled."""
+    graph = GRAPHS["absorbing"]
+    seen = []
+    x = sample(TrueScore(graph), graph, SCHEDULE, batch=1, length=3, steps=2, on_step=lambda *a: seen.append(a[2]))
+    assert not x.is_inference()
+    assert not any(tokens.is_inference() for tokens in seen)
+    x[:] = 0  # a callback's tokens are its own
+    assert bool(seen[-1].any()) or seen[-1].tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_real_model_samples(dtype):
+    graph = Absorbing(257)
+    x = sample(
+        SEDD("tiny", graph), graph, SCHEDULE, batch=2, length=16, steps=3, generator=seeded(), autocast_dtype=dtype
+    )
+    assert x.shape == (2, 16)
+    assert x.dtype == torch.int64
+    assert 0 <= int(x.min()) <= int(x.max()) < 257
+
+
+def test_progress_bar(capsys):
+    graph = GRAPHS["absorbing"]
+    sample(TrueScore(graph), graph, SCHEDULE, batch=1, length=3, steps=2, progress=True)
+    assert "sampling" in capsys.readouterr().out
+
+
+TOKENS, WHERE = torch.zeros(3, dtype=torch.int64), torch.tensor([True, False, False])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"batch": 0}, ValueError, "batch: expected at least 1, got 0"),
+        ({"length": 0}, ValueError, "length: .* got 0"),
+        ({"steps": 0}, ValueError, "steps: .* got 0"),
+        ({"sampler": "ancestral"}, ValueError, "sampler: expected one of 'tweedie', 'euler', got 'ancestral'"),
+        ({"fixed": (TOKENS[:2], WHERE)}, ValueError, r"fixed: expected the tokens as \[3\] or \[2, 3\], got \[2\]"),
+        ({"fixed": (TOKENS, WHERE[None])}, ValueError, r"fixed: expected the positions .* got \[1, 3\]"),
+        ({"fixed": (TOKENS.int(), WHERE)}, TypeError, "fixed: expected the tokens as a torch.int64 .* got torch.int32"),
+        ({"fixed": (TOKENS, WHERE.long())}, TypeError, "fixed: expected the positions as a torch.bool .* torch.int64"),
+        ({"fixed": (TOKENS + 6, WHERE)}, ValueError, r"fixed: expected tokens in \[0, 6\), got values from 6 to 6"),
+        ({"fixed": (TOKENS - 1, WHERE)}, ValueError, r"fixed: .* got values from -1 to -1"),
+        ({"fixed": (TOKENS + VOCABULARY, WHERE)}, ValueError, "fixed: the MASK token 5 is no text"),
+        ({"fixed": (TOKENS, WHERE | True)}, ValueError, "fixed: every position is given"),
+    ],
+)
+def test_bad_input(arguments, error, message):
+    graph = GRAPHS["absorbing"]
+    with pytest.raises(error, match=message):
+        sample(TrueScore(graph), graph, SCHEDULE, **({"batch": 2, "length": 3, "steps": 2} | arguments))

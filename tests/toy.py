@@ -1,0 +1,48 @@
+"""A toy world in which the true score is known: independent positions with one known distribution each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sedd_ext import RankOne
+
+VOCABULARY = 5
+P_0 = torch.tensor([0.45, 0.3, 0.2, 0.049, 0.001], dtype=torch.float64)
+
+
+class TrueScore(nn.Module):
+    """A score model that is exactly right for text whose tokens are drawn independently from p_0.
+
+    Its hidden states are the true log-scores log p_t(y)/p_t(x_t), raised by ``shift``, which it reports as
+    ``log_score_shift`` for the caller to take off again.
+    """
+
+    def __init__(self, graph: RankOne, p_0: Tensor = P_0, shift: float | None = None) -> None:
+        super().__init__()
+        self.graph, self.shift = graph, shift
+        self.p_0 = torch.zeros(graph.dim, dtype=torch.float64)
+        self.p_0[: len(p_0)] = p_0
+        self.rows_scored: list[int] = []
+        self.modes: list[bool] = []
+
+    def p_t(self, sigma: Tensor) -> Tensor:
+        a = torch.exp(-sigma.double())[..., None]
+        return a * self.p_0 - torch.expm1(-sigma.double())[..., None] * self.graph.stationary
+
+    def hidden(self, x_t: Tensor, sigma: Tensor) -> Tensor:
+        self.modes.append(self.training)
+        log_p = self.p_t(sigma).log()[:, None].expand(*x_t.shape, -1)
+        return log_p - log_p.gather(-1, x_t[..., None]) + (self.shift or 0.0)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        self.rows_scored.append(hidden.shape[:-1].numel())
+        return hidden
+
+    def log_score_shift(self, sigma: Tensor) -> Tensor | None:
+        return None if self.shift is None else torch.full_like(sigma, self.shift)
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Text of this world."""
+        n = shape[0] * shape[1]
+        return torch.multinomial(self.p_0, n, replacement=True, generator=generator).view(shape)
