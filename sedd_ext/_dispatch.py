@@ -106,6 +106,10 @@ def stationary_for(graph: RankOne, dtype: torch.dtype, device: torch.device) -> 
 
 def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
     """63 random bits from the generator, int64 [1]: the key of all the rows' random numbers."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {_kind(generator)}")
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(f"generator: expected one on {device.type} as the tokens are, got one on {generator.device}")
     return torch.randint(2**63 - 1, (1,), generator=generator, device=device)
 
 

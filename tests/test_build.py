@@ -1,4 +1,4 @@
-"""What was built: one OpenMP runtime, torch's threads, no torch inside, and the same results on every instruction set."""
+"""What was built: one OpenMP runtime, torch's threads, no torch inside, the same results on every instruction set."""
 
 import subprocess
 import sys

@@ -1,0 +1,154 @@
+"""What the benchmarks share: the shapes, their inputs, who competes, and how torch.compile is called."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pytest
+import torch
+from torch import Tensor
+
+from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
+
+# GPT-2's vocabulary with MASK, and text8's 27 symbols. At the large one 512 rows of float32 are 103 MB, about what a
+# last-level cache may hold a good part of, and 4,096 rows are 823 MB, which none holds.
+LARGE, SMALL = 50_258, 27
+CACHED_ROWS, BEYOND_ROWS = 512, 4096
+SMALL_ROWS = 65_536
+FEW_ROWS = ((SMALL, 1), (SMALL, 8), (SMALL, 128), (LARGE, 1))
+LINEAR_ELEMENTS = 2**24
+SEQUENCE = 256  # rows that share σ̄, as the positions of a sequence do
+
+FORWARD, BACKWARD = "score entropy forward", "score entropy backward, existing buffer"
+AUTOGRAD, BOTH = "score entropy backward, autograd", "score entropy forward + backward, autograd"
+COLUMN, ROW, SAMPLE = "transition column", "transition row", "transition sample"
+TWEEDIE, EULER = "tweedie sample", "euler sample"
+
+PEERS = ("dense", "compiled", "released")
+GRAPHS: dict[str, Callable[[int], RankOne]] = {
+    "absorbing": lambda n: Absorbing(n - 1),
+    "uniform": Uniform,
+    "hybrid": lambda n: Hybrid(n - 1, 0.1),
+}
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One contestant on one shape: the kernel, a peer (released, dense, compiled), or the limit."""
+
+    graph: str
+    n: int
+    rows: int
+    dtype: str
+    contestant: str
+    smoke: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.graph}-{self.rows}x{self.n}-{self.dtype}-{self.contestant}"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the log-scores."""
+        return torch.empty(0, dtype=getattr(torch, self.dtype)).element_size()
+
+    @property
+    def inputs(self) -> Inputs:
+        return _inputs(self.graph, self.n, self.rows, self.dtype)
+
+
+def operator_cases(peers: Sequence[str] = (), *, beyond: bool = True) -> list[Case]:
+    """The shapes of an operation over [rows, N], those beyond the cache too if wanted, and who competes on each."""
+    result = []
+    for n, rows in ((SMALL, SMALL_ROWS), (LARGE, CACHED_ROWS)):
+        for graph in ("absorbing", "uniform"):
+            result += [Case(graph, n, rows, "float32", who) for who in ("kernel", "limit", *peers)]
+        result += [Case("hybrid", n, rows, "float32", who) for who in ("kernel", "limit")]
+        result += [Case("absorbing", n, rows, "bfloat16", who) for who in ("kernel", "limit")]
+    processes = (
+        ("absorbing", "float32"),
+        ("absorbing", "bfloat16"),
+        ("uniform", "float32"),
+        ("uniform", "bfloat16"),
+        ("hybrid", "float32"),
+    )
+    for graph, dtype in processes if beyond else ():
+        result += [Case(graph, LARGE, BEYOND_ROWS, dtype, who) for who in ("kernel", "limit")]
+    eager = [peer for peer in peers if peer != "compiled"]
+    if eager:
+        result += [Case("absorbing", n, rows, "float32", who) for n, rows in FEW_ROWS for who in ("kernel", *eager)]
+    return result
+
+
+def linear_cases() -> list[Case]:
+    """The kernel alone with N from 27 to 256k at a constant number of elements, and with 16 to 4,096 rows."""
+    sizes = [(n, LINEAR_ELEMENTS // n) for n in (SMALL, 128, 512, 2048, 8192, 32_000, LARGE, 128_000, 256_000)]
+    sizes += [(LARGE, rows) for rows in (16, 64, 256, 1024, BEYOND_ROWS)]
+    return [Case("absorbing", n, rows, "float32", "kernel") for n, rows in sizes]
+
+
+class Race(Protocol):
+    """The ``race`` fixture of conftest.py."""
+
+    def __call__(
+        self, operation: str, case: Case, build: Callable[[Case], Run], bytes_moved: int, group: str | None = None
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tokens, σ̄, log-scores [rows, N] whose entry x_t is 0, and a reverse step at which half of the rows move."""
+
+    graph: RankOne
+    x_t: Tensor
+    x_0: Tensor
+    sigma: Tensor
+    step: dict[str, Tensor]
+    dtype: torch.dtype
+
+    @functools.cached_property
+    def log_score(self) -> Tensor:
+        rows, n = len(self.x_t), self.graph.dim
+        # Scores that add up to about 1 beside a MASK, and to about N where all tokens are alike. A block of rows is
+        # repeated: making 823 MB of random numbers takes longer than what is measured on them.
+        block = torch.randn(min(rows, 16), n, generator=torch.Generator().manual_seed(1)) - 0.5
+        if self.graph.process != "uniform":
+            block -= torch.tensor(float(n)).log()
+        log_score = block.to(self.dtype).repeat(-(-rows // len(block)), 1)[:rows]
+        log_score[torch.arange(rows), self.x_t] = 0
+        return log_score.contiguous()
+
+
+# Four (3.3 GB at 4,096 rows): a case, and the absorbing and float32 ones that it is compared with.
+@functools.lru_cache(maxsize=4)
+def _inputs(graph_name: str, n: int, rows: int, dtype: str) -> Inputs:
+    graph, generator = GRAPHS[graph_name](n), torch.Generator().manual_seed(0)
+    x_0 = torch.randint(n - 1, (rows,), generator=generator)
+    x_t = torch.randint(n, (rows,), generator=generator) if graph_name == "uniform" else torch.full((rows,), n - 1)
+    sigma = 0.1 + 2.9 * torch.rand(-(-rows // SEQUENCE), generator=generator)
+    sigma = sigma.repeat_interleave(SEQUENCE)[:rows].contiguous()
+    step = {"tweedie": torch.full((rows,), 2.0).log(), "euler": torch.full((rows,), 0.5)}
+    return Inputs(graph, x_t, x_0, sigma, step, getattr(torch, dtype))
+
+
+def plain_read(x: Tensor) -> Run:
+    """The limit of what reads once: torch's fastest reduction. bfloat16 is summed as half as many float32."""
+    flat = x.view(-1)
+    if flat.element_size() == 2 and flat.numel() % 2 == 0:
+        flat = flat.view(torch.float32)
+    return lambda: flat.sum()
+
+
+def compiled(function: Callable[..., Any], case: Case) -> Callable[..., Any]:
+    """``function`` under torch.compile for this one shape; a smoke run looks only whether it can be traced."""
+    torch._dynamo.reset()
+    if case.smoke:
+        return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
+    if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+        pytest.skip("torch.compile needs a C++ compiler, and none is on PATH")
+    return torch.compile(function, fullgraph=True, dynamic=False)
