@@ -1,7 +1,8 @@
 // One reverse step of a position: Euler (τ-leaping, SEDD eq. 17) and Tweedie (eq. 19), for any rank-one process.
 //
-// Both have the form  w(y) = max(0, scale s_y - drain π_y S) for y ≠ x  and  w(x) = max(0, stay - leave Σ_{y≠x} s_y)
-// with S = 1 + Σ_{y≠x} s_y; the step's probabilities are w over its sum.
+// Up to a factor of the row, which the normalisation drops, both have the form
+//   w(y) = max(0, s_y - drain π_y S) for y ≠ x,   w(x) = max(0, stay - leave Σ_{y≠x} s_y),   S = 1 + Σ_{y≠x} s_y
+// Euler divided by Δt σ π_x; Tweedie by (e^Δ - 1) π_x, so that no Δ overflows.
 #pragma once
 
 #include "common/random.h"
@@ -28,23 +29,17 @@ struct ReverseParams {
 };
 
 struct ReverseRow {
-    double scale;
     double drain;
     double stay;
     double leave;
 };
 
-// Tweedie's weights are taken times e^{-Δ}, which the normalisation drops again: no Δ overflows them.
+// For π_x > 0; a token with π_x = 0 stays.
 SEDD_HD ReverseRow reverse_row(Step kind, double step, double pi_x) {
-    if (kind == Step::euler) return {step * pi_x, 0.0, 1.0, step * pi_x};
+    if (kind == Step::euler) return {0.0, 1.0 / (step * pi_x), 1.0};
     const Decay d = decay(step);
     const double self = d.a + d.b * pi_x;  // p(x_t = x | x_{t-Δt} = x)
-    ReverseRow row;
-    row.scale = d.b * pi_x;
-    row.drain = d.b * d.b * pi_x;
-    row.stay = self * (d.a + d.b * (1.0 - pi_x));
-    row.leave = self * d.b * pi_x;
-    return row;
+    return {d.b, self * (d.a + d.b * (1.0 - pi_x)) / (d.b * pi_x), self};
 }
 
 Status reverse_probs_cpu(const ReverseParams& params, int threads);

@@ -39,10 +39,10 @@ SEDD_HD int64_t draw_stationary(Process process, const double* cumulative, int64
     return low;
 }
 
-// x_t ~ p(· | x_0): keep the token with probability a, else draw from π.
-SEDD_HD int64_t draw_transition(const TransitionParams& p, int64_t row) {
+// x_t ~ p(· | x_0): draw from π with probability b = 1 - e^{-σ}, else keep the token.
+SEDD_HD int64_t draw_transition(const TransitionParams& p, int64_t row, double b) {
     const Uniforms u = row_uniforms(p.seed, static_cast<uint64_t>(row));
-    return u.first < decay(p.sigma[row]).b ? draw_stationary(p.process, p.cumulative, p.dim, u.second) : p.x[row];
+    return u.first < b ? draw_stationary(p.process, p.cumulative, p.dim, u.second) : p.x[row];
 }
 
 Status transition_column_cpu(const TransitionParams& params, int threads);

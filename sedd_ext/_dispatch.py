@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sedd_ext import _C
 from sedd_ext.graph import RankOne
 
 __all__: list[str] = []
@@ -17,6 +18,7 @@ LIBRARY = torch.library.Library("sedd_ext", "DEF")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 PROCESSES = {"absorbing": 0, "uniform": 1, "rank_one": 2}
 STEPS = {"euler": 0, "tweedie": 1}
+_HUGE_BYTES = 1 << 24
 _FAULT_X_T, _FAULT_X_0, _FAULT_SIGMA, _FAULT_TOTAL = 1, 2, 3, 4
 
 
@@ -111,6 +113,17 @@ def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor
     if generator is not None and generator.device.type != device.type:
         raise ValueError(f"generator: expected one on {device.type} as the tokens are, got one on {generator.device}")
     return torch.randint(2**63 - 1, (1,), generator=generator, device=device)
+
+
+def fresh(tensor: Tensor) -> Tensor:
+    """A new tensor, before its first use: a large one is put on huge pages, if the system has them for the asking.
+
+    To fault in 4 KiB pages takes longer than to compute what goes into them.
+    """
+    size = tensor.numel() * tensor.element_size()
+    if size >= _HUGE_BYTES:
+        _C.advise_huge_pages(tensor.data_ptr(), size)
+    return tensor
 
 
 def address(tensor: Tensor | None) -> int:

@@ -20,6 +20,7 @@ from sedd_ext._dispatch import (
     compute_dtype,
     define,
     draw_seed,
+    fresh,
     per_row,
     raise_fault,
     stationary_for,
@@ -75,7 +76,7 @@ def _probs_fake(log_score: Tensor, *_: Any) -> Tensor:
 
 
 def _probs_cpu(log_score: Tensor, *rest: Any) -> Tensor:
-    return _launch(_C.reverse_probs, _probs_fake(log_score), 0, log_score, *rest)
+    return _launch(_C.reverse_probs, fresh(_probs_fake(log_score)), 0, log_score, *rest)
 
 
 def _sample_fake(log_score: Tensor, x_t: Tensor, *_: Any) -> Tensor:

@@ -18,6 +18,7 @@ from sedd_ext._dispatch import (
     check_tokens,
     compute_dtype,
     define,
+    fresh,
     per_row,
     raise_fault,
     stationary_for,
@@ -30,8 +31,6 @@ _ARGUMENTS = (
     "Tensor log_score, Tensor x_t, Tensor x_0, Tensor sigma, Tensor? log_score_shift, Tensor? stationary, "
     "str process, float neg_entropy"
 )
-# From this size on a fresh gradient is worth huge pages (a hint to the system, see csrc/bindings.cpp).
-_HUGE_BYTES = 1 << 24
 
 
 def _launch(
@@ -83,10 +82,7 @@ def _backward_fake(grad_loss: Tensor, log_score: Tensor, *_: Any) -> Tensor:
 
 
 def _backward_cpu(grad_loss: Tensor, log_score: Tensor, *rest: Any) -> Tensor:
-    out = _backward_fake(grad_loss, log_score)
-    bytes_out = out.numel() * out.element_size()
-    if bytes_out >= _HUGE_BYTES:
-        _C.advise_huge_pages(address(out), bytes_out)
+    out = fresh(_backward_fake(grad_loss, log_score))
     # .sum().backward() hands over a gradient of stride 0
     grad_loss = grad_loss.to(compute_dtype(log_score.dtype)).contiguous()
     return _launch(_C.score_entropy_backward, grad_loss, out, log_score, *rest)

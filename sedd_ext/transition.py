@@ -16,6 +16,7 @@ from sedd_ext._dispatch import (
     check_tokens,
     define,
     draw_seed,
+    fresh,
     per_row,
     raise_fault,
     stationary_for,
@@ -62,12 +63,12 @@ def _fake(x: Tensor, sigma: Tensor, stationary: Tensor | None, process: str, dim
 def _column_cpu(
     x_0: Tensor, sigma: Tensor, stationary: Tensor | None, process: str, dim: int, dtype: torch.dtype
 ) -> Tensor:
-    out = _fake(x_0, sigma, stationary, process, dim, dtype)
+    out = fresh(_fake(x_0, sigma, stationary, process, dim, dtype))
     return _launch(_C.transition_column, "x_0", out, x_0, sigma, stationary, None, 0, process, dim)
 
 
 def _row_cpu(x: Tensor, sigma: Tensor, stationary: Tensor | None, process: str, dim: int, dtype: torch.dtype) -> Tensor:
-    out = _fake(x, sigma, stationary, process, dim, dtype)
+    out = fresh(_fake(x, sigma, stationary, process, dim, dtype))
     return _launch(_C.transition_row, "x", out, x, sigma, stationary, None, 0, process, dim)
 
 

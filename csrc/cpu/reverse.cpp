@@ -56,46 +56,61 @@ double sum_scores(const T* log_score, int64_t begin, int64_t end, int64_t skip, 
     return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// scores_y <- max(0, scale s_y - drain π_y) over [begin, end); returns the sum.
-template <Process P, class Real>
-double clamp_weights(Real* scores, const Real* stationary, int64_t begin, int64_t end, Real scale, Real drain) {
+// Σ w_y over [begin, end) with w_y = max(0, s_y - drain π_y), a constant π being part of the drain already; with kKeep,
+// w takes the place of s.
+template <Process P, bool kKeep, class Real>
+double sum_weights(Real* scores, const Real* stationary, int64_t begin, int64_t end, Real drain) {
     constexpr int width = Lanes<Real>::width;
     using Vec = typename Lanes<Real>::Vec;
-    const Vec scales = broadcast(scale), drains = broadcast(drain), zero = {};
-    Vec sum = {};
+    const Vec drains = broadcast(drain), zero = {};
+    Vec sums[kUnroll] = {};
+    const auto add = [&](int64_t y, Vec& sum) {
+        const Vec drained = P == Process::rank_one ? drains * load(stationary + y) : drains;
+        const Vec w = max_or_second(load(scores + y) - drained, zero);
+        if constexpr (kKeep) store(scores + y, w);
+        sum += w;
+    };
+    int64_t y = begin;
+    for (; y + kUnroll * width <= end; y += kUnroll * width) {
+        SEDD_UNROLL for (int k = 0; k < kUnroll; ++k) add(y + k * width, sums[k]);
+    }
     sweep<width>(
-        begin, end,
-        [&](int64_t y) {
-            Vec w = scales * load(scores + y);
-            if constexpr (P == Process::uniform) w -= drains;
-            if constexpr (P == Process::rank_one) w -= drains * load(stationary + y);
-            w = max_or_second(w, zero);
-            store(scores + y, w);
-            sum += w;
-        },
-        [&](int64_t y, int64_t n) {
-            Vec w = scales * load_partial(scores + y, n, 0.0f);
-            if constexpr (P == Process::uniform) w -= drains;
-            if constexpr (P == Process::rank_one) w -= drains * load_partial(stationary + y, n, 0.0f);
-            w = max_or_second(w, zero);
-            store_partial(scores + y, w, n);
-            sum += w;  // lanes behind the end hold max(0, -drain π) = 0
+        y, end, [&](int64_t z) { add(z, sums[0]); },
+        [&](int64_t z, int64_t n) {
+            const Vec drained = P == Process::rank_one ? drains * load_partial(stationary + z, n, 0.0f) : drains;
+            const Vec w = max_or_second(load_partial(scores + z, n, 0.0f) - drained, zero);
+            if constexpr (kKeep) store_partial(scores + z, w, n);
+            sums[1] += w;  // the lanes behind the end hold max(0, -drain π) = 0
         });
-    return sum_lanes(sum);
+    return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// The first index whose running sum exceeds `target`; the last one with any weight if rounding let the target past it.
+// The token of weights[0, n), n ≤ kReverseBlock, on whose stretch of the axis of their running sum the part `share` of
+// the whole lies. Sums of a vector's lanes first: 512 additions one after the other take longer than the block's exps.
 template <class Real>
-int64_t find(const Real* weights, int64_t n, double target) {
-    int64_t last = -1;
-    double running = 0.0;
-    for (int64_t i = 0; i < n; ++i) {
-        if (!(weights[i] > Real(0))) continue;
-        running += static_cast<double>(weights[i]);
-        last = i;
-        if (running > target) break;
-    }
-    return last;
+int64_t find(const Real* weights, int64_t n, double share) {
+    constexpr int width = Lanes<Real>::width;
+    double sums[kReverseBlock / width];
+    double total = 0.0;
+    int64_t groups = 0;
+    const auto group = [&](auto w) { total += sums[groups++] = sum_lanes(w); };
+    sweep<width>(
+        0, n, [&](int64_t y) { group(load(weights + y)); },
+        [&](int64_t y, int64_t count) { group(load_partial(weights + y, count, 0.0f)); });
+    // The last one with any weight where rounding lets the target past the end.
+    double target = share * total;
+    const auto walk = [&target](const auto* values, int64_t count) {
+        int64_t last = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            if (!(values[i] > 0)) continue;
+            last = i;
+            if (target < values[i]) break;
+            target -= values[i];
+        }
+        return last;
+    };
+    const int64_t first = walk(sums, groups) * width;
+    return first + walk(weights + first, n - first < width ? n - first : width);
 }
 
 // Checks a row; false if it is bad (reported).
@@ -112,6 +127,16 @@ inline bool valid_total(double total) { return total > 0.0 && total <= __DBL_MAX
 inline double stay_weight(const ReverseParams& p, const ReverseRow& r, int64_t x, double others) {
     const double w = r.stay - r.leave * others;
     return x == p.forbidden || !(w > 0.0) ? 0.0 : w;
+}
+
+inline int64_t block_end(int64_t begin, int64_t dim) {
+    return begin + kReverseBlock < dim ? begin + kReverseBlock : dim;
+}
+
+// What multiplies the stationary distribution's entries in max(0, s_y - drain π_y), or, for a constant π, all of it.
+template <Process P>
+inline double drain_of(const ReverseRow& r, double others, double pi_x) {
+    return r.drain * (1.0 + others) * (P == Process::uniform ? pi_x : 1.0);
 }
 
 template <Process P, class T>
@@ -134,23 +159,22 @@ void probs_rows(const ReverseParams& p, int64_t begin, int64_t end, void*, Statu
         const Real shift = p.shift != nullptr ? static_cast<Real>(p.shift[i]) : Real(0);
         double others = 0.0;
         for (int64_t b = 0; b < p.dim; b += kReverseBlock) {
-            const int64_t stop = b + kReverseBlock < p.dim ? b + kReverseBlock : p.dim;
-            others += sum_scores<true>(l, b, stop, x, shift, out);
+            others += sum_scores<true>(l, b, block_end(b, p.dim), x, shift, out);
         }
-        double total = others;
-        const double constant_pi = P == Process::uniform ? pi_x : 1.0;
-        if (valid_total(1.0 + others)) {
-            const double drain = r.drain * (1.0 + others) * constant_pi;
-            if (p.forbidden >= 0) out[p.forbidden] = Real(0);
-            total = 0.0;
+        if (!valid_total(1.0 + others)) {
+            report(status, Fault::total, i);
+            continue;
+        }
+        const double self = stay_weight(p, r, x, others);
+        double total = self;
+        if (p.forbidden >= 0) out[p.forbidden] = Real(0);
+        if constexpr (P == Process::absorbing) {  // π_y = 0: nothing to drain
+            total += others;
+        } else {
+            const Real drain = static_cast<Real>(drain_of<P>(r, others, pi_x));
             for (int64_t b = 0; b < p.dim; b += kReverseBlock) {
-                const int64_t stop = b + kReverseBlock < p.dim ? b + kReverseBlock : p.dim;
-                total +=
-                    clamp_weights<P>(out, stationary, b, stop, static_cast<Real>(r.scale), static_cast<Real>(drain));
+                total += sum_weights<P, true>(out, stationary, b, block_end(b, p.dim), drain);
             }
-            const double self = stay_weight(p, r, x, others);
-            total += self;
-            out[x] = static_cast<Real>(self);
         }
         if (!valid_total(total)) {
             report(status, Fault::total, i);
@@ -158,6 +182,7 @@ void probs_rows(const ReverseParams& p, int64_t begin, int64_t end, void*, Statu
         }
         const double inverse = 1.0 / total;
         for (int64_t y = 0; y < p.dim; ++y) out[y] = static_cast<Real>(out[y] * inverse);
+        out[x] = static_cast<Real>(self * inverse);
     }
 }
 
@@ -165,9 +190,8 @@ template <Process P, class T>
 void sample_rows(const ReverseParams& p, int64_t begin, int64_t end, void* scratch, Status& status) {
     using Real = Compute<T>;
     const Real* stationary = static_cast<const Real*>(p.stationary);
-    const int64_t num_blocks = (p.dim + kReverseBlock - 1) / kReverseBlock;
     double* blocks = static_cast<double*>(scratch);
-    Real* scores = reinterpret_cast<Real*>(blocks + num_blocks);
+    Real* scores = reinterpret_cast<Real*>(blocks + (p.dim + kReverseBlock - 1) / kReverseBlock);
     int64_t* out = static_cast<int64_t*>(p.out);
     for (int64_t i = begin; i < end; ++i) {
         if (!enter(p, i, status)) continue;
@@ -181,29 +205,28 @@ void sample_rows(const ReverseParams& p, int64_t begin, int64_t end, void* scrat
         const T* l = static_cast<const T*>(p.log_score) + i * p.dim;
         const ReverseRow r = reverse_row(p.kind, p.step[i], pi_x);
         const Real shift = p.shift != nullptr ? static_cast<Real>(p.shift[i]) : Real(0);
-        // Without a clamp and without a token to leave out, the weights are the scores times one number.
+        // Without a clamp and without a token to leave out, the weights are the scores, and need no place to wait in.
         const bool linear = P == Process::absorbing || (r.drain == 0.0 && (p.forbidden < 0 || p.forbidden == x));
+        int64_t num_blocks = 0;
         double others = 0.0;
-        for (int64_t k = 0; k < num_blocks; ++k) {
-            const int64_t b = k * kReverseBlock, stop = b + kReverseBlock < p.dim ? b + kReverseBlock : p.dim;
-            blocks[k] = linear ? sum_scores<false>(l, b, stop, x, shift, scores)
-                               : sum_scores<true>(l, b, stop, x, shift, scores);
-            others += blocks[k];
+        for (int64_t b = 0; b < p.dim; b += kReverseBlock) {
+            const int64_t stop = block_end(b, p.dim);
+            blocks[num_blocks] = linear ? sum_scores<false>(l, b, stop, x, shift, scores)
+                                        : sum_scores<true>(l, b, stop, x, shift, scores);
+            others += blocks[num_blocks++];
         }
         if (!valid_total(1.0 + others)) {
             report(status, Fault::total, i);
             continue;
         }
-        double weights = 0.0;
-        if (linear) {
-            weights = r.scale * others;
-        } else {
-            const double drain = r.drain * (1.0 + others) * (P == Process::uniform ? pi_x : 1.0);
+        const Real drain = static_cast<Real>(drain_of<P>(r, others, pi_x));
+        double weights = others;
+        if (!linear) {
+            weights = 0.0;
             if (p.forbidden >= 0) scores[p.forbidden] = Real(0);
             for (int64_t k = 0; k < num_blocks; ++k) {
-                const int64_t b = k * kReverseBlock, stop = b + kReverseBlock < p.dim ? b + kReverseBlock : p.dim;
-                blocks[k] =
-                    clamp_weights<P>(scores, stationary, b, stop, static_cast<Real>(r.scale), static_cast<Real>(drain));
+                const int64_t b = k * kReverseBlock;
+                blocks[k] = sum_weights<P, false>(scores, stationary, b, block_end(b, p.dim), drain);
                 weights += blocks[k];
             }
         }
@@ -213,26 +236,26 @@ void sample_rows(const ReverseParams& p, int64_t begin, int64_t end, void* scrat
             report(status, Fault::total, i);
             continue;
         }
-        const double drawn = row_uniforms(p.seed, static_cast<uint64_t>(i)).first * total - self;
-        if (drawn < 0.0 || weights == 0.0) continue;  // x stays
-        // The place of the drawn number on the axis of the block sums, then the same place within its block.
-        double target = linear ? drawn / r.scale : drawn;
-        int64_t k = 0, last = -1;
+        // x lies first on the axis of the weights, then the blocks.
+        double target = row_uniforms(p.seed, static_cast<uint64_t>(i)).first * total - self;
+        if (target < 0.0 || weights == 0.0) continue;
+        int64_t k = 0, last = 0;
         for (; k < num_blocks; ++k) {
             if (blocks[k] > 0.0) last = k;
             if (target < blocks[k]) break;
             target -= blocks[k];
         }
-        if (k == num_blocks) {  // rounding: past the last block with any weight
+        if (k == num_blocks) {  // rounding let the target past the end: the last block with any weight
             k = last;
             target = blocks[k];
         }
-        const int64_t b = k * kReverseBlock, stop = b + kReverseBlock < p.dim ? b + kReverseBlock : p.dim;
-        if (linear) sum_scores<true>(l, b, stop, x, shift, scores);
-        double exact = 0.0;
-        for (int64_t y = b; y < stop; ++y) exact += static_cast<double>(scores[y]);
-        const int64_t found = find(scores + b, stop - b, target / blocks[k] * exact);
-        out[i] = b + found;
+        const int64_t b = k * kReverseBlock, stop = block_end(b, p.dim);
+        if (linear) {
+            sum_scores<true>(l, b, stop, x, shift, scores);
+        } else {
+            sum_weights<P, true>(scores, stationary, b, stop, drain);
+        }
+        out[i] = b + find(scores + b, stop - b, target / blocks[k]);
     }
 }
 

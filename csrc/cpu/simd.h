@@ -164,30 +164,48 @@ inline void store(Half* p, VecF v) {
 
 inline void store(double* p, double v) { *p = v; }
 
-// The first n < width elements, the other lanes holding `fill`.
-template <class T>
-inline typename Lanes<Compute<T>>::Vec load_partial(const T* p, int64_t n, float fill) {
-    constexpr int width = Lanes<Compute<T>>::width;
-    if constexpr (width == 1) {
-        return broadcast(static_cast<Compute<T>>(fill));
-    } else {
-        T buffer[width] = {};
-        for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
-        VecF v = load(buffer);
-        for (int64_t i = n; i < width; ++i) v[i] = fill;
-        return v;
-    }
-}
+// The first n < width elements, the other lanes holding `fill`; and the first n lanes back into memory.
+#if defined(__AVX512F__)
+inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
-template <class T, class Vec>
-inline void store_partial(T* p, Vec v, int64_t n) {
-    constexpr int width = Lanes<Compute<T>>::width;
-    if constexpr (width > 1) {
-        T buffer[width];
-        store(buffer, v);
-        for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
-    }
+inline VecF load_partial(const float* p, int64_t n, float fill) {
+    return _mm512_mask_loadu_ps(broadcast(fill), first_lanes(n), p);
 }
+inline VecF load_partial(const BFloat16* p, int64_t n, float fill) {
+    const __m256i h = _mm256_maskz_loadu_epi16(first_lanes(n), p);
+    const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+    return _mm512_mask_mov_ps(broadcast(fill), first_lanes(n), _mm512_castsi512_ps(bits));
+}
+inline VecF load_partial(const Half* p, int64_t n, float fill) {
+    const __m256i h = _mm256_maskz_loadu_epi16(first_lanes(n), p);
+    return _mm512_mask_cvtph_ps(broadcast(fill), first_lanes(n), h);
+}
+inline void store_partial(float* p, VecF v, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
+template <class T>
+inline void store_partial(T* p, VecF v, int64_t n) {
+    uint16_t buffer[kWidth];
+    store(reinterpret_cast<T*>(buffer), v);
+    _mm256_mask_storeu_epi16(p, first_lanes(n), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(buffer)));
+}
+#else
+template <class T>
+inline VecF load_partial(const T* p, int64_t n, float fill) {
+    T buffer[kWidth] = {};
+    for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+    VecF v = load(buffer);
+    for (int64_t i = n; i < kWidth; ++i) v[i] = fill;
+    return v;
+}
+template <class T>
+inline void store_partial(T* p, VecF v, int64_t n) {
+    T buffer[kWidth];
+    store(buffer, v);
+    for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+}
+#endif
+// One lane is never part of a vector: these are here for the templates that hold both.
+inline double load_partial(const double*, int64_t, float fill) { return fill; }
+inline void store_partial(double*, double, int64_t) {}
 
 // kCount vectors from p on. Unless kOrdered, each pair of bfloat16 vectors holds the even elements in the first and the
 // odd ones in the second, which takes one operation a vector where their order takes three; store_vectors undoes it.

@@ -17,14 +17,28 @@ bool enter(const TransitionParams& p, int64_t row, Status& status) {
     return fault == Fault::none;
 }
 
+// The positions of a sequence share σ: its exponential is taken once.
+class LastDecay {
+  public:
+    Decay operator()(double sigma) {
+        if (sigma != sigma_) decay_ = decay(sigma_ = sigma);
+        return decay_;
+    }
+
+  private:
+    double sigma_ = -1.0;
+    Decay decay_{};
+};
+
 // kColumn: a [y = x] + b π_y over y, what x becomes. Else: a [y = x] + b π_x, what becomes x.
 template <bool kColumn, class Real>
 Status fill(const TransitionParams& p, int threads) {
     return parallel_rows(p.rows, p.dim, 0, threads, [&p](int64_t begin, int64_t end, void*, Status& status) {
         const Real* stationary = static_cast<const Real*>(p.stationary);
+        LastDecay decays;
         for (int64_t row = begin; row < end; ++row) {
             if (!enter(p, row, status)) continue;
-            const Decay d = decay(p.sigma[row]);
+            const Decay d = decays(p.sigma[row]);
             const int64_t x = p.x[row];
             Real* out = static_cast<Real*>(p.out) + row * p.dim;
             const double pi_x = stationary_at(p.process, stationary, p.dim, x);
@@ -55,8 +69,9 @@ Status transition_row_cpu(const TransitionParams& p, int threads) {
 Status sample_transition_cpu(const TransitionParams& p, int threads) {
     return parallel_rows(p.rows, 64, 0, threads, [&p](int64_t begin, int64_t end, void*, Status& status) {
         int64_t* out = static_cast<int64_t*>(p.out);
+        LastDecay decays;
         for (int64_t row = begin; row < end; ++row) {
-            if (enter(p, row, status)) out[row] = draw_transition(p, row);
+            if (enter(p, row, status)) out[row] = draw_transition(p, row, decays(p.sigma[row]).b);
         }
     });
 }
