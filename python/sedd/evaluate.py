@@ -56,7 +56,8 @@ class ElboResult:
         spread between texts as well as the Monte Carlo noise, and knows nothing of the even spread of the times over
         the sequences, so it errs on the large side.
         """
-        return float(self.sequences.std()) / math.sqrt(self.sequences.numel()) / self.length
+        count = self.sequences.numel()
+        return float(self.sequences.std()) / math.sqrt(count) / self.length if count > 1 else math.nan
 
     @property
     def monte_carlo_error(self) -> float:
