@@ -12,7 +12,7 @@ help: ## list the targets
 
 demo: $(VENV)/.train ## train a tiny model on Python's own text for at most 5 minutes, then evaluate, sample and infill
 	rm -rf $(RUN)
-	$(BIN)/sedd train --run_dir $(RUN)
+	$(BIN)/sedd train --run_dir $(RUN) --max_minutes 5
 	$(BIN)/sedd eval $(RUN)
 	$(BIN)/sedd sample $(RUN) --num 3 --seed 1
 	$(BIN)/sedd infill $(RUN) 'def {{10}}(self):{{40}}return {{12}}' --seed 1
@@ -47,5 +47,5 @@ $(VENV)/.%: $(SOURCES)
 	@command -v $${CXX:-c++} >/dev/null || { echo "make: no C++ compiler found: install g++ or clang, or set CXX="; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$*]"
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$*]" # setuptools warns at length of editable installs
 	@touch $@

@@ -346,7 +346,7 @@ def test_a_bad_configuration_file_is_named(tmp_path: Path, content: str, message
     assert message in str(caught.value)
 
 
-def test_devices() -> None:
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(ValueError, match="torch sees"):
@@ -354,4 +354,7 @@ def test_devices() -> None:
     with pytest.raises(ValueError, match="the kernels have no other"):
         resolve_device("meta")
     assert TrainConfig(precision="bf16").autocast_dtype(torch.device("cpu")) == torch.bfloat16
-    assert TrainConfig().autocast_dtype(torch.device("cpu")) is None
+    assert TrainConfig(precision="fp32").autocast_dtype(torch.device("cpu")) is None
+    for has, dtype in ((True, torch.bfloat16), (False, None)):  # auto asks the processor
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": has}, raising=False)
+        assert TrainConfig().autocast_dtype(torch.device("cpu")) == dtype

@@ -123,7 +123,7 @@ class TrainConfig:
     """The training loss."""
     antithetic: bool = True
     """Spread the times of a batch evenly over (0, 1] in place of independent draws: less noise in the loss."""
-    batch_size: int = 32
+    batch_size: int = 8
     """Sequences in one forward pass."""
     accumulate: int = 1
     """Forward passes per optimiser step; a step sees batch_size x accumulate sequences."""
@@ -131,7 +131,7 @@ class TrainConfig:
     """Stop after this many optimiser steps."""
     max_minutes: float | None = None
     """Stop cleanly after this many minutes of training, counting those before a --resume."""
-    lr: float = 3e-4
+    lr: float = 1e-3
     """Learning rate of AdamW, reached after the warm-up and then held."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of AdamW's two moments, for example --betas [0.9,0.98]."""
@@ -139,28 +139,28 @@ class TrainConfig:
     """AdamW's epsilon."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
-    warmup: int = 2500
+    warmup: int = 100
     """Steps over which the learning rate rises linearly from 0."""
     clip: float = 1.0
     """Largest norm of the gradient; a longer one is scaled down to it."""
-    ema: float = 0.9999
+    ema: float = 0.995
     """Decay of the moving average of the weights (the weights that are validated and sampled from); it starts lower,
     min(ema, (1+n)/(10+n)) at step n."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Arithmetic of the model: bf16 autocast or float32. auto: bf16 on a GPU that has it, else fp32."""
+    """Arithmetic of the model: bf16 autocast or float32. auto: bf16 where the GPU or CPU has instructions for it."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: the GPU if there is one."""
     seed: int = 0
     """Seed of everything random: initial weights, order of the data, times, noise, dropout."""
     log_every: int = 10
     """Steps between points of the training curves."""
-    valid_every: int = 500
+    valid_every: int = 1000
     """Steps between validations."""
     valid_blocks: int = 64
     """Blocks of the validation split that a validation scores, always the same ones."""
     valid_draws: int = 8
     """Noise levels drawn for each of them, always the same ones."""
-    checkpoint_every: int = 500
+    checkpoint_every: int = 1000
     """Steps between checkpoints. A validation better than all before is saved too."""
     keep_last: int = 2
     """Checkpoints kept, besides the best one."""
@@ -202,7 +202,11 @@ class TrainConfig:
     def autocast_dtype(self, device: torch.device) -> torch.dtype | None:
         """Returns the dtype of autocast on ``device``, None for float32 without autocast."""
         if self.precision == "auto":
-            return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+            if device.type == "cuda":
+                return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+            # without its own instructions a CPU takes longer for bfloat16 than for float32
+            capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+            return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else None
         return torch.bfloat16 if self.precision == "bf16" else None
 
     def to_dict(self) -> dict[str, Any]:

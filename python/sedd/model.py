@@ -61,7 +61,7 @@ class ModelConfig:
 
 
 PRESETS: dict[str, ModelConfig] = {
-    "tiny": ModelConfig(hidden_size=128, n_blocks=4, n_heads=4, length=128, dropout=0.0),
+    "tiny": ModelConfig(hidden_size=128, n_blocks=4, n_heads=2, length=128, dropout=0.0),
     "small": ModelConfig(),
     "medium": ModelConfig(hidden_size=1024, n_blocks=24, n_heads=16),
 }

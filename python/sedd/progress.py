@@ -19,7 +19,8 @@ def track(items: Sequence[T], description: str, show: bool) -> Iterable[T]:
     if not show:
         return items
     try:
+        from rich.console import Console
         from rich.progress import track as rich_track
     except ImportError as error:
         raise ImportError('progress=True needs rich: pip install "sedd_ext[train]"') from error
-    return rich_track(items, description=description)
+    return rich_track(items, description=description, console=Console(stderr=True))
