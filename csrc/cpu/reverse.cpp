@@ -36,6 +36,7 @@ double sum_scores(const T* log_score, int64_t begin, int64_t end, int64_t skip, 
     Vec sums[kUnroll] = {};
     const auto add = [&](int64_t y, auto count) {
         Vec s[count.value];
+        prefetch<count.value>(log_score + y);
         load_vectors<kKeep>(log_score + y, s);
         SEDD_UNROLL for (int k = 0; k < count.value; ++k) s[k] -= shifts;
         exp_lanes(s);

@@ -20,6 +20,7 @@ struct Sums {
 template <Process P, int kCount, class T, class Real, class Vec>
 inline void add_vectors(Vec* scores, Vec* dot, const T* log_score, const Real* stationary, int64_t y, Vec shift) {
     Vec l[kCount];
+    prefetch<kCount>(log_score + y);
     load_vectors<P == Process::rank_one>(log_score + y, l);
     SEDD_UNROLL for (int k = 0; k < kCount; ++k) l[k] -= shift;
     if constexpr (P == Process::uniform) {
@@ -72,6 +73,7 @@ inline void write_vectors(T* out, const T* log_score, const Real* stationary, in
                           Vec offset) {
     constexpr bool ordered = P == Process::rank_one;
     Vec l[kCount];
+    prefetch<kCount>(log_score + y);
     load_vectors<ordered>(log_score + y, l);
     SEDD_UNROLL for (int k = 0; k < kCount; ++k) l[k] -= shift;
     exp_lanes(l);

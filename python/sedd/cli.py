@@ -39,7 +39,8 @@ holds everything: config.json, metrics.jsonl, TensorBoard scalars and checkpoint
 examples:
   sedd train
   sedd train --data.source book.txt --run_dir runs/book --max_minutes 30
-  sedd train --data.source wikitext --data.subset wikitext-103-raw-v1 --tokenizer gpt2 --model.preset small
+  sedd train --data.source wikitext --data.subset wikitext-103-raw-v1 --tokenizer gpt2 --model.preset small \\
+      --batch_size 32 --accumulate 16 --lr 3e-4 --warmup 2500 --ema 0.9999 --run_dir runs/small    the paper's settings
   sedd train --graph uniform --schedule geometric --schedule_params.sigma_max 20 --run_dir runs/uniform
   sedd train --config runs/book/config.json --lr 1e-3 --run_dir runs/book2
   sedd train --run_dir runs/book --resume --steps 40000
