@@ -7,6 +7,7 @@ Every process has the generator ``Q = π 1ᵀ - I`` (columns are "from"), so ``e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -163,7 +164,7 @@ def Uniform(num_tokens: int) -> RankOne:  # noqa: N802
         TypeError, ValueError: ``num_tokens`` is not a positive int.
     """
     n = _positive("num_tokens", num_tokens)
-    return RankOne._closed_form("uniform", n, None, -float(torch.tensor(n, dtype=torch.float64).log()))
+    return RankOne._closed_form("uniform", n, None, -math.log(n))
 
 
 def Hybrid(num_tokens: int, uniform_fraction: float) -> RankOne:  # noqa: N802

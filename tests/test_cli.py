@@ -129,6 +129,13 @@ def test_eval_prints_and_writes_the_bound_beside_ngrams(
     assert next(iter(strange.values()))["bits_per_token"] > model["bits_per_token"]
 
 
+def test_the_python_of_the_readme(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "load_model" in block)
+    exec(code.replace("runs/first", str(run)), {})
+    assert len(capsys.readouterr().out) >= 32
+
+
 def test_info(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     printed = capsys.readouterr().out

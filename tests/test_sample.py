@@ -221,7 +221,7 @@ def test_a_real_model_samples(dtype):
 def test_progress_bar(capsys):
     graph = GRAPHS["absorbing"]
     sample(TrueScore(graph), graph, SCHEDULE, batch=1, length=3, steps=2, progress=True)
-    assert "sampling" in capsys.readouterr().out
+    assert "sampling" in capsys.readouterr().err
 
 
 TOKENS, WHERE = torch.zeros(3, dtype=torch.int64), torch.tensor([True, False, False])
