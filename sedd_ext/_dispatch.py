@@ -46,7 +46,7 @@ def check_tokens(name: str, value: object, shape: torch.Size | None = None) -> T
         raise TypeError(f"{name}: expected an int64 tensor, got {_kind(value)}")
     if shape is not None and value.shape != shape:
         raise ValueError(
-            f"{name}: expected shape {list(shape)} as log_score's without its last, got {list(value.shape)}"
+            f"{name}: expected shape {list(shape)}, log_score's but for its last axis, got {list(value.shape)}"
         )
     _check_device(name, value.device)
     return value
