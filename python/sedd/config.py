@@ -297,4 +297,5 @@ def explain(error: Exception) -> str:
     """Returns the message of an error on one line, in the words of the command line."""
     text = " ".join(str(error).split())
     text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
+    text = text.replace("Problems parsing config:", "--config: expected a file of options in JSON or YAML:")
     return re.sub(r'Parser key "([^"]+)":', r"--\1:", text)
