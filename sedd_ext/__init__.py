@@ -16,6 +16,9 @@ from sedd_ext.transition import sample_transition, transition_column, transition
 
 __version__: str = _C.__version__
 
+has_cuda_kernels: bool = bool(_C.cuda)
+"""Whether this build takes CUDA tensors."""
+
 __all__ = [
     "Absorbing",
     "Hybrid",
@@ -24,6 +27,7 @@ __all__ = [
     "__version__",
     "euler_probs",
     "euler_sample",
+    "has_cuda_kernels",
     "reference",
     "sample_transition",
     "score_entropy_loss",

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import sedd.commands
+import sedd.config
 from sedd.__main__ import main as program
 from sedd.cli import main
 from sedd.commands import parse_template, render
@@ -355,7 +356,13 @@ def test_a_bad_configuration_file_is_named(tmp_path: Path, content: str, message
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device("cpu") == torch.device("cpu")
-    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for built, chosen in ((True, "cuda"), (False, "cpu")):  # a GPU is of no use without kernels for it
+        monkeypatch.setattr(sedd.config, "has_cuda_kernels", built)
+        assert resolve_device("auto").type == chosen
+    with pytest.raises(ValueError, match="no CUDA kernels; use cpu"):
+        resolve_device("cuda")
     with pytest.raises(ValueError, match="torch sees"):
         resolve_device("cuda:99")
     with pytest.raises(ValueError, match="the kernels have no other"):

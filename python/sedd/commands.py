@@ -70,7 +70,7 @@ class SamplingOptions:
     batch_size: int = 8
     """Texts written at a time."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there is one."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
     json: str | None = None
     """Write texts and tokens to this file too."""
 
@@ -107,7 +107,7 @@ class EvalOptions:
     batch_size: int = 32
     """Blocks scored at a time."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there is one."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
     json: str | None = None
     """Write the figures to this file too."""
     plot: str | None = None

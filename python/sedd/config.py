@@ -19,7 +19,7 @@ from sedd.model import PRESETS, ModelConfig
 from sedd.objective import OBJECTIVES
 from sedd.schedule import SCHEDULES, get_schedule
 from sedd.tokenizer import TOKENIZERS
-from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
+from sedd_ext import Absorbing, Hybrid, RankOne, Uniform, has_cuda_kernels
 
 __all__ = [
     "GraphName",
@@ -149,7 +149,7 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the model: bf16 autocast or float32. auto: bf16 where the GPU or CPU has instructions for it."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there is one."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
     seed: int = 0
     """Seed of everything random: initial weights, order of the data, times, noise, dropout."""
     log_every: int = 10
@@ -241,13 +241,13 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Returns the device of that name; ``"auto"`` is the GPU if there is one, else the CPU.
+    """Returns the device of that name; ``"auto"`` is the GPU if there are one and kernels for it, else the CPU.
 
     Raises:
-        ValueError: no such device on this machine.
+        ValueError: no such device on this machine, or no kernels for it in this build.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if has_cuda_kernels and torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -256,6 +256,8 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N (the kernels have no other); got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: {name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda" and not has_cuda_kernels:
+        raise ValueError(f"device: {name!r} asked for, but this build of sedd_ext has no CUDA kernels; use cpu")
     return device
 
 
