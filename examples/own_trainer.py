@@ -35,7 +35,7 @@ def train(steps: int = 300) -> tuple[float, float]:
     losses = []
     for _ in range(steps):
         x_0 = torch.multinomial(frequencies, 64 * 16, replacement=True).view(64, 16)
-        t = torch.rand(64)
+        t = 1 - torch.rand(64)  # in (0, 1]: at 0 there is no noise, and nothing to learn
         # [five lines]
         sigma_bar, sigma = -torch.log1p(-0.999 * t), 0.999 / (1 - 0.999 * t)  # log-linear noise: total, and its rate
         x_t = sample_transition(x_0, sigma_bar[:, None], graph)

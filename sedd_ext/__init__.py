@@ -5,9 +5,15 @@ Processes: :func:`Absorbing`, :func:`Uniform`, :func:`Hybrid`, :class:`RankOne`.
 :func:`tweedie_sample`, :func:`euler_probs`, :func:`euler_sample`. The same in plain PyTorch: :mod:`sedd_ext.reference`.
 """
 
-import torch  # noqa: F401, I001 - before the kernels: they use the OpenMP runtime that torch loads
+import torch  # noqa: F401 - before the kernels: they use the OpenMP runtime that torch loads
 
-from sedd_ext import _C
+try:
+    from sedd_ext import _C
+except ImportError as error:
+    raise ImportError(
+        f"sedd_ext: no compiled kernels beside {__file__} ({error}). In a clone of the source this folder hides the "
+        "installed package: run Python from another folder, or install with pip install -e ."
+    ) from error
 from sedd_ext import reference
 from sedd_ext.graph import Absorbing, Hybrid, RankOne, Uniform
 from sedd_ext.reverse import euler_probs, euler_sample, tweedie_probs, tweedie_sample

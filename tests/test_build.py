@@ -1,5 +1,6 @@
 """What was built: one OpenMP runtime, torch's threads, no torch inside, the same results on every instruction set."""
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sedd_ext
 from sedd_ext import _C, Absorbing, Hybrid, Uniform, reference, score_entropy_loss, tweedie_probs, tweedie_sample
 
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and ELF files")
@@ -116,8 +118,6 @@ def test_instruction_sets_agree(isa: str, graph, dtype: torch.dtype) -> None:
         (gradient,) = torch.autograd.grad(loss.sum(), values)
         return loss.double(), gradient.double(), module.tweedie_probs(values.detach(), x_t, sigma / 20, graph).double()
 
-    import sedd_ext
-
     results, exact = run(sedd_ext, log_score), run(reference, log_score.double())
     digits = 1e-13 if dtype == torch.float64 else 2e-6
     stored = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, digits)  # the gradient has the dtype's digits
@@ -148,6 +148,14 @@ def test_sampler_agrees_on_every_instruction_set(isa: str) -> None:
     other = tweedie_sample(log_score, x_t, 0.5, graph, generator=torch.Generator().manual_seed(1))
     assert (tokens != other).sum() <= 2
     assert tweedie_probs(log_score, x_t, 0.5, graph).shape == log_score.shape
+
+
+def test_a_source_folder_without_kernels_says_so(tmp_path: Path) -> None:
+    copy = tmp_path / "sedd_ext"
+    shutil.copytree(Path(sedd_ext.__file__).parent, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    run = subprocess.run([sys.executable, "-c", "import sedd_ext"], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode != 0
+    assert "run Python from another folder, or install with pip install -e ." in run.stderr
 
 
 def test_unknown_instruction_set() -> None:

@@ -218,6 +218,14 @@ def test_a_real_model_samples(dtype):
     assert 0 <= int(x.min()) <= int(x.max()) < 257
 
 
+def test_fixed_tokens_in_any_layout():
+    graph = GRAPHS["absorbing"]
+    tokens, where = torch.arange(12).remainder(5).view(3, 4).T, torch.tensor([True, False, False]).expand(4, 3)
+    x = sample(TrueScore(graph), graph, SCHEDULE, batch=4, length=3, steps=2, fixed=(tokens, where.T.clone().T))
+    assert torch.equal(x[:, 0], tokens[:, 0])
+    assert bool((x < 5).all())
+
+
 def test_progress_bar(capsys):
     graph = GRAPHS["absorbing"]
     sample(TrueScore(graph), graph, SCHEDULE, batch=1, length=3, steps=2, progress=True)

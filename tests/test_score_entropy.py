@@ -291,6 +291,14 @@ def test_inputs_are_left_alone(process: Process) -> None:
 # --------------------------------------------------------------------------------------------------------- operator
 
 
+def test_no_pull_is_none_at_minus_infinity() -> None:
+    """At σ̄ = 800 nothing is left of x_0 (a = 0): its term vanishes, and is not 0 · -∞."""
+    log_score = torch.tensor([[-torch.inf, 0.0, 0.0]], dtype=torch.float64)
+    x_t, x_0 = torch.tensor([1]), torch.tensor([0])
+    loss = score_entropy_loss(log_score, x_t, x_0, 800.0, RankOne(torch.tensor([0.0, 0.5, 0.5])))
+    assert bool(loss.isfinite().all())
+
+
 def test_gradcheck(process: Process) -> None:
     graph = process(7)
     rows = random_rows(graph, 9)._replace(sigma=torch.linspace(0.1, 2.0, 9, dtype=torch.float64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -257,21 +258,31 @@ def test_a_non_finite_step_stops_the_run_and_saves_nothing(
 # -- what is kept and what is refused ----------------------------------------------------------------------------------
 
 
-def test_the_last_and_the_best_checkpoints_are_kept(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    bounds = iter([3.0, 1.0, 2.0, 2.5, 1.5])
+@pytest.mark.parametrize(
+    ("bounds", "best", "kept"),
+    [
+        ([3.0, 1.0, 2.0, 2.5, 1.5], 1.0, [4, 9, 10]),
+        # one draw that overflows is no reason to lose the run, nor to call the rest no better
+        ([math.inf, 3.0, math.nan, 1.0, math.inf], 1.0, [8, 9, 10]),
+    ],
+)
+def test_the_last_and_the_best_checkpoints_are_kept(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, bounds: list[float], best: float, kept: list[int]
+) -> None:
+    told_bounds = iter(bounds)
     real = sedd.train.elbo
 
     def told(*args: Any, **kwargs: Any) -> Any:
         result = real(*args, **kwargs)
-        wanted = next(bounds) * result.length
+        wanted = next(told_bounds) * result.length
         return dataclasses.replace(result, sequences=torch.full_like(result.sequences, wanted))
 
     monkeypatch.setattr(sedd.train, "elbo", told)
     config = make_config(steps=10, valid_every=2, checkpoint_every=3, keep_last=2)
     trainer = Trainer(config)
     trainer.run()
-    assert trainer.best == pytest.approx(1.0)
-    assert [int(path.name[5:]) for path in list_checkpoints(Path(config.run_dir))] == [4, 9, 10]
+    assert trainer.best == pytest.approx(best)
+    assert [int(path.name[5:]) for path in list_checkpoints(Path(config.run_dir))] == kept
 
 
 def test_a_run_folder_in_use_is_not_overwritten(make_config: MakeConfig) -> None:

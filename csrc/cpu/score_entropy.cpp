@@ -173,7 +173,7 @@ void forward_rows(const ScoreEntropyParams& p, int64_t begin, int64_t end, void*
         double value = sums.scores + row.numbers.constant;
         if constexpr (P == Process::uniform) value -= row.numbers.slope * (sums.dot / static_cast<double>(p.dim));
         if constexpr (P == Process::rank_one) value -= row.numbers.slope * sums.dot;
-        if (row.x != row.x_0) value -= row.numbers.pull * (read_one(l + row.x_0) - row.shift);
+        if (row.numbers.pull != 0.0) value -= row.numbers.pull * (read_one(l + row.x_0) - row.shift);
         loss[i] = static_cast<Real>(row.numbers.weight * value);
     }
 }

@@ -132,7 +132,7 @@ def sample(
     free = torch.ones_like(x, dtype=torch.bool)
     if fixed is not None:
         tokens, is_fixed = _checked(fixed, graph, batch, length)
-        x = torch.where(is_fixed.to(device), tokens.to(device), x)
+        x = torch.where(is_fixed.to(device), tokens.to(device), x).contiguous()
         free = ~is_fixed.to(device)
 
     times = torch.linspace(1.0, T_END, steps + 1, dtype=torch.float64)

@@ -259,10 +259,12 @@ class Trainer:
             autocast_dtype=self.autocast_dtype,
         )
         self.valid = result.nats_per_token
-        better = self.best is None or self.valid < self.best
+        better = math.isfinite(self.valid) and (self.best is None or self.valid < self.best)
         self.best = self.valid if better else self.best
         error = result.standard_error
-        log.metrics({"step": self.step, "valid_nats_per_token": self.valid, "valid_standard_error": finite(error)})
+        log.metrics(
+            {"step": self.step, "valid_nats_per_token": finite(self.valid), "valid_standard_error": finite(error)}
+        )
         log.curves(self.step, {"valid/nats_per_token": self.valid, "valid/bits_per_byte": result.bits_per_byte})
         self._say(
             f"step {self.step:,}, {self.elapsed / 60:.1f} min: validation {self.valid:.4f} ± {error:.4f} nats/token, "
@@ -313,7 +315,7 @@ class Trainer:
         }
         tensors = {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": moments, "rng": rng}
         state = {
-            "valid": self.valid,
+            "valid": None if self.valid is None else finite(self.valid),
             "elapsed": self.elapsed,
             "device": self.device.type,
             "data": self.batches.state_dict(),
