@@ -153,7 +153,9 @@ def test_sampler_agrees_on_every_instruction_set(isa: str) -> None:
 def test_a_source_folder_without_kernels_says_so(tmp_path: Path) -> None:
     copy = tmp_path / "sedd_ext"
     shutil.copytree(Path(sedd_ext.__file__).parent, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    run = subprocess.run([sys.executable, "-c", "import sedd_ext"], capture_output=True, text=True, cwd=tmp_path)
+    # an editable install finds its own folder first: without its finder, as after a plain pip install
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]; import sedd_ext"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode != 0
     assert "run Python from another folder, or install with pip install -e ." in run.stderr
 
