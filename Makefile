@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py pyproject.toml constraints.txt
+SOURCES := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt cmake/cuda.cmake setup.py pyproject.toml constraints.txt
+NATIVE := $(filter csrc/%,$(SOURCES)) $(wildcard tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/include/*.h tests/cuda_on_cpu/include/*/*.h)
 RUN := runs/demo
 
-.PHONY: demo test bench lint format clean help
+.PHONY: demo test bench cuda-check gpu-check lint format clean help
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.train ## train a tiny model on Python's own text for at most 5 minutes, then evaluate, sample and infill
 	rm -rf $(RUN)
@@ -24,16 +25,23 @@ bench: $(VENV)/.test ## run the benchmarks, draw the picture and refresh the tab
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only -q --benchmark-json=benchmarks/results/latest.json
 	$(BIN)/python benchmarks/report.py benchmarks/results/latest.json
 
+cuda-check: $(VENV)/.test ## check nvcc's machine code, without a GPU, and refresh the table in docs/kernels.md
+	$(BIN)/python benchmarks/cuda_check.py --docs docs/kernels.md
+
+gpu-check: export SEDD_CUDA := on
+gpu-check: $(VENV)/.test ## on a machine with a GPU: tests, compute-sanitizer and timings in ten minutes
+	$(BIN)/python benchmarks/gpu_check.py --out benchmarks/results/gpu-check.json
+
 lint: $(VENV)/.dev ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
 format: $(VENV)/.dev ## let ruff and clang-format change the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter csrc/%,$(SOURCES))
+	$(BIN)/clang-format -i $(NATIVE)
 
 clean: ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info sedd_ext/_C.*.so

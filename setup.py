@@ -1,6 +1,7 @@
 """Hands the build of sedd_ext._C to CMake; everything else is in pyproject.toml and CMakeLists.txt."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,10 @@ class CMakeBuild(build_ext):
         """Configures and builds into the folder where setuptools expects the extension."""
         source = Path(__file__).parent.resolve()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
+        build = Path(self.build_temp).resolve() / "cmake"
+        # Anew: what CMake remembers of the last build, such as pip's isolated Ninja or a compiler, may be gone.
+        shutil.rmtree(build, ignore_errors=True)
+        build.mkdir(parents=True)
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target.parent,
@@ -26,6 +29,7 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "SEDD_VERSION": self.distribution.get_version(),
             "SEDD_CUDA": os.environ.get("SEDD_CUDA", "auto"),
+            "SEDD_CUDA_ARCHS": os.environ.get("SEDD_CUDA_ARCHS", ""),
         }
         defines = [f"-D{name}={value}" for name, value in options.items()]
         subprocess.check_call(["cmake", "-G", "Ninja", "-S", source, "-B", build, *defines])

@@ -48,6 +48,7 @@ class Case:
     dtype: str
     contestant: str
     smoke: bool = False
+    device: str = "cpu"
 
     def __str__(self) -> str:
         return f"{self.graph}-{self.rows}x{self.n}-{self.dtype}-{self.contestant}"
@@ -59,7 +60,7 @@ class Case:
 
     @property
     def inputs(self) -> Inputs:
-        return _inputs(self.graph, self.n, self.rows, self.dtype)
+        return _inputs(self.graph, self.n, self.rows, self.dtype, self.device)
 
 
 def operator_cases(peers: Sequence[str] = (), *, beyond: bool = True) -> list[Case]:
@@ -113,27 +114,27 @@ class Inputs:
 
     @functools.cached_property
     def log_score(self) -> Tensor:
-        rows, n = len(self.x_t), self.graph.dim
+        rows, n, device = len(self.x_t), self.graph.dim, self.x_t.device
         # Scores that add up to about 1 beside a MASK, and to about N where all tokens are alike. A block of rows is
         # repeated: making 823 MB of random numbers takes longer than what is measured on them.
         block = torch.randn(min(rows, 16), n, generator=torch.Generator().manual_seed(1)) - 0.5
         if self.graph.process != "uniform":
             block -= torch.tensor(float(n)).log()
-        log_score = block.to(self.dtype).repeat(-(-rows // len(block)), 1)[:rows]
-        log_score[torch.arange(rows), self.x_t] = 0
+        log_score = block.to(device, self.dtype).repeat(-(-rows // len(block)), 1)[:rows]
+        log_score[torch.arange(rows, device=device), self.x_t] = 0
         return log_score.contiguous()
 
 
 # Four (3.3 GB at 4,096 rows): a case, and the absorbing and float32 ones that it is compared with.
 @functools.lru_cache(maxsize=4)
-def _inputs(graph_name: str, n: int, rows: int, dtype: str) -> Inputs:
+def _inputs(graph_name: str, n: int, rows: int, dtype: str, device: str) -> Inputs:
     graph, generator = GRAPHS[graph_name](n), torch.Generator().manual_seed(0)
     x_0 = torch.randint(n - 1, (rows,), generator=generator)
     x_t = torch.randint(n, (rows,), generator=generator) if graph_name == "uniform" else torch.full((rows,), n - 1)
     sigma = 0.1 + 2.9 * torch.rand(-(-rows // SEQUENCE), generator=generator)
     sigma = sigma.repeat_interleave(SEQUENCE)[:rows].contiguous()
-    step = {"tweedie": torch.full((rows,), 2.0).log(), "euler": torch.full((rows,), 0.5)}
-    return Inputs(graph, x_t, x_0, sigma, step, getattr(torch, dtype))
+    step = {"tweedie": torch.full((rows,), 2.0).log().to(device), "euler": torch.full((rows,), 0.5, device=device)}
+    return Inputs(graph, x_t.to(device), x_0.to(device), sigma.to(device), step, getattr(torch, dtype))
 
 
 def plain_read(x: Tensor) -> Run:

@@ -19,7 +19,7 @@ struct ReverseParams {
     const double* shift;     // [rows] subtracted from the row's log-scores, or null
     const void* stationary;  // [dim] of the compute type, for a vector π; else null
     void* out;               // probabilities [rows, dim] of the compute type, or int64 tokens [rows]
-    uint64_t seed;           // sampling only
+    const int64_t* seed;     // [1]; sampling only
     int64_t rows;
     int64_t dim;
     int64_t forbidden;  // a token the step must not return (MASK, at the last step), or -1
@@ -42,7 +42,30 @@ SEDD_HD ReverseRow reverse_row(Step kind, double step, double pi_x) {
     return {d.b, self * (d.a + d.b * (1.0 - pi_x)) / (d.b * pi_x), self};
 }
 
+// What multiplies π_y in max(0, s_y - drain π_y S); a constant π is part of it already.
+SEDD_HD double reverse_drain(Process process, const ReverseRow& row, double others, double pi_x) {
+    return row.drain * (1.0 + others) * (process == Process::uniform ? pi_x : 1.0);
+}
+
+// w(x), given Σ_{y≠x} s_y.
+SEDD_HD double reverse_stay(const ReverseRow& row, double others, bool forbidden) {
+    const double w = row.stay - row.leave * others;
+    return forbidden || !(w > 0.0) ? 0.0 : w;
+}
+
+SEDD_HD bool valid_total(double total) { return total > 0.0 && total <= 1.7976931348623157e308; }
+
+SEDD_HD Fault reverse_fault(const ReverseParams& p, int64_t row) {
+    return !valid_token(p.x_t[row], p.dim) ? Fault::x_t : !valid_sigma(p.step[row]) ? Fault::sigma : Fault::none;
+}
+
 Status reverse_probs_cpu(const ReverseParams& params, int threads);
 Status reverse_sample_cpu(const ReverseParams& params, int threads);
+
+// Return before the kernels have run: null, or what the CUDA runtime said. A bad row's probabilities are NaN, its token
+// is -1.
+const char* reverse_probs_cuda(const ReverseParams& params, const CudaLaunch& launch);
+const char* reverse_sample_cuda(const ReverseParams& params, const CudaLaunch& launch);
+int64_t reverse_workspace(int64_t rows, int64_t dim, DType dtype);
 
 }  // namespace sedd

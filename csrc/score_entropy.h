@@ -53,8 +53,42 @@ SEDD_HD ScoreEntropyRow score_entropy_row(double sigma, double pi_x, double pi_x
     return row;
 }
 
-// Launchers: rows are split over `threads`; the first bad row comes back in the status.
+// L from Σ_{y≠x} s_y, Σ_{y≠x} π_y ℓ_y and ℓ_{x0}.
+SEDD_HD double score_entropy_value(const ScoreEntropyRow& row, double scores, double dot, double log_score_x_0) {
+    double value = scores + row.constant - row.slope * dot;
+    if (row.pull != 0.0) value -= row.pull * log_score_x_0;  // at -∞, no pull is none
+    return row.weight * value;
+}
+
+// ∂L/∂ℓ_y, times what comes down from above: factor s_y - offset π_y, 0 at y = x, at_x_0 at y = x0 ≠ x.
+struct ScoreEntropyGradient {
+    double factor;
+    double offset;
+    double at_x_0;
+};
+
+SEDD_HD ScoreEntropyGradient score_entropy_gradient(const ScoreEntropyRow& row, double grad_loss, double log_score_x_0,
+                                                    double pi_x0) {
+    const double factor = grad_loss * row.weight;
+    return {factor, factor * row.slope, factor * (exp(log_score_x_0) - row.slope * pi_x0 - row.pull)};
+}
+
+SEDD_HD Fault score_entropy_fault(const ScoreEntropyParams& p, int64_t row) {
+    return !valid_token(p.x_t[row], p.dim)   ? Fault::x_t
+           : !valid_token(p.x_0[row], p.dim) ? Fault::x_0
+           : !valid_sigma(p.sigma[row])      ? Fault::sigma
+                                             : Fault::none;
+}
+
+// Rows are split over `threads`; the first bad row comes back in the status.
 Status score_entropy_cpu(const ScoreEntropyParams& params, int threads);
 Status score_entropy_backward_cpu(const ScoreEntropyParams& params, int threads);
+
+// Return before the kernels have run: null, or what the CUDA runtime said. A bad row's loss and gradient are NaN.
+const char* score_entropy_cuda(const ScoreEntropyParams& params, const CudaLaunch& launch);
+const char* score_entropy_backward_cuda(const ScoreEntropyParams& params, const CudaLaunch& launch);
+// Bytes of workspace that the two take.
+int64_t score_entropy_workspace(int64_t rows, int64_t dim, DType dtype);
+int64_t score_entropy_backward_workspace(int64_t rows, int64_t dim, DType dtype);
 
 }  // namespace sedd

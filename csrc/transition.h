@@ -12,7 +12,7 @@ struct TransitionParams {
     const void* stationary;    // [dim] of the output type, for a vector π; else null
     const double* cumulative;  // [dim] cumulative sums of a vector π; sampling only
     void* out;                 // probabilities [rows, dim] of dtype (float32 or float64), or int64 tokens [rows]
-    uint64_t seed;             // sampling only
+    const int64_t* seed;       // [1]; sampling only
     int64_t rows;
     int64_t dim;
     DType dtype;
@@ -41,12 +41,40 @@ SEDD_HD int64_t draw_stationary(Process process, const double* cumulative, int64
 
 // x_t ~ p(· | x_0): draw from π with probability b = 1 - e^{-σ}, else keep the token.
 SEDD_HD int64_t draw_transition(const TransitionParams& p, int64_t row, double b) {
-    const Uniforms u = row_uniforms(p.seed, static_cast<uint64_t>(row));
+    const Uniforms u = row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(row));
     return u.first < b ? draw_stationary(p.process, p.cumulative, p.dim, u.second) : p.x[row];
+}
+
+// A row of the result: `vector` π_y for a vector π, else `constant`, but for the entries x and, in a column of
+// absorbing diffusion, MASK.
+struct TransitionRow {
+    double vector;
+    double constant;
+    double at_x;
+    double at_mask;
+};
+
+// column: a [y = x] + b π_y over y, what x becomes. Else: a [y = x] + b π_x over y, what becomes x.
+SEDD_HD TransitionRow transition_row(bool column, Process process, double sigma, double pi_x) {
+    const Decay d = decay(sigma);
+    const double at_x = process == Process::absorbing && pi_x == 1.0 && column ? 1.0 : d.a + d.b * pi_x;
+    if (column && process == Process::absorbing) return {0.0, 0.0, at_x, d.b};
+    return {d.b, d.b * pi_x, at_x, 0.0};
+}
+
+SEDD_HD Fault transition_fault(const TransitionParams& p, int64_t row) {
+    return !valid_token(p.x[row], p.dim) ? Fault::x_0 : !valid_sigma(p.sigma[row]) ? Fault::sigma : Fault::none;
 }
 
 Status transition_column_cpu(const TransitionParams& params, int threads);
 Status transition_row_cpu(const TransitionParams& params, int threads);
 Status sample_transition_cpu(const TransitionParams& params, int threads);
+
+// Return before the kernels have run: null, or what the CUDA runtime said. A bad row's probabilities are NaN, its token
+// is -1.
+const char* transition_column_cuda(const TransitionParams& params, const CudaLaunch& launch);
+const char* transition_row_cuda(const TransitionParams& params, const CudaLaunch& launch);
+const char* sample_transition_cuda(const TransitionParams& params, const CudaLaunch& launch);
+int64_t transition_workspace(int64_t rows, int64_t dim, DType dtype);
 
 }  // namespace sedd

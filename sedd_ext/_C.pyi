@@ -1,4 +1,8 @@
-"""The compiled kernels (csrc/bindings.cpp). Addresses are those of contiguous tensors; results are (fault, row)."""
+"""The compiled kernels (csrc/bindings.cpp). Addresses are those of contiguous tensors; results are (fault, row).
+
+With CUDA (csrc/cuda/bindings.cpp) there are also NAME_cuda, with the workspace's address, the stream and the device in
+place of the threads, which gives back None or the runtime's error, and NAME_workspace(rows, dim, dtype) in bytes.
+"""
 
 __version__: str
 cuda: str
@@ -32,7 +36,7 @@ def transition_column(
     stationary: int,
     cumulative: int,
     out: int,
-    seed: int,
+    seed: int,  # an address too
     rows: int,
     dim: int,
     dtype: int,
@@ -51,7 +55,7 @@ def reverse_probs(
     shift: int,
     stationary: int,
     out: int,
-    seed: int,
+    seed: int,  # an address too
     rows: int,
     dim: int,
     forbidden: int,

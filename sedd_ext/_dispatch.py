@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 PROCESSES = {"absorbing": 0, "uniform": 1, "rank_one": 2}
 STEPS = {"euler": 0, "tweedie": 1}
 _HUGE_BYTES = 1 << 24
+# torch calls AMD's devices "cuda" too
+_CUDA = ("cuda",) if _C.cuda and torch.version.hip is None else ()
 _FAULT_X_T, _FAULT_X_0, _FAULT_SIGMA, _FAULT_TOTAL = 1, 2, 3, 4
 
 
@@ -63,9 +66,10 @@ def check_log_score(value: object, graph: RankOne) -> Tensor:
 
 
 def _check_device(name: str, device: torch.device) -> None:
-    if device.type not in ("cpu", "meta"):
+    if device.type not in ("cpu", "meta", *_CUDA):
+        kinds = "CUDA devices and the CPU" if _CUDA else "the CPU"
         raise NotImplementedError(
-            f"{name}: this build has kernels for the CPU only, got a tensor on {device}; "
+            f"{name}: this build has kernels for {kinds} only, got a tensor on {device}; "
             "sedd_ext.reference computes the same on any device"
         )
 
@@ -101,9 +105,7 @@ def per_row(name: str, value: object, batch: torch.Size, device: torch.device) -
 
 def stationary_for(graph: RankOne, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """π as the kernels read it: a vector of the compute type, or None where its shape says it all."""
-    if graph.process != "rank_one":
-        return None
-    return graph.stationary.to(device=device, dtype=compute_dtype(dtype))
+    return graph._copy("stationary", compute_dtype(dtype), device) if graph.process == "rank_one" else None
 
 
 def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -121,7 +123,7 @@ def fresh(tensor: Tensor) -> Tensor:
     To fault in 4 KiB pages takes longer than to compute what goes into them.
     """
     size = tensor.numel() * tensor.element_size()
-    if size >= _HUGE_BYTES:
+    if size >= _HUGE_BYTES and tensor.device.type == "cpu":
         _C.advise_huge_pages(tensor.data_ptr(), size)
     return tensor
 
@@ -131,11 +133,58 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def raise_fault(status: tuple[int, int], tokens: dict[str, Tensor], dim: int, sigma: tuple[str, Tensor]) -> None:
+Status = tuple[int, int]
+"""(fault, row) as in csrc/common/types.h: the first bad row, or (0, -1)."""
+
+
+def _launch_cpu(kernel: str, out: Tensor, arguments: tuple[Any, ...], sizes: tuple[int, int, int]) -> Status:
+    status: Status = getattr(_C, kernel)(*arguments, torch.get_num_threads())
+    return status
+
+
+def launch_cuda(
+    kernel: str,
+    out: Tensor,
+    arguments: tuple[Any, ...],
+    sizes: tuple[int, int, int],
+    kernels: Any = _C,
+    stream: int | None = None,
+) -> Status:
+    """Starts a kernel on the current stream of ``out``'s device and does not wait: bad rows show in ``out``.
+
+    Args:
+        kernel: its name in the extension, without the device.
+        out: the tensor that the kernel writes.
+        arguments: the kernel's, but for the last ones.
+        sizes: rows, dim and the code of the dtype, which say how much scratch memory it takes.
+        kernels: the module that holds the kernels.
+        stream: a cudaStream_t, in place of the current one.
+    """
+    workspace = out.new_empty(getattr(kernels, f"{kernel}_workspace")(*sizes), dtype=torch.uint8)
+    if stream is None:
+        stream = torch.cuda.current_stream(out.device).cuda_stream
+    error = getattr(kernels, f"{kernel}_cuda")(*arguments, address(workspace), stream, max(out.get_device(), 0))
+    if error is not None:
+        raise RuntimeError(f"{kernel}: CUDA: {error}")
+    return 0, -1
+
+
+LAUNCHERS: dict[str, Callable[[str, Tensor, tuple[Any, ...], tuple[int, int, int]], Status]] = {
+    "cpu": _launch_cpu,
+    "cuda": launch_cuda,
+}
+
+
+def launch(kernel: str, out: Tensor, arguments: tuple[Any, ...], sizes: tuple[int, int, int]) -> Status:
+    """Runs a kernel where ``out`` lies; see :func:`launch_cuda`."""
+    return LAUNCHERS[out.device.type](kernel, out, arguments, sizes)
+
+
+def raise_fault(status: Status, tokens: dict[str, Tensor], dim: int, sigma: tuple[str, Tensor]) -> None:
     """Turns what a kernel returned into a ValueError that names the argument, the first bad row and its value.
 
     Args:
-        status: (fault, row) as in csrc/common/types.h.
+        status: what the kernel returned.
         tokens: the token arguments by name, in the order of the kernel's faults (x_t, then x_0).
         dim: N.
         sigma: the noise argument's name and values.
@@ -166,9 +215,10 @@ def _index(row: int, shape: torch.Size) -> list[int]:
     return index
 
 
-def define(schema: str, cpu: Any, fake: Any) -> None:
-    """Registers an operator: its schema, its CPU implementation, and what it does to shapes and dtypes."""
+def define(schema: str, implementation: Any, fake: Any) -> None:
+    """Registers an operator: its schema, its implementation on all devices, and what it does to shapes and dtypes."""
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, cpu, "CPU")
+    for key in ("CPU", *(device.upper() for device in _CUDA)):
+        LIBRARY.impl(name, implementation, key)
     torch.library.register_fake(f"sedd_ext::{name}", fake, lib=LIBRARY)

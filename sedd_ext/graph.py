@@ -69,6 +69,7 @@ class RankOne:
 
     def _set(self, process: Process, dim: int, mask_id: int | None, neg_entropy: float) -> None:
         self.process, self.dim, self.mask_id, self.neg_entropy = process, dim, mask_id, neg_entropy
+        self._copies: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     @classmethod
     def _closed_form(cls, process: Process, dim: int, mask_id: int | None, neg_entropy: float) -> RankOne:
@@ -94,6 +95,17 @@ class RankOne:
         """The cumulative sums of π, float64 [N]: what an inverse-CDF draw from π searches."""
         return self._cumulative if self._cumulative is not None else self.stationary.cumsum(0)
 
+    def _copy(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """``stationary`` or ``cumulative`` in the given dtype, on the given device: made once, as a GPU has to wait."""
+        key = (name, dtype, device)
+        copy = self._copies.get(key)
+        if copy is None:
+            with torch.inference_mode(False):  # what is kept may be saved for a backward pass later
+                copy = getattr(self, name).to(device=device, dtype=dtype)
+            if type(copy) is Tensor and not torch.compiler.is_compiling():  # a traced one must not stay
+                self._copies[key] = copy
+        return copy
+
     def sample_limit(
         self,
         shape: Sequence[int],
@@ -117,7 +129,7 @@ class RankOne:
             return torch.full(tuple(shape), self.dim - 1, dtype=torch.int64, device=device)
         if self.process == "uniform":
             return torch.randint(self.dim, tuple(shape), generator=generator, device=device)
-        cumulative = self.cumulative.to(device)
+        cumulative = self._copy("cumulative", torch.float64, torch.device(device))
         u = torch.rand(tuple(shape), generator=generator, device=device, dtype=torch.float64)
         # right=True: the first entry above u, so a token with π = 0 is never drawn
         return torch.searchsorted(cumulative, u * cumulative[-1], right=True).clamp_(max=self.dim - 1)

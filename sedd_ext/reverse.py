@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sedd_ext import _C
 from sedd_ext._dispatch import (
     DTYPES,
     PROCESSES,
@@ -21,6 +20,7 @@ from sedd_ext._dispatch import (
     define,
     draw_seed,
     fresh,
+    launch,
     per_row,
     raise_fault,
     stationary_for,
@@ -37,9 +37,9 @@ _STEP_NAME = {"tweedie": "dsigma", "euler": "step"}
 
 
 def _launch(
-    kernel: Any,
+    kernel: str,
     out: Tensor,
-    seed: int,
+    seed: Tensor | None,
     log_score: Tensor,
     x_t: Tensor,
     step: Tensor,
@@ -51,22 +51,10 @@ def _launch(
 ) -> Tensor:
     log_score, x_t, step = (tensor.contiguous() for tensor in (log_score, x_t, step))
     shift = None if log_score_shift is None else log_score_shift.contiguous()
-    status = kernel(
-        address(log_score),
-        address(x_t),
-        address(step),
-        address(shift),
-        address(stationary),
-        address(out),
-        seed,
-        x_t.numel(),
-        log_score.shape[-1],
-        forbidden,
-        DTYPES[log_score.dtype],
-        PROCESSES[process],
-        STEPS[kind],
-        torch.get_num_threads(),
-    )
+    rows, dim, dtype = sizes = (x_t.numel(), log_score.shape[-1], DTYPES[log_score.dtype])
+    tensors = (log_score, x_t, step, shift, stationary, out, seed)
+    codes = (dtype, PROCESSES[process], STEPS[kind])
+    status = launch(kernel, out, (*map(address, tensors), rows, dim, forbidden, *codes), sizes)
     raise_fault(status, {"x_t": x_t}, log_score.shape[-1], (_STEP_NAME[kind], step))
     return out
 
@@ -75,21 +63,21 @@ def _probs_fake(log_score: Tensor, *_: Any) -> Tensor:
     return log_score.new_empty(log_score.shape, dtype=compute_dtype(log_score.dtype))
 
 
-def _probs_cpu(log_score: Tensor, *rest: Any) -> Tensor:
-    return _launch(_C.reverse_probs, fresh(_probs_fake(log_score)), 0, log_score, *rest)
+def _probs(log_score: Tensor, *rest: Any) -> Tensor:
+    return _launch("reverse_probs", fresh(_probs_fake(log_score)), None, log_score, *rest)
 
 
 def _sample_fake(log_score: Tensor, x_t: Tensor, *_: Any) -> Tensor:
     return x_t.new_empty(x_t.shape)
 
 
-def _sample_cpu(log_score: Tensor, x_t: Tensor, *rest: Any) -> Tensor:
+def _sample(log_score: Tensor, x_t: Tensor, *rest: Any) -> Tensor:
     *arguments, seed = rest
-    return _launch(_C.reverse_sample, _sample_fake(log_score, x_t), int(seed), log_score, x_t, *arguments)
+    return _launch("reverse_sample", _sample_fake(log_score, x_t), seed, log_score, x_t, *arguments)
 
 
-define(f"reverse_probs({_ARGUMENTS}) -> Tensor", _probs_cpu, _probs_fake)
-define(f"reverse_sample({_ARGUMENTS}, Tensor seed) -> Tensor", _sample_cpu, _sample_fake)
+define(f"reverse_probs({_ARGUMENTS}) -> Tensor", _probs, _probs_fake)
+define(f"reverse_sample({_ARGUMENTS}, Tensor seed) -> Tensor", _sample, _sample_fake)
 
 
 def _arguments(

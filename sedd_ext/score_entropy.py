@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sedd_ext import _C
 from sedd_ext._dispatch import (
     DTYPES,
     PROCESSES,
@@ -19,6 +18,7 @@ from sedd_ext._dispatch import (
     compute_dtype,
     define,
     fresh,
+    launch,
     per_row,
     raise_fault,
     stationary_for,
@@ -34,7 +34,7 @@ _ARGUMENTS = (
 
 
 def _launch(
-    kernel: Any,
+    kernel: str,
     grad_loss: Tensor | None,
     out: Tensor,
     log_score: Tensor,
@@ -49,22 +49,9 @@ def _launch(
     # the names keep what .contiguous() may have made alive until the kernel is done
     log_score, x_t, x_0, sigma = (tensor.contiguous() for tensor in (log_score, x_t, x_0, sigma))
     shift = None if log_score_shift is None else log_score_shift.contiguous()
-    status = kernel(
-        address(log_score),
-        address(x_t),
-        address(x_0),
-        address(sigma),
-        address(shift),
-        address(stationary),
-        address(grad_loss),
-        address(out),
-        neg_entropy,
-        x_t.numel(),
-        log_score.shape[-1],
-        DTYPES[log_score.dtype],
-        PROCESSES[process],
-        torch.get_num_threads(),
-    )
+    sizes = (x_t.numel(), log_score.shape[-1], DTYPES[log_score.dtype])
+    tensors = (log_score, x_t, x_0, sigma, shift, stationary, grad_loss, out)
+    status = launch(kernel, out, (*map(address, tensors), neg_entropy, *sizes, PROCESSES[process]), sizes)
     raise_fault(status, {"x_t": x_t, "x_0": x_0}, log_score.shape[-1], ("sigma", sigma))
     return out
 
@@ -73,23 +60,23 @@ def _fake(log_score: Tensor, x_t: Tensor, *_: Any) -> Tensor:
     return log_score.new_empty(x_t.shape, dtype=compute_dtype(log_score.dtype))
 
 
-def _cpu(log_score: Tensor, x_t: Tensor, *rest: Any) -> Tensor:
-    return _launch(_C.score_entropy, None, _fake(log_score, x_t), log_score, x_t, *rest)
+def _forward(log_score: Tensor, x_t: Tensor, *rest: Any) -> Tensor:
+    return _launch("score_entropy", None, _fake(log_score, x_t), log_score, x_t, *rest)
 
 
 def _backward_fake(grad_loss: Tensor, log_score: Tensor, *_: Any) -> Tensor:
     return log_score.new_empty(log_score.shape)
 
 
-def _backward_cpu(grad_loss: Tensor, log_score: Tensor, *rest: Any) -> Tensor:
+def _backward(grad_loss: Tensor, log_score: Tensor, *rest: Any) -> Tensor:
     out = fresh(_backward_fake(grad_loss, log_score))
     # .sum().backward() hands over a gradient of stride 0
     grad_loss = grad_loss.to(compute_dtype(log_score.dtype)).contiguous()
-    return _launch(_C.score_entropy_backward, grad_loss, out, log_score, *rest)
+    return _launch("score_entropy_backward", grad_loss, out, log_score, *rest)
 
 
-define(f"score_entropy({_ARGUMENTS}) -> Tensor", _cpu, _fake)
-define(f"score_entropy_backward(Tensor grad_loss, {_ARGUMENTS}) -> Tensor", _backward_cpu, _backward_fake)
+define(f"score_entropy({_ARGUMENTS}) -> Tensor", _forward, _fake)
+define(f"score_entropy_backward(Tensor grad_loss, {_ARGUMENTS}) -> Tensor", _backward, _backward_fake)
 
 
 class _ScoreEntropyGradient(torch.autograd.Function):

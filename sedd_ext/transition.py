@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sedd_ext import _C
 from sedd_ext._dispatch import (
     DTYPES,
     PROCESSES,
@@ -17,6 +16,7 @@ from sedd_ext._dispatch import (
     define,
     draw_seed,
     fresh,
+    launch,
     per_row,
     raise_fault,
     stationary_for,
@@ -27,31 +27,21 @@ __all__ = ["sample_transition", "transition_column", "transition_row"]
 
 
 def _launch(
-    kernel: Any,
+    kernel: str,
     name: str,
     out: Tensor,
     x: Tensor,
     sigma: Tensor,
     stationary: Tensor | None,
     cumulative: Tensor | None,
-    seed: int,
+    seed: Tensor | None,
     process: str,
     dim: int,
 ) -> Tensor:
     x, sigma = x.contiguous(), sigma.contiguous()
-    status = kernel(
-        address(x),
-        address(sigma),
-        address(stationary),
-        address(cumulative),
-        address(out),
-        seed,
-        x.numel(),
-        dim,
-        DTYPES.get(out.dtype, 0),
-        PROCESSES[process],
-        torch.get_num_threads(),
-    )
+    sizes = (x.numel(), dim, DTYPES.get(out.dtype, 0))
+    tensors = (x, sigma, stationary, cumulative, out, seed)
+    status = launch(kernel, out, (*map(address, tensors), *sizes, PROCESSES[process]), sizes)
     raise_fault(status, {name: x}, dim, ("sigma", sigma))
     return out
 
@@ -60,40 +50,40 @@ def _fake(x: Tensor, sigma: Tensor, stationary: Tensor | None, process: str, dim
     return x.new_empty((*x.shape, dim), dtype=dtype)
 
 
-def _column_cpu(
+def _column(
     x_0: Tensor, sigma: Tensor, stationary: Tensor | None, process: str, dim: int, dtype: torch.dtype
 ) -> Tensor:
     out = fresh(_fake(x_0, sigma, stationary, process, dim, dtype))
-    return _launch(_C.transition_column, "x_0", out, x_0, sigma, stationary, None, 0, process, dim)
+    return _launch("transition_column", "x_0", out, x_0, sigma, stationary, None, None, process, dim)
 
 
-def _row_cpu(x: Tensor, sigma: Tensor, stationary: Tensor | None, process: str, dim: int, dtype: torch.dtype) -> Tensor:
+def _row(x: Tensor, sigma: Tensor, stationary: Tensor | None, process: str, dim: int, dtype: torch.dtype) -> Tensor:
     out = fresh(_fake(x, sigma, stationary, process, dim, dtype))
-    return _launch(_C.transition_row, "x", out, x, sigma, stationary, None, 0, process, dim)
+    return _launch("transition_row", "x", out, x, sigma, stationary, None, None, process, dim)
 
 
 def _sample_fake(x_0: Tensor, sigma: Tensor, cumulative: Tensor | None, process: str, dim: int, seed: Tensor) -> Tensor:
     return x_0.new_empty(x_0.shape)
 
 
-def _sample_cpu(x_0: Tensor, sigma: Tensor, cumulative: Tensor | None, process: str, dim: int, seed: Tensor) -> Tensor:
+def _sample(x_0: Tensor, sigma: Tensor, cumulative: Tensor | None, process: str, dim: int, seed: Tensor) -> Tensor:
     out = _sample_fake(x_0, sigma, cumulative, process, dim, seed)
-    return _launch(_C.sample_transition, "x_0", out, x_0, sigma, None, cumulative, int(seed), process, dim)
+    return _launch("sample_transition", "x_0", out, x_0, sigma, None, cumulative, seed, process, dim)
 
 
 define(
     "transition_column(Tensor x_0, Tensor sigma, Tensor? stationary, str process, int dim, ScalarType dtype) -> Tensor",
-    _column_cpu,
+    _column,
     _fake,
 )
 define(
     "transition_row(Tensor x, Tensor sigma, Tensor? stationary, str process, int dim, ScalarType dtype) -> Tensor",
-    _row_cpu,
+    _row,
     _fake,
 )
 define(
     "sample_transition(Tensor x_0, Tensor sigma, Tensor? cumulative, str process, int dim, Tensor seed) -> Tensor",
-    _sample_cpu,
+    _sample,
     _sample_fake,
 )
 
@@ -171,7 +161,8 @@ def sample_transition(
     """
     graph, x_0 = check_graph(graph), check_tokens("x_0", x_0)
     rows = per_row("sigma", sigma, x_0.shape, x_0.device)
-    cumulative = graph.cumulative.to(x_0.device) if graph.process == "rank_one" else None
+    vector = graph.process == "rank_one"
+    cumulative = graph._copy("cumulative", torch.float64, x_0.device) if vector else None
     seed = draw_seed(generator, x_0.device)
     result: Tensor = torch.ops.sedd_ext.sample_transition(x_0, rows, cumulative, graph.process, graph.dim, seed)
     return result

@@ -1,18 +1,57 @@
-"""Fixtures that the tests of the operators share. What they compare with is in explicit.py."""
+"""Fixtures that the tests of the operators share: the rest is in explicit.py (references) and backends.py (devices)."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from explicit import PROCESSES, selected_isa
+from backends import BACKENDS, Backend, running_on
+from explicit import PROCESSES
 from hypothesis import settings
 
-from sedd_ext import _C, RankOne
+from sedd_ext import RankOne
 
 settings.register_profile("sedd_ext", deadline=None, print_blob=True)
 settings.load_profile("sedd_ext")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        action="append",
+        choices=list(BACKENDS),
+        help="where the operators' tests run; may be given more than once (default: wherever they can)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "operators(*kinds): runs once on every backend, or on those kinds alone")
+    config.addinivalue_line("markers", "every_variant: runs on every instruction set and schedule of every backend")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marks = {mark.name: mark for mark in metafunc.definition.iter_markers()}
+    if "operators" not in marks:
+        return
+    wanted = [kind for kind in metafunc.config.getoption("--backend") or BACKENDS if BACKENDS[kind]]
+    kinds = [BACKENDS[kind] for kind in wanted if kind in (marks["operators"].args or BACKENDS)]
+    if "every_variant" in marks:
+        chosen = [backend for variants in kinds for backend in variants]
+    else:
+        # the CPU's best; of the emulation's schedules one or the other, as the test's name has it
+        spread = zlib.crc32(metafunc.definition.name.encode())
+        chosen = [variants[0] if variants[0].kind == "cpu" else variants[spread % len(variants)] for variants in kinds]
+    metafunc.fixturenames.insert(0, "backend")
+    metafunc.parametrize("backend", chosen, ids=str, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Where the operators run."""
+    with running_on(request.param) as backend:
+        yield backend
 
 
 @pytest.fixture(params=PROCESSES)
@@ -27,10 +66,3 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-@pytest.fixture(params=_C.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every set of kernels that this machine runs in turn: they are compiled apart and differ in their loops."""
-    with selected_isa(request.param):
-        yield request.param

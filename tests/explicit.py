@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from scipy import linalg, stats
 from torch import Tensor
 
-from sedd_ext import _C, Absorbing, Hybrid, RankOne, Uniform, reference
+from sedd_ext import Absorbing, Hybrid, RankOne, Uniform, reference
 
 
 def _zipf(n: int, zeros: bool) -> RankOne:
@@ -87,17 +86,6 @@ def true_log_score(graph: RankOne, p_0: Tensor, x: Tensor, sigma: float) -> Tens
     return p_t.log() - p_t[x].log()[..., None]
 
 
-@contextmanager
-def selected_isa(isa: str) -> Iterator[None]:
-    """The kernels for this instruction set, until the end of the block."""
-    before = _C.isa()
-    _C.select_isa(isa)
-    try:
-        yield
-    finally:
-        _C.select_isa(before)
-
-
 class Scales(NamedTuple):
     """How large the terms are that a loss [*B] or its gradient [*B, N] is summed from: what an error is measured by."""
 
@@ -121,6 +109,15 @@ def largest_error(value: Tensor, exact: Tensor, scale: Tensor) -> float:
     """Largest |value - exact| in units of the scale; where the scale is 0, value must be exact."""
     error = (value.double() - exact.double()).abs()
     return float(torch.where(scale > 0, error / scale, torch.where(error == 0, 0.0, torch.inf)).max())
+
+
+def bad_rows(result: Tensor) -> list[int]:
+    """The rows of losses [rows], probabilities [rows, N] or tokens [rows] that a CUDA kernel has marked as bad."""
+    if result.dtype == torch.int64:
+        return (result == -1).nonzero()[:, 0].tolist()
+    marked = result.isnan().reshape(len(result), -1)
+    assert (marked.all(-1) == marked.any(-1)).all()
+    return marked[:, 0].nonzero()[:, 0].tolist()
 
 
 def chi_square(counts: Tensor, probs: Tensor) -> float:

@@ -6,20 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from explicit import (
-    PROCESSES,
-    Rows,
-    largest_error,
-    random_log_score,
-    random_rows,
-    selected_isa,
-    term_scales,
-)
+from backends import score_entropy_loss, to_device
+from explicit import PROCESSES, Rows, largest_error, random_log_score, random_rows, term_scales
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sedd_ext import _C, Absorbing, RankOne, Uniform, reference, score_entropy_loss
+from sedd_ext import Absorbing, RankOne, Uniform, reference
+
+pytestmark = pytest.mark.operators
+every_variant = pytest.mark.every_variant
 
 Process = Callable[[int], RankOne]
 
@@ -44,16 +40,15 @@ def check_accuracy(log_score: Tensor, rows: Rows, graph: RankOne, shift: Tensor 
     shifted = log_score.double() if shift is None else log_score.double() - shift.double()[..., None]
     scales = term_scales(shifted, rows, graph)
     allowed = [largest_error(*v) + BOUND[log_score.dtype] for v in zip(plain, exact, scales, strict=True)]
-    for isa in _C.available_isas():
-        with selected_isa(isa):
-            result = value_and_gradient(score_entropy_loss, log_score, rows, graph, shift)
-        assert result[0].dtype == (torch.float64 if log_score.dtype == torch.float64 else torch.float32)
-        assert result[1].dtype == log_score.dtype
-        errors = [largest_error(*v) for v in zip(result, exact, scales, strict=True)]
-        assert errors[0] <= allowed[0], f"loss, {isa}"
-        assert errors[1] <= allowed[1], f"gradient, {isa}"
+    result = value_and_gradient(score_entropy_loss, log_score, rows, graph, shift)
+    assert result[0].dtype == (torch.float64 if log_score.dtype == torch.float64 else torch.float32)
+    assert result[1].dtype == log_score.dtype
+    errors = [largest_error(*v) for v in zip(result, exact, scales, strict=True)]
+    assert errors[0] <= allowed[0]
+    assert errors[1] <= allowed[1]
 
 
+@every_variant
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [2, 3, 17, 27, 1025, 4099, 50258])
 def test_value_and_gradient(process: Process, n: int, dtype: torch.dtype) -> None:
@@ -61,6 +56,7 @@ def test_value_and_gradient(process: Process, n: int, dtype: torch.dtype) -> Non
     check_accuracy(random_log_score((count, n), dtype), random_rows(graph, count), graph)
 
 
+@every_variant
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_log_score_shift(process: Process, dtype: torch.dtype) -> None:
     graph = process(1025)
@@ -68,6 +64,7 @@ def test_log_score_shift(process: Process, dtype: torch.dtype) -> None:
     check_accuracy(random_log_score((24, 1025), dtype), random_rows(graph, 24), graph, shift)
 
 
+@every_variant
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_peaky_log_scores(process: Process, dtype: torch.dtype) -> None:
     """Terms from e^-80 to e^80 (to e^10 in float16, whose gradients end at 65,504)."""
@@ -85,10 +82,11 @@ def test_one_token_has_nothing_to_learn() -> None:
     assert (gradient == 0).all()
 
 
+@every_variant
 @pytest.mark.parametrize("n", [5, 150])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_not_finite_goes_through(isa: str, process: Process, dtype: torch.dtype, value: float, n: int) -> None:
+def test_what_is_not_finite_goes_through(process: Process, dtype: torch.dtype, value: float, n: int) -> None:
     """Row i has the value at entry i, so that every place of a vector loop has it once."""
     graph = process(n)
     log_score = random_log_score((n, n), dtype)
@@ -103,7 +101,7 @@ def test_what_is_not_finite_goes_through(isa: str, process: Process, dtype: torc
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
-def test_what_stands_at_x_does_not_matter(isa: str, process: Process, value: float) -> None:
+def test_what_stands_at_x_does_not_matter(process: Process, value: float) -> None:
     graph = process(37)
     rows = random_rows(graph, 48)
     clean = random_log_score((48, 37), torch.float32).scatter(-1, rows.x_t[:, None], 0.0)
@@ -114,7 +112,7 @@ def test_what_stands_at_x_does_not_matter(isa: str, process: Process, value: flo
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["absorbing", "vector_with_zeros"])
-def test_rows_that_cannot_move_are_exactly_zero(isa: str, name: str, dtype: torch.dtype) -> None:
+def test_rows_that_cannot_move_are_exactly_zero(name: str, dtype: torch.dtype) -> None:
     graph = PROCESSES[name](38)
     still = (graph.stationary == 0).nonzero()[:, 0]
     x_0 = torch.where(torch.arange(len(still)) % 2 == 0, still, 0)  # also one that the process could not have made
@@ -258,7 +256,7 @@ def test_more_than_two_to_the_31_elements() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_gradients_round_as_torch_does(isa: str, dtype: torch.dtype) -> None:
+def test_gradients_round_as_torch_does(dtype: torch.dtype) -> None:
     """Scores of 1 hand the incoming float32 gradient through: any bit pattern, subnormal and overflowing ones too."""
     graph, rows = Absorbing(40), 20_000
     patterns = torch.randint(-(2**31), 2**31, (rows,), generator=torch.Generator().manual_seed(0), dtype=torch.int64)
@@ -320,6 +318,7 @@ def test_second_derivatives_are_refused() -> None:
             (function.sum() + (gradient**2).sum()).backward()
 
 
+@every_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_threads_do_not_change_a_bit(process: Process, threads: Callable[[int], None], dtype: torch.dtype) -> None:
     graph = process(1025)
@@ -333,16 +332,16 @@ def test_threads_do_not_change_a_bit(process: Process, threads: Callable[[int], 
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", ["absorbing", "hybrid"])
-def test_compile(name: str, backend: str) -> None:
+def test_compile(name: str, compiler: str) -> None:
     graph = PROCESSES[name](27)
     rows = random_rows(graph, 24)
 
     def loss_of(log_score: Tensor, x_t: Tensor, x_0: Tensor, sigma: Tensor, shift: Tensor) -> Tensor:
         return score_entropy_loss(2 * log_score, x_t, x_0, sigma, graph, log_score_shift=shift, reduction="mean")
 
-    compiled = torch.compile(loss_of, fullgraph=True, backend=backend)
+    compiled = torch.compile(loss_of, fullgraph=True, backend=compiler)
     log_score, shift = random_log_score((24, 27), torch.float32), torch.full((24,), 0.5)
     results = []
     for function in (loss_of, compiled):
@@ -365,5 +364,5 @@ def test_opcheck(process: Process, dtype: torch.dtype) -> None:
         graph.process,
         graph.neg_entropy,
     )
-    torch.library.opcheck(torch.ops.sedd_ext.score_entropy, arguments)
-    torch.library.opcheck(torch.ops.sedd_ext.score_entropy_backward, (torch.rand(24), *arguments))
+    torch.library.opcheck(torch.ops.sedd_ext.score_entropy, to_device(arguments))
+    torch.library.opcheck(torch.ops.sedd_ext.score_entropy_backward, to_device((torch.rand(24), *arguments)))

@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from backends import sample_transition, to_device, transition_column, transition_row
 from explicit import PROCESSES, chi_square, random_rows, transition_matrix
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sedd_ext import Absorbing, RankOne, Uniform, reference, sample_transition, transition_column, transition_row
+from sedd_ext import Absorbing, RankOne, Uniform, reference
+
+pytestmark = pytest.mark.operators
 
 Process = Callable[[int], RankOne]
 
@@ -21,6 +24,7 @@ OPERATORS = {
 names = st.sampled_from(sorted(PROCESSES))
 
 
+@pytest.mark.every_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("n", [2, 3, 27, 1025, 50258])
 @pytest.mark.parametrize("which", OPERATORS)
@@ -187,11 +191,12 @@ def test_opcheck(process: Process) -> None:
     for dtype in (torch.float32, torch.float64):
         stationary = graph.stationary.to(dtype) if vector else None
         for operator in (torch.ops.sedd_ext.transition_column, torch.ops.sedd_ext.transition_row):
-            torch.library.opcheck(operator, (rows.x_0, rows.sigma, stationary, graph.process, graph.dim, dtype))
+            arguments = (rows.x_0, rows.sigma, stationary, graph.process, graph.dim, dtype)
+            torch.library.opcheck(operator, to_device(arguments))
     cumulative = graph.cumulative if vector else None
     torch.library.opcheck(
         torch.ops.sedd_ext.sample_transition,
-        (rows.x_0, rows.sigma, cumulative, graph.process, graph.dim, torch.tensor([3])),
+        to_device((rows.x_0, rows.sigma, cumulative, graph.process, graph.dim, torch.tensor([3]))),
     )
 
 

@@ -35,6 +35,13 @@ struct Status {
     int64_t row = -1;
 };
 
+// Where a CUDA launcher works: scratch memory that torch allocated, the caller's stream (a cudaStream_t) and device.
+struct CudaLaunch {
+    void* workspace;
+    void* stream;
+    int device;
+};
+
 struct BFloat16 {
     uint16_t bits;
 };

@@ -116,28 +116,13 @@ int64_t find(const Real* weights, int64_t n, double share) {
 
 // Checks a row; false if it is bad (reported).
 inline bool enter(const ReverseParams& p, int64_t row, Status& status) {
-    const Fault fault = !valid_token(p.x_t[row], p.dim) ? Fault::x_t
-                        : !valid_sigma(p.step[row])     ? Fault::sigma
-                                                        : Fault::none;
+    const Fault fault = reverse_fault(p, row);
     if (fault != Fault::none) report(status, fault, row);
     return fault == Fault::none;
 }
 
-inline bool valid_total(double total) { return total > 0.0 && total <= __DBL_MAX__; }
-
-inline double stay_weight(const ReverseParams& p, const ReverseRow& r, int64_t x, double others) {
-    const double w = r.stay - r.leave * others;
-    return x == p.forbidden || !(w > 0.0) ? 0.0 : w;
-}
-
 inline int64_t block_end(int64_t begin, int64_t dim) {
     return begin + kReverseBlock < dim ? begin + kReverseBlock : dim;
-}
-
-// What multiplies the stationary distribution's entries in max(0, s_y - drain π_y), or, for a constant π, all of it.
-template <Process P>
-inline double drain_of(const ReverseRow& r, double others, double pi_x) {
-    return r.drain * (1.0 + others) * (P == Process::uniform ? pi_x : 1.0);
 }
 
 template <Process P, class T>
@@ -166,13 +151,13 @@ void probs_rows(const ReverseParams& p, int64_t begin, int64_t end, void*, Statu
             report(status, Fault::total, i);
             continue;
         }
-        const double self = stay_weight(p, r, x, others);
+        const double self = reverse_stay(r, others, x == p.forbidden);
         double total = self;
         if (p.forbidden >= 0) out[p.forbidden] = Real(0);
         if constexpr (P == Process::absorbing) {  // π_y = 0: nothing to drain
             total += others;
         } else {
-            const Real drain = static_cast<Real>(drain_of<P>(r, others, pi_x));
+            const Real drain = static_cast<Real>(reverse_drain(P, r, others, pi_x));
             for (int64_t b = 0; b < p.dim; b += kReverseBlock) {
                 total += sum_weights<P, true>(out, stationary, b, block_end(b, p.dim), drain);
             }
@@ -220,7 +205,7 @@ void sample_rows(const ReverseParams& p, int64_t begin, int64_t end, void* scrat
             report(status, Fault::total, i);
             continue;
         }
-        const Real drain = static_cast<Real>(drain_of<P>(r, others, pi_x));
+        const Real drain = static_cast<Real>(reverse_drain(P, r, others, pi_x));
         double weights = others;
         if (!linear) {
             weights = 0.0;
@@ -231,14 +216,14 @@ void sample_rows(const ReverseParams& p, int64_t begin, int64_t end, void* scrat
                 weights += blocks[k];
             }
         }
-        const double self = stay_weight(p, r, x, others);
+        const double self = reverse_stay(r, others, x == p.forbidden);
         const double total = self + weights;
         if (!valid_total(total)) {
             report(status, Fault::total, i);
             continue;
         }
         // x lies first on the axis of the weights, then the blocks.
-        double target = row_uniforms(p.seed, static_cast<uint64_t>(i)).first * total - self;
+        double target = row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(i)).first * total - self;
         if (target < 0.0 || weights == 0.0) continue;
         int64_t k = 0, last = 0;
         for (; k < num_blocks; ++k) {

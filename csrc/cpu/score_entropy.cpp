@@ -121,10 +121,7 @@ class Rows {
         x = p_.x_t[row];
         x_0 = p_.x_0[row];
         const double sigma = p_.sigma[row];
-        const Fault fault = !valid_token(x, p_.dim)     ? Fault::x_t
-                            : !valid_token(x_0, p_.dim) ? Fault::x_0
-                            : !valid_sigma(sigma)       ? Fault::sigma
-                                                        : Fault::none;
+        const Fault fault = score_entropy_fault(p_, row);
         if (fault != Fault::none) {
             report(status, fault, row);
             return false;
@@ -170,11 +167,9 @@ void forward_rows(const ScoreEntropyParams& p, int64_t begin, int64_t end, void*
         Sums sums;
         add_sums<P>(sums, l, stationary, 0, row.x, shift);
         add_sums<P>(sums, l, stationary, row.x + 1, p.dim, shift);
-        double value = sums.scores + row.numbers.constant;
-        if constexpr (P == Process::uniform) value -= row.numbers.slope * (sums.dot / static_cast<double>(p.dim));
-        if constexpr (P == Process::rank_one) value -= row.numbers.slope * sums.dot;
-        if (row.numbers.pull != 0.0) value -= row.numbers.pull * (read_one(l + row.x_0) - row.shift);
-        loss[i] = static_cast<Real>(row.numbers.weight * value);
+        const double dot = P == Process::uniform ? sums.dot / static_cast<double>(p.dim) : sums.dot;
+        const double l_x_0 = read_one(l + row.x_0) - row.shift;
+        loss[i] = static_cast<Real>(score_entropy_value(row.numbers, sums.scores, dot, l_x_0));
     }
 }
 
@@ -192,21 +187,18 @@ void backward_rows(const ScoreEntropyParams& p, int64_t begin, int64_t end, void
             continue;
         }
         const Real shift = static_cast<Real>(row.shift);
-        const double factor = static_cast<const Real*>(p.grad_loss)[i] * row.numbers.weight;
-        const double offset =
-            P == Process::uniform ? factor * row.numbers.slope * row.pi_x : factor * row.numbers.slope;
+        const ScoreEntropyGradient gradient =
+            score_entropy_gradient(row.numbers, static_cast<const Real*>(p.grad_loss)[i],
+                                   read_one(l + row.x_0) - row.shift, stationary_at(P, stationary, p.dim, row.x_0));
+        const double offset = P == Process::uniform ? gradient.offset * row.pi_x : gradient.offset;
         const auto write = [&](int64_t from, int64_t to) {
-            write_gradient<P>(out, l, stationary, from, to, shift, static_cast<Real>(factor),
+            write_gradient<P>(out, l, stationary, from, to, shift, static_cast<Real>(gradient.factor),
                               static_cast<Real>(offset));
         };
         write(0, row.x);
         write_one(out + row.x, 0.0);
         write(row.x + 1, p.dim);
-        if (row.x != row.x_0) {
-            const double score = exp(read_one(l + row.x_0) - row.shift);
-            const double pi_x0 = stationary_at(P, stationary, p.dim, row.x_0);
-            write_one(out + row.x_0, factor * (score - row.numbers.slope * pi_x0 - row.numbers.pull));
-        }
+        if (row.x != row.x_0) write_one(out + row.x_0, gradient.at_x_0);
     }
 }
 

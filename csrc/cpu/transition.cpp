@@ -10,48 +10,34 @@ namespace sedd {
 namespace {
 
 bool enter(const TransitionParams& p, int64_t row, Status& status) {
-    const Fault fault = !valid_token(p.x[row], p.dim) ? Fault::x_0
-                        : !valid_sigma(p.sigma[row])  ? Fault::sigma
-                                                      : Fault::none;
+    const Fault fault = transition_fault(p, row);
     if (fault != Fault::none) report(status, fault, row);
     return fault == Fault::none;
 }
 
-// The positions of a sequence share σ: its exponential is taken once.
-class LastDecay {
-  public:
-    Decay operator()(double sigma) {
-        if (sigma != sigma_) decay_ = decay(sigma_ = sigma);
-        return decay_;
-    }
-
-  private:
-    double sigma_ = -1.0;
-    Decay decay_{};
-};
-
-// kColumn: a [y = x] + b π_y over y, what x becomes. Else: a [y = x] + b π_x, what becomes x.
 template <bool kColumn, class Real>
 Status fill(const TransitionParams& p, int threads) {
     return parallel_rows(p.rows, p.dim, 0, threads, [&p](int64_t begin, int64_t end, void*, Status& status) {
         const Real* stationary = static_cast<const Real*>(p.stationary);
-        LastDecay decays;
+        // The positions of a sequence share σ, and often π_x: their exponential is taken once.
+        double sigma = -1.0, pi_x = -1.0;
+        TransitionRow numbers{};
         for (int64_t row = begin; row < end; ++row) {
             if (!enter(p, row, status)) continue;
-            const Decay d = decays(p.sigma[row]);
             const int64_t x = p.x[row];
-            Real* out = static_cast<Real*>(p.out) + row * p.dim;
-            const double pi_x = stationary_at(p.process, stationary, p.dim, x);
-            if (kColumn && p.process == Process::rank_one) {
-                const Real b = static_cast<Real>(d.b);
-                for (int64_t y = 0; y < p.dim; ++y) out[y] = b * stationary[y];
-            } else {
-                const bool nothing = kColumn && p.process == Process::absorbing;
-                std::fill(out, out + p.dim, nothing ? Real(0) : static_cast<Real>(d.b * pi_x));
-                if (nothing) out[p.dim - 1] = static_cast<Real>(d.b);
+            const double pi = stationary_at(p.process, stationary, p.dim, x);
+            if (p.sigma[row] != sigma || pi != pi_x) {
+                numbers = transition_row(kColumn, p.process, sigma = p.sigma[row], pi_x = pi);
             }
-            const bool both = kColumn && p.process == Process::absorbing && x == p.dim - 1;
-            out[x] = both ? Real(1) : static_cast<Real>(d.a + d.b * pi_x);
+            Real* out = static_cast<Real*>(p.out) + row * p.dim;
+            if (kColumn && p.process == Process::rank_one) {
+                const Real vector = static_cast<Real>(numbers.vector);
+                for (int64_t y = 0; y < p.dim; ++y) out[y] = vector * stationary[y];
+            } else {
+                std::fill(out, out + p.dim, static_cast<Real>(numbers.constant));
+                if (kColumn && p.process == Process::absorbing) out[p.dim - 1] = static_cast<Real>(numbers.at_mask);
+            }
+            out[x] = static_cast<Real>(numbers.at_x);
         }
     });
 }
@@ -69,9 +55,11 @@ Status transition_row_cpu(const TransitionParams& p, int threads) {
 Status sample_transition_cpu(const TransitionParams& p, int threads) {
     return parallel_rows(p.rows, 64, 0, threads, [&p](int64_t begin, int64_t end, void*, Status& status) {
         int64_t* out = static_cast<int64_t*>(p.out);
-        LastDecay decays;
+        double sigma = -1.0, b = 0.0;
         for (int64_t row = begin; row < end; ++row) {
-            if (enter(p, row, status)) out[row] = draw_transition(p, row, decays(p.sigma[row]).b);
+            if (!enter(p, row, status)) continue;
+            if (p.sigma[row] != sigma) b = decay(sigma = p.sigma[row]).b;
+            out[row] = draw_transition(p, row, b);
         }
     });
 }

@@ -1,0 +1,384 @@
+// Reverse steps: sums of the scores over segments, the row's numbers, and then either the token that one random number
+// falls on, with a second look at the one segment it falls in, or all probabilities. Fused away: probabilities,
+// clamps, cumulative sums and Gumbel noise of rows × N.
+//
+// Bytes an element: a sample where the weights are the scores (absorbing, or Euler) is one read, 4 (float32) or 2, and
+// 2 KiB more a row. Where max(0, ·) needs the total first (Tweedie with π spread out; Euler that may not return MASK),
+// and for the probabilities, the row is read again, and again for clamped probabilities: by the same block moments
+// after, so that what was 200 KB in memory comes from the L2 cache (one row a multiprocessor: 27 MB on 132 of them),
+// and memory is read once. Instructions an element, about: 10 a pass (8 of them expf with one MUFU.EX2), 2 to 3 more
+// for the clamp.
+//
+// Configuration: a block a row, since the row's total joins what its segments give: its warps take segments in turn,
+// leave their sums in shared memory, and after a barrier the first warp goes on alone or, for the second pass, hands
+// the totals to all. 8 warps a block for samples without clamp, which leave room for eight blocks a multiprocessor, one
+// summing while another draws; 24 where rows are read again, to keep few in flight. Rows of up to four segments share a
+// block of 8 warps. Where rows are few the first pass, which is the read from memory, is split over all
+// multiprocessors by a kernel of its own, a warp a segment. Sums of a segment and their order are the same in each.
+//
+// Rows with π_x = 0 (unmasked ones of absorbing diffusion) are not read. Bad rows get probabilities of NaN, or token
+// -1.
+#include "reverse.h"
+
+#include "cuda/segments.cuh"
+
+namespace sedd {
+namespace {
+
+constexpr int kMaxWarps = 24;       // of a block: 80 registers a thread, where 32 warps would have 64 and spill some
+constexpr int64_t kFewRows = 1024;  // so many blocks of 8 warps fill 132 multiprocessors
+constexpr int64_t kSharedBytes = 48 << 10;
+
+template <class Real>
+__device__ __forceinline__ Real row_shift(const ReverseParams& p, int64_t row) {
+    return p.shift != nullptr ? static_cast<Real>(p.shift[row]) : Real(0);
+}
+
+// For a valid x.
+template <class Real>
+__device__ __forceinline__ double row_pi(const ReverseParams& p, int64_t row) {
+    return stationary_at(p.process, static_cast<const Real*>(p.stationary), p.dim, p.x_t[row]);
+}
+
+// The first pass by itself, where rows are few.
+template <class T>
+__global__ void __launch_bounds__(kWarps* kWarp) sums_kernel(ReverseParams p, Tiling tiling, RealOf<T>* sums) {
+    using Real = RealOf<T>;
+    const Place place = place_of(tiling);
+    if (place.row >= p.rows || place.segment >= tiling.segments) return;
+    if (reverse_fault(p, place.row) != Fault::none || row_pi<Real>(p, place.row) == 0.0) return;
+    const T* row = static_cast<const T*>(p.log_score) + place.row * p.dim;
+    const Real sum = segment_scores(row, static_cast<int>(p.dim), place.segment, static_cast<int>(p.x_t[place.row]),
+                                    row_shift<Real>(p, place.row));
+    if (lane_of() == 0) sums[place.row * tiling.segments + place.segment] = sum;
+}
+
+// w_y of one row for y ≠ x; drain is 0 where the weights are the scores.
+template <Process P, class Real>
+struct Weights {
+    const Real* stationary;
+    Real shift;
+    Real drain;
+    int forbidden;
+
+    __device__ __forceinline__ Real operator()(int y, Real l) const {
+        const Real s = exponential(l - shift);
+        if constexpr (P == Process::absorbing) return s;
+        const Real drained = P == Process::rank_one ? drain * stationary[y] : drain;
+        const Real w = s - drained;
+        return w > Real(0) && y != forbidden ? w : Real(0);
+    }
+};
+
+// Σ w_y over a segment without y = x: the same number on every lane.
+template <Process P, class T, class Real = RealOf<T>>
+__device__ __forceinline__ Real segment_weights(const T* row, int dim, int segment, int x,
+                                                const Weights<P, Real>& weights) {
+    Real sum = 0;
+    visit(
+        row, dim, segment, x,
+        [&](int y, Real(&l)[Vector<T>::kWidth]) {
+#pragma unroll
+            for (int j = 0; j < Vector<T>::kWidth; ++j) l[j] = weights(y + j, l[j]);
+            sum += sum_of(l);
+        },
+        [&](int y, Real l) { sum += weights(y, l); });
+    return warp_sum(sum);
+}
+
+// Running sums over the lanes, the own value included.
+__device__ __forceinline__ double scan(double value) {
+#pragma unroll
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+        const double before = __shfl_up_sync(kAll, value, offset);
+        if (lane_of() >= offset) value += before;
+    }
+    return value;
+}
+
+// Goes over the lanes' values as over neighbouring stretches of an axis, from `target` on: the lane whose stretch it
+// falls on, with the target's place on it, or -1 with the target's place behind them all. Zeros are no place to fall
+// on.
+struct Walk {
+    int lane;
+    double target;
+};
+
+__device__ __forceinline__ Walk walk(double value, double target) {
+    const double end = scan(value);
+    const unsigned hits = __ballot_sync(kAll, value > 0.0 && target < end);
+    const int lane = hits != 0 ? __ffs(static_cast<int>(hits)) - 1 : -1;
+    const int from = lane >= 0 ? lane : kWarp - 1;
+    const double behind = __shfl_sync(kAll, end, from), own = __shfl_sync(kAll, value, from);
+    return {lane, target - (lane >= 0 ? behind - own : behind)};
+}
+
+// The last lane with a value above 0, or -1.
+__device__ __forceinline__ int last_lane(double value) {
+    const unsigned some = __ballot_sync(kAll, value > 0.0);
+    return some != 0 ? kWarp - 1 - __clz(static_cast<int>(some)) : -1;
+}
+
+// The segment that the target falls on, and which part of it lies before the target. By a whole warp.
+struct Pick {
+    int segment;
+    double share;
+};
+
+template <class Real>
+__device__ __forceinline__ Pick pick_segment(const Real* sums, int segments, double target) {
+    int last = 0;
+    for (int begin = 0; begin < segments; begin += kWarp) {
+        const int s = begin + lane_of();
+        const double sum = s < segments ? static_cast<double>(sums[s]) : 0.0;
+        const Walk w = walk(sum, target);
+        if (w.lane >= 0) return {begin + w.lane, w.target / __shfl_sync(kAll, sum, w.lane)};
+        const int some = last_lane(sum);
+        if (some >= 0) last = begin + some;
+        target = w.target;
+    }
+    return {last, 1.0};  // rounding let the target past the end
+}
+
+// The entry of a segment at the given share of its weights. By a whole warp; -1 if there is no weight in it at all.
+template <Process P, class T, class Real = RealOf<T>>
+__device__ __forceinline__ int pick_entry(const T* row, int dim, int segment, int x, const Weights<P, Real>& weights,
+                                          double share) {
+    constexpr int width = Vector<T>::kWidth;
+    const auto weight = [&](int y) {
+        return y >= 0 && y < dim && y != x ? weights(y, Vector<T>::read(row + y)) : Real(0);
+    };
+    const int first = first_entry(row, segment);
+    const auto vector = [&](int i) {
+        double sum = 0.0;
+#pragma unroll 1
+        for (int j = 0; j < width; ++j) sum += static_cast<double>(weight(first + i * kWarp * width + j));
+        return sum;
+    };
+    double total = 0.0;
+#pragma unroll 1
+    for (int i = 0; i < kWarpVectors; ++i) total += vector(i);
+    double target = share * warp_sum(total);
+    int entry = -1;
+#pragma unroll 1
+    for (int i = 0; i < kWarpVectors; ++i) {
+        const double sum = vector(i);
+        const Walk w = walk(sum, target);
+        // Where rounding lets the target past the end: the last entry with any weight, unless one is found further on.
+        const int lane = w.lane >= 0 ? w.lane : last_lane(sum);
+        if (lane >= 0) {
+            double rest = w.lane >= 0 ? w.target : sum;
+            int found = 0;
+#pragma unroll 1
+            for (int j = 0; j < width; ++j) {  // only what the one lane finds is used
+                const double value = static_cast<double>(weight(first + i * kWarp * width + j));
+                if (!(value > 0.0)) continue;
+                found = j;
+                if (rest < value) break;
+                rest -= value;
+            }
+            entry = __shfl_sync(kAll, first + i * kWarp * width + found, lane);
+            if (w.lane >= 0) return entry;
+        }
+        target = w.target;
+    }
+    return entry;
+}
+
+// What the block's warps know of a row after the barriers.
+struct RowState {
+    ReverseRow numbers;
+    double others;   // Σ_{y≠x} s_y
+    double self;     // w(x)
+    double weights;  // Σ_{y≠x} w_y
+    double total;    // Σ_y w_y; NaN if the row has no distribution
+
+    __device__ __forceinline__ void add_up(double sum) {
+        weights = sum;
+        total = valid_total(1.0 + others) && valid_total(self + sum) ? self + sum : not_a_number<double>();
+    }
+};
+
+// A factor of the compute type's digits and float64's range: the total of a row may exceed float32's.
+template <class Real>
+struct Scale {
+    Real first, second;
+
+    __device__ __forceinline__ explicit Scale(double factor)
+        : second(static_cast<Real>(factor < 0x1p-64  ? 0x1p-64
+                                   : factor > 0x1p64 ? 0x1p64
+                                                     : 1.0)) {
+        first = static_cast<Real>(factor / static_cast<double>(second));
+    }
+    __device__ __forceinline__ Real operator()(Real value) const { return value * first * second; }
+};
+
+// Writes the probabilities of a segment.
+template <Process P, class T, class Real = RealOf<T>>
+__device__ __forceinline__ void write_probs(Real* out, const T* row, int dim, int segment, int x, Real self,
+                                            const Weights<P, Real>& weights, const Scale<Real>& scale) {
+    constexpr int width = Vector<T>::kWidth, out_width = Vector<Real>::kWidth;
+    const auto prob = [&](int y, Real l) { return y == x ? self : scale(weights(y, l)); };
+    visit(
+        row, dim, segment, -1,
+        [&](int y, Real(&l)[width]) {
+#pragma unroll
+            for (int k = 0; k < width; k += out_width) {
+                Real part[out_width];
+#pragma unroll
+                for (int j = 0; j < out_width; ++j) part[j] = prob(y + k + j, l[k + j]);
+                write_vector(out + y + k, part);
+            }
+        },
+        [&](int y, Real l) { out[y] = prob(y, l); });
+}
+
+template <bool kSample, Process P, class T>
+__global__ void __launch_bounds__(kMaxWarps* kWarp)
+    step_kernel(ReverseParams p, int segments, int row_warps, bool clamped, const RealOf<T>* few_sums) {
+    using Real = RealOf<T>;
+    SEDD_DYNAMIC_SHARED(Real, all_sums);
+    __shared__ RowState states[kWarps];
+    const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = lane_of();
+    const int place = warp / row_warps, first_segment = warp % row_warps;
+    const bool leads = first_segment == 0;
+    const int64_t block_rows = static_cast<int64_t>(blockDim.x) / (kWarp * row_warps);
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * block_rows + place;
+    Real* sums = all_sums + place * segments;
+    RowState& state = states[place];
+
+    // Every warp comes to every barrier, whether its row exists and moves or not.
+    const bool exists = row < p.rows, fault = exists && reverse_fault(p, row) != Fault::none;
+    const double pi_x = exists && !fault ? row_pi<Real>(p, row) : 0.0;
+    const bool moves = pi_x > 0.0;
+    const int dim = static_cast<int>(p.dim), x = moves ? static_cast<int>(p.x_t[row]) : -1;
+    const T* log_score = static_cast<const T*>(p.log_score) + (moves ? row * p.dim : 0);
+    Weights<P, Real> weights{static_cast<const Real*>(p.stationary), moves ? row_shift<Real>(p, row) : Real(0), Real(0),
+                             static_cast<int>(p.forbidden)};
+
+    if (moves) {
+        if (leads && lane == 0) state.numbers = reverse_row(p.kind, p.step[row], pi_x);
+        for (int s = first_segment; s < segments; s += row_warps) {
+            const Real sum = few_sums != nullptr ? few_sums[row * segments + s]
+                                                 : segment_scores(log_score, dim, s, x, weights.shift);
+            if (lane == 0) sums[s] = sum;
+        }
+    }
+    __syncthreads();  // the segments' sums are there
+    if (moves && leads) {
+        const double others = sum_segments(sums, segments);
+        if (lane == 0) {
+            state.others = others;
+            state.self = reverse_stay(state.numbers, others, x == p.forbidden);
+            state.add_up(others);
+        }
+    }
+    if (clamped) {
+        __syncthreads();  // the total is there, and the sums have been read
+        if (moves) {
+            weights.drain = static_cast<Real>(reverse_drain(P, state.numbers, state.others, pi_x));
+            for (int s = first_segment; s < segments; s += row_warps) {
+                const Real sum = segment_weights(log_score, dim, s, x, weights);
+                if (lane == 0) sums[s] = sum;
+            }
+        }
+        __syncthreads();  // the segments' weights are there
+        if (moves && leads) {
+            const double sum = sum_segments(sums, segments);
+            if (lane == 0) state.add_up(sum);
+        }
+    }
+
+    const int64_t stays_at = exists && !fault && p.x_t[row] != p.forbidden ? p.x_t[row] : -1;  // if it does not move
+    if constexpr (kSample) {
+        if (!exists || !leads) return;
+        int64_t token = stays_at;
+        if (moves) {
+            __syncwarp();  // lane 0 has written the state
+            const double total = state.total;
+            const double target =
+                row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(row)).first * total - state.self;
+            token = total > 0.0 ? x : -1;
+            if (target >= 0.0 && state.weights > 0.0) {  // x lies first on the axis of the weights
+                const Pick pick = pick_segment(sums, segments, target);
+                token = pick_entry(log_score, dim, pick.segment, x, weights, pick.share);
+            }
+        }
+        if (lane == 0) static_cast<int64_t*>(p.out)[row] = token;
+    } else {
+        __syncthreads();  // the total is there
+        if (!exists) return;
+        Real* out = static_cast<Real*>(p.out) + row * p.dim;
+        if (moves) {
+            const double inverse = 1.0 / state.total;
+            const Real self = static_cast<Real>(state.self * inverse);
+            const Scale<Real> scale(inverse);
+            for (int s = first_segment; s < segments; s += row_warps) {
+                write_probs(out, log_score, dim, s, x, self, weights, scale);
+            }
+        } else {
+            const Real rest = stays_at >= 0 ? Real(0) : not_a_number<Real>();
+            for (int s = first_segment; s * kSegmentVectors < dim / Vector<Real>::kWidth + 2; s += row_warps) {
+                write_segment(out, dim, s, [&](int y) { return y == stays_at ? Real(1) : rest; });
+            }
+        }
+    }
+}
+
+// ---- launchers ----
+
+// Is there anything in a pass of its own?
+bool splits(int64_t rows, int64_t segments) { return rows <= kFewRows && segments > kWarps; }
+
+template <bool kSample, Process P, class T>
+const char* launch_typed(const ReverseParams& p, const CudaLaunch& launch) {
+    using Real = RealOf<T>;
+    const Tiling tiling = tile(p.dim, p.dtype);
+    const bool clamped = P != Process::absorbing && (p.kind == Step::tweedie || p.forbidden >= 0);
+    const int wanted = clamped || !kSample ? kMaxWarps : kWarps;
+    int row_warps = 1;
+    while (row_warps < wanted && row_warps < tiling.segments) row_warps *= 2;
+    row_warps = row_warps < wanted ? row_warps : wanted;
+    const int block_rows = row_warps < kWarps ? kWarps / row_warps : 1;
+    const int64_t shared_bytes = static_cast<int64_t>(sizeof(Real)) * block_rows * tiling.segments;
+    if (shared_bytes > kSharedBytes) return "rows too wide for the CUDA kernels of the reverse steps";
+    Real* few_sums = nullptr;
+    if (splits(p.rows, tiling.segments)) {
+        few_sums = static_cast<Real*>(launch.workspace);
+        SEDD_LAUNCH((sums_kernel<T>), blocks_for(tile_blocks(tiling, p.rows), 1), kWarps * kWarp, 0, stream_of(launch),
+                    p, tiling, few_sums);
+    }
+    SEDD_LAUNCH((step_kernel<kSample, P, T>), blocks_for(p.rows, block_rows), block_rows * row_warps * kWarp,
+                static_cast<size_t>(shared_bytes), stream_of(launch), p, tiling.segments, row_warps, clamped, few_sums);
+    return launch_error();
+}
+
+template <bool kSample>
+const char* launch_all(const ReverseParams& p, const CudaLaunch& launch) {
+    if (p.rows == 0) return nullptr;
+    if (const char* why = too_large(p.rows, p.dim, p.rows)) return why;
+    const OnDevice device(launch.device);
+    if (device.error() != nullptr) return device.error();
+    return with_type(p.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        return with_process(p.process,
+                            [&](auto process) { return launch_typed<kSample, process.value, T>(p, launch); });
+    });
+}
+
+}  // namespace
+
+const char* reverse_probs_cuda(const ReverseParams& p, const CudaLaunch& launch) {
+    return launch_all<false>(p, launch);
+}
+
+const char* reverse_sample_cuda(const ReverseParams& p, const CudaLaunch& launch) {
+    return launch_all<true>(p, launch);
+}
+
+int64_t reverse_workspace(int64_t rows, int64_t dim, DType dtype) {
+    const int64_t segments = num_segments(dim, dtype);
+    return splits(rows, segments) ? rows * segments * real_bytes(dtype) : 0;
+}
+
+}  // namespace sedd

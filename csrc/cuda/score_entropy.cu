@@ -1,0 +1,253 @@
+// Score entropy, forward: exp, its sum and, where π is not all on MASK, the dot product with the log-scores in one read
+// of the row (sums_kernel); then the row's formula (loss_kernel). Backward: the row's numbers (numbers_kernel), then
+// exp, one product and one difference between a read and a write (gradient_kernel). What is fused away: every tensor of
+// rows × N.
+//
+// Bytes an element: forward one read, 4 (float32) or 2; backward one read and one write, 8 or 4. Beside them, a segment
+// of 2 KiB leaves 4 or 8 bytes of partial sums, read once. A vector π is read from the L2 cache, 4 bytes an element.
+// Instructions an element, about: expf is 8 with one MUFU.EX2; forward 10 (absorbing), 11 (uniform), 14 (vector π);
+// backward 11, 12 and 13; plus 1 to 2 to take float16 and bfloat16 apart and to round them. At 128 lanes a clock a
+// multiprocessor of an H100 takes in some 10 elements a clock where its share of memory brings 15 bytes: float32 is
+// bound by memory, bfloat16 nearly so. docs/kernels.md has the counts from the machine code.
+//
+// Configuration: a warp a segment and eight warps a block, without shared memory or barriers (segments.cuh says why).
+// The double-precision functions of a row, some 200 instructions, run once a row in kernels of their own: inside
+// gradient_kernel they would cost every segment as much as its elements do.
+//
+// Rows with π_x = 0 (unmasked ones of absorbing diffusion) and bad rows are not read. The former's loss is 0, the
+// latter's NaN.
+#include "score_entropy.h"
+
+#include "cuda/segments.cuh"
+
+namespace sedd {
+namespace {
+
+constexpr int kRowThreads = 128;  // of a block, in the kernels that work by the row
+
+// Does the row enter the sums at all?
+template <Process P, class Real>
+__device__ __forceinline__ bool is_live(const ScoreEntropyParams& p, int64_t row) {
+    const int64_t x = p.x_t[row];
+    return valid_token(x, p.dim) && stationary_at(P, static_cast<const Real*>(p.stationary), p.dim, x) > 0.0;
+}
+
+template <class Real>
+__device__ __forceinline__ Real shift_of(const double* shift, int64_t row) {
+    return shift != nullptr ? static_cast<Real>(shift[row]) : Real(0);
+}
+
+// scores[row, segment] = Σ s_y, dots[row, segment] = Σ ℓ_y (uniform) or Σ π_y ℓ_y (vector π), over y ≠ x.
+template <Process P, class T>
+__global__ void __launch_bounds__(kWarps* kWarp)
+    sums_kernel(ScoreEntropyParams p, Tiling tiling, RealOf<T>* scores, RealOf<T>* dots) {
+    using Real = RealOf<T>;
+    constexpr int width = Vector<T>::kWidth;
+    const Place place = place_of(tiling);
+    if (place.row >= p.rows || place.segment >= tiling.segments || !is_live<P, Real>(p, place.row)) return;
+    const T* row = static_cast<const T*>(p.log_score) + place.row * p.dim;
+    const Real* stationary = static_cast<const Real*>(p.stationary);
+    const int x = static_cast<int>(p.x_t[place.row]);
+    const Real shift = shift_of<Real>(p.shift, place.row);
+    Real score = 0, dot = 0;
+    visit(
+        row, static_cast<int>(p.dim), place.segment, x,
+        [&](int y, Real(&l)[width]) {
+            Real terms[width];
+#pragma unroll
+            for (int j = 0; j < width; ++j) {
+                l[j] -= shift;
+                if constexpr (P == Process::rank_one) {
+                    const Real pi = stationary[y + j];
+                    terms[j] = pi != Real(0) ? pi * l[j] : Real(0);  // not 0 · ∞
+                } else {
+                    terms[j] = l[j];
+                }
+                l[j] = exponential(l[j]);
+            }
+            score += sum_of(l);
+            if constexpr (P != Process::absorbing) dot += sum_of(terms);
+        },
+        [&](int y, Real l) {
+            l -= shift;
+            score += exponential(l);
+            if constexpr (P == Process::uniform) dot += l;
+            if constexpr (P == Process::rank_one) {
+                const Real pi = stationary[y];
+                if (pi != Real(0)) dot += pi * l;
+            }
+        });
+    score = warp_sum(score);
+    if constexpr (P != Process::absorbing) dot = warp_sum(dot);
+    if (lane_of() != 0) return;
+    const int64_t at = place.row * tiling.segments + place.segment;
+    scores[at] = score;
+    if constexpr (P != Process::absorbing) dots[at] = dot;
+}
+
+// The row's own numbers: all but the sums. Of a live row without fault.
+template <Process P, class Real>
+__device__ __forceinline__ ScoreEntropyRow row_numbers(const ScoreEntropyParams& p, int64_t row) {
+    const Real* stationary = static_cast<const Real*>(p.stationary);
+    const int64_t x = p.x_t[row], x_0 = p.x_0[row];
+    return score_entropy_row(p.sigma[row], stationary_at(P, stationary, p.dim, x),
+                             stationary_at(P, stationary, p.dim, x_0), x == x_0, p.neg_entropy);
+}
+
+template <class T>
+__device__ __forceinline__ double log_score_x_0(const ScoreEntropyParams& p, int64_t row) {
+    const double l = Vector<T>::read(static_cast<const T*>(p.log_score) + row * p.dim + p.x_0[row]);
+    return p.shift != nullptr ? l - p.shift[row] : l;
+}
+
+// A row's sums of segments become its loss. One thread a row where there is one segment, else one warp.
+template <Process P, class T>
+__global__ void __launch_bounds__(kRowThreads)
+    loss_kernel(ScoreEntropyParams p, int segments, const RealOf<T>* scores, const RealOf<T>* dots) {
+    using Real = RealOf<T>;
+    const int lanes = segments == 1 ? 1 : kWarp;
+    const int64_t row = (static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x) / lanes;
+    if (row >= p.rows) return;
+    Real* loss = static_cast<Real*>(p.out) + row;
+    const bool first = lanes == 1 || lane_of() == 0;
+    const bool fault = score_entropy_fault(p, row) != Fault::none;
+    if (fault || !is_live<P, Real>(p, row)) {
+        if (first) *loss = fault ? not_a_number<Real>() : Real(0);
+        return;
+    }
+    const Real* row_scores = scores + row * segments;
+    const Real* row_dots = dots + row * segments;
+    double score = lanes == 1 ? row_scores[0] : sum_segments(row_scores, segments), dot = 0.0;
+    if constexpr (P != Process::absorbing) dot = lanes == 1 ? row_dots[0] : sum_segments(row_dots, segments);
+    if constexpr (P == Process::uniform) dot /= static_cast<double>(p.dim);
+    if (!first) return;
+    *loss = static_cast<Real>(score_entropy_value(row_numbers<P, Real>(p, row), score, dot, log_score_x_0<T>(p, row)));
+}
+
+template <class Real>
+struct GradientNumbers {
+    Real factor, offset, at_x_0;
+};
+
+template <Process P, class T>
+__global__ void __launch_bounds__(kRowThreads)
+    numbers_kernel(ScoreEntropyParams p, GradientNumbers<RealOf<T>>* numbers) {
+    using Real = RealOf<T>;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+    if (row >= p.rows) return;
+    if (score_entropy_fault(p, row) != Fault::none) {
+        const Real nan = not_a_number<Real>();
+        numbers[row] = {nan, nan, nan};
+        return;
+    }
+    if (!is_live<P, Real>(p, row)) return;  // gradient_kernel sees for itself
+    const double pi_x0 = stationary_at(P, static_cast<const Real*>(p.stationary), p.dim, p.x_0[row]);
+    const ScoreEntropyGradient g = score_entropy_gradient(
+        row_numbers<P, Real>(p, row), static_cast<const Real*>(p.grad_loss)[row], log_score_x_0<T>(p, row), pi_x0);
+    numbers[row] = {static_cast<Real>(g.factor),
+                    static_cast<Real>(P == Process::uniform ? g.offset / static_cast<double>(p.dim) : g.offset),
+                    static_cast<Real>(g.at_x_0)};
+}
+
+template <Process P, class T>
+__global__ void __launch_bounds__(kWarps* kWarp)
+    gradient_kernel(ScoreEntropyParams p, Tiling tiling, const GradientNumbers<RealOf<T>>* numbers) {
+    using Real = RealOf<T>;
+    using V = Vector<T>;
+    constexpr int width = V::kWidth;
+    const Place place = place_of(tiling);
+    if (place.row >= p.rows || place.segment >= tiling.segments) return;
+    const int64_t offset = place.row * p.dim;
+    const int dim = static_cast<int>(p.dim);
+    const T* row = static_cast<const T*>(p.log_score) + offset;
+    T* out = static_cast<T*>(p.out) + offset;
+    const Real* stationary = static_cast<const Real*>(p.stationary);
+    const bool fault = score_entropy_fault(p, place.row) != Fault::none;
+    if (!fault && !is_live<P, Real>(p, place.row)) {
+        write_segment(out, dim, place.segment, [](int) { return Real(0); });
+        return;
+    }
+    // In a bad row no entry is x or x_0: every one gets the factor's NaN.
+    const int x = fault ? -1 : static_cast<int>(p.x_t[place.row]),
+              x_0 = fault ? -1 : static_cast<int>(p.x_0[place.row]);
+    const GradientNumbers<Real> n = numbers[place.row];
+    const Real shift = shift_of<Real>(p.shift, place.row);
+    const auto gradient = [&](int y, Real l) {
+        const Real s = n.factor * exponential(l - shift);
+        if constexpr (P == Process::absorbing) return s;
+        if constexpr (P == Process::uniform) return s - n.offset;
+        if constexpr (P == Process::rank_one) return s - n.offset * stationary[y];
+    };
+    const auto special = [&](int y, Real g) { return y == x ? Real(0) : y == x_0 ? n.at_x_0 : g; };
+    const auto in_vector = [](int entry, int y) {
+        return static_cast<unsigned>(entry - y) < static_cast<unsigned>(width);
+    };
+    visit(
+        row, dim, place.segment, -1,
+        [&](int y, Real(&l)[width]) {
+#pragma unroll
+            for (int j = 0; j < width; ++j) l[j] = gradient(y + j, l[j]);
+            if (in_vector(x, y) || in_vector(x_0, y)) {
+#pragma unroll
+                for (int j = 0; j < width; ++j) l[j] = special(y + j, l[j]);
+            }
+            write_vector(out + y, l);
+        },
+        [&](int y, Real l) { V::write(out + y, special(y, gradient(y, l))); });
+}
+
+// ---- launchers ----
+
+template <bool kBackward, Process P, class T>
+const char* launch_typed(const ScoreEntropyParams& p, const CudaLaunch& launch) {
+    using Real = RealOf<T>;
+    const Tiling tiling = tile(p.dim, p.dtype);
+    const int64_t blocks = tile_blocks(tiling, p.rows);
+    if (const char* why = too_large(p.rows, p.dim, blocks)) return why;
+    if constexpr (kBackward) {
+        auto* numbers = static_cast<GradientNumbers<Real>*>(launch.workspace);
+        SEDD_LAUNCH((numbers_kernel<P, T>), blocks_for(p.rows, kRowThreads), kRowThreads, 0, stream_of(launch), p,
+                    numbers);
+        SEDD_LAUNCH((gradient_kernel<P, T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, tiling,
+                    numbers);
+    } else {
+        Real* scores = static_cast<Real*>(launch.workspace);
+        Real* dots = scores + p.rows * tiling.segments;
+        const int64_t row_lanes = tiling.segments == 1 ? 1 : kWarp;
+        SEDD_LAUNCH((sums_kernel<P, T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, tiling, scores,
+                    dots);
+        SEDD_LAUNCH((loss_kernel<P, T>), blocks_for(p.rows * row_lanes, kRowThreads), kRowThreads, 0, stream_of(launch),
+                    p, tiling.segments, scores, dots);
+    }
+    return launch_error();
+}
+
+template <bool kBackward>
+const char* launch_all(const ScoreEntropyParams& p, const CudaLaunch& launch) {
+    if (p.rows == 0) return nullptr;
+    const OnDevice device(launch.device);
+    if (device.error() != nullptr) return device.error();
+    return with_type(p.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        return with_process(p.process,
+                            [&](auto process) { return launch_typed<kBackward, process.value, T>(p, launch); });
+    });
+}
+
+}  // namespace
+
+const char* score_entropy_cuda(const ScoreEntropyParams& p, const CudaLaunch& launch) {
+    return launch_all<false>(p, launch);
+}
+
+const char* score_entropy_backward_cuda(const ScoreEntropyParams& p, const CudaLaunch& launch) {
+    return launch_all<true>(p, launch);
+}
+
+int64_t score_entropy_workspace(int64_t rows, int64_t dim, DType dtype) {
+    return 2 * rows * num_segments(dim, dtype) * real_bytes(dtype);
+}
+
+int64_t score_entropy_backward_workspace(int64_t rows, int64_t, DType dtype) { return 3 * rows * real_bytes(dtype); }
+
+}  // namespace sedd

@@ -1,0 +1,134 @@
+"""Where the operators run in a test: the CPU's kernels, the CUDA kernels emulated on the CPU, or a GPU.
+
+Tests of the operators import them from here. They are those of sedd_ext, but that tensors travel to the device of the
+backend that the test has been given, and results come back: a test sees CPU tensors whatever the backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pybind11
+import torch
+from cuda_on_cpu import build
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import sedd_ext
+from sedd_ext import _C, _dispatch
+
+SCHEDULES = ["forward", "reverse", "greedy", "random"]
+
+
+class Backend(NamedTuple):
+    """One way to run the operators.
+
+    ``variant`` is an instruction set of the CPU's kernels, or the schedule of the emulation.
+    """
+
+    kind: str
+    variant: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.variant}" if self.variant else self.kind
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.kind == "cuda" else "cpu"
+
+    @property
+    def names_bad_rows(self) -> bool:
+        """Whether bad values raise; CUDA kernels, which nobody waits for, leave NaN, or the token -1, in their rows."""
+        return self.kind == "cpu"
+
+    def draws(self, count: int) -> int:
+        """How many random draws a test takes: the emulation's threads run one after the other."""
+        return count // 4 if self.kind == "emulated" else count
+
+
+BACKENDS: dict[str, list[Backend]] = {
+    "cpu": [Backend("cpu", isa) for isa in _C.available_isas()],
+    "emulated": [Backend("emulated", schedule) for schedule in SCHEDULES],
+    "cuda": [Backend("cuda")] if sedd_ext.has_cuda_kernels and torch.cuda.is_available() else [],
+}
+"""All that this machine has, by kind, the default first."""
+
+current = BACKENDS["cpu"][0]
+
+
+@functools.cache
+def emulated_kernels() -> Any:
+    """The module of the CUDA kernels, compiled for the CPU (built anew where a source has changed)."""
+    root = build.ROOT
+    library = build.shared_library(
+        "emulated",
+        [
+            *sorted(root.glob("csrc/cuda/*.cu")),
+            root / "csrc/cuda/bindings.cpp",
+            root / "tests/cuda_on_cpu/module.cpp",
+        ],
+        flags=["-O2", "-fvisibility=hidden"],
+        include=[sysconfig.get_path("include"), pybind11.get_include()],
+    )
+    spec = importlib.util.spec_from_file_location("emulated", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def running_on(backend: Backend, seed: int = 0) -> Iterator[Backend]:
+    """The operators of this module run there, and so do sedd_ext's own on CPU tensors, until the end of the block."""
+    global current
+    before, isa, launcher = current, _C.isa(), _dispatch.LAUNCHERS["cpu"]
+    try:
+        if backend.kind == "cpu":
+            _C.select_isa(backend.variant)
+        if backend.kind == "emulated":
+            emulated_kernels().set_schedule(backend.variant, seed)
+            _dispatch.LAUNCHERS["cpu"] = functools.partial(_dispatch.launch_cuda, kernels=emulated_kernels(), stream=0)
+        current = backend
+        yield backend
+    finally:
+        current, _dispatch.LAUNCHERS["cpu"] = before, launcher
+        _C.select_isa(isa)
+
+
+def to_device(values: Any) -> Any:
+    """Tensors, and generators, where the backend's kernels can take them; all else as it is."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, torch.Generator):
+            # its next number seeds one over there, so that every call draws anew
+            seed = int(torch.randint(2**62, (1,), generator=value))
+            return torch.Generator(current.device).manual_seed(seed)
+        return value.to(current.device) if isinstance(value, Tensor) else value
+
+    return values if current.device == "cpu" else pytree.tree_map(move, values)
+
+
+def _there_and_back(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(operator)
+    def call(*arguments: Any, **options: Any) -> Tensor:
+        if current.device == "cpu":
+            return operator(*arguments, **options)
+        return operator(*to_device(arguments), **to_device(options)).cpu()
+
+    return call
+
+
+euler_probs = _there_and_back(sedd_ext.euler_probs)
+euler_sample = _there_and_back(sedd_ext.euler_sample)
+sample_transition = _there_and_back(sedd_ext.sample_transition)
+score_entropy_loss = _there_and_back(sedd_ext.score_entropy_loss)
+transition_column = _there_and_back(sedd_ext.transition_column)
+transition_row = _there_and_back(sedd_ext.transition_row)
+tweedie_probs = _there_and_back(sedd_ext.tweedie_probs)
+tweedie_sample = _there_and_back(sedd_ext.tweedie_sample)
