@@ -514,6 +514,8 @@ def page(version: str, kernels: list[Kernel], archs: list[int], broken: int) -> 
         f"{g.name} | {g.bytes / 1e12:g} | {g.processors} | {g.clock / 1e9:g} | {g.fp32}".split(" | ") for g in GPUS
     )
     return f"""\
+### Counted from the machine code
+
 **COMPUTED FROM THE MACHINE CODE: NOTHING HERE IS MEASURED, NO GPU HAS RUN IT.** Written by `make cuda-check`
 (`benchmarks/cuda_check.py`), nvcc {version}; violations of its rules: {broken}.
 
@@ -602,7 +604,7 @@ def main(arguments: list[str] | None = None) -> int:
     nvcc = find_tool("nvcc")
     cuobjdump = find_tool("cuobjdump", beside=nvcc)
     if nvcc is None or cuobjdump is None:
-        missing = "cuobjdump (pip install nvidia-cuda-cuobjdump)" if nvcc else "nvcc"
+        missing = "cuobjdump (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)" if nvcc else "nvcc"
         print(f"cuda-check: {missing} not found on PATH, in CUDA_HOME or among Python's packages", file=sys.stderr)
         return 2
     version = re.findall(r"release ([\d.]+)", run(nvcc, "--version"))[0]

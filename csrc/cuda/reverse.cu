@@ -6,15 +6,16 @@
 // 2 KiB more a row. Where max(0, ·) needs the total first (Tweedie with π spread out; Euler that may not return MASK),
 // and for the probabilities, the row is read again, and again for clamped probabilities: by the same block moments
 // after, so that what was 200 KB in memory comes from the L2 cache (one row a multiprocessor: 27 MB on 132 of them),
-// and memory is read once. Instructions an element, about: 10 a pass (8 of them expf with one MUFU.EX2), 2 to 3 more
-// for the clamp.
+// and memory is read once. Instructions an element: 11 to 13 a pass (8 of them expf with
+// one MUFU.EX2), 3 to 5 more for the clamp.
 //
 // Configuration: a block a row, since the row's total joins what its segments give: its warps take segments in turn,
 // leave their sums in shared memory, and after a barrier the first warp goes on alone or, for the second pass, hands
-// the totals to all. 8 warps a block for samples without clamp, which leave room for eight blocks a multiprocessor, one
-// summing while another draws; 24 where rows are read again, to keep few in flight. Rows of up to four segments share a
-// block of 8 warps. Where rows are few the first pass, which is the read from memory, is split over all
-// multiprocessors by a kernel of its own, a warp a segment. Sums of a segment and their order are the same in each.
+// the totals to all. 8 warps a block for samples without clamp, which leave room for three or four blocks a
+// multiprocessor, one summing while another draws; 24 where rows are read again, to keep few in flight. Rows of up to
+// four segments share a block of 8 warps. Where rows are few the first pass, which is the read from memory, is split
+// over all multiprocessors by a kernel of its own, a warp a segment. Sums of a segment and their order are the same in
+// each.
 //
 // Rows with π_x = 0 (unmasked ones of absorbing diffusion) are not read. Bad rows get probabilities of NaN, or token
 // -1.
@@ -218,7 +219,7 @@ template <Process P, class T, class Real = RealOf<T>>
 __device__ __forceinline__ void write_probs(Real* out, const T* row, int dim, int segment, int x, Real self,
                                             const Weights<P, Real>& weights, const Scale<Real>& scale) {
     constexpr int width = Vector<T>::kWidth, out_width = Vector<Real>::kWidth;
-    const auto prob = [&](int y, Real l) { return y == x ? self : scale(weights(y, l)); };
+    const auto prob = [&](int y, Real l) { return scale(weights(y, l)); };
     visit(
         row, dim, segment, -1,
         [&](int y, Real(&l)[width]) {
@@ -227,14 +228,18 @@ __device__ __forceinline__ void write_probs(Real* out, const T* row, int dim, in
                 Real part[out_width];
 #pragma unroll
                 for (int j = 0; j < out_width; ++j) part[j] = prob(y + k + j, l[k + j]);
+                if (static_cast<unsigned>(x - y - k) < static_cast<unsigned>(out_width)) {
+#pragma unroll
+                    for (int j = 0; j < out_width; ++j) part[j] = x == y + k + j ? self : part[j];
+                }
                 write_vector(out + y + k, part);
             }
         },
-        [&](int y, Real l) { out[y] = prob(y, l); });
+        [&](int y, Real l) { out[y] = y == x ? self : prob(y, l); });
 }
 
 template <bool kSample, Process P, class T>
-__global__ void __launch_bounds__(kMaxWarps* kWarp)
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     step_kernel(ReverseParams p, int segments, int row_warps, bool clamped, const RealOf<T>* few_sums) {
     using Real = RealOf<T>;
     SEDD_DYNAMIC_SHARED(Real, all_sums);

@@ -5,10 +5,12 @@
 //
 // Bytes an element: forward one read, 4 (float32) or 2; backward one read and one write, 8 or 4. Beside them, a segment
 // of 2 KiB leaves 4 or 8 bytes of partial sums, read once. A vector π is read from the L2 cache, 4 bytes an element.
-// Instructions an element, about: expf is 8 with one MUFU.EX2; forward 10 (absorbing), 11 (uniform), 14 (vector π);
-// backward 11, 12 and 13; plus 1 to 2 to take float16 and bfloat16 apart and to round them. At 128 lanes a clock a
-// multiprocessor of an H100 takes in some 10 elements a clock where its share of memory brings 15 bytes: float32 is
-// bound by memory, bfloat16 nearly so. docs/kernels.md has the counts from the machine code.
+// Instructions an element: expf is 8 with one MUFU.EX2; on the way through whole vectors the forward takes 12
+// (absorbing), 13 (uniform) or 16 (vector π), the backward 15 to 17, or 17 to 24 for a vector π, and what a segment
+// needs before and after another 4 (16-bit types) to 9 (float32). At 128 lanes a clock an H100's multiprocessor issues
+// for some 6 elements a clock where its share of memory brings 14 bytes, so that float32 is bound by memory, and
+// bfloat16 by both. A vector π in words of 4 bytes binds bfloat16 by the L1 cache. docs/kernels.md has the counts from
+// the machine code.
 //
 // Configuration: a warp a segment and eight warps a block, without shared memory or barriers (segments.cuh says why).
 // The double-precision functions of a row, some 200 instructions, run once a row in kernels of their own: inside
@@ -29,7 +31,7 @@ constexpr int kRowThreads = 128;  // of a block, in the kernels that work by the
 template <Process P, class Real>
 __device__ __forceinline__ bool is_live(const ScoreEntropyParams& p, int64_t row) {
     const int64_t x = p.x_t[row];
-    return valid_token(x, p.dim) && stationary_at(P, static_cast<const Real*>(p.stationary), p.dim, x) > 0.0;
+    return valid_token(x, p.dim) && can_move<P>(static_cast<const Real*>(p.stationary), p.dim, x);
 }
 
 template <class Real>

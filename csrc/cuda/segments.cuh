@@ -23,7 +23,8 @@ namespace sedd {
 constexpr int kWarp = 32;
 constexpr int kWarpVectors = 4;  // a lane's vectors in flight
 constexpr int kSegmentVectors = kWarp * kWarpVectors;
-constexpr int kWarps = 8;  // a block's, where warps work alone
+constexpr int kWarpBits = 3;
+constexpr int kWarps = 1 << kWarpBits;  // a block's, where warps work alone
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int64_t kMaxDim = int64_t{1} << 30;  // places in a row are 32-bit numbers; rows are counted in 64 bits
 
@@ -42,20 +43,22 @@ static inline int64_t num_segments(int64_t dim, DType dtype) {
 
 // Segments over blocks of kWarps warps: several blocks a row, or several rows a block.
 struct Tiling {
-    int segments;    // of a row
-    int pieces;      // blocks of a row
-    int block_rows;  // rows of a block, a power of two; 1 where pieces > 1
+    int segments;  // of a row
+    int pieces;    // blocks of a row
+    int row_bits;  // 2^row_bits warps of a block work on one row; all of them where pieces > 1
+
+    int block_rows() const { return kWarps >> row_bits; }
 };
 
 static inline Tiling tile(int64_t dim, DType dtype) {
     const int64_t segments = num_segments(dim, dtype);
-    int row_warps = 1;
-    while (row_warps < kWarps && row_warps < segments) row_warps *= 2;
-    return {static_cast<int>(segments), static_cast<int>((segments + row_warps - 1) / row_warps), kWarps / row_warps};
+    int bits = 0;
+    while ((1 << bits) < kWarps && (1 << bits) < segments) ++bits;
+    return {static_cast<int>(segments), static_cast<int>((segments + (1 << bits) - 1) >> bits), bits};
 }
 
 static inline int64_t tile_blocks(const Tiling& tiling, int64_t rows) {
-    return (rows + tiling.block_rows - 1) / tiling.block_rows * tiling.pieces;
+    return (rows + tiling.block_rows() - 1) / tiling.block_rows() * tiling.pieces;
 }
 
 // null, or why so many rows of such a width cannot be launched.
@@ -99,16 +102,24 @@ struct Place {
     int segment;
 };
 
-// The calling warp's.
+// The calling warp's. One division: each takes as long as two elements of a lane.
 __device__ __forceinline__ Place place_of(const Tiling& tiling) {
-    const int warp = static_cast<int>(threadIdx.x) / kWarp, row_warps = kWarps / tiling.block_rows;
+    const int warp = static_cast<int>(threadIdx.x) / kWarp, bits = tiling.row_bits;
     const unsigned block_row = blockIdx.x / static_cast<unsigned>(tiling.pieces);
     const int piece = static_cast<int>(blockIdx.x - block_row * static_cast<unsigned>(tiling.pieces));
-    return {static_cast<int64_t>(block_row) * tiling.block_rows + warp / row_warps,
-            piece * row_warps + warp % row_warps};
+    return {(static_cast<int64_t>(block_row) << (kWarpBits - bits)) + (warp >> bits),
+            (piece << bits) + (warp & ((1 << bits) - 1))};
 }
 
 __device__ __forceinline__ int lane_of() { return static_cast<int>(threadIdx.x) % kWarp; }
+
+// Can a row at x move at all, π_x > 0? For a valid x.
+template <Process P, class Real>
+__device__ __forceinline__ bool can_move(const Real* stationary, int64_t dim, int64_t x) {
+    if constexpr (P == Process::absorbing) return x == dim - 1;
+    if constexpr (P == Process::rank_one) return stationary[x] > Real(0);
+    return true;
+}
 
 // Where the lane's first vector of a segment starts in the row; the next ones follow at kWarp vectors' distance.
 template <class T>
@@ -156,11 +167,17 @@ __device__ __forceinline__ void visit(const T* row, int dim, int segment, int sk
     }
 }
 
-// Writes a lane's vector to out + y, where the boundaries allow it as one.
+// One store of 16 bytes: of an assignment to a uint4 nvcc makes four.
+template <class T>
+__device__ __forceinline__ void store(T* out, uint4 raw) {
+    __stcs(reinterpret_cast<uint4*>(out), raw);
+}
+
+// Writes a lane's vector to out, where the boundaries allow it as one.
 template <class T, class Real>
 __device__ __forceinline__ void write_vector(T* out, const Real (&values)[Vector<T>::kWidth]) {
     if (reinterpret_cast<uintptr_t>(out) % 16 == 0) {
-        *reinterpret_cast<uint4*>(out) = Vector<T>::pack(values);
+        store(out, Vector<T>::pack(values));
     } else {
 #pragma unroll
         for (int j = 0; j < Vector<T>::kWidth; ++j) Vector<T>::write(out + j, values[j]);
@@ -179,7 +196,7 @@ __device__ __forceinline__ void write_segment(T* out, int dim, int segment, Valu
             typename V::Real values[width];
 #pragma unroll
             for (int j = 0; j < width; ++j) values[j] = value(begin + j);
-            *reinterpret_cast<uint4*>(out + begin) = V::pack(values);
+            store(out + begin, V::pack(values));
         } else {
             for (int y = begin < 0 ? 0 : begin; y < begin + width && y < dim; ++y) V::write(out + y, value(y));
         }

@@ -6,7 +6,8 @@
 // separates.
 //
 // It is stricter than a GPU: a thread that has exited is missed at a barrier and in a mask, and so are the lanes that a
-// block of fewer threads does not have; a barrier is one line of the source.
+// block of fewer threads does not have; a barrier is one line of the source; for ThreadSanitizer only __syncthreads and
+// __syncwarp order memory within a block, fences do not.
 //
 // It cannot show: memory that becomes visible late or in another order, as threads run on one processor in turn; races
 // between blocks, which follow each other; a thread that waits for another in a loop, which here never ends; the

@@ -21,12 +21,21 @@ __global__ void right_kernel(int* out) {
     throw std::runtime_error(text);
 }
 
-__global__ void exits_before_barrier() {
-    if (threadIdx.x == 40) return;
+// Who exits comes before, between or after those who wait.
+__global__ void exits_before_barrier(unsigned exits) {
+    if (threadIdx.x == exits) return;
     __syncthreads();  // waits: exits_before_barrier
 }
-CASE(a_thread_exits_before_a_barrier) {
-    SEDD_LAUNCH(exits_before_barrier, 1, 64, 0, nullptr);
+CASE(thread_0_exits_before_a_barrier) {
+    SEDD_LAUNCH(exits_before_barrier, 1, 64, 0, nullptr, 0);
+    report();
+}
+CASE(thread_40_exits_before_a_barrier) {
+    SEDD_LAUNCH(exits_before_barrier, 1, 64, 0, nullptr, 40);
+    report();
+}
+CASE(thread_63_exits_before_a_barrier) {
+    SEDD_LAUNCH(exits_before_barrier, 1, 64, 0, nullptr, 63);
     report();
 }
 
@@ -53,13 +62,23 @@ CASE(two_kinds_of_barriers_meet) {
     report();
 }
 
-__global__ void exited_lane(int* out) {
-    if (threadIdx.x == 35) return;
-    if (threadIdx.x >= 32) *out = __shfl_sync(kAll, 1, 0);  // waits: exited_lane
+__global__ void exited_lane(int* out, unsigned exits) {
+    if (threadIdx.x == exits) return;
+    if (threadIdx.x >= 32) *out = __shfl_sync(kAll, 1, 7);  // waits: exited_lane
 }
-CASE(a_lane_of_the_mask_has_exited) {
+CASE(lane_0_has_exited) {
     int out;
-    SEDD_LAUNCH(exited_lane, dim3(2, 3), 64, 0, nullptr, &out);
+    SEDD_LAUNCH(exited_lane, dim3(2, 3), 64, 0, nullptr, &out, 32);
+    report();
+}
+CASE(lane_3_has_exited) {
+    int out;
+    SEDD_LAUNCH(exited_lane, dim3(2, 3), 64, 0, nullptr, &out, 35);
+    report();
+}
+CASE(lane_31_has_exited) {
+    int out;
+    SEDD_LAUNCH(exited_lane, dim3(2, 3), 64, 0, nullptr, &out, 63);
     report();
 }
 

@@ -67,6 +67,17 @@ CASE(order_by_atomics) {
     RUN(add, 1, 64, 0, nullptr, &sum, true);
 }
 
+// An atomic operation is no race itself, but orders nothing else.
+__global__ void hand_on(int* values, int* out, int* count) {
+    values[threadIdx.x] = 1;                                                          // here: hand_on
+    if (atomicAdd(count, 1) > 0) out[threadIdx.x] = values[(threadIdx.x + 63) % 64];  // here: hand_on
+}
+CASE(race_of_values_beside_an_atomic) {
+    std::vector<int> values(64), out(64);
+    int count = 0;
+    RUN(hand_on, 1, 64, 0, nullptr, values.data(), out.data(), &count);
+}
+
 // A launch that fails abandons its threads; what they did is no race with the next launch.
 __global__ void fails(int* out) {
     *out = static_cast<int>(threadIdx.x);
