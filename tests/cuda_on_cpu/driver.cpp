@@ -1,0 +1,668 @@
+// Runs every CUDA launcher over shapes, element types, alignments and schedules, and compares with the formulas of the
+// SEDD paper, written out term by term in float64: for the sanitizers and for mutants.py, so without Python and torch.
+//
+// All memory is on the heap and no larger than it must be, so that AddressSanitizer sees what goes beyond it. Outputs
+// and workspace are full of garbage beforehand, so that what was not written shows.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include <sys/mman.h>
+
+#include "reverse.h"
+#include "score_entropy.h"
+#include "transition.h"
+
+extern "C" int cuda_on_cpu_set_schedule(const char* name, unsigned long long seed);
+
+namespace {
+
+using sedd::DType;
+using sedd::Process;
+using sedd::Step;
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN(), kInfinity = std::numeric_limits<double>::infinity();
+constexpr const char* kSchedules[] = {"forward", "reverse", "greedy", "random"};
+constexpr const char* kDTypes[] = {"float32", "float64", "bfloat16", "float16"};
+constexpr const char* kProcesses[] = {"absorbing", "uniform", "rank_one"};
+constexpr int kMostDifferences = 10;  // that are printed before the driver gives up
+
+// ---- Memory ----
+
+size_t bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+DType compute_type(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
+
+// By how much a value may change when it is rounded to the type.
+double rounding(DType dtype, double value) {
+    switch (dtype) {
+        case DType::float32:
+            return std::abs(value) * 0x1p-24;
+        case DType::float64:
+            return std::abs(value) * 0x1p-53;
+        case DType::bfloat16:
+            return std::abs(value) * 0x1p-8;
+        default:
+            return std::max(std::abs(value) * 0x1p-11, 0x1p-25);  // half of the smallest subnormal number
+    }
+}
+
+template <class T>
+T read(const char* at) {
+    T value;
+    std::memcpy(static_cast<void*>(&value), at, sizeof value);
+    return value;
+}
+
+template <class T>
+void write(char* at, T value) {
+    std::memcpy(at, static_cast<const void*>(&value), sizeof value);
+}
+
+// Neither the emulation's conversions, which are part of what is tested, nor its headers: mutants.py links one driver
+// with kernels of every kind.
+double from_bits(DType dtype, uint16_t bits) {
+    const int digits = dtype == DType::bfloat16 ? 7 : 10, bias = dtype == DType::bfloat16 ? 127 : 15;
+    const int exponent = (bits & 0x7fff) >> digits, fraction = bits & ((1 << digits) - 1);
+    const double sign = bits >> 15 ? -1.0 : 1.0;
+    if (exponent == 2 * bias + 1) return fraction != 0 ? kNan : sign * kInfinity;
+    return exponent == 0 ? sign * std::ldexp(fraction, 1 - bias - digits)
+                         : sign * std::ldexp((1 << digits) + fraction, exponent - bias - digits);
+}
+
+// Of -∞, or a number that the type has room for.
+uint16_t to_bits(DType dtype, double value) {
+    const int digits = dtype == DType::bfloat16 ? 7 : 10, bias = dtype == DType::bfloat16 ? 127 : 15;
+    const int sign = std::signbit(value) ? 0x8000 : 0;
+    if (std::isinf(value)) return static_cast<uint16_t>(sign | (2 * bias + 1) << digits);
+    const int exponent = value == 0.0 ? 1 - bias : std::max(std::ilogb(value), 1 - bias);
+    // counted in units of the last digit: where rounding fills them up, the next exponent follows by itself
+    const auto units = static_cast<int>(std::nearbyint(std::ldexp(std::abs(value), digits - exponent)));
+    return static_cast<uint16_t>(sign | (((exponent + bias - 1) << digits) + units));
+}
+
+// Elements in memory of their own, `before` of them before the first one.
+class Array {
+  public:
+    Array(DType dtype, int64_t count, int64_t before = 0)
+        : dtype_(dtype),
+          bytes_(static_cast<size_t>(count + before) * bytes_of(dtype)),
+          memory_(static_cast<char*>(std::malloc(bytes_)), std::free),
+          data_(memory_.get() + static_cast<size_t>(before) * bytes_of(dtype)) {
+        fill(0xFF);
+    }
+
+    void fill(int byte) { std::memset(memory_.get(), byte, bytes_); }
+    void* data() const { return data_; }
+
+    double operator[](int64_t i) const {
+        const char* at = data_ + i * static_cast<int64_t>(bytes_of(dtype_));
+        switch (dtype_) {
+            case DType::float32:
+                return static_cast<double>(read<float>(at));
+            case DType::float64:
+                return read<double>(at);
+            default:
+                return from_bits(dtype_, read<uint16_t>(at));
+        }
+    }
+
+    void set(int64_t i, double value) {
+        char* at = data_ + i * static_cast<int64_t>(bytes_of(dtype_));
+        switch (dtype_) {
+            case DType::float32:
+                return write(at, static_cast<float>(value));
+            case DType::float64:
+                return write(at, value);
+            default:
+                return write(at, to_bits(dtype_, value));
+        }
+    }
+
+  private:
+    DType dtype_;
+    size_t bytes_;
+    std::unique_ptr<char, void (*)(void*)> memory_;
+    char* data_;
+};
+
+// ---- Problems ----
+
+struct Shape {
+    DType dtype;
+    Process process;
+    int64_t rows, dim;
+    bool behind;      // the log-scores start one element behind a 16-byte boundary
+    bool out_behind;  // the results do
+    bool shifted;     // log-scores come with shifts
+};
+
+struct Problem {
+    explicit Problem(const Shape& s)
+        : shape(s),
+          log_score(s.dtype, s.rows * s.dim, s.behind),
+          pi(compute_type(s.dtype), s.dim),
+          grad_loss(compute_type(s.dtype), s.rows),
+          cumulative(static_cast<size_t>(s.dim)),
+          sigma(static_cast<size_t>(s.rows)),
+          shift(static_cast<size_t>(s.rows)),
+          euler_step(static_cast<size_t>(s.rows)),
+          x_t(static_cast<size_t>(s.rows)),
+          x_0(static_cast<size_t>(s.rows)),
+          random(static_cast<uint64_t>(s.rows * 1000003 + s.dim * 101 + s.behind)) {
+        seed = {static_cast<int64_t>(random() >> 1)};
+        make_stationary();
+        for (int64_t row = 0; row < s.rows; ++row) make_row(row, static_cast<size_t>(row));
+        forbidden = s.process == Process::absorbing ? s.dim - 1 : x_t[0];
+    }
+
+    double score(int64_t row, int64_t y) const {
+        return std::exp(log_score[row * shape.dim + y] - shift[static_cast<size_t>(row)]);
+    }
+    bool is_token(int64_t token) const { return 0 <= token && token < shape.dim; }
+    const void* stationary() const { return shape.process == Process::rank_one ? pi.data() : nullptr; }
+    const double* shifts() const { return shape.shifted ? shift.data() : nullptr; }
+
+    Shape shape;
+    Array log_score, pi, grad_loss;
+    std::vector<double> cumulative, sigma, shift, euler_step;
+    std::vector<int64_t> x_t, x_0, seed;
+    double neg_entropy = 0.0;
+    int64_t forbidden;
+
+  private:
+    double uniform() { return static_cast<double>(random() >> 11) * 0x1p-53; }
+    int64_t token() { return static_cast<int64_t>(uniform() * static_cast<double>(shape.dim)); }
+    int64_t token_of_pi() { return sedd::draw_stationary(shape.process, cumulative.data(), shape.dim, uniform()); }
+
+    // A vector π is like the frequencies of words, with every third token missing.
+    void make_stationary() {
+        const int64_t dim = shape.dim;
+        std::vector<double> weights(static_cast<size_t>(dim));
+        double total = 0.0;
+        for (int64_t y = 0; y < dim; ++y) {
+            double& weight = weights[static_cast<size_t>(y)];
+            switch (shape.process) {
+                case Process::absorbing:
+                    weight = y == dim - 1;
+                    break;
+                case Process::uniform:
+                    weight = 1.0;
+                    break;
+                default:
+                    weight = y % 3 == 0 && y < dim - 1 ? 0.0 : 1.0 / static_cast<double>(1 + y * 7919 % dim);
+            }
+            total += weight;
+        }
+        double sum = 0.0;
+        for (int64_t y = 0; y < dim; ++y) {
+            pi.set(y, weights[static_cast<size_t>(y)] / total);
+            sum += pi[y];
+            cumulative[static_cast<size_t>(y)] = sum;
+            neg_entropy += pi[y] > 0.0 ? pi[y] * std::log(pi[y]) : 0.0;
+        }
+    }
+
+    void make_row(int64_t row, size_t i) {
+        const int64_t dim = shape.dim;
+        x_0[i] = token();
+        x_t[i] = i % 3 == 0 ? token_of_pi() : i % 3 == 1 ? x_0[i] : token();
+        sigma[i] = std::exp(-6.0 + 7.0 * uniform());
+        shift[i] = shape.shifted ? std::log(static_cast<double>(dim)) + uniform() : 0.0;
+        grad_loss.set(row, 0.5 + uniform());
+        double others = 0.0;
+        for (int64_t y = 0; y < dim; ++y) {
+            // a model may rule out what its π does not have: the logarithm of such a score enters no sum
+            const bool ruled_out = y % 7 == 3 && pi[y] == 0.0 && y != x_0[i];
+            log_score.set(row * dim + y, ruled_out ? -kInfinity : -3.0 + 6.0 * uniform());
+            if (y != x_t[i]) others += score(row, y);
+        }
+        const double rate = pi[x_t[i]] * others;
+        euler_step[i] = rate > 0.0 ? (0.3 + 1.2 * uniform()) / rate : 0.5;  // more than 1: nothing is left for x
+        if (shape.rows > 8) spoil(i);
+    }
+
+    // Not the first and the last row: what goes beyond memory may do so for the sake of a good row only.
+    void spoil(size_t i) {
+        switch (i % 9) {
+            case 1:
+                sigma[i] = euler_step[i] = 0.0;
+                break;
+            case 2:
+                x_t[i] = -1;
+                x_0[i] = shape.dim;
+                break;
+            case 3:
+                x_t[i] = shape.dim;
+                break;
+            case 5:
+                x_0[i] = int64_t{1} << 40;
+                break;
+            case 6:
+                x_t[i] = int64_t{1} << 40;
+                x_0[i] = -1;
+                break;
+            case 7:
+                sigma[i] = euler_step[i] = kNan;
+                break;
+        }
+    }
+
+    std::mt19937_64 random;
+};
+
+// ---- What is right ----
+
+// Numbers, NaN where NaN is right, and by how much results may differ from them.
+struct Expected {
+    std::vector<double> value, slack;
+    explicit Expected(int64_t count) : value(static_cast<size_t>(count), kNan), slack(static_cast<size_t>(count)) {}
+    void set(int64_t i, double v, double s) {
+        value[static_cast<size_t>(i)] = v;
+        slack[static_cast<size_t>(i)] = s;
+    }
+};
+
+// Of the terms that a result is summed from.
+double tolerance(DType dtype) { return dtype == DType::float64 ? 1e-12 : 4e-6; }
+
+// p(y | x), which is exp(σQ)[y, x].
+double transition(const Problem& p, double sigma, int64_t x, int64_t y) {
+    return (y == x ? std::exp(-sigma) : 0.0) - std::expm1(-sigma) * p.pi[y];
+}
+
+bool is_noise(double sigma) { return sigma > 0.0 && sigma < kInfinity; }
+
+// loss = Σ_{y≠x} π_x (s - r log s + r (log r - 1)), r = p(y | x_0) / p(x | x_0), and gradient = π_x (s - r).
+void score_entropy(const Problem& p, Expected& loss, Expected& gradient) {
+    const double part = tolerance(p.shape.dtype);
+    for (int64_t row = 0; row < p.shape.rows; ++row) {
+        const auto i = static_cast<size_t>(row);
+        const int64_t x = p.x_t[i], x_0 = p.x_0[i];
+        if (!p.is_token(x) || !p.is_token(x_0) || !is_noise(p.sigma[i])) continue;
+        const double weight = p.pi[x], here = transition(p, p.sigma[i], x_0, x);
+        double value = 0.0, scale = 0.0;
+        for (int64_t y = 0; y < p.shape.dim; ++y) {
+            const int64_t at = row * p.shape.dim + y;
+            gradient.set(at, 0.0, 0.0);
+            if (y == x || weight == 0.0) continue;
+            const double s = p.score(row, y), r = transition(p, p.sigma[i], x_0, y) / here;
+            const double logs = r > 0.0 ? r * std::log(s) : 0.0, k = r > 0.0 ? r * (std::log(r) - 1.0) : 0.0;
+            value += weight * (s - logs + k);
+            scale += weight * (s + std::abs(logs) + std::abs(k));
+            const double slope = p.grad_loss[row] * weight * (s - r);
+            const double size = p.grad_loss[row] * weight * (s + r);
+            gradient.set(at, slope, part * size + 1.01 * rounding(p.shape.dtype, slope));
+        }
+        loss.set(row, value, part * scale);
+    }
+}
+
+Expected transition_entries(const Problem& p, bool column) {
+    Expected expected(p.shape.rows * p.shape.dim);
+    for (int64_t row = 0; row < p.shape.rows; ++row) {
+        const auto i = static_cast<size_t>(row);
+        const int64_t x = p.x_0[i];
+        if (!p.is_token(x) || !is_noise(p.sigma[i])) continue;
+        for (int64_t y = 0; y < p.shape.dim; ++y) {
+            const double value = column ? transition(p, p.sigma[i], x, y) : transition(p, p.sigma[i], y, x);
+            expected.set(row * p.shape.dim + y, value, 4.0 * rounding(p.shape.dtype, value));
+        }
+    }
+    return expected;
+}
+
+// The unnormalised probabilities of a reverse step, none in a row that is bad or has no distribution.
+struct Weights {
+    std::vector<double> value;  // below 0 stands for 0
+    std::vector<double> slack;
+    double total = 0.0, total_slack = 0.0;
+};
+
+Weights reverse_weights(const Problem& p, Step kind, int64_t row, double step, int64_t forbidden) {
+    const int64_t x = p.x_t[static_cast<size_t>(row)], dim = p.shape.dim;
+    Weights w;
+    if (!p.is_token(x) || !is_noise(step)) return w;
+    w.value.resize(static_cast<size_t>(dim));
+    w.slack.resize(static_cast<size_t>(dim));
+    const auto s = [&](int64_t y) { return y == x ? 1.0 : p.score(row, y); };
+    double all = 0.0;
+    for (int64_t y = 0; y < dim; ++y) all += s(y);
+    for (int64_t y = 0; y < dim; ++y) {
+        double gain, loss, factor;
+        if (kind == Step::euler) {
+            gain = y == x ? 1.0 : step * p.pi[x] * s(y);
+            loss = y == x ? step * p.pi[x] * (all - 1.0) : 0.0;
+            factor = 1.0;
+        } else {
+            gain = std::exp(step) * s(y);
+            loss = std::expm1(step) * p.pi[y] * all;
+            factor = transition(p, step, y, x);
+        }
+        if (y == forbidden) gain = loss = 0.0;
+        const auto i = static_cast<size_t>(y);
+        w.value[i] = factor * (gain - loss);
+        w.slack[i] = tolerance(p.shape.dtype) * factor * (gain + loss);
+        w.total += std::max(w.value[i], 0.0);
+        w.total_slack += w.slack[i];
+    }
+    if (!(w.total > 0.0)) w.value.clear();
+    return w;
+}
+
+Expected reverse_probs(const Problem& p, const std::vector<Weights>& weights) {
+    Expected expected(p.shape.rows * p.shape.dim);
+    for (int64_t row = 0; row < p.shape.rows; ++row) {
+        const Weights& w = weights[static_cast<size_t>(row)];
+        for (size_t y = 0; y < w.value.size(); ++y) {
+            const double prob = std::max(w.value[y], 0.0) / w.total;
+            expected.set(row * p.shape.dim + static_cast<int64_t>(y), prob,
+                         (w.slack[y] + prob * w.total_slack) / w.total);
+        }
+    }
+    return expected;
+}
+
+// ---- Differences ----
+
+class Driver {
+  public:
+    // Runs each case under all schedules, or under one of them, in turn.
+    Driver(std::vector<std::string> schedules, bool in_turn, std::string only)
+        : schedules_(std::move(schedules)), in_turn_(in_turn), only_(std::move(only)) {}
+
+    int cases() const { return cases_; }
+    int differences() const { return differences_; }
+
+    void run(const Shape& shape) {
+        const Problem p(shape);
+        if (wants("score_entropy")) run_score_entropy(p);
+        const bool has_transitions = compute_type(shape.dtype) == shape.dtype;
+        if (has_transitions && wants("transition")) run_transition(p);
+        if (wants("reverse")) run_reverse(p);
+    }
+
+  private:
+    bool wants(const char* family) const { return only_.empty() || only_ == family; }
+
+    // `launch(out, where)` fills `count` elements of the type, which must be as expected, whatever the schedule.
+    template <class Launch>
+    void check(const Problem& p, const char* operation, DType dtype, const Expected& expected, int64_t workspace_bytes,
+               Launch launch) {
+        const auto count = static_cast<int64_t>(expected.value.size());
+        Array out(dtype, count, p.shape.out_behind);
+        const int64_t width = count / p.shape.rows;
+        under_schedules(p, operation, workspace_bytes, out, launch, [&] {
+            for (int64_t i = 0; i < count; ++i) {
+                const double right = expected.value[static_cast<size_t>(i)], value = out[i];
+                const bool same = std::isnan(right) ? std::isnan(value)
+                                                    : std::abs(value - right) <= expected.slack[static_cast<size_t>(i)];
+                if (same) continue;
+                char what[160];
+                std::snprintf(what, sizeof what, "row %lld, entry %lld: %.9g, not %.9g",
+                              static_cast<long long>(i / width), static_cast<long long>(i % width), value, right);
+                return std::string(what);
+            }
+            return std::string();
+        });
+    }
+
+    // The same for tokens; `why_not(row, token)` says what is wrong with one.
+    template <class Launch, class WhyNot>
+    void check_tokens(const Problem& p, const char* operation, int64_t workspace_bytes, Launch launch, WhyNot why_not) {
+        Array out(DType::float64, p.shape.rows);  // eight bytes each
+        const auto* tokens = static_cast<const int64_t*>(out.data());
+        under_schedules(p, operation, workspace_bytes, out, launch, [&] {
+            for (int64_t row = 0; row < p.shape.rows; ++row) {
+                const std::string why = why_not(row, tokens[row]);
+                if (why.empty()) continue;
+                return "row " + std::to_string(row) + ": token " + std::to_string(tokens[row]) + ", " + why;
+            }
+            return std::string();
+        });
+    }
+
+    template <class Launch, class Compare>
+    void under_schedules(const Problem& p, const char* operation, int64_t workspace_bytes, Array& out, Launch launch,
+                         Compare compare) {
+        const size_t turn = turns_++ % schedules_.size();
+        for (const std::string& schedule : schedules_) {
+            if (in_turn_ && schedule != schedules_[turn]) continue;
+            if (differences_ >= kMostDifferences) return;
+            cuda_on_cpu_set_schedule(schedule.c_str(), static_cast<unsigned long long>(++cases_));
+            Array workspace(DType::bfloat16, workspace_bytes / 2);
+            // NaN, which comparisons may swallow, or large numbers, which do not pass for the NaN of a bad row
+            workspace.fill(cases_ % 2 == 0 ? 0xFF : 0x5A);
+            out.fill(0x5A);
+            const char* error = launch(out.data(), sedd::CudaLaunch{workspace.data(), nullptr, 0});
+            const std::string what = error != nullptr ? error : compare();
+            if (what.empty()) continue;
+            ++differences_;
+            const Shape& s = p.shape;
+            std::printf("%s, %s, %s, %lld rows, N = %lld%s%s%s, %s: %s\n", operation,
+                        kProcesses[static_cast<int>(s.process)], kDTypes[static_cast<int>(s.dtype)],
+                        static_cast<long long>(s.rows), static_cast<long long>(s.dim),
+                        s.behind ? ", behind a boundary" : "", s.out_behind ? " into one behind" : "",
+                        s.shifted ? ", shifted" : "", schedule.c_str(), what.c_str());
+        }
+    }
+
+    void run_score_entropy(const Problem& p) {
+        const Shape& s = p.shape;
+        Expected loss(s.rows), gradient(s.rows * s.dim);
+        score_entropy(p, loss, gradient);
+        sedd::ScoreEntropyParams params{
+            p.log_score.data(), p.x_t.data(), p.x_0.data(),  p.sigma.data(), p.shifts(), p.stationary(),
+            p.grad_loss.data(), nullptr,      p.neg_entropy, s.rows,         s.dim,      s.dtype,
+            s.process};
+        check(p, "score_entropy", compute_type(s.dtype), loss, sedd::score_entropy_workspace(s.rows, s.dim, s.dtype),
+              [&](void* out, const sedd::CudaLaunch& where) {
+                  params.out = out;
+                  return sedd::score_entropy_cuda(params, where);
+              });
+        check(p, "score_entropy_backward", s.dtype, gradient,
+              sedd::score_entropy_backward_workspace(s.rows, s.dim, s.dtype),
+              [&](void* out, const sedd::CudaLaunch& where) {
+                  params.out = out;
+                  return sedd::score_entropy_backward_cuda(params, where);
+              });
+    }
+
+    void run_transition(const Problem& p) {
+        const Shape& s = p.shape;
+        sedd::TransitionParams params{p.x_0.data(), p.sigma.data(), p.stationary(), nullptr, nullptr,
+                                      nullptr,      s.rows,         s.dim,          s.dtype, s.process};
+        const int64_t workspace = sedd::transition_workspace(s.rows, s.dim, s.dtype);
+        check(p, "transition_column", s.dtype, transition_entries(p, true), workspace,
+              [&](void* out, const sedd::CudaLaunch& where) {
+                  params.out = out;
+                  return sedd::transition_column_cuda(params, where);
+              });
+        check(p, "transition_row", s.dtype, transition_entries(p, false), workspace,
+              [&](void* out, const sedd::CudaLaunch& where) {
+                  params.out = out;
+                  return sedd::transition_row_cuda(params, where);
+              });
+        params.seed = p.seed.data();
+        params.cumulative = s.process == Process::rank_one ? p.cumulative.data() : nullptr;
+        check_tokens(
+            p, "sample_transition", 0,
+            [&](void* out, const sedd::CudaLaunch& where) {
+                params.out = out;
+                return sedd::sample_transition_cuda(params, where);
+            },
+            [&](int64_t row, int64_t token) -> std::string {
+                const auto i = static_cast<size_t>(row);
+                const bool good = p.is_token(p.x_0[i]) && is_noise(p.sigma[i]);
+                const int64_t right = good ? sedd::draw_transition(params, row, -std::expm1(-p.sigma[i])) : -1;
+                return token == right ? "" : "not " + std::to_string(right);
+            });
+    }
+
+    void run_reverse(const Problem& p) {
+        for (const Step kind : {Step::euler, Step::tweedie}) {
+            for (const int64_t forbidden : {int64_t{-1}, p.forbidden}) run_reverse(p, kind, forbidden);
+        }
+    }
+
+    void run_reverse(const Problem& p, Step kind, int64_t forbidden) {
+        const Shape& s = p.shape;
+        const std::vector<double>& step = kind == Step::euler ? p.euler_step : p.sigma;
+        std::vector<Weights> weights;
+        for (int64_t row = 0; row < s.rows; ++row) {
+            weights.push_back(reverse_weights(p, kind, row, step[static_cast<size_t>(row)], forbidden));
+        }
+        sedd::ReverseParams params{p.log_score.data(),
+                                   p.x_t.data(),
+                                   step.data(),
+                                   p.shifts(),
+                                   p.stationary(),
+                                   nullptr,
+                                   p.seed.data(),
+                                   s.rows,
+                                   s.dim,
+                                   forbidden,
+                                   s.dtype,
+                                   s.process,
+                                   kind};
+        const int64_t workspace = sedd::reverse_workspace(s.rows, s.dim, s.dtype);
+        const std::string name = kind == Step::euler ? "euler" : "tweedie";
+        const std::string without = forbidden >= 0 ? " without " + std::to_string(forbidden) : "";
+        check(p, (name + "_probs" + without).c_str(), compute_type(s.dtype), reverse_probs(p, weights), workspace,
+              [&](void* out, const sedd::CudaLaunch& where) {
+                  params.out = out;
+                  return sedd::reverse_probs_cuda(params, where);
+              });
+        check_tokens(
+            p, (name + "_sample" + without).c_str(), workspace,
+            [&](void* out, const sedd::CudaLaunch& where) {
+                params.out = out;
+                return sedd::reverse_sample_cuda(params, where);
+            },
+            [&](int64_t row, int64_t token) {
+                return why_not_sampled(p, weights[static_cast<size_t>(row)], row, token);
+            });
+    }
+
+    // On the axis of the weights, that of x first and then the others in order, the row's random number falls on one.
+    static std::string why_not_sampled(const Problem& p, const Weights& w, int64_t row, int64_t token) {
+        if (w.value.empty()) return token == -1 ? "" : "not -1";
+        if (!p.is_token(token)) return "no token";
+        const auto i = static_cast<size_t>(token), x = static_cast<size_t>(p.x_t[static_cast<size_t>(row)]);
+        if (!(w.value[i] + w.slack[i] > 0.0)) return "which has no weight";
+        double begin = token == p.x_t[static_cast<size_t>(row)] ? 0.0 : std::max(w.value[x], 0.0);
+        for (size_t y = 0; i != x && y < i; ++y) begin += y == x ? 0.0 : std::max(w.value[y], 0.0);
+        const double end = begin + std::max(w.value[i], 0.0);
+        const double first = sedd::row_uniforms(static_cast<uint64_t>(p.seed[0]), static_cast<uint64_t>(row)).first;
+        const double slack = 2.0 * w.total_slack, target = first * w.total;
+        if (begin - slack <= target && target <= end + slack) return "";
+        char what[160];
+        std::snprintf(what, sizeof what, "which has (%.7f, %.7f), and not %.7f, of the axis", begin / w.total,
+                      end / w.total, first);
+        return what;
+    }
+
+    std::vector<std::string> schedules_;
+    bool in_turn_;
+    std::string only_;
+    size_t turns_ = 0;
+    int cases_ = 0, differences_ = 0;
+};
+
+// Entries of a row, by how its elements lie in segments of 2 KiB.
+std::vector<int64_t> widths(DType dtype, bool quick) {
+    const auto segment = static_cast<int64_t>(2048 / bytes_of(dtype));
+    const int64_t whole = 2 * segment;  // behind a boundary, the row has a third segment
+    // More segments than a block of 8 warps; once, than one of 24 or than a warp's lanes.
+    const int64_t many = dtype == DType::float64 ? 33 * segment + 53 : 9 * segment + 395;
+    if (quick) return {1, 27, whole, many};
+    return {1, 2, 27, 300, 1025, whole, many};
+}
+
+// The last of so many rows, which starts beyond 2^31 elements: the others are bad, so that they are not read and have
+// no memory but the addresses.
+std::string run_far_row() {
+    constexpr int64_t rows = 2050, dim = int64_t{1} << 20, right = 12345;
+    constexpr size_t bytes = 2 * rows * dim;
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) return "the system has no addresses for it";
+    auto* row = static_cast<uint16_t*>(memory) + (rows - 1) * dim;
+    std::fill(row, row + dim, to_bits(DType::bfloat16, -kInfinity));
+    row[right] = to_bits(DType::bfloat16, 5.0);
+    std::vector<int64_t> x(rows, -1), out(rows), seed = {1};
+    x.back() = dim - 1;
+    const std::vector<double> step(rows, 1.0);
+    const char* error =
+        sedd::reverse_sample_cuda({memory, x.data(), step.data(), nullptr, nullptr, out.data(), seed.data(), rows, dim,
+                                   -1, DType::bfloat16, Process::absorbing, Step::euler},
+                                  {nullptr, nullptr, 0});
+    munmap(memory, bytes);
+    if (error != nullptr) return error;
+    return out.back() == right ? "" : "token " + std::to_string(out.back()) + ", not " + std::to_string(right);
+}
+
+}  // namespace
+
+// driver [--quick] [--in-turn] [--only score_entropy|transition|reverse] [SCHEDULE]...
+int main(int count, char** words) {
+    bool quick = false, in_turn = false;
+    std::string only;
+    std::vector<std::string> schedules;
+    for (int i = 1; i < count; ++i) {
+        const std::string word = words[i];
+        if (word == "--quick") {
+            quick = true;
+        } else if (word == "--in-turn") {
+            in_turn = true;
+        } else if (word == "--only" && i + 1 < count) {
+            only = words[++i];
+        } else if (cuda_on_cpu_set_schedule(words[i], 0) == 0) {
+            schedules.push_back(word);
+        } else {
+            std::fprintf(stderr, "driver: %s is no schedule\n", words[i]);
+            return 2;
+        }
+    }
+    if (schedules.empty()) schedules.assign(std::begin(kSchedules), std::end(kSchedules));
+    int cases = 0, differences = 0;
+    if (only.empty() || only == "reverse") {
+        const std::string what = run_far_row();
+        if (!what.empty()) std::printf("euler_sample of a row beyond 2^31 elements: %s\n", what.c_str());
+        cases += 1;
+        differences += !what.empty();
+    }
+    Driver driver(schedules, in_turn, only);
+    for (const DType dtype : {DType::float32, DType::float64, DType::bfloat16, DType::float16}) {
+        for (const Process process : {Process::absorbing, Process::uniform, Process::rank_one}) {
+            if (quick && (dtype == DType::float16 || (dtype == DType::float64 && process != Process::rank_one)))
+                continue;
+            for (const int64_t dim : widths(dtype, quick)) {
+                for (const int64_t rows : {1, 3, 9}) {
+                    if (quick && rows != 9) continue;
+                    for (const bool behind : {false, true}) {
+                        const bool even = (rows + dim + behind) % 2 == 0;
+                        driver.run({dtype, process, rows, dim, behind, even, even});
+                    }
+                }
+            }
+        }
+    }
+    cases += driver.cases();
+    differences += driver.differences();
+    // More rows than have their sums in a pass of their own.
+    if (!quick && (only.empty() || only == "reverse")) {
+        Driver many(schedules, true, "reverse");
+        many.run({DType::float64, Process::rank_one, 1027, 9 * 256 - 7, true, false, false});
+        cases += many.cases();
+        differences += many.differences();
+    }
+    std::printf("%d cases, %d differences\n", cases, differences);
+    return differences == 0 ? 0 : 1;
+}

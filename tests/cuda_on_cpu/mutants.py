@@ -1,0 +1,430 @@
+"""Mistakes put into the CUDA kernels, one at a time, to see that the driver or a sanitizer notices every one.
+
+``python tests/cuda_on_cpu/mutants.py [NAME]...`` prints the table. Nothing is kept from run to run: the kernels are
+compiled without optimisation, which is faster than to look for what is still valid.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import Literal, NamedTuple
+
+if __package__:
+    from . import build
+else:
+    import build
+
+Check = Literal["values", "address", "thread"]
+
+FAMILIES = ("reverse", "score_entropy", "transition")  # the sources, without .cu
+
+CHECKS: dict[Check, tuple[str, ...]] = {  # in this order: the cheaper first
+    "values": (),
+    "address": ("-fsanitize=address,alignment", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"),
+    "thread": ("-fsanitize=thread", "-g1"),
+}
+ARGUMENTS: dict[Check, tuple[str, ...]] = {
+    "values": ("--quick",),
+    "address": ("--quick", "--in-turn"),
+    "thread": ("--quick", "--in-turn", "greedy", "random"),
+}
+# A traced process cannot look for leaks, and nothing here tests for them.
+OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "atexit_sleep_ms=0 halt_on_error=1"}
+
+
+class Catch(NamedTuple):
+    """What noticed a mutant, and the first line of what it said."""
+
+    check: Check
+    report: str
+
+
+class Mutant(NamedTuple):
+    """In ``csrc/cuda/{file}``, which has ``text`` once, ``replacement`` takes its place.
+
+    ``caught_by`` is the first check, in the order of ``CHECKS``, that cannot but notice it. ``family`` is the source
+    that is compiled with it and whose launchers run.
+    """
+
+    name: str
+    file: str
+    text: str
+    replacement: str
+    caught_by: Check = "values"
+    family: str = "reverse"
+
+    def allows(self, catch: Catch) -> bool:
+        """Whether this has noticed it in time: an earlier check may crash, depending on what lies behind an array."""
+        order = list(CHECKS)
+        return order.index(catch.check) <= order.index(self.caught_by)
+
+
+MUTANTS = [
+    # ---- Barriers, and what they are for ----
+    Mutant(
+        "no barrier after the sums",
+        "reverse.cu",
+        "    __syncthreads();  // the segments' sums are there\n",
+        "",
+    ),
+    Mutant(
+        "no barrier before the clamp",
+        "reverse.cu",
+        "        __syncthreads();  // the total is there, and the sums have been read\n",
+        "",
+    ),
+    Mutant(
+        "no barrier after the clamp",
+        "reverse.cu",
+        "        __syncthreads();  // the segments' weights are there\n",
+        "",
+    ),
+    Mutant(
+        "no barrier before the probabilities",
+        "reverse.cu",
+        "        __syncthreads();  // the total is there\n",
+        "",
+    ),
+    Mutant(
+        "no __syncwarp before the draw",
+        "reverse.cu",
+        "            __syncwarp();  // lane 0 has written the state\n",
+        "",
+    ),
+    Mutant(
+        "warps without a row leave before the barrier",
+        "reverse.cu",
+        "    // Every warp comes to every barrier, whether its row exists and moves or not.\n",
+        "    if (row >= p.rows) return;\n",
+    ),
+    Mutant(
+        "every lane writes the sum",
+        "reverse.cu",
+        "                                                 : segment_scores(log_score, dim, s, x, weights.shift);\n"
+        "            if (lane == 0) sums[s]",
+        "                                                 : segment_scores(log_score, dim, s, x, weights.shift);\n"
+        "            sums[s]",
+        "thread",
+    ),
+    Mutant(
+        "every lane writes the state",
+        "reverse.cu",
+        "        if (lane == 0) {\n            state.others = others;",
+        "        {\n            state.others = others;",
+        "thread",
+    ),
+    Mutant("rows of a block share their sums", "reverse.cu", "all_sums + place * segments", "all_sums"),
+    Mutant("rows of a block share their state", "reverse.cu", "states[place]", "states[0]"),
+    Mutant("shared memory for one row", "reverse.cu", "sizeof(Real)) * block_rows *", "sizeof(Real)) *", "address"),
+    # ---- Shuffles ----
+    Mutant(
+        "warp_sum without its first step",
+        "segments.cuh",
+        "offset = kWarp / 2;",
+        "offset = kWarp / 4;",
+        family="score_entropy",
+    ),
+    Mutant(
+        "warp_sum without its last step",
+        "segments.cuh",
+        "offset > 0; offset /= 2",
+        "offset > 1; offset /= 2",
+        family="score_entropy",
+    ),
+    Mutant(
+        "a lane too few in the mask", "segments.cuh", "kAll = 0xffffffffu", "kAll = 0x7fffffffu", family="score_entropy"
+    ),
+    Mutant("scan leaves a lane out", "reverse.cu", "if (lane_of() >= offset)", "if (lane_of() > offset)"),
+    Mutant("a vote of the lanes without a hit", "reverse.cu", "value > 0.0 && target < end", "!(target < end)"),
+    # ---- The ends of a row ----
+    Mutant(
+        "segments without the head",
+        "segments.cuh",
+        "((width - 1 + dim + width",
+        "((dim + width",
+        family="score_entropy",
+    ),
+    Mutant(
+        "vectors without the head",
+        "segments.cuh",
+        "lane_of()) * width - head",
+        "lane_of()) * width",
+        "address",
+        family="score_entropy",
+    ),
+    Mutant(
+        "vectors before the row",
+        "segments.cuh",
+        "return y >= 0 && y + width",
+        "return y + width",
+        family="score_entropy",
+    ),
+    Mutant(
+        "vectors past the row",
+        "segments.cuh",
+        "y >= 0 && y + width <= dim",
+        "y >= 0 && y < dim",
+        "address",
+        family="score_entropy",
+    ),
+    Mutant(
+        "vectors are loaded wherever they lie",
+        "segments.cuh",
+        "if (is_whole(first + i * stride)) raw[i]",
+        "raw[i]",
+        "address",
+        family="score_entropy",
+    ),
+    Mutant(
+        "an entry past the row",
+        "segments.cuh",
+        "begin + width && y < dim; ++y) {",
+        "begin + width && y <= dim; ++y) {",
+        "address",
+        family="score_entropy",
+    ),
+    Mutant(
+        "entries before the row",
+        "segments.cuh",
+        "for (int y = begin < 0 ? 0 : begin; y < begin + width && y < dim; ++y) {",
+        "for (int y = begin; y < begin + width && y < dim; ++y) {",
+        "address",
+        family="score_entropy",
+    ),
+    Mutant(
+        "a vector is written past the row",
+        "segments.cuh",
+        "if (begin >= 0 && begin + width <= dim)",
+        "if (begin >= 0 && begin < dim)",
+        "address",
+        family="transition",
+    ),
+    Mutant(
+        "an entry is written past the row",
+        "segments.cuh",
+        "begin + width && y < dim; ++y) V::write",
+        "begin + width && y <= dim; ++y) V::write",
+        "address",
+        family="transition",
+    ),
+    Mutant(
+        "vectors are written wherever rows start",
+        "segments.cuh",
+        "if (reinterpret_cast<uintptr_t>(out) % 16 == 0)",
+        "if (true)",
+        "address",
+        family="score_entropy",
+    ),
+    Mutant(
+        "a sum too many",
+        "segments.cuh",
+        "s < segments; s += kWarp",
+        "s <= segments; s += kWarp",
+        family="score_entropy",
+    ),
+    Mutant(
+        "the draw looks at a sum too many", "reverse.cu", "s < segments ? static", "s <= segments ? static", "address"
+    ),
+    Mutant("the draw stays in the first 32 segments", "reverse.cu", "begin += kWarp", "begin += segments"),
+    Mutant(
+        "the draw stays in its first vectors",
+        "reverse.cu",
+        "return entry;\n        }\n        target = w.target;",
+        "return entry;\n        }",
+    ),
+    Mutant(
+        "unmoved rows without their last segment", "reverse.cu", "Vector<Real>::kWidth + 2;", "Vector<Real>::kWidth;"
+    ),
+    Mutant(
+        "segments at their neighbour's place",
+        "segments.cuh",
+        "(piece << bits) + (warp",
+        "piece + (warp",
+        family="score_entropy",
+    ),
+    # ---- Which entry, which number ----
+    Mutant(
+        "x in a vector's last place",
+        "segments.cuh",
+        ">= static_cast<unsigned>(width);",
+        ">= static_cast<unsigned>(width - 1);",
+        family="score_entropy",
+    ),
+    Mutant("x among single entries", "segments.cuh", "if (y != skip) one", "one", family="score_entropy"),
+    Mutant("x_0 is like the others", "score_entropy.cu", " || in_vector(x_0, y)", "", family="score_entropy"),
+    Mutant("the second random number", "reverse.cu", "(row)).first", "(row)).second"),
+    Mutant(
+        "offsets of 32 bits", "reverse.cu", "(moves ? row * p.dim : 0)", "(moves ? static_cast<int>(row * p.dim) : 0)"
+    ),
+    # ---- Bad rows ----
+    Mutant("a bad row has probabilities of 0", "reverse.cu", "Real(0) : not_a_number<Real>()", "Real(0) : Real(0)"),
+    Mutant("a row without distribution stays", "reverse.cu", "token = total > 0.0 ? x : -1;", "token = x;"),
+    Mutant(
+        "a bad row's entries are not written",
+        "transition.cu",
+        "        numbers[row] = {nan, nan, nan, nan};\n",
+        "        static_cast<void>(nan);\n",
+        family="transition",
+    ),
+    Mutant(
+        "a bad row's gradient is not written",
+        "score_entropy.cu",
+        "        numbers[row] = {nan, nan, nan};\n",
+        "        static_cast<void>(nan);\n",
+        family="score_entropy",
+    ),
+    Mutant(
+        "a bad row's loss is 0",
+        "score_entropy.cu",
+        "fault ? not_a_number<Real>() : Real(0);",
+        "Real(0);",
+        family="score_entropy",
+    ),
+    Mutant(
+        "a negative token is not bad",
+        "reverse.cu",
+        "exists && !fault ? row_pi",
+        "exists && (!fault || p.x_t[row] == -1) ? row_pi",
+        "address",
+    ),
+    Mutant(
+        "a token is used before it is checked",
+        "score_entropy.cu",
+        "return valid_token(x, p.dim) && can_move<P>(static_cast<const Real*>(p.stationary), p.dim, x);",
+        "return can_move<P>(static_cast<const Real*>(p.stationary), p.dim, x) && valid_token(x, p.dim);",
+        family="score_entropy",
+    ),
+    # ---- Workspace ----
+    Mutant(
+        "a workspace without the sums of the last segment",
+        "reverse.cu",
+        "rows * segments * real_bytes",
+        "rows * (segments - 1) * real_bytes",
+        "address",
+    ),
+    Mutant(
+        "a workspace without the head's segment",
+        "score_entropy.cu",
+        "2 * rows * num_segments(dim, dtype)",
+        "2 * rows * num_segments(dim - 16 / element_bytes(dtype), dtype)",
+        "address",
+        "score_entropy",
+    ),
+]
+
+
+def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The driver's run; where it goes on and on, subprocess.TimeoutExpired."""
+    command = [program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | OPTIONS, timeout=300)
+
+
+def first_line(result: subprocess.CompletedProcess[str]) -> str:
+    """What a run that failed said was wrong."""
+    summary = re.search(r"^SUMMARY: (.*)$|^(.*: runtime error: .*)$", result.stderr, re.MULTILINE)
+    lines = [summary[0]] if summary else [line for line in (result.stdout + result.stderr).splitlines() if line]
+    line = lines[0] if lines and result.returncode >= 0 else f"signal {-result.returncode}"
+    return re.sub(r"\S*/(\w+\.(?:cuh?|h|cpp))\b", r"\1", line.removeprefix("SUMMARY: "))
+
+
+class Bench:
+    """Builds drivers with mutated kernels in a folder. What they have in common is compiled once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.driver = cache(lambda: self.compiled(build.HERE / "driver.cpp", "driver", "-O2"))
+        self.originals: dict[tuple[str, Check], Path] = {}
+        self.lock = Lock()
+
+    def original(self, family: str, check: Check) -> Path:
+        """The source without a mutant, compiled when first asked for."""
+        with self.lock:
+            if (family, check) not in self.originals:
+                source = build.ROOT / f"csrc/cuda/{family}.cu"
+                self.originals[family, check] = self.compiled(source, f"{family}-{check}", *CHECKS[check])
+            return self.originals[family, check]
+
+    def compiled(self, source: Path, name: str, *flags: str, csrc: Path = build.ROOT / "csrc") -> Path:
+        includes = (f"-I{csrc}", f"-I{build.HERE / 'include'}")
+        return self._made(self.folder / f"{name}.o", *build.FLAGS, *includes, *flags, "-x", "c++", "-c", str(source))
+
+    def program(self, name: str, check: Check, objects: Iterable[Path]) -> Path:
+        script = f"-Wl,-T,{build.LINKER_SCRIPT}"
+        return self._made(self.folder / name, *map(str, objects), *CHECKS[check], script, "-pthread")
+
+    def _made(self, path: Path, *command: str) -> Path:
+        compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+        result = subprocess.run([*compiler, *command, "-o", str(path)], capture_output=True, text=True)
+        if result.returncode != 0:
+            raise RuntimeError(f"{shlex.join([*compiler, *command])}\n{result.stderr}")
+        return path
+
+    def catch(self, mutant: Mutant) -> Catch | None:
+        """What notices the mutant first; None if nothing does."""
+        with self.mutated(mutant) as csrc:
+            for check, arguments in ARGUMENTS.items():
+                others = (family for family in FAMILIES if family != mutant.family)
+                source = csrc / f"cuda/{mutant.family}.cu"
+                changed = self.compiled(source, f"{csrc.parent.name}-{check}", *CHECKS[check], csrc=csrc)
+                objects = [self.driver(), changed, *(self.original(family, check) for family in others)]
+                program = self.program(f"{csrc.parent.name}-{check}.out", check, objects)
+                result = run(program, "--only", mutant.family, *arguments)
+                program.unlink()
+                changed.unlink()
+                if result.returncode != 0:
+                    return Catch(check, first_line(result))
+        return None
+
+    @contextmanager
+    def mutated(self, mutant: Mutant) -> Iterator[Path]:
+        """A copy of csrc with the mutant in it."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as copy:
+            csrc = Path(copy) / "csrc"
+            shutil.copytree(build.ROOT / "csrc", csrc)
+            path = csrc / "cuda" / mutant.file
+            text = path.read_text()
+            if text.count(mutant.text) != 1:
+                raise ValueError(f"{mutant.name}: {mutant.file} has {text.count(mutant.text)} of {mutant.text!r}")
+            path.write_text(text.replace(mutant.text, mutant.replacement))
+            yield csrc
+
+
+def catch_all(mutants: Iterable[Mutant] = MUTANTS) -> dict[Mutant, Catch | None]:
+    """What notices each, two at a time."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        bench = Bench(Path(folder))
+        bench.driver()  # before two ask for it at once
+        chosen = list(mutants)
+        return dict(zip(chosen, pool.map(bench.catch, chosen), strict=True))
+
+
+def table(caught: dict[Mutant, Catch | None]) -> str:
+    """A line for each mutant."""
+    width = max(len(mutant.name) for mutant in caught)
+    return "\n".join(
+        f"{mutant.name:{width}}  {catch.check:7}  {catch.report}" if catch else f"{mutant.name:{width}}  SURVIVES"
+        for mutant, catch in caught.items()
+    )
+
+
+def main(names: list[str]) -> int:
+    """Prints the table; 1 if a mutant survives, or is noticed late."""
+    caught = catch_all([mutant for mutant in MUTANTS if not names or mutant.name in names])
+    print(table(caught))
+    return 0 if all(catch and mutant.allows(catch) for mutant, catch in caught.items()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
