@@ -23,7 +23,7 @@ from cases import (
 )
 from torch import Tensor
 
-from sedd_ext import _C, RankOne, score_entropy_loss
+from sedd_ext import RankOne, score_entropy_loss
 from sedd_ext._dispatch import stationary_for
 from sedd_ext.reference import dense_score_entropy, released_score_entropy
 from sedd_ext.score_entropy import _launch
@@ -83,7 +83,7 @@ def backward(case: Case) -> Run:
     stationary = stationary_for(i.graph, i.log_score.dtype, out.device)
     process, entropy = i.graph.process, i.graph.neg_entropy
     return lambda: _launch(
-        _C.score_entropy_backward, grad_loss, out, i.log_score, i.x_t, i.x_0, sigma, None, stationary, process, entropy
+        "score_entropy_backward", grad_loss, out, i.log_score, i.x_t, i.x_0, sigma, None, stationary, process, entropy
     )
 
 
