@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 import torch
 from torch import Tensor
 
+from sedd.model import SEDD, ModelConfig
 from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
 
 # GPT-2's vocabulary with MASK, and text8's 27 symbols. At the large one 512 rows of float32 are 103 MB, about what a
@@ -27,6 +30,9 @@ FORWARD, BACKWARD = "score entropy forward", "score entropy backward, existing b
 AUTOGRAD, BOTH = "score entropy backward, autograd", "score entropy forward + backward, autograd"
 COLUMN, ROW, SAMPLE = "transition column", "transition row", "transition sample"
 TWEEDIE, EULER = "tweedie sample", "euler sample"
+HEADS = (256, 768)  # widths of the hidden states before a fused head
+HEAD_BENCH_ROWS = 512
+HEAD_ROWS = (1024, 4096, 16_384)
 
 PEERS = ("dense", "compiled", "released")
 GRAPHS: dict[str, Callable[[int], RankOne]] = {
@@ -36,6 +42,70 @@ GRAPHS: dict[str, Callable[[int], RankOne]] = {
 }
 
 Run = Callable[[], object]
+
+
+def fused_loss(d: int) -> str:
+    """The name of the operation: head and score entropy, forward and backward."""
+    return f"head (d = {d}) + score entropy, forward + backward"
+
+
+MODELS: dict[str, tuple[int, int, int]] = {"tiny": (128, 4, 2), "d = 256": (256, 4, 4), "small": (768, 12, 12)}
+"""Width, blocks and heads of the models whose whole steps are timed, on 8 sequences of 128 tokens."""
+MODEL_BATCH, MODEL_LENGTH = 8, 128
+
+
+def training(model: str) -> str:
+    """The name of the operation: forward, backward and AdamW."""
+    return f"training step ({model})"
+
+
+def sampling(model: str) -> str:
+    """The name of the operation: some reverse steps and the denoising one."""
+    return f"sampling ({model})"
+
+
+def whole_model(name: str, smoke: bool) -> tuple[SEDD, RankOne]:
+    """A model of GPT-2's tokens, as it is before training, and its process; for a smoke run, a tiny one."""
+    return _whole_model(16, 1, 2, SMALL) if smoke else _whole_model(*MODELS[name], LARGE)
+
+
+@functools.lru_cache(maxsize=1)
+def _whole_model(width: int, blocks: int, heads: int, n: int) -> tuple[SEDD, RankOne]:
+    torch.manual_seed(0)
+    config = ModelConfig(hidden_size=width, n_blocks=blocks, n_heads=heads, length=MODEL_LENGTH, dropout=0.0)
+    graph = Absorbing(n - 1)
+    return SEDD(config, graph), graph
+
+
+def model_cases(*contestants: str) -> list[tuple[str, Case]]:
+    """(model, case): all models in float32, the middle one in bfloat16 too; torch.compile for the middle one."""
+    rows = MODEL_BATCH * MODEL_LENGTH
+    chosen = [(name, "float32") for name in MODELS] + [("d = 256", "bfloat16")]
+    return [
+        (name, Case("absorbing", LARGE, rows, dtype, who, whole=True))
+        for name, dtype in chosen
+        for who in contestants
+        if name == "d = 256" or "compiled" not in who
+    ]
+
+
+def fused_sample(d: int) -> str:
+    """The name of the operation: head and Tweedie step."""
+    return f"head (d = {d}) + tweedie sample"
+
+
+def peak_memory(run: Run) -> int:
+    """By how many bytes the process grows at most while this runs; Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    match = re.search(rf"^{name}:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert match is not None
+    return 1024 * int(match[1])
 
 
 @dataclass(frozen=True)
@@ -49,6 +119,7 @@ class Case:
     contestant: str
     smoke: bool = False
     device: str = "cpu"
+    whole: bool = False  # a program rather than an operation: no limit, and no other process or dtype, to run against
 
     def __str__(self) -> str:
         return f"{self.graph}-{self.rows}x{self.n}-{self.dtype}-{self.contestant}"

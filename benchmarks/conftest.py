@@ -109,6 +109,8 @@ def _rivals(case: Case, alone: bool) -> dict[str, Case]:
         return {}
     if case.contestant != "kernel":
         return {"kernel": dataclasses.replace(case, contestant="kernel")}
+    if case.whole:
+        return {}
     rivals = {"limit": dataclasses.replace(case, contestant="limit")}
     if case.graph != "absorbing":
         rivals["absorbing"] = dataclasses.replace(case, graph="absorbing")

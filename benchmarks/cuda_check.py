@@ -47,7 +47,7 @@ class Bounds:
     registers: int  # of a thread, at most
     paths: int = 0  # main loops
     writes: str = ""  # in the last one: "element", "real" (the compute type) or "only" (elements, and nothing is read)
-    shared: int = 0  # dynamic shared memory, at most, for N = 50,258
+    shared: int = 0  # dynamic shared memory, at most, for N = 50,258, or a tile of 8,192
 
 
 SEGMENTS, STEPS, BY_ROW = (256,), (256, 768), (128,)
@@ -56,9 +56,14 @@ BOUNDS = {
     "score_entropy.loss_kernel": Bounds(BY_ROW, 64),
     "score_entropy.gradient_kernel": Bounds(SEGMENTS, 64, 1, "element"),
     "score_entropy.numbers_kernel": Bounds(BY_ROW, 64),
+    "score_entropy.tile_kernel<true>": Bounds(SEGMENTS, 64, 1, "element"),  # in place
+    "score_entropy.tile_kernel<false>": Bounds(SEGMENTS, 64, 1),
+    "score_entropy.tile_numbers_kernel": Bounds(BY_ROW, 64),
+    "score_entropy.tile_loss_kernel": Bounds(BY_ROW, 64),
     "reverse.sums_kernel": Bounds(SEGMENTS, 64, 1),
     "reverse.step_kernel<true>": Bounds(STEPS, 80, 2, shared=1576),  # a sample: scores, weights
     "reverse.step_kernel<false>": Bounds(STEPS[1:], 80, 3, "real", shared=1576),  # and probabilities
+    "reverse.tile_kernel": Bounds(SEGMENTS, 80, 2, shared=264),  # the first sweep: scores; the second: weights
     "transition.entries_kernel<false>": Bounds(SEGMENTS, 64, 1, "only"),
     "transition.entries_kernel<true>": Bounds(SEGMENTS, 64, 1, "only"),
     "transition.numbers_kernel": Bounds(BY_ROW, 64),
@@ -68,6 +73,8 @@ BOUNDS = {
 OPERATIONS: dict[str, list[tuple[str, list[str], tuple[int, ...]]]] = {
     "score_entropy.sums_kernel": [("score entropy, forward", PROCESSES, (0,))],
     "score_entropy.gradient_kernel": [("score entropy, backward", PROCESSES, (0,))],
+    "score_entropy.tile_kernel<true>": [("linear score entropy tile, with gradient", PROCESSES, (0,))],
+    "score_entropy.tile_kernel<false>": [("linear score entropy tile, loss alone", PROCESSES, (0,))],
     "reverse.step_kernel<true>": [
         ("reverse sample", PROCESSES[:1], (0,)),
         ("reverse sample, clamped", PROCESSES[1:], (0, 1)),
@@ -75,6 +82,10 @@ OPERATIONS: dict[str, list[tuple[str, list[str], tuple[int, ...]]]] = {
     "reverse.step_kernel<false>": [
         ("reverse probabilities", PROCESSES[:1], (0, 2)),
         ("reverse probabilities, clamped", PROCESSES[1:], (0, 1, 2)),
+    ],
+    "reverse.tile_kernel": [
+        ("linear reverse sample tile", PROCESSES, (0,)),
+        ("linear reverse sample tile, second sweep", PROCESSES[1:], (1,)),
     ],
     "transition.entries_kernel<false>": [("transition row or column", ["any other"], (0,))],
     "transition.entries_kernel<true>": [("transition row or column", ["vector"], (0,))],

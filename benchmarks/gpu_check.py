@@ -29,7 +29,8 @@ from sedd_ext.__main__ import describe
 
 ROOT = Path(__file__).resolve().parent.parent
 BODIES = Path(__file__).with_name("gpu_steps.py")
-OPERATOR_TESTS = [f"tests/test_{name}.py" for name in ("score_entropy", "reverse", "transition", "bad_input")]
+TESTED = ("score_entropy", "reverse", "transition", "linear_score_entropy", "linear_reverse", "bad_input")
+OPERATOR_TESTS = [f"tests/test_{name}.py" for name in TESTED]
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,27 @@ def table(timings: list[Record]) -> str:
     for record in timings:
         key = tuple(record[name] for name in ("operation", "process", "dtype", "rows", "n"))
         lines.setdefault(key, {**record, "ratios": {}})["ratios"] |= record.get("times_kernel", {})
-    rows = [("operation", "process", "dtype", "rows x N", "time", "GB/s", "limit", "share", "x eager", "x compile")]
+    rows = [
+        (
+            "operation",
+            "process",
+            "dtype",
+            "rows x N",
+            "time",
+            "GB/s",
+            "limit",
+            "share",
+            "x eager",
+            "x compile",
+            "x unfused",
+        )
+    ]
     for (operation, process, dtype, count, n), line in lines.items():
         ratios, rates = line["ratios"], line.get("gb_per_s", {})
         spent = _duration(line["seconds"]["kernel"][0]) if "seconds" in line else "failed"
         speed = [f"{rates[who]:.3g}" if who in rates else "-" for who in ("kernel", "limit")]
         share = f"{ratios['limit']:.0%}" if "limit" in ratios else "-"
-        factors = [f"{ratios[rival]:.3g}" if rival in ratios else "-" for rival in ("eager", "compile")]
+        factors = [f"{ratios[rival]:.3g}" if rival in ratios else "-" for rival in ("eager", "compile", "unfused")]
         rows.append((operation, process, dtype, f"{count:,} x {n:,}", spent, *speed, share, *factors))
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -24,6 +24,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
+from bench_linear import head
 from bench_reverse import dense_step
 from bench_transition import dense_probabilities
 from cases import (
@@ -53,6 +55,7 @@ TESTS = Path(__file__).resolve().parent.parent / "tests"
 UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING"  # every tensor an allocation of its own, whose ends memcheck sees
 ERROR_BOUND = 1e-6  # what the kernel's error may exceed plain PyTorch's by, as in tests/test_score_entropy.py
 DIFFERING_DRAWS = 1e-3  # share of draws that rounding may put on the other side of a boundary between tokens
+GRAPH = "a CUDA graph"
 STOPPED = "stopped here: no time for the rest"
 Record = dict[str, Any]
 
@@ -153,7 +156,7 @@ class Cuda:
 
         variants = {"a second call": run, "another stream": on_another_stream}
         # capture allocates from a cached pool
-        return variants if UNCACHED in os.environ else {**variants, "a CUDA graph": from_a_graph}
+        return variants if UNCACHED in os.environ else {**variants, GRAPH: from_a_graph}
 
 
 DEVICES: dict[str, Cpu | Cuda] = {"cpu": Cpu(), "cuda": Cuda()}
@@ -181,11 +184,17 @@ class Operation:
     call: Callable[[Function, Inputs], Tensor]
     limit: Limit
     dense: Function | None = None  # what torch.compile gets; absorbing and uniform only
+    unfused: Function | None = None  # the rival of an operator that has the head in it, in place of the reference
+    waits: bool = False  # for the device, to learn a shape: no CUDA graph can hold that
 
     @property
     def dtypes(self) -> tuple[str, ...]:
         """Of the log-scores, if it takes any."""
         return ("float32",) if self.limit in (WRITE, TOKENS) else ("float32", "bfloat16")
+
+    @property
+    def rival(self) -> str:
+        return "unfused" if self.unfused else "eager"
 
     def contestant(self, name: str, case: Case) -> Run:
         if name == "limit":
@@ -193,6 +202,9 @@ class Operation:
         if name == "compile":
             assert self.dense is not None
             return functools.partial(self.call, compiled(self.dense, case), case.inputs)
+        if name == "unfused":
+            assert self.unfused is not None
+            return functools.partial(self.call, self.unfused, case.inputs)
         module = {"kernel": sedd_ext, "eager": reference}[name]
         return functools.partial(self.call, getattr(module, self.function), case.inputs)
 
@@ -244,6 +256,55 @@ def _dense_step(log_score: Tensor, x_t: Tensor, step: Tensor, graph: RankOne, ki
     return dense_step(log_score.float(), x_t, step, graph, kind)
 
 
+# The output head and what comes behind it: of a model's width on a GPU, of a small one where that is rehearsed.
+
+
+@functools.lru_cache(maxsize=2)
+def _head(rows: int, n: int, dtype: str, device: str) -> list[Tensor]:
+    return [tensor.to(device) for tensor in head(768 if device == "cuda" else 16, rows, n, dtype)]
+
+
+def _head_of(i: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states, weight and bias; the bias makes the scores add up to about 1, where that is usual."""
+    dtype = str(i.dtype).removeprefix("torch.")
+    hidden, weight, bias = _head(len(i.x_0), i.graph.dim, dtype, i.x_0.device.type)
+    return hidden, weight, None if i.graph.process == "uniform" else bias
+
+
+def _linear_gradient(function: Function, i: Inputs) -> Tensor:
+    hidden, weight, bias = _head_of(i)
+    leaves = [tensor.detach().requires_grad_() for tensor in (hidden, weight)]
+    loss = function(*leaves, bias, i.x_t, i.x_0, i.sigma, i.graph)
+    return torch.autograd.grad(loss.sum(), leaves)[1]
+
+
+def _linear_tweedie(function: Function, i: Inputs) -> Tensor:
+    return function(*_head_of(i), i.x_t, i.step["tweedie"], i.graph)
+
+
+def _unfused_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    return sedd_ext.score_entropy_loss(F.linear(hidden, weight, bias), *rest)
+
+
+def _unfused_tweedie(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    return sedd_ext.tweedie_sample(F.linear(hidden, weight, bias), *rest)
+
+
+def _products(i: Inputs, *, backward: bool) -> Run:
+    hidden, weight, _ = _head_of(i)
+
+    def run() -> None:
+        log_score = hidden @ weight.T
+        if backward:
+            log_score @ weight
+            log_score.T @ hidden
+
+    return run
+
+
+# The matrix products alone; the weight is shared by all rows, so that a row's bytes are next to none.
+PRODUCT = Limit(functools.partial(_products, backward=False), lambda *_: 24)
+PRODUCTS = Limit(functools.partial(_products, backward=True), lambda *_: 28)
 _dense_loss, _partial = reference.dense_score_entropy, functools.partial
 OPERATIONS = (
     Operation(FORWARD, "score_entropy_loss", _loss, READ, _dense_loss),
@@ -255,6 +316,17 @@ OPERATIONS = (
     Operation(COLUMN, "transition_column", _noise, WRITE, _partial(dense_probabilities, column=True)),
     Operation(ROW, "transition_row", _noise, WRITE, _partial(dense_probabilities, column=False)),
     Operation(SAMPLE, "sample_transition", _noise, TOKENS),
+    Operation(
+        "linear score entropy forward + backward",
+        "linear_score_entropy_loss",
+        _linear_gradient,
+        PRODUCTS,
+        unfused=_unfused_loss,
+        waits=True,
+    ),
+    Operation(
+        "linear tweedie sample", "linear_tweedie_sample", _linear_tweedie, PRODUCT, unfused=_unfused_tweedie, waits=True
+    ),
 )
 
 
@@ -269,19 +341,20 @@ def operators(device: Cpu | Cuda, quick: bool) -> Iterator[Record]:
             record = {"kind": "operators", "operation": operation.name, **_shape(case)}
             try:
                 run = functools.partial(operation.call, getattr(sedd_ext, operation.function), case.inputs)
-                other = _ways_that_differ(device, run)
+                other = _ways_that_differ(device, run, operation.waits)
                 yield record | ({"problem": f"other bits from {', '.join(other)}"} if other else {})
             except RuntimeError as error:
                 yield record | {"problem": str(error)}
 
 
-def _ways_that_differ(device: Cpu | Cuda, run: Callable[[], Tensor]) -> list[str]:
+def _ways_that_differ(device: Cpu | Cuda, run: Callable[[], Tensor], waits: bool) -> list[str]:
     def seeded(way: Callable[[], Tensor]) -> Tensor:
         torch.manual_seed(0)
         return way()
 
     first = seeded(run)
-    return [name for name, way in device.variants(run).items() if not torch.equal(seeded(way), first)]
+    ways = {name: way for name, way in device.variants(run).items() if not (waits and name == GRAPH)}
+    return [name for name, way in ways.items() if not torch.equal(seeded(way), first)]
 
 
 def accuracy(device: Cpu | Cuda, quick: bool) -> Iterator[Record]:
@@ -343,11 +416,11 @@ def _draw(sampler: str, i: Inputs, seed: int) -> Tensor:
 
 
 def timings(device: Cpu | Cuda, quick: bool) -> Iterator[Record]:
-    """Each operator beside the eager reference and its limit."""
+    """Each operator beside its limit and the eager reference, or what it fuses."""
     for case in _timed_cases(device, quick, list(GRAPHS)):
         for operation in OPERATIONS:
             if case.dtype in operation.dtypes:
-                yield _race(device, operation, case, ("kernel", "eager", "limit"))
+                yield _race(device, operation, case, ("kernel", operation.rival, "limit"))
 
 
 def compile_timings(device: Cpu | Cuda, quick: bool) -> Iterator[Record]:

@@ -66,11 +66,13 @@ PYBIND11_MODULE(_C, m) {
     m.attr("compiler") = SEDD_COMPILER;
     m.def("score_entropy", sedd::bind_score_entropy<Cpu<sedd::score_entropy_cpu>, int>);
     m.def("score_entropy_backward", sedd::bind_score_entropy<Cpu<sedd::score_entropy_backward_cpu>, int>);
+    m.def("score_entropy_tile", sedd::bind_score_entropy_tile<Cpu<sedd::score_entropy_tile_cpu>, int>);
     m.def("transition_column", sedd::bind_transition<Cpu<sedd::transition_column_cpu>, int>);
     m.def("transition_row", sedd::bind_transition<Cpu<sedd::transition_row_cpu>, int>);
     m.def("sample_transition", sedd::bind_transition<Cpu<sedd::sample_transition_cpu>, int>);
     m.def("reverse_probs", sedd::bind_reverse<Cpu<sedd::reverse_probs_cpu>, int>);
     m.def("reverse_sample", sedd::bind_reverse<Cpu<sedd::reverse_sample_cpu>, int>);
+    m.def("reverse_tile", sedd::bind_reverse_tile<Cpu<sedd::reverse_tile_cpu>, int>);
     m.def("advise_huge_pages", advise_huge_pages);
     m.def("isa", [] { return sedd::kernels().isa; });
     m.def("available_isas", available_isas);

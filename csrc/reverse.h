@@ -55,17 +55,90 @@ SEDD_HD double reverse_stay(const ReverseRow& row, double others, bool forbidden
 
 SEDD_HD bool valid_total(double total) { return total > 0.0 && total <= 1.7976931348623157e308; }
 
-SEDD_HD Fault reverse_fault(const ReverseParams& p, int64_t row) {
+template <class Params>
+SEDD_HD Fault reverse_fault(const Params& p, int64_t row) {
     return !valid_token(p.x_t[row], p.dim) ? Fault::x_t : !valid_sigma(p.step[row]) ? Fault::sigma : Fault::none;
+}
+
+// ---- a row that comes in tiles of the vocabulary, from left to right ----
+//
+// One sweep keeps the running total T and one entry, which a tile of sum S replaces by a draw from itself with
+// probability S / T: after the last tile every entry has had its due. The scores are drawn from, as the weights are not
+// known before their total is; where the two differ, the entry is taken with probability w / s ≤ 1, and a row whose
+// entry is refused goes through a second sweep, of the weights.
+
+struct ReverseDraw {
+    double others;  // Σ_{y≠x} s_y, and
+    double drain;   // what multiplies π_y: since the end of the first sweep
+    double total;   // of the tiles seen in this sweep
+    double score;   // s_y of the entry drawn
+    int64_t token;  // the entry
+};
+
+struct ReverseTileParams {
+    const void* log_score;   // [rows, width] of dtype, contiguous: entries [first, first + width) of every row
+    const int64_t* x_t;      // [rows]
+    const double* step;      // [rows]
+    const double* shift;     // [rows] or null
+    const void* stationary;  // [dim] of the compute type, for a vector π; else null
+    ReverseDraw* draws;      // [rows] from one tile to the next; the first one of a sweep sets them
+    int64_t* out;            // [rows] tokens, or kSweepAgain; written with the last tile, which ends at dim
+    const int64_t* seed;     // [1]
+    const int64_t* places;   // [rows] a row's number, which its random numbers follow from
+    int64_t rows;
+    int64_t width;
+    int64_t first;
+    int64_t dim;
+    int64_t forbidden;
+    DType dtype;
+    Process process;
+    Step kind;
+    int32_t sweep;  // 0, or 1 for the second
+};
+
+constexpr int64_t kSweepAgain = -2;
+
+// The tile's random number, on the axis of the total so far: below the tile's sum, it picks a new entry.
+SEDD_HD double tile_target(const ReverseTileParams& p, int64_t row, double total) {
+    const uint64_t draw = static_cast<uint64_t>(p.first) + (static_cast<uint64_t>(p.sweep) << 32);
+    return row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(p.places[row]), draw).first * total;
+}
+
+// w_y where s_y is known; for y ≠ x.
+SEDD_HD double reverse_weight(const ReverseTileParams& p, double score, double drain, double pi_y, int64_t y) {
+    const double w = score - drain * (p.process == Process::uniform ? 1.0 : pi_y);
+    return y == p.forbidden || !(w > 0.0) ? 0.0 : w;
+}
+
+// The row's token after the last tile; -1 if it has no distribution. Leaves what a second sweep needs to know. For π_x
+// > 0; pi_y is that of the entry drawn.
+SEDD_HD int64_t finish_draw(const ReverseTileParams& p, int64_t row, ReverseDraw& d, double pi_x, double pi_y) {
+    const ReverseRow r = reverse_row(p.kind, p.step[row], pi_x);
+    const int64_t x = p.x_t[row];
+    if (p.sweep == 0) {
+        d.others = d.total;
+        d.drain = reverse_drain(p.process, r, d.others, pi_x);
+    }
+    const double self = reverse_stay(r, d.others, x == p.forbidden), total = self + d.total;
+    if (!valid_total(1.0 + d.others)) return -1;
+    const Uniforms u = row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(p.places[row]),
+                                    static_cast<uint64_t>(2 + p.sweep) << 32);
+    const bool weighs = p.process != Process::absorbing && (r.drain > 0.0 || (p.forbidden >= 0 && p.forbidden != x));
+    if (!valid_total(total)) return -1;
+    if (u.first * total < self || d.total == 0.0) return self > 0.0 ? x : -1;
+    if (!weighs || p.sweep == 1) return d.token;
+    return u.second * d.score < reverse_weight(p, d.score, d.drain, pi_y, d.token) ? d.token : kSweepAgain;
 }
 
 Status reverse_probs_cpu(const ReverseParams& params, int threads);
 Status reverse_sample_cpu(const ReverseParams& params, int threads);
+Status reverse_tile_cpu(const ReverseTileParams& params, int threads);
 
 // Return before the kernels have run: null, or what the CUDA runtime said. A bad row's probabilities are NaN, its token
 // is -1.
 const char* reverse_probs_cuda(const ReverseParams& params, const CudaLaunch& launch);
 const char* reverse_sample_cuda(const ReverseParams& params, const CudaLaunch& launch);
+const char* reverse_tile_cuda(const ReverseTileParams& params, const CudaLaunch& launch);
 int64_t reverse_workspace(int64_t rows, int64_t dim, DType dtype);
 
 }  // namespace sedd

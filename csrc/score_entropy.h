@@ -73,7 +73,39 @@ SEDD_HD ScoreEntropyGradient score_entropy_gradient(const ScoreEntropyRow& row, 
     return {factor, factor * row.slope, factor * (exp(log_score_x_0) - row.slope * pi_x0 - row.pull)};
 }
 
-SEDD_HD Fault score_entropy_fault(const ScoreEntropyParams& p, int64_t row) {
+// ---- rows that come in tiles of the vocabulary, from left to right, as the head's matrix product makes them ----
+//
+// The gradient needs no normaliser, so that a tile becomes its gradient in the same sweep that adds up the loss, and
+// nothing of a row need be there at once.
+
+struct ScoreEntropySweep {
+    ScoreEntropyRow row;
+    double scores;         // Σ s_y and
+    double dot;            // Σ π_y ℓ_y (Σ ℓ_y for a constant π), y ≠ x, of the tiles seen
+    double log_score_x_0;  // once its tile has been seen
+};
+
+struct ScoreEntropyTileParams {
+    void* log_score;            // [rows, width] of dtype, contiguous: entries [first, first + width) of every row
+    const int64_t* x_t;         // [rows]
+    const int64_t* x_0;         // [rows]
+    const double* sigma;        // [rows]
+    const double* shift;        // [rows] or null
+    const void* stationary;     // [dim] of the compute type, for a vector π; else null
+    const double* grad_loss;    // [rows], and the gradient takes the place of the log-scores; or null: the loss alone
+    ScoreEntropySweep* sweeps;  // [rows] from one tile to the next; the first one sets them
+    void* out;                  // loss [rows] of the compute type, written with the last tile, which ends at dim
+    double neg_entropy;
+    int64_t rows;
+    int64_t width;
+    int64_t first;
+    int64_t dim;
+    DType dtype;
+    Process process;
+};
+
+template <class Params>
+SEDD_HD Fault score_entropy_fault(const Params& p, int64_t row) {
     return !valid_token(p.x_t[row], p.dim)   ? Fault::x_t
            : !valid_token(p.x_0[row], p.dim) ? Fault::x_0
            : !valid_sigma(p.sigma[row])      ? Fault::sigma
@@ -83,12 +115,15 @@ SEDD_HD Fault score_entropy_fault(const ScoreEntropyParams& p, int64_t row) {
 // Rows are split over `threads`; the first bad row comes back in the status.
 Status score_entropy_cpu(const ScoreEntropyParams& params, int threads);
 Status score_entropy_backward_cpu(const ScoreEntropyParams& params, int threads);
+Status score_entropy_tile_cpu(const ScoreEntropyTileParams& params, int threads);
 
 // Return before the kernels have run: null, or what the CUDA runtime said. A bad row's loss and gradient are NaN.
 const char* score_entropy_cuda(const ScoreEntropyParams& params, const CudaLaunch& launch);
 const char* score_entropy_backward_cuda(const ScoreEntropyParams& params, const CudaLaunch& launch);
-// Bytes of workspace that the two take.
+const char* score_entropy_tile_cuda(const ScoreEntropyTileParams& params, const CudaLaunch& launch);
+// Bytes of workspace that they take.
 int64_t score_entropy_workspace(int64_t rows, int64_t dim, DType dtype);
 int64_t score_entropy_backward_workspace(int64_t rows, int64_t dim, DType dtype);
+int64_t score_entropy_tile_workspace(int64_t rows, int64_t width, DType dtype);
 
 }  // namespace sedd

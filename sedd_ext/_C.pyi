@@ -30,6 +30,26 @@ def score_entropy(
 
 score_entropy_backward = score_entropy
 
+def score_entropy_tile(
+    log_score: int,
+    x_t: int,
+    x_0: int,
+    sigma: int,
+    shift: int,
+    stationary: int,
+    grad_loss: int,
+    sweeps: int,
+    out: int,
+    neg_entropy: float,
+    rows: int,
+    width: int,
+    first: int,
+    dim: int,
+    dtype: int,
+    process: int,
+    threads: int,
+    /,
+) -> _Status: ...
 def transition_column(
     x: int,
     sigma: int,
@@ -68,6 +88,28 @@ def reverse_probs(
 
 reverse_sample = reverse_probs
 
+def reverse_tile(
+    log_score: int,
+    x_t: int,
+    step: int,
+    shift: int,
+    stationary: int,
+    draws: int,
+    out: int,
+    seed: int,  # an address too
+    places: int,
+    rows: int,
+    width: int,
+    first: int,
+    dim: int,
+    forbidden: int,
+    dtype: int,
+    process: int,
+    kind: int,
+    sweep: int,
+    threads: int,
+    /,
+) -> _Status: ...
 def advise_huge_pages(address: int, bytes: int, /) -> None: ...
 def isa() -> str: ...
 def available_isas() -> list[str]: ...

@@ -30,7 +30,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """What an error message calls a value."""
     return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
 
 
@@ -38,40 +39,45 @@ def check_graph(graph: object) -> RankOne:
     """``graph`` is a process."""
     if not isinstance(graph, RankOne):
         raise TypeError(
-            f"graph: expected a process (Absorbing, Uniform, Hybrid or RankOne of sedd_ext), got {_kind(graph)}"
+            f"graph: expected a process (Absorbing, Uniform, Hybrid or RankOne of sedd_ext), got {kind_of(graph)}"
         )
     return graph
 
 
-def check_tokens(name: str, value: object, shape: torch.Size | None = None) -> Tensor:
+def check_tokens(name: str, value: object, shape: torch.Size | None = None, of: str = "log_score") -> Tensor:
     """``value`` is an int64 tensor on a device that has kernels, and of the given shape."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
-        raise TypeError(f"{name}: expected an int64 tensor, got {_kind(value)}")
+        raise TypeError(f"{name}: expected an int64 tensor, got {kind_of(value)}")
     if shape is not None and value.shape != shape:
-        raise ValueError(
-            f"{name}: expected shape {list(shape)}, log_score's but for its last axis, got {list(value.shape)}"
-        )
-    _check_device(name, value.device)
+        raise ValueError(f"{name}: expected shape {list(shape)}, {of}'s but for its last axis, got {list(value.shape)}")
+    check_device(name, value.device)
     return value
 
 
 def check_log_score(value: object, graph: RankOne) -> Tensor:
     """``value`` holds log-scores [*B, N] for the graph's N."""
     if not isinstance(value, Tensor) or value.dtype not in DTYPES:
-        raise TypeError(f"log_score: expected a float32, bfloat16, float16 or float64 tensor, got {_kind(value)}")
+        raise TypeError(f"log_score: expected a float32, bfloat16, float16 or float64 tensor, got {kind_of(value)}")
     if value.dim() == 0 or value.shape[-1] != graph.dim:
         raise ValueError(f"log_score: expected shape [*B, {graph.dim}] for {graph}, got {list(value.shape)}")
-    _check_device("log_score", value.device)
+    check_device("log_score", value.device)
     return value
 
 
-def _check_device(name: str, device: torch.device) -> None:
+def check_device(name: str, device: torch.device) -> None:
+    """There are kernels for the device."""
     if device.type not in ("cpu", "meta", *_CUDA):
         kinds = "CUDA devices and the CPU" if _CUDA else "the CPU"
         raise NotImplementedError(
             f"{name}: this build has kernels for {kinds} only, got a tensor on {device}; "
             "sedd_ext.reference computes the same on any device"
         )
+
+
+def check_reduction(value: object) -> None:
+    """``value`` is the name of a reduction."""
+    if value not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {value!r}")
 
 
 def check_same_device(**tensors: Tensor) -> None:
@@ -89,9 +95,9 @@ def per_row(name: str, value: object, batch: torch.Size, device: torch.device) -
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return torch.full(batch, float(value), dtype=torch.float64, device=device)
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name}: expected a number or a floating-point tensor, got {_kind(value)}")
+        raise TypeError(f"{name}: expected a number or a floating-point tensor, got {kind_of(value)}")
     if value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name}: expected no requires_grad, since only log_score has a gradient; detach() it")
+        raise ValueError(f"{name}: expected no requires_grad, since it gets no gradient; detach() it")
     if value.device != device and value.dim() > 0:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
     try:
@@ -111,7 +117,7 @@ def stationary_for(graph: RankOne, dtype: torch.dtype, device: torch.device) -> 
 def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
     """63 random bits from the generator, int64 [1]: the key of all the rows' random numbers."""
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator or None, got {_kind(generator)}")
+        raise TypeError(f"generator: expected a torch.Generator or None, got {kind_of(generator)}")
     if generator is not None and generator.device.type != device.type:
         raise ValueError(f"generator: expected one on {device.type} as the tokens are, got one on {generator.device}")
     return torch.randint(2**63 - 1, (1,), generator=generator, device=device)
@@ -180,7 +186,9 @@ def launch(kernel: str, out: Tensor, arguments: tuple[Any, ...], sizes: tuple[in
     return LAUNCHERS[out.device.type](kernel, out, arguments, sizes)
 
 
-def raise_fault(status: Status, tokens: dict[str, Tensor], dim: int, sigma: tuple[str, Tensor]) -> None:
+def raise_fault(
+    status: Status, tokens: dict[str, Tensor], dim: int, sigma: tuple[str, Tensor], scores: str = "log_score"
+) -> None:
     """Turns what a kernel returned into a ValueError that names the argument, the first bad row and its value.
 
     Args:
@@ -188,6 +196,7 @@ def raise_fault(status: Status, tokens: dict[str, Tensor], dim: int, sigma: tupl
         tokens: the token arguments by name, in the order of the kernel's faults (x_t, then x_0).
         dim: N.
         sigma: the noise argument's name and values.
+        scores: the argument that the scores come from.
     """
     fault, row = status
     if fault == 0:
@@ -202,7 +211,7 @@ def raise_fault(status: Status, tokens: dict[str, Tensor], dim: int, sigma: tupl
         raise ValueError(f"{name}: expected finite numbers above 0, got {float(values.reshape(-1)[row])} {where}")
     assert fault == _FAULT_TOTAL
     raise ValueError(
-        "log_score: expected scores whose probabilities have a finite sum above 0, got a row without "
+        f"{scores}: expected scores whose probabilities have a finite sum above 0, got a row without "
         f"({where}): NaN, a log-score above 88, or nothing but zeros at a step that may not return MASK"
     )
 

@@ -33,7 +33,8 @@ _ARGUMENTS = (
     "Tensor log_score, Tensor x_t, Tensor step, Tensor? log_score_shift, Tensor? stationary, "
     "str process, str kind, int forbidden"
 )
-_STEP_NAME = {"tweedie": "dsigma", "euler": "step"}
+STEP_NAME = {"tweedie": "dsigma", "euler": "step"}
+"""What the noise of a step is called."""
 
 
 def _launch(
@@ -55,7 +56,7 @@ def _launch(
     tensors = (log_score, x_t, step, shift, stationary, out, seed)
     codes = (dtype, PROCESSES[process], STEPS[kind])
     status = launch(kernel, out, (*map(address, tensors), rows, dim, forbidden, *codes), sizes)
-    raise_fault(status, {"x_t": x_t}, log_score.shape[-1], (_STEP_NAME[kind], step))
+    raise_fault(status, {"x_t": x_t}, log_score.shape[-1], (STEP_NAME[kind], step))
     return out
 
 
@@ -80,6 +81,55 @@ define(f"reverse_probs({_ARGUMENTS}) -> Tensor", _probs, _probs_fake)
 define(f"reverse_sample({_ARGUMENTS}, Tensor seed) -> Tensor", _sample, _sample_fake)
 
 
+def check_tempering(temperature: object, top_p: object) -> bool:
+    """The two are in their ranges; whether they change anything."""
+    if not isinstance(temperature, (int, float)) or not 0.0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected a finite number above 0, got {temperature!r}")
+    if not isinstance(top_p, (int, float)) or not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
+    return temperature != 1.0 or top_p != 1.0
+
+
+def draw_tempered(probs: Tensor, x_t: Tensor, temperature: float, top_p: float, uniforms: Tensor) -> Tensor:
+    """Draws from probabilities [R, N] with the jumps tempered, see :func:`tweedie_sample`.
+
+    Args:
+        probs: of the rows.
+        x_t: their tokens [R].
+        temperature: above 0.
+        top_p: in (0, 1].
+        uniforms: two numbers a row in [0, 1), float64 [2, R]: does it jump, and where to.
+    """
+    bad = probs.isnan().any(dim=1)  # as CUDA kernels mark rows without a distribution
+    at_x = x_t.clamp(0, probs.shape[1] - 1)[:, None]
+    jump = probs.double()
+    stay = jump.gather(1, at_x).squeeze(1)
+    jump = jump.scatter(1, at_x, 0.0)
+    jump = (jump / jump.amax(dim=1, keepdim=True)).pow(1.0 / temperature)
+    entries = None
+    if top_p < 1.0:
+        jump, entries = jump.sort(dim=1, descending=True, stable=True)
+    ends = jump.cumsum(dim=1)
+    if top_p < 1.0:  # the fewest entries that hold so much: those that start below it
+        ends = torch.where(ends - jump < top_p * ends[:, -1:], ends, 0.0).cummax(dim=1).values
+    total = ends[:, -1:].contiguous()
+    # rounding may put the target on the end: the last entry with any weight
+    place = torch.searchsorted(ends, uniforms[1][:, None] * total, right=True).minimum(torch.searchsorted(ends, total))
+    token = (place if entries is None else entries.gather(1, place)).squeeze(1)
+    return torch.where(bad, -1, torch.where(uniforms[0] >= stay, token, x_t))
+
+
+def _draw(arguments: tuple[Any, ...], temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    log_score, x_t = arguments[:2]
+    if not check_tempering(temperature, top_p):
+        result: Tensor = torch.ops.sedd_ext.reverse_sample(*arguments, draw_seed(generator, x_t.device))
+        return result
+    draw_seed(generator, x_t.device)  # looks at the generator
+    probs = torch.ops.sedd_ext.reverse_probs(*arguments).view(-1, log_score.shape[-1])
+    uniforms = torch.rand(2, x_t.numel(), dtype=torch.float64, device=x_t.device, generator=generator)
+    return draw_tempered(probs, x_t.reshape(-1), temperature, top_p, uniforms).view(x_t.shape)
+
+
 def _arguments(
     kind: str,
     log_score: Tensor,
@@ -97,7 +147,7 @@ def _arguments(
     return (
         log_score.detach(),
         x_t,
-        per_row(_STEP_NAME[kind], step, batch, device),
+        per_row(STEP_NAME[kind], step, batch, device),
         None if log_score_shift is None else per_row("log_score_shift", log_score_shift, batch, device),
         stationary_for(graph, log_score.dtype, device),
         graph.process,
@@ -154,6 +204,8 @@ def tweedie_sample(
     *,
     log_score_shift: Tensor | float | None = None,
     denoise: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draws one token a position from :func:`tweedie_probs`, without making the probabilities.
@@ -169,19 +221,23 @@ def tweedie_sample(
         graph: as for :func:`tweedie_probs`.
         log_score_shift: as for :func:`tweedie_probs`.
         denoise: as for :func:`tweedie_probs`.
+        temperature: makes the choice among tokens sharper (below 1) or flatter: where a position goes to if it jumps,
+            p(y | y ≠ x)^(1/temperature), normalised. Whether it jumps is left as it is, and with it the schedule. 1 is
+            the papers' law.
+        top_p: a position that jumps goes to one of the fewest, most probable tokens that hold this much of it. Unless
+            both are 1, the probabilities are made after all.
         generator: random number generator on the tensors' device; torch's default one if None.
 
     Returns:
         Tokens [*B], int64.
 
     Raises:
-        TypeError, ValueError: as :func:`tweedie_probs`.
+        TypeError, ValueError: as :func:`tweedie_probs`; ``temperature`` or ``top_p`` is out of its range.
 
     Source: SEDD (Lou, Meng & Ermon 2024), Algorithm 2 with eq. 19.
     """
     arguments = _arguments("tweedie", log_score, x_t, dsigma, graph, log_score_shift, denoise)
-    result: Tensor = torch.ops.sedd_ext.reverse_sample(*arguments, draw_seed(generator, x_t.device))
-    return result
+    return _draw(arguments, temperature, top_p, generator)
 
 
 def euler_probs(
@@ -231,6 +287,8 @@ def euler_sample(
     *,
     log_score_shift: Tensor | float | None = None,
     denoise: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draws one token a position from :func:`euler_probs`, without making the probabilities.
@@ -244,6 +302,8 @@ def euler_sample(
         graph: as for :func:`euler_probs`.
         log_score_shift: as for :func:`euler_probs`.
         denoise: as for :func:`euler_probs`.
+        temperature: as for :func:`tweedie_sample`.
+        top_p: as for :func:`tweedie_sample`.
         generator: random number generator on the tensors' device; torch's default one if None.
 
     Returns:
@@ -255,5 +315,4 @@ def euler_sample(
     Source: SEDD (Lou, Meng & Ermon 2024), Algorithm 2 with eq. 17.
     """
     arguments = _arguments("euler", log_score, x_t, step, graph, log_score_shift, denoise)
-    result: Tensor = torch.ops.sedd_ext.reverse_sample(*arguments, draw_seed(generator, x_t.device))
-    return result
+    return _draw(arguments, temperature, top_p, generator)

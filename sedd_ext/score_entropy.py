@@ -13,6 +13,7 @@ from sedd_ext._dispatch import (
     address,
     check_graph,
     check_log_score,
+    check_reduction,
     check_same_device,
     check_tokens,
     compute_dtype,
@@ -167,8 +168,7 @@ def score_entropy_loss(
     batch = log_score.shape[:-1]
     x_t, x_0 = check_tokens("x_t", x_t, batch), check_tokens("x_0", x_0, batch)
     check_same_device(log_score=log_score, x_t=x_t, x_0=x_0)
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    check_reduction(reduction)
     device = log_score.device
     loss: Tensor = _ScoreEntropy.apply(  # type: ignore[no-untyped-call]
         log_score,

@@ -126,6 +126,9 @@ def _there_and_back(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 euler_probs = _there_and_back(sedd_ext.euler_probs)
 euler_sample = _there_and_back(sedd_ext.euler_sample)
+linear_euler_sample = _there_and_back(sedd_ext.linear_euler_sample)
+linear_score_entropy_loss = _there_and_back(sedd_ext.linear_score_entropy_loss)
+linear_tweedie_sample = _there_and_back(sedd_ext.linear_tweedie_sample)
 sample_transition = _there_and_back(sedd_ext.sample_transition)
 score_entropy_loss = _there_and_back(sedd_ext.score_entropy_loss)
 transition_column = _there_and_back(sedd_ext.transition_column)

@@ -32,7 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    marks = {mark.name: mark for mark in metafunc.definition.iter_markers()}
+    # the test's own before its class's and module's
+    marks = {mark.name: mark for mark in reversed(list(metafunc.definition.iter_markers()))}
     if "operators" not in marks:
         return
     wanted = [kind for kind in metafunc.config.getoption("--backend") or BACKENDS if BACKENDS[kind]]

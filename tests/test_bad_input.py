@@ -20,6 +20,8 @@ SCORES = torch.zeros(3, 7)
 TOKENS = torch.tensor([6, 6, 1])
 NAN, INF = float("nan"), float("inf")
 
+HEAD = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(7, 4), "bias": torch.zeros(7)}
+
 # A call of every operator that is right
 CALLS: dict[str, dict[str, Any]] = {
     "score_entropy_loss": {"log_score": SCORES, "x_t": TOKENS, "x_0": torch.tensor([0, 1, 1]), "sigma": 0.5},
@@ -30,6 +32,9 @@ CALLS: dict[str, dict[str, Any]] = {
     "tweedie_sample": {"log_score": SCORES, "x_t": TOKENS, "dsigma": 0.5},
     "euler_probs": {"log_score": SCORES, "x_t": TOKENS, "step": 0.5},
     "euler_sample": {"log_score": SCORES, "x_t": TOKENS, "step": 0.5},
+    "linear_score_entropy_loss": {**HEAD, "x_t": TOKENS, "x_0": torch.tensor([0, 1, 1]), "sigma": 0.5},
+    "linear_tweedie_sample": {**HEAD, "x_t": TOKENS, "dsigma": 0.5},
+    "linear_euler_sample": {**HEAD, "x_t": TOKENS, "step": 0.5},
 }
 
 
@@ -79,8 +84,36 @@ WRONG_GRAPH = [
     ("absorbing", TypeError, "str"),
     (None, TypeError, "NoneType"),
 ]
+WRONG_OPTION = [
+    (0, ValueError, r"\b0"),
+    (-1.0, ValueError, r"-1\.0"),
+    (NAN, ValueError, "nan"),
+    (INF, ValueError, "inf"),
+]
 WRONG = {
     "log_score": WRONG_LOG_SCORE,
+    "hidden": [
+        ([[0.0] * 4] * 3, TypeError, "list"),
+        (torch.zeros(3, 4).long(), TypeError, r"torch\.int64"),
+        (torch.zeros(3, 4).double(), TypeError, r"torch\.float64"),
+        (torch.zeros(3, 5), ValueError, r"\[3, 5\]"),
+        (torch.tensor(0.0), ValueError, r"\[\]"),
+    ],
+    "weight": [
+        (None, TypeError, "NoneType"),
+        (torch.zeros(7, 4).int(), TypeError, r"torch\.int32"),
+        (torch.zeros(8, 4), ValueError, r"\[8, 4\]"),
+        (torch.zeros(7), ValueError, r"\[7\]"),
+    ],
+    "bias": [
+        (0.0, TypeError, "float"),
+        (torch.zeros(7).double(), TypeError, r"torch\.float64"),
+        (torch.zeros(8), ValueError, r"\[8\]"),
+    ],
+    "buffer_bytes": [(0, ValueError, r"\b0"), (2.5, ValueError, r"2\.5")],
+    "temperature": WRONG_OPTION,
+    "top_p": [*WRONG_OPTION, (1.5, ValueError, r"1\.5")],
+    "loss_weight": WRONG_SHIFT,
     "x_t": [*WRONG_TOKENS, (TOKENS[:2], ValueError, r"\[3\].*\[2\]"), (TOKENS[None], ValueError, r"\[3\].*\[1, 3\]")],
     "x_0": WRONG_TOKENS,
     "x": WRONG_TOKENS,
@@ -99,6 +132,9 @@ OPTIONS = {
     "tweedie_sample": ["log_score_shift", "generator"],
     "euler_probs": ["log_score_shift"],
     "euler_sample": ["log_score_shift", "generator"],
+    "linear_score_entropy_loss": ["log_score_shift", "loss_weight", "reduction", "buffer_bytes"],
+    "linear_tweedie_sample": ["log_score_shift", "generator", "temperature", "top_p", "buffer_bytes"],
+    "linear_euler_sample": ["log_score_shift", "generator", "temperature", "top_p", "buffer_bytes"],
 }
 
 

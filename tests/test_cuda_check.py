@@ -143,6 +143,21 @@ def test_names(check: Any, mangled: str, expected: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("stem", "mangled", "key"),
+    [
+        ("score_entropy", "_ZN1x811tile_kernelILb1ELNS_7ProcessE0EfEEvNS_1PE", "score_entropy.tile_kernel<true>"),
+        ("score_entropy", "_ZN1x819tile_numbers_kernelILNS_7ProcessE0EfEEvNS_1PE", "score_entropy.tile_numbers_kernel"),
+        ("reverse", "_ZN1x811tile_kernelILNS_7ProcessE2ENS_4HalfEEEvNS_1PEii", "reverse.tile_kernel"),
+    ],
+)
+def test_kernels_of_one_name_have_their_own_bounds(check: Any, stem: str, mangled: str, key: str) -> None:
+    log = PTXAS.replace("_ZN4sedd1cu13sample_kernelENS_16TransitionParamsE", mangled)
+    (*_, kernel) = check.kernels_of(stem, 90, log, "")
+    assert kernel.key == key
+    assert key in check.BOUNDS
+
+
+@pytest.mark.parametrize(
     ("arch", "threads", "registers", "shared", "warps"),
     [
         (90, 256, 64, 0, 32),  # 2,048 registers a warp: 8 warps a quarter, 4 blocks

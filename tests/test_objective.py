@@ -33,12 +33,13 @@ def text(batch=4, length=6):
     return torch.randint(N_VOCAB, (batch, length), generator=seeded())
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
-def test_loss_and_gradient_equal_the_dense_formulation(graph):
+def test_loss_and_gradient_equal_the_dense_formulation(graph, fused):
     """σ(t) Σ L over every position, from the full [B, L, N] log-scores of the model's own forward()."""
     model = build(graph)
     x_0, t = text(), torch.tensor([0.03, 0.4, 0.8, 1.0], dtype=torch.float64)
-    loss = score_entropy(model, x_0, t, graph, SCHEDULE, generator=seeded())
+    loss = score_entropy(model, x_0, t, graph, SCHEDULE, scale=0.5, fused=fused, generator=seeded())
     assert loss.shape == (4,)
     assert loss.dtype == torch.float32
     loss.sum().backward()
@@ -47,7 +48,8 @@ def test_loss_and_gradient_equal_the_dense_formulation(graph):
     model.zero_grad()
     sigma = SCHEDULE.total(t)
     x_t = sample_transition(x_0, sigma[:, None], graph, generator=seeded())
-    dense = reference.score_entropy_loss(model(x_t, sigma), x_t, x_0, sigma[:, None], graph).sum(-1) * SCHEDULE.rate(t)
+    dense = reference.score_entropy_loss(model(x_t, sigma), x_t, x_0, sigma[:, None], graph).sum(-1)
+    dense = 0.5 * dense * SCHEDULE.rate(t)
     torch.testing.assert_close(loss, dense.float(), rtol=2e-5, atol=1e-5)
     dense.sum().backward()
     for name, parameter in model.named_parameters():

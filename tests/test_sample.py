@@ -1,11 +1,13 @@
 """Sampler: reproduces a known distribution, infills around given tokens, leaves the model as it was."""
 
+import math
+
 import pytest
 import torch
-from scipy.stats import chisquare
+from scipy.stats import chi2_contingency, chisquare
 from toy import P_0, VOCABULARY, TrueScore
 
-from sedd.model import SEDD
+from sedd.model import SEDD, ModelConfig
 from sedd.sample import SAMPLERS, sample
 from sedd.schedule import get_schedule
 from sedd_ext import Absorbing, Hybrid, Uniform
@@ -113,6 +115,103 @@ def test_head_runs_on_masked_positions_only_and_the_model_rests_when_none_is_lef
     assert model.rows_scored == sorted(model.rows_scored, reverse=True)
     assert model.rows_scored[-1] > 0
     assert len(model.rows_scored) < 201
+
+
+class Counting(TrueScore):
+    """Absorbing diffusion of text of one token: the network needs no time, and counts the sequences it is shown."""
+
+    def __init__(self, graph, time_conditioning):
+        super().__init__(graph, torch.tensor([1.0]))
+        self.time_conditioning = time_conditioning
+        self.sequences = []
+
+    def hidden(self, x_t, sigma):
+        self.sequences.append(len(x_t))
+        return super().hidden(x_t, torch.ones(1))
+
+    def log_score_shift(self, sigma):
+        return torch.expm1(sigma).log() - math.log(math.expm1(1.0))
+
+
+def test_finished_sequences_leave_the_batch():
+    graph = Absorbing(3)
+    model = Counting(graph, time_conditioning=True)
+    where = torch.ones(4, 30, dtype=torch.bool)
+    where[0] = False  # one sequence with much to do, three with one position each
+    where[1:, 0] = False
+    tokens = torch.zeros(30, dtype=torch.int64)
+    sample(model, graph, SCHEDULE, batch=4, length=30, steps=50, fixed=(tokens, where), generator=seeded())
+    assert model.sequences[0] == 4
+    assert model.sequences[-1] == 1
+    assert model.sequences == sorted(model.sequences, reverse=True)
+
+
+def test_a_network_without_time_rests_while_nothing_changes():
+    """Of 400 steps over 8 positions, only those after a change take a function evaluation; the text is the same."""
+    graph, texts, evaluations = Absorbing(3), [], []
+    for time_conditioning in (True, False):
+        model = Counting(graph, time_conditioning)
+        texts.append(sample(model, graph, SCHEDULE, batch=3, length=8, steps=400, generator=seeded()))
+        evaluations.append(sum(model.sequences))
+    assert torch.equal(*texts)
+    assert evaluations[0] > 600
+    assert evaluations[1] <= 3 * 8
+
+
+def build(graph, **options):
+    torch.manual_seed(0)
+    config = ModelConfig(hidden_size=16, n_blocks=1, n_heads=2, cond_dim=8, length=12, dropout=0.0, **options)
+    model = SEDD(config, graph)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_fused_sampler_has_the_law_of_the_unfused_one(name):
+    """One step of a real network: the frequencies of all tokens at a position, compared by a chi-square test."""
+    graph = GRAPHS[name]
+    model = build(graph)
+    where = torch.arange(3) > 0
+    start = (torch.tensor([0, 1, 2]), where)
+    counts = [
+        sample(
+            model,
+            graph,
+            SCHEDULE,
+            batch=20_000,
+            length=3,
+            steps=1,
+            fixed=start,
+            fused=fused,
+            generator=seeded(int(fused)),
+        )[:, 0].bincount(minlength=graph.dim)
+        for fused in (True, False)
+    ]
+    seen = torch.stack(counts).numpy()
+    assert chi2_contingency(seen[:, seen.sum(0) > 0]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_low_temperature_writes_the_likeliest_tokens(fused):
+    graph = GRAPHS["absorbing"]
+    model = build(graph)
+    options = {"batch": 2, "length": 12, "steps": 1, "fused": fused}
+    cold = [sample(model, graph, SCHEDULE, temperature=1e-3, generator=seeded(1), **options) for _ in range(2)]
+    # positions that changed at t = 1 took the likeliest token, whatever the random numbers
+    narrow = sample(model, graph, SCHEDULE, top_p=1e-6, generator=seeded(1), **options)
+    assert torch.equal(*cold)
+    assert torch.equal(cold[0], narrow)
+
+
+def test_time_conditioning_is_all_that_sigma_does():
+    graph = GRAPHS["absorbing"]
+    x = torch.randint(VOCABULARY, (2, 12), generator=seeded())
+    for told in (True, False):
+        model = build(graph, time_conditioning=told)
+        early, late = (model.hidden(x, torch.full((2,), s)) for s in (0.1, 3.0))
+        assert torch.equal(early, late) is not told
+        torch.testing.assert_close(model.hidden(x, torch.tensor([0.1])), early)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

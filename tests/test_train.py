@@ -83,13 +83,24 @@ def test_the_loss_falls(make_config: MakeConfig, graph: Any, precision: Any) -> 
     assert sum(values[-10:]) < 0.8 * sum(values[:10])
 
 
+@pytest.mark.parametrize("changes", [{"fused_head": False}, {"compile": True}], ids=str)
+def test_the_same_losses_without_the_fused_head_and_compiled(make_config: MakeConfig, changes: dict[str, bool]) -> None:
+    torch.compiler.reset()
+    runs = []
+    for extra in ({}, changes):
+        config = make_config(run_dir=f"{make_config().run_dir}-{len(runs)}", steps=4, precision="fp32", **extra)
+        Trainer(config).run()
+        runs.append(losses(config.run_dir))
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
+
+
 def test_a_step_is_adamw_with_warmup_clipping_and_ema(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a plain statement of the same algorithm, on a loss without noise."""
 
     weights = torch.randn(257 + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
-    def plain_loss(model: Any, x_0: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return (model.head(model.hidden(x_0, torch.ones(len(x_0)).double())) + weights).square().sum((1, 2))
+    def plain_loss(model: Any, x_0: torch.Tensor, *_: Any, scale: float = 1.0, **__: Any) -> torch.Tensor:
+        return scale * (model.head(model.hidden(x_0, torch.ones(len(x_0)).double())) + weights).square().sum((1, 2))
 
     monkeypatch.setitem(OBJECTIVES, "score_entropy", plain_loss)
     no_dropout = ModelOptions(hidden_size=16, n_blocks=1, n_heads=2, cond_dim=8, length=16, dropout=0.0)

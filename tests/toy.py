@@ -23,6 +23,7 @@ class TrueScore(nn.Module):
         self.graph, self.shift = graph, shift
         self.p_0 = torch.zeros(graph.dim, dtype=torch.float64)
         self.p_0[: len(p_0)] = p_0
+        self.time_conditioning = True
         self.rows_scored: list[int] = []
         self.modes: list[bool] = []
 
@@ -38,6 +39,9 @@ class TrueScore(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         self.rows_scored.append(hidden.shape[:-1].numel())
         return hidden
+
+    def head_parameters(self) -> None:
+        """The head is no matrix."""
 
     def log_score_shift(self, sigma: Tensor) -> Tensor | None:
         return None if self.shift is None else torch.full_like(sigma, self.shift)

@@ -16,8 +16,10 @@ SEDD_HD double to_uniform53(uint32_t high, uint32_t low) {
     return static_cast<double>(bits) * (1.0 / 9007199254740992.0);
 }
 
-SEDD_HD Uniforms row_uniforms(uint64_t seed, uint64_t row) {
-    uint32_t c0 = static_cast<uint32_t>(row), c1 = static_cast<uint32_t>(row >> 32), c2 = 0, c3 = 0;
+// `draw` counts the draws of a row that takes several.
+SEDD_HD Uniforms row_uniforms(uint64_t seed, uint64_t row, uint64_t draw = 0) {
+    uint32_t c0 = static_cast<uint32_t>(row), c1 = static_cast<uint32_t>(row >> 32);
+    uint32_t c2 = static_cast<uint32_t>(draw), c3 = static_cast<uint32_t>(draw >> 32);
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round) {
         const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0;

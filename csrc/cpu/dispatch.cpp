@@ -7,8 +7,11 @@
 namespace sedd {
 namespace {
 
-#define SEDD_TABLE(isa) \
-    KernelTable { #isa, isa::score_entropy, isa::score_entropy_backward, isa::reverse_probs, isa::reverse_sample }
+#define SEDD_TABLE(isa)                                                                                     \
+    KernelTable {                                                                                           \
+        #isa, isa::score_entropy, isa::score_entropy_backward, isa::score_entropy_tile, isa::reverse_probs, \
+            isa::reverse_sample, isa::reverse_tile                                                          \
+    }
 
 bool runs_here(const char* isa) {
 #if defined(SEDD_X86)
@@ -45,9 +48,9 @@ std::atomic<const KernelTable*>& current() {
 }
 
 template <class Params>
-Status launch(RowKernel<Params> kernel, const Params& p, int64_t scratch_bytes, int threads) {
+Status launch(RowKernel<Params> kernel, const Params& p, int64_t width, int64_t scratch_bytes, int threads) {
     return parallel_rows(
-        p.rows, p.dim, scratch_bytes, threads,
+        p.rows, width, scratch_bytes, threads,
         [&](int64_t begin, int64_t end, void* scratch, Status& status) { kernel(p, begin, end, scratch, status); });
 }
 
@@ -74,21 +77,29 @@ bool select_isa(const char* name) {
 }
 
 Status score_entropy_cpu(const ScoreEntropyParams& p, int threads) {
-    return launch(kernels().score_entropy(p.dtype, p.process), p, 0, threads);
+    return launch(kernels().score_entropy(p.dtype, p.process), p, p.dim, 0, threads);
 }
 
 Status score_entropy_backward_cpu(const ScoreEntropyParams& p, int threads) {
-    return launch(kernels().score_entropy_backward(p.dtype, p.process), p, 0, threads);
+    return launch(kernels().score_entropy_backward(p.dtype, p.process), p, p.dim, 0, threads);
+}
+
+Status score_entropy_tile_cpu(const ScoreEntropyTileParams& p, int threads) {
+    return launch(kernels().score_entropy_tile(p.dtype, p.process), p, p.width, 0, threads);
 }
 
 Status reverse_probs_cpu(const ReverseParams& p, int threads) {
-    return launch(kernels().reverse_probs(p.dtype, p.process), p, 0, threads);
+    return launch(kernels().reverse_probs(p.dtype, p.process), p, p.dim, 0, threads);
 }
 
 Status reverse_sample_cpu(const ReverseParams& p, int threads) {
-    const int64_t element = p.dtype == DType::float64 ? 8 : 4;
-    const int64_t num_blocks = (p.dim + kReverseBlock - 1) / kReverseBlock;
-    return launch(kernels().reverse_sample(p.dtype, p.process), p, num_blocks * 8 + p.dim * element, threads);
+    const int64_t scratch = reverse_blocks(p.dim) * 8 + p.dim * (p.dtype == DType::float64 ? 8 : 4);
+    return launch(kernels().reverse_sample(p.dtype, p.process), p, p.dim, scratch, threads);
+}
+
+Status reverse_tile_cpu(const ReverseTileParams& p, int threads) {
+    const int64_t scratch = reverse_blocks(p.width) * 8 + kReverseBlock * 8;
+    return launch(kernels().reverse_tile(p.dtype, p.process), p, p.width, scratch, threads);
 }
 
 }  // namespace sedd

@@ -14,16 +14,20 @@ struct KernelTable {
     const char* isa;
     RowKernel<ScoreEntropyParams> (*score_entropy)(DType, Process);
     RowKernel<ScoreEntropyParams> (*score_entropy_backward)(DType, Process);
+    RowKernel<ScoreEntropyTileParams> (*score_entropy_tile)(DType, Process);
     RowKernel<ReverseParams> (*reverse_probs)(DType, Process);
     RowKernel<ReverseParams> (*reverse_sample)(DType, Process);
+    RowKernel<ReverseTileParams> (*reverse_tile)(DType, Process);
 };
 
 #define SEDD_DECLARE_KERNELS(isa)                                         \
     namespace isa {                                                       \
     RowKernel<ScoreEntropyParams> score_entropy(DType, Process);          \
     RowKernel<ScoreEntropyParams> score_entropy_backward(DType, Process); \
+    RowKernel<ScoreEntropyTileParams> score_entropy_tile(DType, Process); \
     RowKernel<ReverseParams> reverse_probs(DType, Process);               \
     RowKernel<ReverseParams> reverse_sample(DType, Process);              \
+    RowKernel<ReverseTileParams> reverse_tile(DType, Process);            \
     }
 
 SEDD_DECLARE_KERNELS(baseline)
@@ -39,6 +43,7 @@ bool select_isa(const char* name);
 
 // Blocks whose sums a sampler keeps: it looks a second time at one block only.
 constexpr int64_t kReverseBlock = 512;
+static inline int64_t reverse_blocks(int64_t dim) { return (dim + kReverseBlock - 1) / kReverseBlock; }
 
 // The first fault wins, by row, whatever thread found it.
 static inline void report(Status& status, Fault fault, int64_t row) {

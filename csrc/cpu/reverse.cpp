@@ -115,7 +115,8 @@ int64_t find(const Real* weights, int64_t n, double share) {
 }
 
 // Checks a row; false if it is bad (reported).
-inline bool enter(const ReverseParams& p, int64_t row, Status& status) {
+template <class Params>
+inline bool enter(const Params& p, int64_t row, Status& status) {
     const Fault fault = reverse_fault(p, row);
     if (fault != Fault::none) report(status, fault, row);
     return fault == Fault::none;
@@ -172,12 +173,25 @@ void probs_rows(const ReverseParams& p, int64_t begin, int64_t end, void*, Statu
     }
 }
 
+// The block that the target falls on; what of the target lies on it stays. Where rounding lets it past the end, it is
+// the end of the last block with any weight.
+inline int64_t pick_block(const double* blocks, int64_t count, double& target) {
+    int64_t last = 0;
+    for (int64_t k = 0; k < count; ++k) {
+        if (blocks[k] > 0.0) last = k;
+        if (target < blocks[k]) return k;
+        target -= blocks[k];
+    }
+    target = blocks[last];
+    return last;
+}
+
 template <Process P, class T>
 void sample_rows(const ReverseParams& p, int64_t begin, int64_t end, void* scratch, Status& status) {
     using Real = Compute<T>;
     const Real* stationary = static_cast<const Real*>(p.stationary);
     double* blocks = static_cast<double*>(scratch);
-    Real* scores = reinterpret_cast<Real*>(blocks + (p.dim + kReverseBlock - 1) / kReverseBlock);
+    Real* scores = reinterpret_cast<Real*>(blocks + reverse_blocks(p.dim));
     int64_t* out = static_cast<int64_t*>(p.out);
     for (int64_t i = begin; i < end; ++i) {
         if (!enter(p, i, status)) continue;
@@ -225,16 +239,7 @@ void sample_rows(const ReverseParams& p, int64_t begin, int64_t end, void* scrat
         // x lies first on the axis of the weights, then the blocks.
         double target = row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(i)).first * total - self;
         if (target < 0.0 || weights == 0.0) continue;
-        int64_t k = 0, last = 0;
-        for (; k < num_blocks; ++k) {
-            if (blocks[k] > 0.0) last = k;
-            if (target < blocks[k]) break;
-            target -= blocks[k];
-        }
-        if (k == num_blocks) {  // rounding let the target past the end: the last block with any weight
-            k = last;
-            target = blocks[k];
-        }
+        const int64_t k = pick_block(blocks, num_blocks, target);
         const int64_t b = k * kReverseBlock, stop = block_end(b, p.dim);
         if (linear) {
             sum_scores<true>(l, b, stop, x, shift, scores);
@@ -242,6 +247,67 @@ void sample_rows(const ReverseParams& p, int64_t begin, int64_t end, void* scrat
             sum_weights<P, true>(scores, stationary, b, stop, drain);
         }
         out[i] = b + find(scores + b, stop - b, target / blocks[k]);
+    }
+}
+
+template <Process P, class T>
+void tile_rows(const ReverseTileParams& p, int64_t begin, int64_t end, void* scratch, Status& status) {
+    using Real = Compute<T>;
+    const Real* stationary = static_cast<const Real*>(p.stationary);
+    const bool first = p.first == 0, last = p.first + p.width == p.dim;
+    const int64_t num_blocks = reverse_blocks(p.width);
+    double* blocks = static_cast<double*>(scratch);
+    Real* scores = reinterpret_cast<Real*>(blocks + num_blocks);  // of one block
+    for (int64_t i = begin; i < end; ++i) {
+        if (!enter(p, i, status)) continue;
+        const int64_t x = p.x_t[i];
+        const double pi_x = stationary_at(P, stationary, p.dim, x);
+        if (pi_x == 0.0) {
+            p.out[i] = x;
+            if (x == p.forbidden) report(status, Fault::total, i);
+            continue;
+        }
+        ReverseDraw& draw = p.draws[i];
+        if (first) draw = {draw.others, draw.drain, 0.0, 0.0, -1};
+        const T* l = static_cast<const T*>(p.log_score) + i * p.width;
+        const Real shift = p.shift != nullptr ? static_cast<Real>(p.shift[i]) : Real(0);
+        const Real drain = p.sweep == 0 ? Real(0) : static_cast<Real>(draw.drain);
+        // Σ w_y of a block, or Σ s_y in the first sweep; with keep, its terms are left in `scores`
+        const auto sum_block = [&](int64_t k, auto keep) {
+            const int64_t b = k * kReverseBlock, n = block_end(b, p.width) - b, place = p.first + b;
+            if (p.sweep == 0) return sum_scores<keep.value != 0>(l + b, 0, n, x - place, shift, scores);
+            sum_scores<true>(l + b, 0, n, x - place, shift, scores);
+            if (place <= p.forbidden && p.forbidden < place + n) scores[p.forbidden - place] = Real(0);
+            return sum_weights<P, keep.value != 0>(scores, P == Process::rank_one ? stationary + place : nullptr, 0, n,
+                                                   drain);
+        };
+        double sum = 0.0;
+        for (int64_t k = 0; k < num_blocks; ++k) sum += blocks[k] = sum_block(k, Count<0>{});
+        draw.total += sum;
+        double target = tile_target(p, i, draw.total);
+        if (target < sum) {
+            const int64_t k = pick_block(blocks, num_blocks, target);
+            const double block = sum_block(k, Count<1>{});
+            const int64_t y = find(scores, block_end(k * kReverseBlock, p.width) - k * kReverseBlock, target / block);
+            draw.token = p.first + k * kReverseBlock + y;
+            draw.score = scores[y];
+        }
+        if (!last) continue;
+        const double pi_y = draw.token >= 0 ? stationary_at(P, stationary, p.dim, draw.token) : 0.0;
+        p.out[i] = finish_draw(p, i, draw, pi_x, pi_y);
+        if (p.out[i] == -1) report(status, Fault::total, i);
+    }
+}
+
+template <class T>
+RowKernel<ReverseTileParams> pick_tile(Process process) {
+    switch (process) {
+        case Process::absorbing:
+            return tile_rows<Process::absorbing, T>;
+        case Process::uniform:
+            return tile_rows<Process::uniform, T>;
+        default:
+            return tile_rows<Process::rank_one, T>;
     }
 }
 
@@ -274,5 +340,18 @@ RowKernel<ReverseParams> pick(DType dtype, Process process, bool sample) {
 
 RowKernel<ReverseParams> reverse_probs(DType dtype, Process process) { return pick(dtype, process, false); }
 RowKernel<ReverseParams> reverse_sample(DType dtype, Process process) { return pick(dtype, process, true); }
+
+RowKernel<ReverseTileParams> reverse_tile(DType dtype, Process process) {
+    switch (dtype) {
+        case DType::float32:
+            return pick_tile<float>(process);
+        case DType::float64:
+            return pick_tile<double>(process);
+        case DType::bfloat16:
+            return pick_tile<BFloat16>(process);
+        default:
+            return pick_tile<Half>(process);
+    }
+}
 
 }  // namespace sedd::SEDD_ISA

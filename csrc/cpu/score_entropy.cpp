@@ -67,6 +67,70 @@ void add_sums(Sums& sums, const T* log_score, const Real* stationary, int64_t be
     }
 }
 
+// Adds the sums over kCount vectors and puts factor s_y - offset π_y in the place of ℓ_y.
+template <Process P, int kCount, class T, class Real, class Vec>
+inline void turn_vectors(Vec* scores, Vec* dot, T* log_score, const Real* stationary, int64_t y, Vec shift, Vec factor,
+                         Vec offset) {
+    constexpr bool ordered = P == Process::rank_one;
+    Vec l[kCount], drop[kCount];
+    load_vectors<ordered>(log_score + y, l);
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) l[k] -= shift;
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) {
+        drop[k] = offset;
+        if constexpr (P == Process::uniform) dot[k] += l[k];
+        if constexpr (P == Process::rank_one) {
+            const Vec pi = load(stationary + y + k * Lanes<Real>::width);
+            dot[k] += where_nonzero(pi, pi * l[k]);
+            drop[k] *= pi;
+        }
+    }
+    exp_lanes(l);
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) {
+        scores[k] += l[k];
+        l[k] *= factor;
+        if constexpr (P != Process::absorbing) l[k] -= drop[k];
+    }
+    store_vectors<ordered>(log_score + y, l);
+}
+
+// The same over [begin, end).
+template <Process P, class T, class Real = Compute<T>>
+void turn(Sums& sums, T* log_score, const Real* stationary, int64_t begin, int64_t end, Real shift, Real factor,
+          Real offset) {
+    using Vec = typename Lanes<Real>::Vec;
+    constexpr int width = Lanes<Real>::width;
+    const Vec shifts = broadcast(shift), factors = broadcast(factor), offsets = broadcast(offset);
+    for (int64_t block = begin; block < end; block += kBlock) {
+        const int64_t stop = block + kBlock < end ? block + kBlock : end;
+        Vec scores[kUnroll] = {}, dot[kUnroll] = {};
+        int64_t y = block;
+        for (; y + kUnroll * width <= stop; y += kUnroll * width) {
+            turn_vectors<P, kUnroll>(scores, dot, log_score, stationary, y, shifts, factors, offsets);
+        }
+        for (; y + width <= stop; y += width) {
+            turn_vectors<P, 1>(scores, dot, log_score, stationary, y, shifts, factors, offsets);
+        }
+        if (y < stop) {
+            const int64_t n = stop - y;
+            const Vec s = exp_lanes(load_partial(log_score + y, n, -__builtin_inff()) - shifts);
+            Vec gradient = factors * s;
+            scores[1] += s;
+            if constexpr (P == Process::uniform) {
+                dot[1] += load_partial(log_score + y, n, static_cast<float>(shift)) - shifts;
+                gradient -= offsets;
+            }
+            if constexpr (P == Process::rank_one) {
+                const Vec pi = load_partial(stationary + y, n, 0.0f);
+                dot[1] += where_nonzero(pi, pi * (load_partial(log_score + y, n, 0.0f) - shifts));
+                gradient -= offsets * pi;
+            }
+            store_partial(log_score + y, gradient, n);
+        }
+        sums.scores += sum_lanes((scores[0] + scores[1]) + (scores[2] + scores[3]));
+        if (P != Process::absorbing) sums.dot += sum_lanes((dot[0] + dot[1]) + (dot[2] + dot[3]));
+    }
+}
+
 // out_y = factor s_y - offset π_y over kCount vectors from y on, where a constant π is part of the offset already.
 template <Process P, int kCount, class T, class Real, class Vec>
 inline void write_vectors(T* out, const T* log_score, const Real* stationary, int64_t y, Vec shift, Vec factor,
@@ -111,10 +175,10 @@ void write_gradient(T* out, const T* log_score, const Real* stationary, int64_t 
 }
 
 // Checks a row and finds its numbers. Rows of one sequence share σ, and with it, but for a vector π, everything else.
-template <Process P, class Real>
+template <Process P, class Real, class Params>
 class Rows {
   public:
-    explicit Rows(const ScoreEntropyParams& p) : p_(p), stationary_(static_cast<const Real*>(p.stationary)) {}
+    explicit Rows(const Params& p) : p_(p), stationary_(static_cast<const Real*>(p.stationary)) {}
 
     // False if the row is bad, with the fault reported.
     bool enter(int64_t row, Status& status) {
@@ -144,7 +208,7 @@ class Rows {
     ScoreEntropyRow numbers{};
 
   private:
-    const ScoreEntropyParams& p_;
+    const Params& p_;
     const Real* stationary_;
     double sigma_[2] = {-1.0, -1.0};
     ScoreEntropyRow numbers_[2] = {};
@@ -155,7 +219,7 @@ void forward_rows(const ScoreEntropyParams& p, int64_t begin, int64_t end, void*
     using Real = Compute<T>;
     const Real* stationary = static_cast<const Real*>(p.stationary);
     Real* loss = static_cast<Real*>(p.out);
-    Rows<P, Real> row(p);
+    Rows<P, Real, ScoreEntropyParams> row(p);
     for (int64_t i = begin; i < end; ++i) {
         if (!row.enter(i, status)) continue;
         if (row.pi_x == 0.0) {
@@ -177,7 +241,7 @@ template <Process P, class T>
 void backward_rows(const ScoreEntropyParams& p, int64_t begin, int64_t end, void*, Status& status) {
     using Real = Compute<T>;
     const Real* stationary = static_cast<const Real*>(p.stationary);
-    Rows<P, Real> row(p);
+    Rows<P, Real, ScoreEntropyParams> row(p);
     for (int64_t i = begin; i < end; ++i) {
         if (!row.enter(i, status)) continue;
         const T* l = static_cast<const T*>(p.log_score) + i * p.dim;
@@ -199,6 +263,72 @@ void backward_rows(const ScoreEntropyParams& p, int64_t begin, int64_t end, void
         write_one(out + row.x, 0.0);
         write(row.x + 1, p.dim);
         if (row.x != row.x_0) write_one(out + row.x_0, gradient.at_x_0);
+    }
+}
+
+template <Process P, class T>
+void tile_rows(const ScoreEntropyTileParams& p, int64_t begin, int64_t end, void*, Status& status) {
+    using Real = Compute<T>;
+    const Real* stationary = static_cast<const Real*>(p.stationary);
+    if (P == Process::rank_one) stationary += p.first;
+    Rows<P, Real, ScoreEntropyTileParams> row(p);
+    for (int64_t i = begin; i < end; ++i) {
+        ScoreEntropySweep& sweep = p.sweeps[i];
+        if (p.first == 0) {
+            if (!row.enter(i, status)) continue;
+            sweep = {};
+            if (row.pi_x != 0.0) sweep.row = row.numbers;
+        }
+        T* l = static_cast<T*>(p.log_score) + i * p.width;
+        const int64_t x = p.x_t[i] - p.first, x_0 = p.x_0[i] - p.first;
+        const bool has_x = 0 <= x && x < p.width, has_x_0 = 0 <= x_0 && x_0 < p.width;
+        const double shift = p.shift != nullptr ? p.shift[i] : 0.0;
+        if (has_x_0) sweep.log_score_x_0 = read_one(l + x_0) - shift;
+        Sums sums;
+        const auto add = [&](int64_t from, int64_t to) {
+            if (p.grad_loss == nullptr) {
+                add_sums<P>(sums, l, stationary, from, to, static_cast<Real>(shift));
+            } else {
+                const double factor = p.grad_loss[i] * sweep.row.weight;
+                const double offset = factor * sweep.row.slope * (P == Process::uniform ? sweep.row.weight : 1.0);
+                turn<P>(sums, l, stationary, from, to, static_cast<Real>(shift), static_cast<Real>(factor),
+                        static_cast<Real>(offset));
+            }
+        };
+        if (sweep.row.weight == 0.0) {
+            if (p.grad_loss != nullptr) memset(l, 0, sizeof(T) * static_cast<size_t>(p.width));
+        } else {
+            add(0, has_x ? x : p.width);
+            if (has_x) add(x + 1, p.width);
+            sweep.scores += sums.scores;
+            sweep.dot += sums.dot;
+            if (p.grad_loss != nullptr) {
+                if (has_x) write_one(l + x, 0.0);
+                if (has_x_0 && x != x_0) {
+                    const double pi = stationary_at(P, static_cast<const Real*>(p.stationary), p.dim, p.x_0[i]);
+                    write_one(l + x_0,
+                              score_entropy_gradient(sweep.row, p.grad_loss[i], sweep.log_score_x_0, pi).at_x_0);
+                }
+            }
+        }
+        if (p.first + p.width < p.dim) continue;
+        const double dot = P == Process::uniform ? sweep.dot / static_cast<double>(p.dim) : sweep.dot;
+        static_cast<Real*>(p.out)[i] =
+            sweep.row.weight == 0.0
+                ? Real(0)
+                : static_cast<Real>(score_entropy_value(sweep.row, sweep.scores, dot, sweep.log_score_x_0));
+    }
+}
+
+template <class T>
+RowKernel<ScoreEntropyTileParams> pick_tile(Process process) {
+    switch (process) {
+        case Process::absorbing:
+            return tile_rows<Process::absorbing, T>;
+        case Process::uniform:
+            return tile_rows<Process::uniform, T>;
+        default:
+            return tile_rows<Process::rank_one, T>;
     }
 }
 
@@ -232,6 +362,19 @@ RowKernel<ScoreEntropyParams> pick(DType dtype, Process process, bool backward) 
 RowKernel<ScoreEntropyParams> score_entropy(DType dtype, Process process) { return pick(dtype, process, false); }
 RowKernel<ScoreEntropyParams> score_entropy_backward(DType dtype, Process process) {
     return pick(dtype, process, true);
+}
+
+RowKernel<ScoreEntropyTileParams> score_entropy_tile(DType dtype, Process process) {
+    switch (dtype) {
+        case DType::float32:
+            return pick_tile<float>(process);
+        case DType::float64:
+            return pick_tile<double>(process);
+        case DType::bfloat16:
+            return pick_tile<BFloat16>(process);
+        default:
+            return pick_tile<Half>(process);
+    }
 }
 
 }  // namespace sedd::SEDD_ISA

@@ -29,18 +29,22 @@ void bind_cuda(py::module_& m) {
     using Address = uintptr_t;
     m.def("score_entropy_cuda", bind_score_entropy<Cuda<score_entropy_cuda>, Address, Address, int>);
     m.def("score_entropy_backward_cuda", bind_score_entropy<Cuda<score_entropy_backward_cuda>, Address, Address, int>);
+    m.def("score_entropy_tile_cuda", bind_score_entropy_tile<Cuda<score_entropy_tile_cuda>, Address, Address, int>);
     m.def("transition_column_cuda", bind_transition<Cuda<transition_column_cuda>, Address, Address, int>);
     m.def("transition_row_cuda", bind_transition<Cuda<transition_row_cuda>, Address, Address, int>);
     m.def("sample_transition_cuda", bind_transition<Cuda<sample_transition_cuda>, Address, Address, int>);
     m.def("reverse_probs_cuda", bind_reverse<Cuda<reverse_probs_cuda>, Address, Address, int>);
     m.def("reverse_sample_cuda", bind_reverse<Cuda<reverse_sample_cuda>, Address, Address, int>);
+    m.def("reverse_tile_cuda", bind_reverse_tile<Cuda<reverse_tile_cuda>, Address, Address, int>);
     m.def("score_entropy_workspace", workspace<score_entropy_workspace>);
     m.def("score_entropy_backward_workspace", workspace<score_entropy_backward_workspace>);
+    m.def("score_entropy_tile_workspace", workspace<score_entropy_tile_workspace>);
     m.def("transition_column_workspace", workspace<transition_workspace>);
     m.def("transition_row_workspace", workspace<transition_workspace>);
     m.def("sample_transition_workspace", workspace<none>);
     m.def("reverse_probs_workspace", workspace<reverse_workspace>);
     m.def("reverse_sample_workspace", workspace<reverse_workspace>);
+    m.def("reverse_tile_workspace", workspace<none>);
 }
 
 }  // namespace sedd

@@ -30,14 +30,14 @@ constexpr int kMaxWarps = 24;       // of a block: 80 registers a thread, where 
 constexpr int64_t kFewRows = 1024;  // so many blocks of 8 warps fill 132 multiprocessors
 constexpr int64_t kSharedBytes = 48 << 10;
 
-template <class Real>
-__device__ __forceinline__ Real row_shift(const ReverseParams& p, int64_t row) {
+template <class Real, class Params>
+__device__ __forceinline__ Real row_shift(const Params& p, int64_t row) {
     return p.shift != nullptr ? static_cast<Real>(p.shift[row]) : Real(0);
 }
 
 // For a valid x.
-template <class Real>
-__device__ __forceinline__ double row_pi(const ReverseParams& p, int64_t row) {
+template <class Real, class Params>
+__device__ __forceinline__ double row_pi(const Params& p, int64_t row) {
     return stationary_at(p.process, static_cast<const Real*>(p.stationary), p.dim, p.x_t[row]);
 }
 
@@ -330,7 +330,85 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     }
 }
 
+// A tile of a row: its sum joins the row's, and perhaps one of its entries becomes the one drawn. Warps of a block work
+// on the segments of a row in turn, as in step_kernel.
+template <Process P, class T>
+__global__ void __launch_bounds__(kWarps* kWarp, 1) tile_kernel(ReverseTileParams p, int segments, int row_warps) {
+    using Real = RealOf<T>;
+    SEDD_DYNAMIC_SHARED(Real, all_sums);
+    const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = lane_of();
+    const int place = warp / row_warps, first_segment = warp % row_warps;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * (kWarps / row_warps) + place;
+    Real* sums = all_sums + place * segments;
+
+    // Every warp comes to the barrier, whether its row exists and moves or not.
+    const bool exists = row < p.rows, fault = exists && reverse_fault(p, row) != Fault::none;
+    const double pi_x = exists && !fault ? row_pi<Real>(p, row) : 0.0;
+    const bool moves = pi_x > 0.0;
+    const int64_t x = exists ? p.x_t[row] : -1, x_here = x - p.first;
+    const int width = static_cast<int>(p.width), skip = 0 <= x_here && x_here < p.width ? static_cast<int>(x_here) : -1;
+    const T* log_score = static_cast<const T*>(p.log_score) + (moves ? row * p.width : 0);
+    const Real* stationary = static_cast<const Real*>(p.stationary);
+    Weights<P, Real> weights{P == Process::rank_one ? stationary + p.first : nullptr,
+                             moves ? row_shift<Real>(p, row) : Real(0), Real(0),
+                             p.sweep != 0 ? static_cast<int>(p.forbidden - p.first) : -1};
+    if (moves) {
+        if (p.sweep == 0) {
+            for (int s = first_segment; s < segments; s += row_warps) {
+                const Real sum = segment_scores(log_score, width, s, skip, weights.shift);
+                if (lane == 0) sums[s] = sum;
+            }
+        } else {
+            weights.drain = static_cast<Real>(p.draws[row].drain);
+            for (int s = first_segment; s < segments; s += row_warps) {
+                const Real sum = segment_weights(log_score, width, s, skip, weights);
+                if (lane == 0) sums[s] = sum;
+            }
+        }
+    }
+    __syncthreads();  // the segments' sums are there, and the drain has been read
+    if (!exists || first_segment != 0) return;
+    if (!moves) {
+        if (lane == 0) p.out[row] = fault || x == p.forbidden ? -1 : x;
+        return;
+    }
+    ReverseDraw draw = p.draws[row];
+    if (p.first == 0) draw = {draw.others, draw.drain, 0.0, 0.0, -1};
+    const double sum = sum_segments(sums, segments);
+    draw.total += sum;
+    const double target = tile_target(p, row, draw.total);
+    if (target < sum) {
+        const Pick pick = pick_segment(sums, segments, target);
+        const int entry = pick_entry(log_score, width, pick.segment, skip, weights, pick.share);
+        if (entry >= 0) {
+            draw.token = p.first + entry;
+            draw.score = static_cast<double>(exponential(Vector<T>::read(log_score + entry) - weights.shift));
+        }
+    }
+    __syncwarp();  // every lane has read the state
+    if (lane != 0) return;
+    if (p.first + p.width == p.dim) {
+        const double pi_y = draw.token >= 0 ? stationary_at(P, stationary, p.dim, draw.token) : 0.0;
+        p.out[row] = finish_draw(p, row, draw, pi_x, pi_y);
+    }
+    p.draws[row] = draw;
+}
+
 // ---- launchers ----
+
+template <Process P, class T>
+const char* launch_tile(const ReverseTileParams& p, const CudaLaunch& launch) {
+    const int segments = static_cast<int>(num_segments(p.width, p.dtype));
+    int row_warps = 1;
+    while (row_warps < kWarps && row_warps < segments) row_warps *= 2;
+    const int block_rows = kWarps / row_warps;
+    const int64_t shared_bytes = static_cast<int64_t>(sizeof(RealOf<T>)) * block_rows * segments;
+    if (const char* why = too_large(p.rows, p.width, p.rows)) return why;
+    if (shared_bytes > kSharedBytes) return "tiles too wide for the CUDA kernels of the reverse steps";
+    SEDD_LAUNCH((tile_kernel<P, T>), blocks_for(p.rows, block_rows), kWarps * kWarp, static_cast<size_t>(shared_bytes),
+                stream_of(launch), p, segments, row_warps);
+    return launch_error();
+}
 
 // Is there anything in a pass of its own?
 bool splits(int64_t rows, int64_t segments) { return rows <= kFewRows && segments > kWarps; }
@@ -338,6 +416,7 @@ bool splits(int64_t rows, int64_t segments) { return rows <= kFewRows && segment
 template <bool kSample, Process P, class T>
 const char* launch_typed(const ReverseParams& p, const CudaLaunch& launch) {
     using Real = RealOf<T>;
+    if (const char* why = too_large(p.rows, p.dim, p.rows)) return why;
     const Tiling tiling = tile(p.dim, p.dtype);
     const bool clamped = P != Process::absorbing && (p.kind == Step::tweedie || p.forbidden >= 0);
     const int wanted = clamped || !kSample ? kMaxWarps : kWarps;
@@ -360,14 +439,8 @@ const char* launch_typed(const ReverseParams& p, const CudaLaunch& launch) {
 
 template <bool kSample>
 const char* launch_all(const ReverseParams& p, const CudaLaunch& launch) {
-    if (p.rows == 0) return nullptr;
-    if (const char* why = too_large(p.rows, p.dim, p.rows)) return why;
-    const OnDevice device(launch.device);
-    if (device.error() != nullptr) return device.error();
-    return with_type(p.dtype, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        return with_process(p.process,
-                            [&](auto process) { return launch_typed<kSample, process.value, T>(p, launch); });
+    return on_device(p, launch, [&](auto process, auto* type) {
+        return launch_typed<kSample, process.value, std::remove_pointer_t<decltype(type)>>(p, launch);
     });
 }
 
@@ -379,6 +452,12 @@ const char* reverse_probs_cuda(const ReverseParams& p, const CudaLaunch& launch)
 
 const char* reverse_sample_cuda(const ReverseParams& p, const CudaLaunch& launch) {
     return launch_all<true>(p, launch);
+}
+
+const char* reverse_tile_cuda(const ReverseTileParams& p, const CudaLaunch& launch) {
+    return on_device(p, launch, [&](auto process, auto* type) {
+        return launch_tile<process.value, std::remove_pointer_t<decltype(type)>>(p, launch);
+    });
 }
 
 int64_t reverse_workspace(int64_t rows, int64_t dim, DType dtype) {

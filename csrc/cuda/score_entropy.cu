@@ -28,8 +28,8 @@ namespace {
 constexpr int kRowThreads = 128;  // of a block, in the kernels that work by the row
 
 // Does the row enter the sums at all?
-template <Process P, class Real>
-__device__ __forceinline__ bool is_live(const ScoreEntropyParams& p, int64_t row) {
+template <Process P, class Real, class Params>
+__device__ __forceinline__ bool is_live(const Params& p, int64_t row) {
     const int64_t x = p.x_t[row];
     return valid_token(x, p.dim) && can_move<P>(static_cast<const Real*>(p.stationary), p.dim, x);
 }
@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 }
 
 // The row's own numbers: all but the sums. Of a live row without fault.
-template <Process P, class Real>
-__device__ __forceinline__ ScoreEntropyRow row_numbers(const ScoreEntropyParams& p, int64_t row) {
+template <Process P, class Real, class Params>
+__device__ __forceinline__ ScoreEntropyRow row_numbers(const Params& p, int64_t row) {
     const Real* stationary = static_cast<const Real*>(p.stationary);
     const int64_t x = p.x_t[row], x_0 = p.x_0[row];
     return score_entropy_row(p.sigma[row], stationary_at(P, stationary, p.dim, x),
@@ -198,7 +198,165 @@ __global__ void __launch_bounds__(kWarps* kWarp)
         [&](int y, Real l) { V::write(out + y, special(y, gradient(y, l))); });
 }
 
+// ---- tiles: the sums and, in the place of the log-scores, the gradient, in one read and one write ----
+
+// The number of an entry of the row in the tile; -1 elsewhere.
+__device__ __forceinline__ int in_tile(const ScoreEntropyTileParams& p, int64_t y) {
+    return y >= p.first && y < p.first + p.width ? static_cast<int>(y - p.first) : -1;
+}
+
+// What the row's other kernels need to know: by the first tile its numbers; with each tile those of its gradient, and
+// ℓ_{x0} before the gradient takes its place. A bad row's weight is NaN.
+template <Process P, class T>
+__global__ void __launch_bounds__(kRowThreads)
+    tile_numbers_kernel(ScoreEntropyTileParams p, GradientNumbers<RealOf<T>>* numbers) {
+    using Real = RealOf<T>;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+    if (row >= p.rows) return;
+    ScoreEntropySweep sweep{};
+    const bool fault = score_entropy_fault(p, row) != Fault::none;
+    if (p.first > 0) {
+        sweep = p.sweeps[row];
+    } else {
+        if (fault) sweep.row.weight = not_a_number<double>();
+        if (!fault && is_live<P, Real>(p, row)) sweep.row = row_numbers<P, Real>(p, row);
+    }
+    const int x_0 = fault ? -1 : in_tile(p, p.x_0[row]);
+    if (x_0 >= 0) {
+        const double l = Vector<T>::read(static_cast<const T*>(p.log_score) + row * p.width + x_0);
+        sweep.log_score_x_0 = p.shift != nullptr ? l - p.shift[row] : l;
+    }
+    p.sweeps[row] = sweep;
+    if (p.grad_loss == nullptr) return;
+    const double pi_x0 = x_0 >= 0 ? stationary_at(P, static_cast<const Real*>(p.stationary), p.dim, p.x_0[row]) : 0.0;
+    const ScoreEntropyGradient g =
+        score_entropy_gradient(sweep.row, p.grad_loss[row], x_0 >= 0 ? sweep.log_score_x_0 : 0.0, pi_x0);
+    numbers[row] = {static_cast<Real>(g.factor),
+                    static_cast<Real>(P == Process::uniform ? g.offset / static_cast<double>(p.dim) : g.offset),
+                    static_cast<Real>(g.at_x_0)};
+}
+
+template <bool kGradient, Process P, class T>
+__global__ void __launch_bounds__(kWarps* kWarp)
+    tile_kernel(ScoreEntropyTileParams p, Tiling tiling, const GradientNumbers<RealOf<T>>* numbers, RealOf<T>* scores,
+                RealOf<T>* dots) {
+    using Real = RealOf<T>;
+    using V = Vector<T>;
+    constexpr int width = V::kWidth;
+    const Place place = place_of(tiling);
+    if (place.row >= p.rows || place.segment >= tiling.segments) return;
+    T* row = static_cast<T*>(p.log_score) + place.row * p.width;
+    const int entries = static_cast<int>(p.width);
+    const double weight = p.sweeps[place.row].row.weight;
+    if (!(weight > 0.0)) {  // nothing to add up
+        if constexpr (kGradient) {
+            const Real rest = weight == 0.0 ? Real(0) : not_a_number<Real>();
+            write_segment(row, entries, place.segment, [rest](int) { return rest; });
+        }
+        return;
+    }
+    const Real* stationary = P == Process::rank_one ? static_cast<const Real*>(p.stationary) + p.first : nullptr;
+    const int x = in_tile(p, p.x_t[place.row]), x_0 = kGradient ? in_tile(p, p.x_0[place.row]) : -1;
+    const Real shift = shift_of<Real>(p.shift, place.row);
+    GradientNumbers<Real> n{};
+    if constexpr (kGradient) n = numbers[place.row];
+    Real score = 0, dot = 0;
+    // Adds what the entry adds, and returns its gradient.
+    const auto term = [&](int y, Real l, Real& s, Real& d) {
+        l -= shift;
+        s = exponential(l);
+        d = l;
+        Real offset = n.offset;
+        if constexpr (P == Process::rank_one) {
+            const Real pi = stationary[y];
+            d = pi != Real(0) ? pi * l : Real(0);  // not 0 · ∞
+            offset *= pi;
+        }
+        if constexpr (P == Process::absorbing) return n.factor * s;
+        return n.factor * s - offset;
+    };
+    visit(
+        row, entries, place.segment, x,
+        [&](int y, Real(&l)[width]) {
+            Real s[width], d[width];
+#pragma unroll
+            for (int j = 0; j < width; ++j) l[j] = term(y + j, l[j], s[j], d[j]);
+            score += sum_of(s);
+            if constexpr (P != Process::absorbing) dot += sum_of(d);
+            if constexpr (kGradient) {
+                if (static_cast<unsigned>(x_0 - y) < static_cast<unsigned>(width)) {
+#pragma unroll
+                    for (int j = 0; j < width; ++j) l[j] = y + j == x_0 ? n.at_x_0 : l[j];
+                }
+                store(row + y, V::pack(l));
+            }
+        },
+        [&](int y, Real l) {
+            Real s, d;
+            const Real g = term(y, l, s, d);
+            score += s;
+            if constexpr (P != Process::absorbing) dot += d;
+            if constexpr (kGradient) V::write(row + y, y == x_0 ? n.at_x_0 : g);
+        });
+    score = warp_sum(score);
+    if constexpr (P != Process::absorbing) dot = warp_sum(dot);
+    if (lane_of() != 0) return;
+    if constexpr (kGradient) {  // nobody has touched x
+        if (x >= 0 && x / (kSegmentVectors * width) == place.segment) V::write(row + x, Real(0));
+    }
+    const int64_t at = place.row * tiling.segments + place.segment;
+    scores[at] = score;
+    if constexpr (P != Process::absorbing) dots[at] = dot;
+}
+
+// A tile's sums of segments join those of the row; with the last tile they become its loss.
+template <Process P, class T>
+__global__ void __launch_bounds__(kRowThreads)
+    tile_loss_kernel(ScoreEntropyTileParams p, int segments, const RealOf<T>* scores, const RealOf<T>* dots) {
+    using Real = RealOf<T>;
+    const int64_t row = (static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x) / kWarp;
+    if (row >= p.rows) return;
+    ScoreEntropySweep& sweep = p.sweeps[row];
+    const double weight = sweep.row.weight;
+    double score = 0.0, dot = 0.0;
+    if (weight > 0.0) {
+        score = sum_segments(scores + row * segments, segments);
+        if constexpr (P != Process::absorbing) dot = sum_segments(dots + row * segments, segments);
+    }
+    if (lane_of() != 0) return;
+    sweep.scores += score;
+    sweep.dot += dot;
+    if (p.first + p.width < p.dim) return;
+    const double whole_dot = P == Process::uniform ? sweep.dot / static_cast<double>(p.dim) : sweep.dot;
+    static_cast<Real*>(p.out)[row] =
+        weight == 0.0 ? Real(0)
+                      : static_cast<Real>(score_entropy_value(sweep.row, sweep.scores, whole_dot, sweep.log_score_x_0));
+}
+
 // ---- launchers ----
+
+template <Process P, class T>
+const char* launch_typed(const ScoreEntropyTileParams& p, const CudaLaunch& launch) {
+    using Real = RealOf<T>;
+    const Tiling tiling = tile(p.width, p.dtype);
+    const int64_t blocks = tile_blocks(tiling, p.rows);
+    if (const char* why = too_large(p.rows * kWarp, p.width, blocks)) return why;
+    Real* scores = static_cast<Real*>(launch.workspace);
+    Real* dots = scores + p.rows * tiling.segments;
+    auto* numbers = reinterpret_cast<GradientNumbers<Real>*>(dots + p.rows * tiling.segments);
+    SEDD_LAUNCH((tile_numbers_kernel<P, T>), blocks_for(p.rows, kRowThreads), kRowThreads, 0, stream_of(launch), p,
+                numbers);
+    if (p.grad_loss != nullptr) {
+        SEDD_LAUNCH((tile_kernel<true, P, T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, tiling,
+                    numbers, scores, dots);
+    } else {
+        SEDD_LAUNCH((tile_kernel<false, P, T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, tiling,
+                    numbers, scores, dots);
+    }
+    SEDD_LAUNCH((tile_loss_kernel<P, T>), blocks_for(p.rows * kWarp, kRowThreads), kRowThreads, 0, stream_of(launch), p,
+                tiling.segments, scores, dots);
+    return launch_error();
+}
 
 template <bool kBackward, Process P, class T>
 const char* launch_typed(const ScoreEntropyParams& p, const CudaLaunch& launch) {
@@ -226,13 +384,8 @@ const char* launch_typed(const ScoreEntropyParams& p, const CudaLaunch& launch) 
 
 template <bool kBackward>
 const char* launch_all(const ScoreEntropyParams& p, const CudaLaunch& launch) {
-    if (p.rows == 0) return nullptr;
-    const OnDevice device(launch.device);
-    if (device.error() != nullptr) return device.error();
-    return with_type(p.dtype, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        return with_process(p.process,
-                            [&](auto process) { return launch_typed<kBackward, process.value, T>(p, launch); });
+    return on_device(p, launch, [&](auto process, auto* type) {
+        return launch_typed<kBackward, process.value, std::remove_pointer_t<decltype(type)>>(p, launch);
     });
 }
 
@@ -246,10 +399,20 @@ const char* score_entropy_backward_cuda(const ScoreEntropyParams& p, const CudaL
     return launch_all<true>(p, launch);
 }
 
+const char* score_entropy_tile_cuda(const ScoreEntropyTileParams& p, const CudaLaunch& launch) {
+    return on_device(p, launch, [&](auto process, auto* type) {
+        return launch_typed<process.value, std::remove_pointer_t<decltype(type)>>(p, launch);
+    });
+}
+
 int64_t score_entropy_workspace(int64_t rows, int64_t dim, DType dtype) {
     return 2 * rows * num_segments(dim, dtype) * real_bytes(dtype);
 }
 
 int64_t score_entropy_backward_workspace(int64_t rows, int64_t, DType dtype) { return 3 * rows * real_bytes(dtype); }
+
+int64_t score_entropy_tile_workspace(int64_t rows, int64_t width, DType dtype) {
+    return score_entropy_workspace(rows, width, dtype) + score_entropy_backward_workspace(rows, width, dtype);
+}
 
 }  // namespace sedd

@@ -95,6 +95,16 @@ const char* with_process(Process process, F f) {
     }
 }
 
+// Calls f(process, type), as above, on the launch's device, unless there are no rows.
+template <class Params, class F>
+const char* on_device(const Params& p, const CudaLaunch& launch, F f) {
+    if (p.rows == 0) return nullptr;
+    const OnDevice device(launch.device);
+    if (device.error() != nullptr) return device.error();
+    return with_type(
+        p.dtype, [&](auto* type) { return with_process(p.process, [&](auto process) { return f(process, type); }); });
+}
+
 namespace {
 
 struct Place {

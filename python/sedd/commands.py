@@ -27,7 +27,7 @@ from sedd.checkpoint import LoadedModel, best_checkpoint, finite, list_checkpoin
 from sedd.config import GraphName, TrainConfig, resolve_device
 from sedd.data import TokenBlocks, load_blocks, valid_batches
 from sedd.evaluate import elbo, ngram_bits, plot_bound
-from sedd.model import PRESETS
+from sedd.model import PRESETS, compile_network
 from sedd.objective import OBJECTIVES
 from sedd.sample import SAMPLERS
 from sedd.sample import sample as draw
@@ -65,6 +65,12 @@ class SamplingOptions:
     """Reverse steps; more take longer and write better. One denoising step follows them."""
     sampler: str = "tweedie"
     """How a reverse step is drawn: tweedie (best for the given scores) or euler."""
+    temperature: float = 1.0
+    """Below 1, likelier tokens are preferred; above, rarer ones. 1 is what the model was trained for."""
+    top_p: float = 1.0
+    """Write only the likeliest tokens that hold this much of the probability."""
+    compile: bool = False
+    """Run the network through torch.compile: worth it for many texts."""
     seed: int = 0
     """The same seed writes the same texts."""
     batch_size: int = 8
@@ -78,6 +84,10 @@ class SamplingOptions:
         _check(self, positive=("num", "steps", "batch_size"), outputs=("json",))
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}; got {self.sampler!r}")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
 
 
 @dataclass
@@ -204,6 +214,8 @@ def _show(view: Live, is_fixed: Tensor, tokenizer: Tokenizer, step: int, steps: 
 
 def _generate(loaded: LoadedModel, options: SamplingOptions, live: bool, tokens: Tensor, is_fixed: Tensor) -> None:
     device = next(loaded.model.parameters()).device
+    if options.compile:
+        compile_network(loaded.model)
     generator = torch.Generator(device).manual_seed(options.seed)
     out = Console(highlight=False, markup=False)
     texts: list[dict[str, Any]] = []
@@ -217,6 +229,8 @@ def _generate(loaded: LoadedModel, options: SamplingOptions, live: bool, tokens:
                 length=len(tokens),
                 steps=options.steps,
                 sampler=options.sampler,
+                temperature=options.temperature,
+                top_p=options.top_p,
                 generator=generator,
                 device=device,
                 fixed=(tokens, is_fixed) if bool(is_fixed.any()) else None,

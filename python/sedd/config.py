@@ -85,6 +85,8 @@ class ModelOptions:
     """Dropout probability while training."""
     scale_by_sigma: bool | None = None
     """Divide the scores by exp(total noise) - 1 (absorbing process only), as the released models do."""
+    time_conditioning: bool | None = None
+    """Tell the network how much noise there is. Without, sampling calls it only where a token has changed."""
 
     def __post_init__(self) -> None:
         """Checks that the sizes fit together."""
@@ -121,6 +123,8 @@ class TrainConfig:
     """Parameters of the schedule, for example --schedule_params.eps 1e-4."""
     objective: str = "score_entropy"
     """The training loss."""
+    fused_head: bool = True
+    """Make the loss from the output head tile by tile, without log-scores of the whole vocabulary; false to compare."""
     antithetic: bool = True
     """Spread the times of a batch evenly over (0, 1] in place of independent draws: less noise in the loss."""
     batch_size: int = 8
@@ -148,6 +152,8 @@ class TrainConfig:
     min(ema, (1+n)/(10+n)) at step n."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the model: bf16 autocast or float32. auto: bf16 where the GPU or CPU has instructions for it."""
+    compile: bool = False
+    """Run the network through torch.compile: the first steps take longer, the others less."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
     seed: int = 0

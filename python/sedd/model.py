@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sedd_ext import RankOne
 
-__all__ = ["PRESETS", "SEDD", "ModelConfig", "ScoreModel", "device_of"]
+__all__ = ["PRESETS", "SEDD", "ModelConfig", "ScoreModel", "compile_network", "device_of"]
 
 
 @dataclass
@@ -34,6 +34,8 @@ class ModelConfig:
         dropout: probability of dropping an output of attention or MLP before it joins the residual stream.
         scale_by_sigma: for absorbing processes, subtract ``log expm1(σ̄) + log(N-1)`` from the head's output, which
             centres the log-scores whatever σ̄ is. Other processes have no such factor and do without.
+        time_conditioning: whether the network is told σ̄. Without, it sees the tokens alone (its conditioning is that of
+            σ̄ = 0), and a sampler need not call it again while they stay as they are.
 
     Raises:
         ValueError: a size is not positive, sizes do not fit together, or dropout is not in [0, 1).
@@ -46,6 +48,7 @@ class ModelConfig:
     length: int = 1024
     dropout: float = 0.1
     scale_by_sigma: bool = True
+    time_conditioning: bool = True
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
@@ -76,13 +79,19 @@ class ScoreModel(Protocol):
     """
 
     training: bool
+    time_conditioning: bool
+    """Whether :meth:`hidden` depends on sigma."""
 
     def hidden(self, x_t: Tensor, sigma: Tensor) -> Tensor:
-        """States before the head, [B, L, d], for tokens x_t [B, L] (int64) and total noise sigma [B]."""
+        """States before the head, [B, L, d], for tokens x_t [B, L] (int64) and total noise sigma, [B] or [1]."""
         ...
 
     def head(self, hidden: Tensor) -> Tensor:
         """Log-scores [*, N], not yet shifted, of states [*, d]."""
+        ...
+
+    def head_parameters(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight [N, d] and bias [N] or None of a head that is linear, to be fused with loss and sampler; else None."""
         ...
 
     def log_score_shift(self, sigma: Tensor) -> Tensor | None:
@@ -102,6 +111,11 @@ def device_of(model: ScoreModel) -> torch.device:
     """The device of a model's first parameter; the CPU if it has none."""
     parameter = next(iter(model.parameters()), None)
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+def compile_network(model: SEDD) -> None:
+    """Runs :meth:`SEDD.hidden` of this model through torch.compile from now on, whatever the batch."""
+    model.hidden = torch.compile(model.hidden, dynamic=True)  # type: ignore[method-assign]
 
 
 class _Embedding(nn.Module):
@@ -240,6 +254,7 @@ class SEDD(nn.Module):
         self.config = config
         self.dim = graph.dim
         self.scale_by_sigma = config.scale_by_sigma and graph.process == "absorbing"
+        self.time_conditioning = config.time_conditioning
         self.vocab_embed = _Embedding(config.hidden_size, graph.dim)
         self.sigma_map = _SigmaEmbedding(config.cond_dim)
         self.rotary_emb = _Rotary(config.hidden_size // config.n_heads)
@@ -274,7 +289,8 @@ class SEDD(nn.Module):
 
         Args:
             x_t: tokens [B, L], int64.
-            sigma: total noise σ̄ of each sequence [B], floating point, > 0.
+            sigma: total noise σ̄ of each sequence [B], floating point, > 0; [1] if they share it, which then is looked
+                at once.
 
         Returns:
             States [B, L, d]. Log-scores of any rows of them are ``head(states) - log_score_shift(sigma)``.
@@ -284,7 +300,7 @@ class SEDD(nn.Module):
         """
         self._check(x_t, sigma)
         with torch.autocast(x_t.device.type, enabled=False):
-            condition = self.sigma_map(sigma)
+            condition = self.sigma_map(sigma if self.time_conditioning else torch.zeros_like(sigma[:1]))
         x = self.vocab_embed(x_t)
         cos, sin = self.rotary_emb(x_t.shape[1])
         for block in self.blocks:
@@ -296,6 +312,11 @@ class SEDD(nn.Module):
         """The output projection: log-scores [*, N], not yet shifted, of states [*, d], in the autocast dtype."""
         log_score: Tensor = self.output_layer.linear(hidden)
         return log_score
+
+    def head_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [N, d] and bias [N] of :meth:`head`, for the operators that fuse it with what follows."""
+        linear = self.output_layer.linear
+        return linear.weight, linear.bias
 
     def log_score_shift(self, sigma: Tensor) -> Tensor | None:
         """What the log-scores of a sequence are lowered by: log expm1(σ̄) + log(N-1), [B] in sigma's dtype.
@@ -315,9 +336,10 @@ class SEDD(nn.Module):
             raise ValueError(f"x_t: expected a non-empty tensor [B, L], got shape {list(x_t.shape)}")
         if not sigma.is_floating_point():
             raise TypeError(f"sigma: expected a floating-point tensor [B], got {sigma.dtype}")
-        if sigma.shape != x_t.shape[:1]:
+        if sigma.shape not in (x_t.shape[:1], (1,)):
             raise ValueError(
-                f"sigma: expected shape [{x_t.shape[0]}], one value for each sequence of x_t, got {list(sigma.shape)}"
+                f"sigma: expected shape [{x_t.shape[0]}], one value for each sequence of x_t, or [1], "
+                f"got {list(sigma.shape)}"
             )
         if x_t.device.type != "cpu" or torch.compiler.is_compiling():
             return

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sedd.model import ScoreModel
 from sedd.schedule import Schedule
-from sedd_ext import RankOne, sample_transition, score_entropy_loss
+from sedd_ext import RankOne, linear_score_entropy_loss, sample_transition, score_entropy_loss
 
 __all__ = ["OBJECTIVES", "sample_times", "score_entropy"]
 
@@ -58,13 +58,16 @@ def score_entropy(
     graph: RankOne,
     schedule: Schedule,
     *,
+    scale: float = 1.0,
+    fused: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Diffusion-weighted denoising score entropy of each sequence at its time: σ(t) Σ_i L(x_t^i, x_0^i).
 
     Noises the text, runs the model, and scores it. Positions whose token the process cannot have produced (π_x = 0: for
     absorbing, all that are not MASK) have loss zero whatever the model says, and so the head, which is most of the
-    memory of a small model, runs on the others only. The expectation over t ~ U(0, 1) is the integral of the likelihood
+    work of a small model, runs on the others only; a linear head tile by tile, so that log-scores of the whole
+    vocabulary are never there. The expectation over t ~ U(0, 1) is the integral of the likelihood
     bound (:func:`sedd.evaluate.elbo`).
 
     Args:
@@ -73,10 +76,13 @@ def score_entropy(
         t: time of each sequence [B], in (0, 1].
         graph: the forward process.
         schedule: the noise schedule.
+        scale: factor of the result. Gradients are made in the forward pass: a training loss that is a mean had better
+            say so here than divide afterwards.
+        fused: use :func:`sedd_ext.linear_score_entropy_loss` where the model's head is linear.
         generator: random number generator of the noise; torch's default one if None.
 
     Returns:
-        Nats per sequence [B], float32, differentiable.
+        Nats per sequence times ``scale`` [B], float32, differentiable.
 
     Raises:
         ValueError: ``x_0`` is not [B, L] or ``t`` not [B]; tokens or times out of range.
@@ -87,13 +93,27 @@ def score_entropy(
         raise ValueError(f"x_0: expected a tensor [B, L], got shape {list(x_0.shape)}")
     if t.shape != x_0.shape[:1]:
         raise ValueError(f"t: expected shape [{x_0.shape[0]}], one time for each sequence, got {list(t.shape)}")
-    sigma = schedule.total(t)
+    sigma, rate = schedule.total(t), scale * schedule.rate(t)
     x_t = sample_transition(x_0, sigma.unsqueeze(-1), graph, generator=generator)
+    shift = model.log_score_shift(sigma)
+    hidden = model.hidden(x_t, sigma)
+    head = model.head_parameters() if fused else None
+    if head is not None:
+        loss = linear_score_entropy_loss(
+            hidden,
+            *head,
+            x_t,
+            x_0,
+            sigma.unsqueeze(-1),
+            graph,
+            log_score_shift=None if shift is None else shift.unsqueeze(-1),
+            loss_weight=rate.unsqueeze(-1),
+        )
+        return loss.sum(1).float()
     rows = _scored_rows(x_t, graph)
     sequence = rows // x_t.shape[1]
-    shift = model.log_score_shift(sigma)
     loss = score_entropy_loss(
-        model.head(model.hidden(x_t, sigma).flatten(0, 1).index_select(0, rows)),
+        model.head(hidden.flatten(0, 1).index_select(0, rows)),
         x_t.flatten()[rows],
         x_0.flatten()[rows],
         sigma[sequence],
@@ -101,7 +121,7 @@ def score_entropy(
         log_score_shift=None if shift is None else shift[sequence],
     )
     total = loss.new_zeros(x_0.shape[0]).index_add(0, sequence, loss)
-    return (schedule.rate(t) * total).float()
+    return (rate * total).float()
 
 
 def _scored_rows(x_t: Tensor, graph: RankOne) -> Tensor:

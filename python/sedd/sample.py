@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,61 +12,73 @@ from torch import Tensor
 from sedd.model import ScoreModel, device_of
 from sedd.progress import track
 from sedd.schedule import Schedule
-from sedd_ext import RankOne, euler_sample, tweedie_sample
+from sedd_ext import RankOne, euler_sample, linear_euler_sample, linear_tweedie_sample, tweedie_sample
 
-__all__ = ["SAMPLERS", "euler", "sample", "tweedie"]
+__all__ = ["SAMPLERS", "Positions", "euler", "sample", "tweedie"]
 
 T_END = 1e-5
 """Where the reverse steps end and the denoising step starts, as in the released code."""
 
 
-def tweedie(
-    log_score: Tensor,
-    x_t: Tensor,
-    t: Tensor,
-    t_next: Tensor,
-    graph: RankOne,
-    schedule: Schedule,
-    *,
-    log_score_shift: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+@dataclass(frozen=True)
+class Positions:
+    """The positions to draw in one step, and how to draw them.
+
+    Attributes:
+        model: whose head makes the log-scores.
+        hidden: states before the head [R, d].
+        x_t: tokens [R].
+        shift: what is taken off their log-scores, a tensor [1], or None.
+        graph: the process.
+        fused: draw without log-scores of the whole vocabulary, where the head is linear.
+        options: temperature, top_p and generator.
+    """
+
+    model: ScoreModel
+    hidden: Tensor
+    x_t: Tensor
+    shift: Tensor | None
+    graph: RankOne
+    fused: bool
+    options: dict[str, Any]
+
+    def tweedie(self, dsigma: float, denoise: bool = False) -> Tensor:
+        """Tokens [R] after a Tweedie step of :func:`sedd_ext.tweedie_sample`."""
+        return self._draw(linear_tweedie_sample, tweedie_sample, dsigma, denoise)
+
+    def euler(self, step: float) -> Tensor:
+        """Tokens [R] after an Euler step of :func:`sedd_ext.euler_sample`."""
+        return self._draw(linear_euler_sample, euler_sample, step, False)
+
+    def _draw(self, linear: Callable[..., Tensor], plain: Callable[..., Tensor], size: float, denoise: bool) -> Tensor:
+        options = {"log_score_shift": self.shift, "denoise": denoise, **self.options}
+        head = self.model.head_parameters() if self.fused else None
+        if head is not None:
+            return linear(self.hidden, *head, self.x_t, size, self.graph, **options)
+        return plain(self.model.head(self.hidden), self.x_t, size, self.graph, **options)
+
+
+def tweedie(positions: Positions, t: Tensor, t_next: Tensor, schedule: Schedule) -> Tensor:
     """One reverse step t → t_next of the Tweedie τ-leaping denoiser (equation 19 of the SEDD paper).
 
     Args:
-        log_score: log-scores of the positions to draw [R, N], not yet shifted.
-        x_t: their tokens [R].
+        positions: what to draw.
         t: the time, a float64 scalar.
         t_next: the earlier time to go to, a float64 scalar.
-        graph: the process.
-        schedule: its noise schedule.
-        log_score_shift: subtracted from each row's log-scores [R].
-        generator: random number generator.
+        schedule: the noise schedule.
 
     Returns:
         Tokens at time t_next [R].
     """
-    dsigma = float(schedule.total(t) - schedule.total(t_next))
-    return tweedie_sample(log_score, x_t, dsigma, graph, log_score_shift=log_score_shift, generator=generator)
+    return positions.tweedie(float(schedule.total(t) - schedule.total(t_next)))
 
 
-def euler(
-    log_score: Tensor,
-    x_t: Tensor,
-    t: Tensor,
-    t_next: Tensor,
-    graph: RankOne,
-    schedule: Schedule,
-    *,
-    log_score_shift: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def euler(positions: Positions, t: Tensor, t_next: Tensor, schedule: Schedule) -> Tensor:
     """One reverse step t → t_next of Euler's method (equation 17 of the SEDD paper). Arguments as :func:`tweedie`."""
-    step = float((t - t_next) * schedule.rate(t))
-    return euler_sample(log_score, x_t, step, graph, log_score_shift=log_score_shift, generator=generator)
+    return positions.euler(float((t - t_next) * schedule.rate(t)))
 
 
-Sampler = Callable[..., Tensor]
+Sampler = Callable[[Positions, Tensor, Tensor, Schedule], Tensor]
 
 SAMPLERS: dict[str, Sampler] = {"tweedie": tweedie, "euler": euler}
 """Every reverse step by its name. To add one: write a function with the signature of :func:`tweedie`, name it here."""
@@ -80,6 +94,9 @@ def sample(
     steps: int,
     sampler: str = "tweedie",
     denoise: bool = True,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    fused: bool = True,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
     fixed: tuple[Tensor, Tensor] | None = None,
@@ -91,7 +108,8 @@ def sample(
 
     Starts at t = 1 from the process's stationary distribution, takes ``steps`` reverse steps of equal size down to
     t = 1e-5 and one denoising step (Tweedie's, whatever the sampler). Only positions that can still change go through
-    head and sampler: those not fixed and, for an absorbing process, still masked. When none is left the model rests.
+    head and sampler: those not fixed and, for an absorbing process, still masked. A sequence without any leaves the
+    batch, and a network that is not told the time sees a sequence again only after one of its tokens has changed.
 
     Args:
         model: the score model. Used in evaluation mode and left in the mode it was in.
@@ -102,6 +120,10 @@ def sample(
         steps: number of reverse steps, at least 1. Fewer are faster, more are better.
         sampler: a key of :data:`SAMPLERS`.
         denoise: take the final step from t = 1e-5 to 0. Without it, an absorbing process may leave MASK tokens.
+        temperature: sharpens (below 1) or flattens which token a position changes to, see
+            :func:`sedd_ext.tweedie_sample`. 1 is the papers' law.
+        top_p: a position changes to one of the fewest, most probable tokens that hold this much of the probability.
+        fused: draw from a linear head tile by tile, without log-scores of the whole vocabulary.
         generator: random number generator, on the model's device; torch's default one if None.
         device: where to sample; the model's device if None.
         fixed: infilling: tokens ([L] or [B, L], int64) and where they are given ([L] or [B, L], bool). They hold their
@@ -137,15 +159,26 @@ def sample(
 
     times = torch.linspace(1.0, T_END, steps + 1, dtype=torch.float64)
     total = steps + int(denoise)
+    options = {"temperature": temperature, "top_p": top_p, "generator": generator}
+    states = _States(model)
     training = model.training
     model.train(False)
     try:
         for i in track(range(total), "sampling", progress):
             changing = free & (x == graph.mask_id) if graph.process == "absorbing" else free
-            rows = changing.flatten().nonzero().squeeze(1)
-            if rows.numel():
-                with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-                    x.view(-1)[rows] = _step(model, x, rows, times[i:], SAMPLERS[sampler], graph, schedule, generator)
+            if bool(changing.any()):
+                sigma = schedule.total(times[i : i + 1]).to(device)
+                with (
+                    torch.inference_mode(),
+                    torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
+                ):
+                    hidden, shift = states(x, sigma, changing), model.log_score_shift(sigma)
+                    positions = Positions(model, hidden, x[changing], shift, graph, fused, options)
+                    if i < steps:
+                        tokens = SAMPLERS[sampler](positions, times[i], times[i + 1], schedule)
+                    else:
+                        tokens = positions.tweedie(float(sigma), denoise=True)
+                x = x.masked_scatter(changing, tokens)
             if on_step is not None:
                 on_step(i + 1, total, x.clone())
     finally:
@@ -153,29 +186,27 @@ def sample(
     return x
 
 
-@torch.inference_mode()
-def _step(
-    model: ScoreModel,
-    x: Tensor,
-    rows: Tensor,
-    times: Tensor,
-    sampler: Sampler,
-    graph: RankOne,
-    schedule: Schedule,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """New tokens for the rows (indices into the flattened x) when going from times[0] to times[1], or to 0 if last."""
-    sigma = schedule.total(times[0]).expand(x.shape[0]).to(x.device)
-    shift = model.log_score_shift(sigma)
-    if shift is not None:
-        shift = shift[rows // x.shape[1]]
-    log_score = model.head(model.hidden(x, sigma).flatten(0, 1)[rows])
-    x_t = x.flatten()[rows]
-    if len(times) > 1:
-        return sampler(log_score, x_t, times[0], times[1], graph, schedule, log_score_shift=shift, generator=generator)
-    return tweedie_sample(
-        log_score, x_t, float(sigma[0]), graph, log_score_shift=shift, denoise=True, generator=generator
-    )
+class _States:
+    """States before the head of the positions that change, with as few calls of the network as will do."""
+
+    def __init__(self, model: ScoreModel) -> None:
+        self.model = model
+        self.seen: Tensor | None = None  # [B, L], what the network has seen of each sequence last, and
+        self.kept: Tensor | None = None  # [B, L, d], what it gave: kept if the time does not matter
+
+    def __call__(self, x: Tensor, sigma: Tensor, changing: Tensor) -> Tensor:
+        """States [R, d] of the positions [B, L] that change."""
+        active = changing.any(1)
+        if self.model.time_conditioning:
+            return self.model.hidden(x[active], sigma)[changing[active]]
+        if self.seen is None or self.kept is None:
+            self.seen, self.kept = x.clone(), self.model.hidden(x, sigma)
+        else:
+            stale = active & (x != self.seen).any(1)
+            if bool(stale.any()):
+                self.seen[stale] = x[stale]
+                self.kept[stale] = self.model.hidden(x[stale], sigma)
+        return self.kept[changing]
 
 
 def _checked(fixed: tuple[Tensor, Tensor], graph: RankOne, batch: int, length: int) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ from sedd.checkpoint import (
 from sedd.config import TrainConfig, resolve_device
 from sedd.data import batches, load_blocks, valid_batches
 from sedd.evaluate import elbo
-from sedd.model import SEDD
+from sedd.model import SEDD, compile_network
 from sedd.objective import OBJECTIVES, sample_times
 from sedd.schedule import get_schedule
 from sedd.tokenizer import count_bytes, get_tokenizer
@@ -111,6 +111,8 @@ class Trainer:
         self.model = SEDD(config.model.build(), self.graph).to(self.device)
         self.length: int = self.model.config.length
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        if config.compile:
+            compile_network(self.model)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.lr,
@@ -150,10 +152,17 @@ class Trainer:
             tokens = next(self.batches).to(self.device)
             part_times = times[part :: config.accumulate]  # every part sees times from all over (0, 1]
             with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-                nats = self.objective(
-                    self.model, tokens, part_times, self.graph, self.schedule, generator=self.generator
+                losses = self.objective(
+                    self.model,
+                    tokens,
+                    part_times,
+                    self.graph,
+                    self.schedule,
+                    scale=1 / (count * self.length),
+                    fused=config.fused_head,
+                    generator=self.generator,
                 )
-            loss = nats.mean() / (self.length * config.accumulate)
+            loss = losses.sum()
             loss.backward()
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)

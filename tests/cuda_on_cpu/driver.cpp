@@ -11,6 +11,7 @@
 #include <limits>
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -156,6 +157,7 @@ struct Problem {
           euler_step(static_cast<size_t>(s.rows)),
           x_t(static_cast<size_t>(s.rows)),
           x_0(static_cast<size_t>(s.rows)),
+          places(static_cast<size_t>(s.rows)),
           random(static_cast<uint64_t>(s.rows * 1000003 + s.dim * 101 + s.behind)) {
         seed = {static_cast<int64_t>(random() >> 1)};
         make_stationary();
@@ -173,7 +175,7 @@ struct Problem {
     Shape shape;
     Array log_score, pi, grad_loss;
     std::vector<double> cumulative, sigma, shift, euler_step;
-    std::vector<int64_t> x_t, x_0, seed;
+    std::vector<int64_t> x_t, x_0, places, seed;
     double neg_entropy = 0.0;
     int64_t forbidden;
 
@@ -214,6 +216,7 @@ struct Problem {
         const int64_t dim = shape.dim;
         x_0[i] = token();
         x_t[i] = i % 3 == 0 ? token_of_pi() : i % 3 == 1 ? x_0[i] : token();
+        places[i] = 5 * row + 3;
         sigma[i] = std::exp(-6.0 + 7.0 * uniform());
         shift[i] = shape.shifted ? std::log(static_cast<double>(dim)) + uniform() : 0.0;
         grad_loss.set(row, 0.5 + uniform());
@@ -256,6 +259,48 @@ struct Problem {
     }
 
     std::mt19937_64 random;
+};
+
+// Where tiles of a row begin, and where the last one ends: three tiles, from one boundary to another that is none of 16
+// bytes, or fewer where the row is too short; a single one where there are three rows.
+std::vector<int64_t> cuts(const Shape& s) {
+    std::vector<int64_t> result = {0};
+    for (const int64_t width : {s.dim / 5 | 1, s.dim / 2 | 1}) {
+        if (s.rows != 3 && result.back() + width < s.dim) result.push_back(result.back() + width);
+    }
+    result.push_back(s.dim);
+    return result;
+}
+
+// Entries [first, first + width) of every row, in memory of their own.
+class Tile {
+  public:
+    Tile(const Problem& p, int64_t begin, int64_t end)
+        : first(begin),
+          width(end - begin),
+          entries(p.shape.dtype, p.shape.rows * width, p.shape.behind),
+          shape_(p.shape) {
+        for_rows(p.log_score.data(), [](char* tile, char* all, size_t bytes) { std::memcpy(tile, all, bytes); });
+    }
+
+    void write_to(void* matrix) const {
+        for_rows(matrix, [](char* tile, char* all, size_t bytes) { std::memcpy(all, tile, bytes); });
+    }
+
+    int64_t first, width;
+    Array entries;
+
+  private:
+    template <class Copy>
+    void for_rows(void* matrix, Copy copy) const {
+        const auto size = static_cast<int64_t>(bytes_of(shape_.dtype));
+        for (int64_t row = 0; row < shape_.rows; ++row) {
+            copy(static_cast<char*>(entries.data()) + row * width * size,
+                 static_cast<char*>(matrix) + (row * shape_.dim + first) * size, static_cast<size_t>(width * size));
+        }
+    }
+
+    Shape shape_;
 };
 
 // ---- What is right ----
@@ -370,6 +415,62 @@ Expected reverse_probs(const Problem& p, const std::vector<Weights>& weights) {
     return expected;
 }
 
+// What the row's random numbers make of it in a sweep over its tiles: a token, -1 or kSweepAgain; several where
+// rounding decides.
+std::set<int64_t> tile_tokens(const Problem& p, Step kind, const Weights& w, int64_t row, double step,
+                              const std::vector<int64_t>& tiles, uint64_t sweep) {
+    const auto i = static_cast<size_t>(row);
+    const int64_t x = p.x_t[i];
+    if (!p.is_token(x) || !is_noise(step)) return {-1};
+    const double rate = (kind == Step::euler ? step : std::expm1(step)) * p.pi[x];  // the weights' unit
+    const double part = tolerance(p.shape.dtype);
+    std::vector<double> scores(static_cast<size_t>(p.shape.dim));
+    double others = 0.0;
+    for (int64_t y = 0; y < p.shape.dim; ++y) {
+        if (y != x) others += scores[static_cast<size_t>(y)] = rate * p.score(row, y);
+    }
+    // the first sweep draws from the scores, even where no entry has any weight
+    if (w.value.empty()) return {sweep == 0 && others > 0.0 ? sedd::kSweepAgain : -1};
+    const double slack = 2.0 * (w.total_slack + part * others);
+    const auto weight = [&](size_t y) {
+        return sweep == 0 ? scores[y] : y == static_cast<size_t>(x) ? 0.0 : std::max(w.value[y], 0.0);
+    };
+    const auto is_possible = [&](size_t y) {
+        return y != static_cast<size_t>(x) && (sweep == 0 ? scores[y] : w.value[y] + w.slack[y]) > 0.0;
+    };
+    const auto uniforms = [&](uint64_t draw) {
+        return sedd::row_uniforms(static_cast<uint64_t>(p.seed[0]), static_cast<uint64_t>(p.places[i]),
+                                  draw + (sweep << 32));
+    };
+    std::set<int64_t> drawn;
+    double total = 0.0;
+    for (size_t tile = 0; tile + 1 < tiles.size(); ++tile) {
+        const auto begin = static_cast<size_t>(tiles[tile]), end = static_cast<size_t>(tiles[tile + 1]);
+        double sum = 0.0, at = 0.0;
+        for (size_t y = begin; y < end; ++y) sum += weight(y);
+        total += sum;
+        const double target = uniforms(begin).first * total;
+        if (target < sum - slack) drawn.clear();
+        for (size_t y = begin; y < end; ++y) {
+            const double from = at;
+            at += weight(y);
+            if (is_possible(y) && from - slack <= target && target <= at + slack) drawn.insert(static_cast<int64_t>(y));
+        }
+    }
+    std::set<int64_t> result;
+    const sedd::Uniforms u = uniforms(uint64_t{2} << 32);
+    const double self = w.value[static_cast<size_t>(x)], at = u.first * (std::max(self, 0.0) + total);
+    if (self + w.slack[static_cast<size_t>(x)] > 0.0 && at <= self + slack) result.insert(x);
+    if (at < self - slack) return result;
+    for (const int64_t token : drawn) {
+        const auto y = static_cast<size_t>(token);
+        const double over = u.second * scores[y] - w.value[y], entry_slack = w.slack[y] + part * scores[y];
+        if (sweep == 1 || over < entry_slack) result.insert(token);
+        if (sweep == 0 && over > -entry_slack) result.insert(sedd::kSweepAgain);
+    }
+    return result;
+}
+
 // ---- Differences ----
 
 class Driver {
@@ -414,13 +515,14 @@ class Driver {
         });
     }
 
-    // The same for tokens; `why_not(row, token)` says what is wrong with one.
+    // The same for tokens, or for one row of them after another; `why_not(row, token)` says what is wrong with one.
     template <class Launch, class WhyNot>
-    void check_tokens(const Problem& p, const char* operation, int64_t workspace_bytes, Launch launch, WhyNot why_not) {
-        Array out(DType::float64, p.shape.rows);  // eight bytes each
+    void check_tokens(const Problem& p, const char* operation, int64_t workspace_bytes, Launch launch, WhyNot why_not,
+                      int64_t times = 1) {
+        Array out(DType::float64, times * p.shape.rows);  // eight bytes each
         const auto* tokens = static_cast<const int64_t*>(out.data());
         under_schedules(p, operation, workspace_bytes, out, launch, [&] {
-            for (int64_t row = 0; row < p.shape.rows; ++row) {
+            for (int64_t row = 0; row < times * p.shape.rows; ++row) {
                 const std::string why = why_not(row, tokens[row]);
                 if (why.empty()) continue;
                 return "row " + std::to_string(row) + ": token " + std::to_string(tokens[row]) + ", " + why;
@@ -437,9 +539,7 @@ class Driver {
             if (in_turn_ && schedule != schedules_[turn]) continue;
             if (differences_ >= kMostDifferences) return;
             cuda_on_cpu_set_schedule(schedule.c_str(), static_cast<unsigned long long>(++cases_));
-            Array workspace(DType::bfloat16, workspace_bytes / 2);
-            // NaN, which comparisons may swallow, or large numbers, which do not pass for the NaN of a bad row
-            workspace.fill(cases_ % 2 == 0 ? 0xFF : 0x5A);
+            const Array workspace = garbage(workspace_bytes);
             out.fill(0x5A);
             const char* error = launch(out.data(), sedd::CudaLaunch{workspace.data(), nullptr, 0});
             const std::string what = error != nullptr ? error : compare();
@@ -452,6 +552,13 @@ class Driver {
                         s.behind ? ", behind a boundary" : "", s.out_behind ? " into one behind" : "",
                         s.shifted ? ", shifted" : "", schedule.c_str(), what.c_str());
         }
+    }
+
+    // NaN, which comparisons may swallow, or large numbers, which do not pass for the NaN of a bad row.
+    Array garbage(int64_t bytes) const {
+        Array result(DType::bfloat16, bytes / 2);
+        result.fill(cases_ % 2 == 0 ? 0xFF : 0x5A);
+        return result;
     }
 
     void run_score_entropy(const Problem& p) {
@@ -473,6 +580,39 @@ class Driver {
                   params.out = out;
                   return sedd::score_entropy_backward_cuda(params, where);
               });
+        Array other_loss(compute_type(s.dtype), s.rows), other_gradient(s.dtype, s.rows * s.dim);
+        check(p, "score_entropy of tiles", compute_type(s.dtype), loss, 0,
+              [&](void* out, const sedd::CudaLaunch& where) { return score_entropy_tiles(p, out, nullptr, where); });
+        check(p, "score_entropy of tiles, beside the gradient", compute_type(s.dtype), loss, 0,
+              [&](void* out, const sedd::CudaLaunch& where) {
+                  return score_entropy_tiles(p, out, other_gradient.data(), where);
+              });
+        check(p, "score_entropy of tiles, gradient", s.dtype, gradient, 0,
+              [&](void* out, const sedd::CudaLaunch& where) {
+                  return score_entropy_tiles(p, other_loss.data(), out, where);
+              });
+    }
+
+    // With the gradient if there is memory for it.
+    const char* score_entropy_tiles(const Problem& p, void* loss, void* gradient, const sedd::CudaLaunch& where) const {
+        const Shape& s = p.shape;
+        const Array sweeps = garbage(s.rows * static_cast<int64_t>(sizeof(sedd::ScoreEntropySweep)));
+        Array grad_loss(DType::float64, s.rows);
+        for (int64_t row = 0; row < s.rows; ++row) grad_loss.set(row, p.grad_loss[row]);
+        const std::vector<int64_t> at = cuts(s);
+        for (size_t i = 0; i + 1 < at.size(); ++i) {
+            const Tile tile(p, at[i], at[i + 1]);
+            const Array workspace = garbage(sedd::score_entropy_tile_workspace(s.rows, tile.width, s.dtype));
+            const char* error = sedd::score_entropy_tile_cuda(
+                {tile.entries.data(), p.x_t.data(), p.x_0.data(), p.sigma.data(), p.shifts(), p.stationary(),
+                 gradient != nullptr ? static_cast<double*>(grad_loss.data()) : nullptr,
+                 static_cast<sedd::ScoreEntropySweep*>(sweeps.data()), loss, p.neg_entropy, s.rows, tile.width,
+                 tile.first, s.dim, s.dtype, s.process},
+                {workspace.data(), where.stream, where.device});
+            if (error != nullptr) return error;
+            if (gradient != nullptr) tile.write_to(gradient);
+        }
+        return nullptr;
     }
 
     void run_transition(const Problem& p) {
@@ -549,6 +689,46 @@ class Driver {
             [&](int64_t row, int64_t token) {
                 return why_not_sampled(p, weights[static_cast<size_t>(row)], row, token);
             });
+        // Two sweeps take long: of most shapes the two kinds of steps that have most to do, and of some all.
+        if (s.rows != 3 && (kind == Step::tweedie) != (forbidden >= 0)) return;
+        const std::vector<int64_t> tiles = cuts(s);
+        std::vector<std::set<int64_t>> right;
+        for (const uint64_t sweep : {0, 1}) {
+            for (int64_t row = 0; row < s.rows; ++row) {
+                const auto i = static_cast<size_t>(row);
+                right.push_back(tile_tokens(p, kind, weights[i], row, step[i], tiles, sweep));
+            }
+        }
+        check_tokens(
+            p, (name + "_sample of tiles" + without).c_str(), 0,
+            [&](void* out, const sedd::CudaLaunch& where) {
+                return reverse_tiles(p, params, tiles, static_cast<int64_t*>(out), where);
+            },
+            [&](int64_t at, int64_t token) {
+                const std::set<int64_t>& may_be = right[static_cast<size_t>(at)];
+                if (may_be.count(token) != 0) return std::string();
+                return "not " + (may_be.empty() ? "one" : std::to_string(*may_be.begin()));
+            },
+            2);
+    }
+
+    // Tokens of both sweeps, the second one of all rows.
+    const char* reverse_tiles(const Problem& p, const sedd::ReverseParams& whole, const std::vector<int64_t>& at,
+                              int64_t* out, const sedd::CudaLaunch& where) const {
+        const Shape& s = p.shape;
+        const Array draws = garbage(s.rows * static_cast<int64_t>(sizeof(sedd::ReverseDraw)));
+        for (const int32_t sweep : {0, 1}) {
+            for (size_t i = 0; i + 1 < at.size(); ++i) {
+                const Tile tile(p, at[i], at[i + 1]);
+                const char* error = sedd::reverse_tile_cuda(
+                    {tile.entries.data(), whole.x_t, whole.step, whole.shift, whole.stationary,
+                     static_cast<sedd::ReverseDraw*>(draws.data()), out + sweep * s.rows, whole.seed, p.places.data(),
+                     s.rows, tile.width, tile.first, s.dim, whole.forbidden, s.dtype, s.process, whole.kind, sweep},
+                    where);
+                if (error != nullptr) return error;
+            }
+        }
+        return nullptr;
     }
 
     // On the axis of the weights, that of x first and then the others in order, the row's random number falls on one.

@@ -104,6 +104,13 @@ MUTANTS = [
         "",
     ),
     Mutant(
+        "no __syncwarp before the state is written",
+        "reverse.cu",
+        "    __syncwarp();  // every lane has read the state\n",
+        "",
+        "thread",
+    ),
+    Mutant(
         "warps without a row leave before the barrier",
         "reverse.cu",
         "    // Every warp comes to every barrier, whether its row exists and moves or not.\n",
@@ -125,7 +132,12 @@ MUTANTS = [
         "        {\n            state.others = others;",
         "thread",
     ),
-    Mutant("rows of a block share their sums", "reverse.cu", "all_sums + place * segments", "all_sums"),
+    Mutant(
+        "rows of a block share their sums",
+        "reverse.cu",
+        "all_sums + place * segments;\n    RowState",
+        "all_sums;\n    RowState",
+    ),
     Mutant("rows of a block share their state", "reverse.cu", "states[place]", "states[0]"),
     Mutant("shared memory for one row", "reverse.cu", "sizeof(Real)) * block_rows *", "sizeof(Real)) *", "address"),
     # ---- Shuffles ----
@@ -295,8 +307,9 @@ MUTANTS = [
     Mutant(
         "a negative token is not bad",
         "reverse.cu",
-        "exists && !fault ? row_pi",
-        "exists && (!fault || p.x_t[row] == -1) ? row_pi",
+        "exists && !fault ? row_pi<Real>(p, row) : 0.0;\n    const bool moves = pi_x > 0.0;\n    const int dim",
+        "exists && (!fault || p.x_t[row] == -1) ? row_pi<Real>(p, row) : 0.0;\n"
+        "    const bool moves = pi_x > 0.0;\n    const int dim",
         "address",
     ),
     Mutant(
@@ -321,6 +334,157 @@ MUTANTS = [
         "2 * rows * num_segments(dim - 16 / element_bytes(dtype), dtype)",
         "address",
         "score_entropy",
+    ),
+    Mutant(
+        "a tile's workspace without the rows' numbers",
+        "score_entropy.cu",
+        " + score_entropy_backward_workspace(rows, width, dtype);",
+        ";",
+        "address",
+        "score_entropy",
+    ),
+    # ---- Tiles: where they lie in the row ----
+    Mutant("a tile's x is counted from the row's start", "reverse.cu", "x_here = x - p.first;", "x_here = x;"),
+    Mutant("a tile's entry is counted from its own start", "reverse.cu", "p.first + entry;", "entry;"),
+    Mutant("a tile's π begins with the row's", "reverse.cu", "stationary + p.first : nullptr", "stationary : nullptr"),
+    Mutant(
+        "what is forbidden is counted from the row's start",
+        "reverse.cu",
+        "static_cast<int>(p.forbidden - p.first)",
+        "static_cast<int>(p.forbidden)",
+    ),
+    Mutant(
+        "a gradient tile's x is counted from the row's start",
+        "score_entropy.cu",
+        "const int x = in_tile(p, p.x_t[place.row])",
+        "const int x = static_cast<int>(p.x_t[place.row])",
+        "address",
+        "score_entropy",
+    ),
+    Mutant(
+        "a gradient tile's π begins with the row's",
+        "score_entropy.cu",
+        "static_cast<const Real*>(p.stationary) + p.first : nullptr",
+        "static_cast<const Real*>(p.stationary) : nullptr",
+        family="score_entropy",
+    ),
+    # ---- Tiles: what is kept from one to the next ----
+    Mutant("every tile begins a sweep", "reverse.cu", "if (p.first == 0) draw = {", "if (true) draw = {"),
+    Mutant("no tile is the last", "reverse.cu", "p.first + p.width == p.dim", "p.first + p.width > p.dim"),
+    Mutant(
+        "the second sweep drains nothing",
+        "reverse.cu",
+        "static_cast<Real>(p.draws[row].drain);",
+        "Real(0);",
+    ),
+    Mutant(
+        "the second sweep forgets the scores' sum",
+        "reverse.cu",
+        "draw = {draw.others, draw.drain",
+        "draw = {0.0, draw.drain",
+    ),
+    Mutant(
+        "the drawn entry's score is not shifted",
+        "reverse.cu",
+        "exponential(Vector<T>::read(log_score + entry) - weights.shift)",
+        "exponential(Vector<T>::read(log_score + entry))",
+    ),
+    Mutant(
+        "every tile begins the loss",
+        "score_entropy.cu",
+        "    if (p.first > 0) {\n        sweep = p",
+        "    if (false) {\n        sweep = p",
+        family="score_entropy",
+    ),
+    Mutant(
+        "no tile completes the loss",
+        "score_entropy.cu",
+        "if (p.first + p.width < p.dim) return;",
+        "if (p.first + p.width <= p.dim) return;",
+        family="score_entropy",
+    ),
+    Mutant(
+        "ℓ of x_0 is read where its gradient is",
+        "score_entropy.cu",
+        "    sweep.scores += score;\n",
+        "    const int x_0 = in_tile(p, p.x_0[row]);\n"
+        "    if (weight > 0.0 && x_0 >= 0) {\n"
+        "        const double l = Vector<T>::read(static_cast<const T*>(p.log_score) + row * p.width + x_0);\n"
+        "        sweep.log_score_x_0 = p.shift != nullptr ? l - p.shift[row] : l;\n"
+        "    }\n"
+        "    sweep.scores += score;\n",
+        family="score_entropy",
+    ),
+    # ---- Tiles: x, x_0 and bad rows ----
+    Mutant("x keeps its log-score", "score_entropy.cu", " V::write(row + x, Real(0));", ";", family="score_entropy"),
+    Mutant(
+        "x_0 of a tile is like the others",
+        "score_entropy.cu",
+        "l[j] = y + j == x_0 ? n.at_x_0 : l[j];",
+        "l[j] = y + j == x_0 ? l[j] : l[j];",
+        family="score_entropy",
+    ),
+    Mutant(
+        "a bad row's gradient tile is 0",
+        "score_entropy.cu",
+        "weight == 0.0 ? Real(0) : not_a_number<Real>();",
+        "Real(0);",
+        family="score_entropy",
+    ),
+    Mutant(
+        "a bad row's loss over tiles is 0",
+        "score_entropy.cu",
+        "        if (fault) sweep.row.weight = not_a_number<double>();\n",
+        "",
+        family="score_entropy",
+    ),
+    # ---- Tiles: barriers, and who writes ----
+    Mutant(
+        "no barrier after a tile's sums",
+        "reverse.cu",
+        "    __syncthreads();  // the segments' sums are there, and the drain has been read\n",
+        "",
+    ),
+    Mutant(
+        "warps without a row leave before a tile's barrier",
+        "reverse.cu",
+        "    // Every warp comes to the barrier, whether its row exists and moves or not.\n",
+        "    if (row >= p.rows) return;\n",
+    ),
+    Mutant(
+        "rows of a block share a tile's sums",
+        "reverse.cu",
+        "all_sums + place * segments;\n\n",
+        "all_sums;\n\n",
+    ),
+    Mutant(
+        "shared memory for one row's tile",
+        "reverse.cu",
+        "sizeof(RealOf<T>)) * block_rows *",
+        "sizeof(RealOf<T>)) *",
+        "address",
+    ),
+    Mutant(
+        "every lane writes what was drawn",
+        "reverse.cu",
+        "    if (lane != 0) return;\n    if (p.first",
+        "    if (p.first",
+        "thread",
+    ),
+    Mutant(
+        "every lane writes a tile's sums",
+        "score_entropy.cu",
+        "    if (lane_of() != 0) return;\n    if constexpr (kGradient) {  // nobody",
+        "    if constexpr (kGradient) {  // nobody",
+        "thread",
+        "score_entropy",
+    ),
+    Mutant(
+        "every lane adds a tile's sums",
+        "score_entropy.cu",
+        "    if (lane_of() != 0) return;\n    sweep.scores",
+        "    sweep.scores",
+        family="score_entropy",
     ),
 ]
 

@@ -1,0 +1,71 @@
+"""Whole samples of the same model: fused head, unfused, and the released code's sampler over the full head."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+from cases import MODEL_LENGTH, Case, Race, Run, compiled, model_cases, peak_memory, sampling, whole_model
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from sedd.sample import T_END, sample
+from sedd.schedule import get_schedule
+from sedd_ext.reference import released_analytic_step
+
+SCHEDULE = get_schedule("loglinear")
+STEPS = 4
+
+
+def released(case: Case, model: str, batch: int) -> Run:
+    """The released sampler: all positions of all sequences in every step, in float32 behind the model."""
+    network, graph = whole_model(model, case.smoke)
+    forward = compiled(network, case) if "compiled" in case.contestant else network
+    times = torch.linspace(1.0, T_END, STEPS + 1, dtype=torch.float64)
+    sigmas = [*SCHEDULE.total(times).tolist(), 0.0]
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        x = torch.full((batch, MODEL_LENGTH), graph.dim - 1)
+        for now, then in itertools.pairwise(sigmas):
+            log_score = forward(x, torch.full((batch,), now)).flatten(0, 1)
+            dsigma = torch.full((x.numel(),), now - then)
+            x = released_analytic_step(log_score, x.flatten(), dsigma, graph, denoise=then == 0.0).view_as(x)
+        return x
+
+    return run
+
+
+def whole(case: Case, model: str) -> Run:
+    """Some steps from nothing but MASK, and the denoising step."""
+    batch = max(1, case.rows // MODEL_LENGTH)
+    dtype = torch.bfloat16 if case.dtype == "bfloat16" else None
+    if "released" in case.contestant:
+        theirs = released(case, model, batch)
+
+        def run() -> object:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+                return theirs()
+
+        return run
+    fused = case.contestant == "kernel"
+    network, graph = whole_model(model, case.smoke)
+    return lambda: sample(
+        network,
+        graph,
+        SCHEDULE,
+        batch=batch,
+        length=MODEL_LENGTH,
+        steps=STEPS,
+        fused=fused,
+        autocast_dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize(("model", "case"), model_cases("kernel", "unfused", "released", "released, compiled"), ids=str)
+def test_sampling(race: Race, benchmark: BenchmarkFixture, model: str, case: Case) -> None:
+    race(sampling(model), case, functools.partial(whole, model=model), 8 * case.rows)  # the text
+    if not benchmark.extra_info["smoke"]:
+        benchmark.extra_info["peak"] = peak_memory(whole(case, model))

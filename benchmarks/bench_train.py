@@ -1,0 +1,64 @@
+"""Whole training steps of the same model: fused head, unfused, and with the released code's loss over the full head."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import MODEL_LENGTH, Case, Race, Run, compiled, model_cases, peak_memory, training, whole_model
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from sedd.objective import sample_times, score_entropy
+from sedd.schedule import get_schedule
+from sedd_ext import sample_transition
+from sedd_ext.reference import released_score_entropy
+
+SCHEDULE = get_schedule("loglinear")
+
+
+def released(case: Case, model: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """σ(t) Σ L from the log-scores of all positions, which the model returns."""
+    network, graph = whole_model(model, case.smoke)
+    forward = compiled(network, case) if "compiled" in case.contestant else network
+
+    def loss(x_0: Tensor, t: Tensor) -> Tensor:
+        sigma, rate = SCHEDULE.total(t)[:, None], SCHEDULE.rate(t)[:, None]
+        x_t = sample_transition(x_0, sigma, graph)
+        return (rate * released_score_entropy(forward(x_t, sigma[:, 0]), sigma, x_t, x_0, graph)).sum()
+
+    return loss
+
+
+def step(case: Case, model: str) -> Run:
+    """A step on times spread over (0, 1), the same for all."""
+    network, graph = whole_model(model, case.smoke)
+    batch = max(1, case.rows // MODEL_LENGTH)
+    generator = torch.Generator().manual_seed(0)
+    x_0 = torch.randint(graph.dim - 1, (batch, MODEL_LENGTH), generator=generator)
+    times = sample_times(batch, generator=generator)
+    scale = 1 / x_0.numel()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
+    theirs = released(case, model) if "released" in case.contestant else None
+    fused = case.contestant == "kernel"
+
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "bfloat16"):
+            if theirs is not None:
+                loss = scale * theirs(x_0, times)
+            else:
+                loss = score_entropy(network, x_0, times, graph, SCHEDULE, scale=scale, fused=fused).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+@pytest.mark.parametrize(("model", "case"), model_cases("kernel", "unfused", "released", "released, compiled"), ids=str)
+def test_training(race: Race, benchmark: BenchmarkFixture, model: str, case: Case) -> None:
+    race(training(model), case, functools.partial(step, model=model), 8 * case.rows)  # the text
+    if not benchmark.extra_info["smoke"]:
+        benchmark.extra_info["peak"] = peak_memory(step(case, model))
