@@ -81,6 +81,7 @@ def test_sample(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert texts("--num", "3", "--steps", "4", "--batch_size", "2") == three
     assert texts("--num", "1", "--steps", "4", "--seed", "1") != three[:1]
     assert len(texts("--length", "24", "--sampler", "euler", "--steps", "2")[0]["tokens"]) == 24
+    assert texts("--temperature", "0.7", "--top_p", "0.9") != texts()
 
 
 @pytest.mark.parametrize("template", ["the cat {{5}}", "{{4}} mat", "the {{3}} sat on {{6}}é{{2}}\n", "{{16}}"])
@@ -201,6 +202,8 @@ BAD = [
     ("sample {run} --steps 0", "steps: expected at least 1, got 0"),
     ("sample {run} --length 0", "length: expected at least 1, got 0"),
     ("sample {run} --sampler magic", "sampler: expected one of tweedie, euler; got 'magic'"),
+    ("sample {run} --temperature 0", "temperature: expected a positive number, got 0.0"),
+    ("sample {run} --top_p 1.5", "top_p: expected a number in (0, 1], got 1.5"),
     ("infill {run}", "template"),
     ("infill {run} nothing", "template: nothing to fill in 'nothing'; write {{{{n}}}}"),
     ("infill {run} a{{{{0}}}}b", "template: a gap {{{{0}}}} holds nothing"),

@@ -299,59 +299,24 @@ void tile_rows(const ReverseTileParams& p, int64_t begin, int64_t end, void* scr
     }
 }
 
-template <class T>
-RowKernel<ReverseTileParams> pick_tile(Process process) {
-    switch (process) {
-        case Process::absorbing:
-            return tile_rows<Process::absorbing, T>;
-        case Process::uniform:
-            return tile_rows<Process::uniform, T>;
-        default:
-            return tile_rows<Process::rank_one, T>;
-    }
-}
-
-template <class T>
-RowKernel<ReverseParams> pick(Process process, bool sample) {
-    switch (process) {
-        case Process::absorbing:
-            return sample ? sample_rows<Process::absorbing, T> : probs_rows<Process::absorbing, T>;
-        case Process::uniform:
-            return sample ? sample_rows<Process::uniform, T> : probs_rows<Process::uniform, T>;
-        default:
-            return sample ? sample_rows<Process::rank_one, T> : probs_rows<Process::rank_one, T>;
-    }
-}
-
-RowKernel<ReverseParams> pick(DType dtype, Process process, bool sample) {
-    switch (dtype) {
-        case DType::float32:
-            return pick<float>(process, sample);
-        case DType::float64:
-            return pick<double>(process, sample);
-        case DType::bfloat16:
-            return pick<BFloat16>(process, sample);
-        default:
-            return pick<Half>(process, sample);
-    }
-}
-
 }  // namespace
 
-RowKernel<ReverseParams> reverse_probs(DType dtype, Process process) { return pick(dtype, process, false); }
-RowKernel<ReverseParams> reverse_sample(DType dtype, Process process) { return pick(dtype, process, true); }
+RowKernel<ReverseParams> reverse_probs(DType dtype, Process process) {
+    return pick(dtype, process, [](auto element, auto kind) -> RowKernel<ReverseParams> {
+        return probs_rows<kind.value, typename decltype(element)::Type>;
+    });
+}
+
+RowKernel<ReverseParams> reverse_sample(DType dtype, Process process) {
+    return pick(dtype, process, [](auto element, auto kind) -> RowKernel<ReverseParams> {
+        return sample_rows<kind.value, typename decltype(element)::Type>;
+    });
+}
 
 RowKernel<ReverseTileParams> reverse_tile(DType dtype, Process process) {
-    switch (dtype) {
-        case DType::float32:
-            return pick_tile<float>(process);
-        case DType::float64:
-            return pick_tile<double>(process);
-        case DType::bfloat16:
-            return pick_tile<BFloat16>(process);
-        default:
-            return pick_tile<Half>(process);
-    }
+    return pick(dtype, process, [](auto element, auto kind) -> RowKernel<ReverseTileParams> {
+        return tile_rows<kind.value, typename decltype(element)::Type>;
+    });
 }
 
 }  // namespace sedd::SEDD_ISA

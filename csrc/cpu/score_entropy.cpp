@@ -320,61 +320,24 @@ void tile_rows(const ScoreEntropyTileParams& p, int64_t begin, int64_t end, void
     }
 }
 
-template <class T>
-RowKernel<ScoreEntropyTileParams> pick_tile(Process process) {
-    switch (process) {
-        case Process::absorbing:
-            return tile_rows<Process::absorbing, T>;
-        case Process::uniform:
-            return tile_rows<Process::uniform, T>;
-        default:
-            return tile_rows<Process::rank_one, T>;
-    }
-}
-
-template <class T>
-RowKernel<ScoreEntropyParams> pick(Process process, bool backward) {
-    switch (process) {
-        case Process::absorbing:
-            return backward ? backward_rows<Process::absorbing, T> : forward_rows<Process::absorbing, T>;
-        case Process::uniform:
-            return backward ? backward_rows<Process::uniform, T> : forward_rows<Process::uniform, T>;
-        default:
-            return backward ? backward_rows<Process::rank_one, T> : forward_rows<Process::rank_one, T>;
-    }
-}
-
-RowKernel<ScoreEntropyParams> pick(DType dtype, Process process, bool backward) {
-    switch (dtype) {
-        case DType::float32:
-            return pick<float>(process, backward);
-        case DType::float64:
-            return pick<double>(process, backward);
-        case DType::bfloat16:
-            return pick<BFloat16>(process, backward);
-        default:
-            return pick<Half>(process, backward);
-    }
-}
-
 }  // namespace
 
-RowKernel<ScoreEntropyParams> score_entropy(DType dtype, Process process) { return pick(dtype, process, false); }
+RowKernel<ScoreEntropyParams> score_entropy(DType dtype, Process process) {
+    return pick(dtype, process, [](auto element, auto kind) -> RowKernel<ScoreEntropyParams> {
+        return forward_rows<kind.value, typename decltype(element)::Type>;
+    });
+}
+
 RowKernel<ScoreEntropyParams> score_entropy_backward(DType dtype, Process process) {
-    return pick(dtype, process, true);
+    return pick(dtype, process, [](auto element, auto kind) -> RowKernel<ScoreEntropyParams> {
+        return backward_rows<kind.value, typename decltype(element)::Type>;
+    });
 }
 
 RowKernel<ScoreEntropyTileParams> score_entropy_tile(DType dtype, Process process) {
-    switch (dtype) {
-        case DType::float32:
-            return pick_tile<float>(process);
-        case DType::float64:
-            return pick_tile<double>(process);
-        case DType::bfloat16:
-            return pick_tile<BFloat16>(process);
-        default:
-            return pick_tile<Half>(process);
-    }
+    return pick(dtype, process, [](auto element, auto kind) -> RowKernel<ScoreEntropyTileParams> {
+        return tile_rows<kind.value, typename decltype(element)::Type>;
+    });
 }
 
 }  // namespace sedd::SEDD_ISA

@@ -71,6 +71,41 @@ struct ComputeOf<double> {
 template <class T>
 using Compute = typename ComputeOf<T>::type;
 
+// How a type and a process can be arguments.
+template <class T>
+struct Element {
+    using Type = T;
+};
+template <Process P>
+struct Kind {
+    static constexpr Process value = P;
+};
+
+// f(Element<T>, Kind<P>) for the dtype's T and the process's P.
+template <class F>
+auto pick(DType dtype, Process process, F f) {
+    const auto with_process = [&](auto element) {
+        switch (process) {
+            case Process::absorbing:
+                return f(element, Kind<Process::absorbing>{});
+            case Process::uniform:
+                return f(element, Kind<Process::uniform>{});
+            default:
+                return f(element, Kind<Process::rank_one>{});
+        }
+    };
+    switch (dtype) {
+        case DType::float32:
+            return with_process(Element<float>{});
+        case DType::float64:
+            return with_process(Element<double>{});
+        case DType::bfloat16:
+            return with_process(Element<BFloat16>{});
+        default:
+            return with_process(Element<Half>{});
+    }
+}
+
 inline VecF broadcast(float x) { return x - VecF{}; }
 inline double broadcast(double x) { return x; }
 
