@@ -7,8 +7,7 @@ import itertools
 
 import pytest
 import torch
-from cases import MODEL_LENGTH, Case, Race, Run, compiled, model_cases, peak_memory, sampling, whole_model
-from pytest_benchmark.fixture import BenchmarkFixture
+from cases import MODEL_LENGTH, Case, Race, Run, compiled, model_cases, sampling, whole_model
 from torch import Tensor
 
 from sedd.sample import T_END, sample
@@ -65,7 +64,5 @@ def whole(case: Case, model: str) -> Run:
 
 
 @pytest.mark.parametrize(("model", "case"), model_cases("kernel", "unfused", "released", "released, compiled"), ids=str)
-def test_sampling(race: Race, benchmark: BenchmarkFixture, model: str, case: Case) -> None:
+def test_sampling(race: Race, model: str, case: Case) -> None:
     race(sampling(model), case, functools.partial(whole, model=model), 8 * case.rows)  # the text
-    if not benchmark.extra_info["smoke"]:
-        benchmark.extra_info["peak"] = peak_memory(whole(case, model))

@@ -7,8 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import MODEL_LENGTH, Case, Race, Run, compiled, model_cases, peak_memory, training, whole_model
-from pytest_benchmark.fixture import BenchmarkFixture
+from cases import MODEL_LENGTH, Case, Race, Run, compiled, model_cases, training, whole_model
 from torch import Tensor
 
 from sedd.objective import sample_times, score_entropy
@@ -58,7 +57,5 @@ def step(case: Case, model: str) -> Run:
 
 
 @pytest.mark.parametrize(("model", "case"), model_cases("kernel", "unfused", "released", "released, compiled"), ids=str)
-def test_training(race: Race, benchmark: BenchmarkFixture, model: str, case: Case) -> None:
+def test_training(race: Race, model: str, case: Case) -> None:
     race(training(model), case, functools.partial(step, model=model), 8 * case.rows)  # the text
-    if not benchmark.extra_info["smoke"]:
-        benchmark.extra_info["peak"] = peak_memory(step(case, model))

@@ -64,7 +64,7 @@ def race(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Race:
         contestant = _without_result(build(case))
         rivals = {name: _without_result(build(rival)) for name, rival in _rivals(case, alone=group is not None).items()}
         budget = _KERNEL_SECONDS if case.contestant == "kernel" else _OTHER_SECONDS
-        least = 7 if case.contestant == "kernel" else 3
+        least = 7 if case.contestant == "kernel" and not case.whole else 3
         rounds = 1 if smoke else _rounds([contestant, *rivals.values()], budget, least)
         seconds: dict[str, list[float]] = {name: [] for name in rivals}
 
