@@ -7,8 +7,8 @@ Exit status: 0, 1 where a rule is violated or a file does not compile, 2 where a
 
 What is counted is a path of a warp through the control-flow graph: the one with the most work (exponentials, then
 128-bit accesses), and of those the shortest; inner loops without 128-bit accesses, which take single elements, are left
-out. In a kernel of one segment a warp the path leads from its first instruction to its last; in step_kernel once
-through each loop over the segments.
+out. In a kernel of one segment a warp the path leads from its first instruction to its last; in those of reverse steps
+once through each loop over the segments.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Bounds:
     shared: int = 0  # dynamic shared memory, at most, for N = 50,258, or a tile of 8,192
 
 
-SEGMENTS, STEPS, BY_ROW = (256,), (256, 768), (128,)
+SEGMENTS, WHOLE_ROWS, BY_ROW = (256,), (768,), (128,)
 BOUNDS = {
     "score_entropy.sums_kernel": Bounds(SEGMENTS, 64, 1),
     "score_entropy.loss_kernel": Bounds(BY_ROW, 64),
@@ -61,8 +61,9 @@ BOUNDS = {
     "score_entropy.tile_numbers_kernel": Bounds(BY_ROW, 64),
     "score_entropy.tile_loss_kernel": Bounds(BY_ROW, 64),
     "reverse.sums_kernel": Bounds(SEGMENTS, 64, 1),
-    "reverse.step_kernel<true>": Bounds(STEPS, 80, 2, shared=1576),  # a sample: scores, weights
-    "reverse.step_kernel<false>": Bounds(STEPS[1:], 80, 3, "real", shared=1576),  # and probabilities
+    "reverse.sample_kernel<absorbing>": Bounds(SEGMENTS, 80, 1, shared=1576),
+    "reverse.sample_kernel": Bounds(SEGMENTS, 80, 2, shared=1576),  # scores; the second sweep: weights
+    "reverse.probs_kernel": Bounds(WHOLE_ROWS, 80, 3, "real", shared=1576),  # scores, weights, probabilities
     "reverse.tile_kernel": Bounds(SEGMENTS, 80, 2, shared=264),  # the first sweep: scores; the second: weights
     "transition.entries_kernel<false>": Bounds(SEGMENTS, 64, 1, "only"),
     "transition.entries_kernel<true>": Bounds(SEGMENTS, 64, 1, "only"),
@@ -75,11 +76,12 @@ OPERATIONS: dict[str, list[tuple[str, list[str], tuple[int, ...]]]] = {
     "score_entropy.gradient_kernel": [("score entropy, backward", PROCESSES, (0,))],
     "score_entropy.tile_kernel<true>": [("linear score entropy tile, with gradient", PROCESSES, (0,))],
     "score_entropy.tile_kernel<false>": [("linear score entropy tile, loss alone", PROCESSES, (0,))],
-    "reverse.step_kernel<true>": [
-        ("reverse sample", PROCESSES[:1], (0,)),
-        ("reverse sample, clamped", PROCESSES[1:], (0, 1)),
+    "reverse.sample_kernel<absorbing>": [("reverse sample", PROCESSES[:1], (0,))],
+    "reverse.sample_kernel": [
+        ("reverse sample", PROCESSES[1:], (0,)),
+        ("reverse sample, second sweep", PROCESSES[1:], (1,)),
     ],
-    "reverse.step_kernel<false>": [
+    "reverse.probs_kernel": [
         ("reverse probabilities", PROCESSES[:1], (0, 2)),
         ("reverse probabilities, clamped", PROCESSES[1:], (0, 1, 2)),
     ],

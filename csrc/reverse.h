@@ -60,12 +60,29 @@ SEDD_HD Fault reverse_fault(const Params& p, int64_t row) {
     return !valid_token(p.x_t[row], p.dim) ? Fault::x_t : !valid_sigma(p.step[row]) ? Fault::sigma : Fault::none;
 }
 
+// ---- samples ----
+//
+// The weights are not known before the scores' total is. So an entry is drawn from the scores (x from its own weight),
+// and where the two differ it is taken with probability w / s ≤ 1; a row whose entry is refused goes through a second
+// sweep, of the weights. The law is exact, and at the step sizes of a sampler nearly all rows are read once.
+
+// Do the weights of y ≠ x differ from the scores?
+template <class Params>
+SEDD_HD bool reverse_weighs(const Params& p, const ReverseRow& row, int64_t x) {
+    return p.process != Process::absorbing && (row.drain > 0.0 || (p.forbidden >= 0 && p.forbidden != x));
+}
+
+// w_y where s_y is known; for y ≠ x.
+template <class Params>
+SEDD_HD double reverse_weight(const Params& p, double score, double drain, double pi_y, int64_t y) {
+    const double w = score - drain * (p.process == Process::uniform ? 1.0 : pi_y);
+    return y == p.forbidden || !(w > 0.0) ? 0.0 : w;
+}
+
 // ---- a row that comes in tiles of the vocabulary, from left to right ----
 //
 // One sweep keeps the running total T and one entry, which a tile of sum S replaces by a draw from itself with
-// probability S / T: after the last tile every entry has had its due. The scores are drawn from, as the weights are not
-// known before their total is; where the two differ, the entry is taken with probability w / s ≤ 1, and a row whose
-// entry is refused goes through a second sweep, of the weights.
+// probability S / T: after the last tile every entry has had its due.
 
 struct ReverseDraw {
     double others;  // Σ_{y≠x} s_y, and
@@ -104,16 +121,10 @@ SEDD_HD double tile_target(const ReverseTileParams& p, int64_t row, double total
     return row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(p.places[row]), draw).first * total;
 }
 
-// w_y where s_y is known; for y ≠ x.
-SEDD_HD double reverse_weight(const ReverseTileParams& p, double score, double drain, double pi_y, int64_t y) {
-    const double w = score - drain * (p.process == Process::uniform ? 1.0 : pi_y);
-    return y == p.forbidden || !(w > 0.0) ? 0.0 : w;
-}
-
 // The row's token after the last tile; -1 if it has no distribution. Leaves what a second sweep needs to know. For π_x
 // > 0; pi_y is that of the entry drawn.
-SEDD_HD int64_t finish_draw(const ReverseTileParams& p, int64_t row, ReverseDraw& d, double pi_x, double pi_y) {
-    const ReverseRow r = reverse_row(p.kind, p.step[row], pi_x);
+SEDD_HD int64_t finish_draw(const ReverseTileParams& p, int64_t row, const ReverseRow& r, ReverseDraw& d, double pi_x,
+                            double pi_y) {
     const int64_t x = p.x_t[row];
     if (p.sweep == 0) {
         d.others = d.total;
@@ -123,10 +134,9 @@ SEDD_HD int64_t finish_draw(const ReverseTileParams& p, int64_t row, ReverseDraw
     if (!valid_total(1.0 + d.others)) return -1;
     const Uniforms u = row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(p.places[row]),
                                     static_cast<uint64_t>(2 + p.sweep) << 32);
-    const bool weighs = p.process != Process::absorbing && (r.drain > 0.0 || (p.forbidden >= 0 && p.forbidden != x));
     if (!valid_total(total)) return -1;
     if (u.first * total < self || d.total == 0.0) return self > 0.0 ? x : -1;
-    if (!weighs || p.sweep == 1) return d.token;
+    if (!reverse_weighs(p, r, x) || p.sweep == 1) return d.token;
     return u.second * d.score < reverse_weight(p, d.score, d.drain, pi_y, d.token) ? d.token : kSweepAgain;
 }
 

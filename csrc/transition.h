@@ -42,7 +42,11 @@ SEDD_HD int64_t draw_stationary(Process process, const double* cumulative, int64
 // x_t ~ p(· | x_0): draw from π with probability b = 1 - e^{-σ}, else keep the token.
 SEDD_HD int64_t draw_transition(const TransitionParams& p, int64_t row, double b) {
     const Uniforms u = row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(row));
-    return u.first < b ? draw_stationary(p.process, p.cumulative, p.dim, u.second) : p.x[row];
+    const bool moves = u.first < b;
+    // No branch on what no processor can predict, but for the search in a vector π.
+    const bool needs = p.process != Process::rank_one || moves;
+    const int64_t y = needs ? draw_stationary(p.process, p.cumulative, p.dim, u.second) : 0;
+    return moves ? y : p.x[row];
 }
 
 // A row of the result: `vector` π_y for a vector π, else `constant`, but for the entries x and, in a column of

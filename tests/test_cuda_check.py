@@ -23,8 +23,8 @@ GRADIENT = (
 
 PTXAS = """\
 ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_ZN4sedd1cu11step_kernelILb1ELNS_7ProcessE0EfEEvNS_1PE' for 'sm_100'
-ptxas info    : Function properties for _ZN4sedd1cu11step_kernelILb1ELNS_7ProcessE0EfEEvNS_1PE
+ptxas info    : Compiling entry function '_ZN4sedd1cu12probs_kernelILNS_7ProcessE0EfEEvNS_1PE' for 'sm_100'
+ptxas info    : Function properties for _ZN4sedd1cu12probs_kernelILNS_7ProcessE0EfEEvNS_1PE
     24 bytes stack frame, 24 bytes spill stores, 80 bytes spill loads
 ptxas info    : Used 40 registers, used 1 barriers, 24 bytes cumulative stack size, 448 bytes smem
 ptxas info    : Compiling entry function '_ZN4sedd1cu13sample_kernelENS_16TransitionParamsE' for 'sm_100'
@@ -130,8 +130,8 @@ def test_machine_code(check: Any) -> None:
         (SUMS, ("sums_kernel", ["float32"])),
         (GRADIENT, ("gradient_kernel", ["uniform", "float32"])),
         (
-            "_ZN1x8b11step_kernelILb1ELNS_7ProcessE2ENS_8BFloat16EEEvNS_1PEiib",
-            ("step_kernel", ["true", "vector", "bfloat16"]),
+            "_ZN1x8b12probs_kernelILNS_7ProcessE2ENS_8BFloat16EEEvNS_1PEiib",
+            ("probs_kernel", ["vector", "bfloat16"]),
         ),
         ("_ZN1x815entries_kernelILb0EdEEvNS_16TransitionParamsE", ("entries_kernel", ["false", "float64"])),
         ("_ZN1x7013sample_kernelENS_16TransitionParamsE", ("sample_kernel", [])),
@@ -243,11 +243,12 @@ def test_stores(check: Any, store: str) -> None:
 
 
 def test_rules_of_the_resources(check: Any) -> None:
-    step, _, sample = check.kernels_of("reverse", 100, PTXAS, "")
-    assert list(check.violations(step)) == [
+    probs, *_ = check.kernels_of("reverse", 100, PTXAS, "")
+    assert list(check.violations(probs)) == [
         "local memory: 24 bytes of stack frame, 24 bytes of spill stores, 80 bytes of spill loads",
-        "0 main loops with 128-bit accesses, 2 wanted",
+        "0 main loops with 128-bit accesses, 3 wanted",
     ]
+    (*_, sample) = check.kernels_of("another", 100, PTXAS, "")
     assert list(check.violations(sample)) == ["no bounds are stated for it in cuda_check.py"]
     (*_, sample) = check.kernels_of("transition", 100, PTXAS.replace("Used 22", "Used 65"), "")
     assert list(check.violations(sample)) == ["65 registers a thread, at most 64 wanted"]

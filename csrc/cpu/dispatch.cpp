@@ -93,13 +93,11 @@ Status reverse_probs_cpu(const ReverseParams& p, int threads) {
 }
 
 Status reverse_sample_cpu(const ReverseParams& p, int threads) {
-    const int64_t scratch = reverse_blocks(p.dim) * 8 + p.dim * (p.dtype == DType::float64 ? 8 : 4);
-    return launch(kernels().reverse_sample(p.dtype, p.process), p, p.dim, scratch, threads);
+    return launch(kernels().reverse_sample(p.dtype, p.process), p, p.dim, reverse_scratch(p.dim), threads);
 }
 
 Status reverse_tile_cpu(const ReverseTileParams& p, int threads) {
-    const int64_t scratch = reverse_blocks(p.width) * 8 + kReverseBlock * 8;
-    return launch(kernels().reverse_tile(p.dtype, p.process), p, p.width, scratch, threads);
+    return launch(kernels().reverse_tile(p.dtype, p.process), p, p.width, reverse_scratch(p.width), threads);
 }
 
 }  // namespace sedd

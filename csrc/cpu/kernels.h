@@ -44,6 +44,8 @@ bool select_isa(const char* name);
 // Blocks whose sums a sampler keeps: it looks a second time at one block only.
 constexpr int64_t kReverseBlock = 512;
 static inline int64_t reverse_blocks(int64_t dim) { return (dim + kReverseBlock - 1) / kReverseBlock; }
+// Bytes for the sums, and for the entries of one block.
+static inline int64_t reverse_scratch(int64_t dim) { return 8 * (reverse_blocks(dim) + kReverseBlock); }
 
 // The first fault wins, by row, whatever thread found it.
 static inline void report(Status& status, Fault fault, int64_t row) {

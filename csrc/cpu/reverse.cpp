@@ -1,6 +1,7 @@
 // Reverse steps on the CPU: block sums of the scores in one read of the row, one random number, and a second look at
 // the one block that it falls in. Where the clamp max(0, ·) needs the total first (Tweedie with π spread out), the
-// scores wait in a buffer of one row, which the cache holds. Limit: a plain read.
+// entry is drawn from the scores all the same and taken with probability w / s; only rows whose entry is refused are
+// read again. Limit: a plain read.
 #include "reverse.h"
 
 #include "cpu/kernels.h"
@@ -22,23 +23,21 @@ struct Count {
     static constexpr int value = n;
 };
 
-// Σ s_y over [begin, end) without y = skip; the scores go to `scores` too unless it is null (0 at skip).
-template <bool kKeep, class T, class Real = Compute<T>>
+// Σ s_y over [begin, end), at most a block, without y = skip, if kSkip; the scores go to `scores` too, if kKeep.
+template <bool kKeep, bool kSkip, class T, class Real = Compute<T>>
 double sum_scores(const T* log_score, int64_t begin, int64_t end, int64_t skip, Real shift, Real* scores) {
     constexpr int width = Lanes<Real>::width;
     using Vec = typename Lanes<Real>::Vec;
     const Vec shifts = broadcast(shift);
-    if (begin <= skip && skip < end) {
-        if constexpr (kKeep) scores[skip] = Real(0);
-        return sum_scores<kKeep>(log_score, begin, skip, int64_t{-1}, shift, scores) +
-               sum_scores<kKeep>(log_score, skip + 1, end, int64_t{-1}, shift, scores);
-    }
     Vec sums[kUnroll] = {};
     const auto add = [&](int64_t y, auto count) {
         Vec s[count.value];
         prefetch<count.value>(log_score + y);
-        load_vectors<kKeep>(log_score + y, s);
+        load_vectors<kKeep || kSkip>(log_score + y, s);
         SEDD_UNROLL for (int k = 0; k < count.value; ++k) s[k] -= shifts;
+        if constexpr (kSkip) {
+            SEDD_UNROLL for (int k = 0; k < count.value; ++k) s[k] = without(s[k], skip - y - k * width);
+        }
         exp_lanes(s);
         SEDD_UNROLL for (int k = 0; k < count.value; ++k) {
             if constexpr (kKeep) store(scores + y + k * width, s[k]);
@@ -50,7 +49,9 @@ double sum_scores(const T* log_score, int64_t begin, int64_t end, int64_t skip, 
     sweep<width>(
         y, end, [&](int64_t z) { add(z, Count<1>{}); },
         [&](int64_t z, int64_t n) {
-            const Vec s = exp_lanes(load_partial(log_score + z, n, -__builtin_inff()) - shifts);
+            Vec s = load_partial(log_score + z, n, -__builtin_inff()) - shifts;
+            if constexpr (kSkip) s = without(s, skip - z);
+            s = exp_lanes(s);
             if constexpr (kKeep) store_partial(scores + z, s, n);
             sums[1] += s;
         });
@@ -114,65 +115,6 @@ int64_t find(const Real* weights, int64_t n, double share) {
     return first + walk(weights + first, n - first < width ? n - first : width);
 }
 
-// Checks a row; false if it is bad (reported).
-template <class Params>
-inline bool enter(const Params& p, int64_t row, Status& status) {
-    const Fault fault = reverse_fault(p, row);
-    if (fault != Fault::none) report(status, fault, row);
-    return fault == Fault::none;
-}
-
-inline int64_t block_end(int64_t begin, int64_t dim) {
-    return begin + kReverseBlock < dim ? begin + kReverseBlock : dim;
-}
-
-template <Process P, class T>
-void probs_rows(const ReverseParams& p, int64_t begin, int64_t end, void*, Status& status) {
-    using Real = Compute<T>;
-    const Real* stationary = static_cast<const Real*>(p.stationary);
-    for (int64_t i = begin; i < end; ++i) {
-        if (!enter(p, i, status)) continue;
-        const int64_t x = p.x_t[i];
-        const T* l = static_cast<const T*>(p.log_score) + i * p.dim;
-        Real* out = static_cast<Real*>(p.out) + i * p.dim;
-        const double pi_x = stationary_at(P, stationary, p.dim, x);
-        if (pi_x == 0.0) {
-            memset(out, 0, sizeof(Real) * static_cast<size_t>(p.dim));
-            out[x] = Real(1);
-            if (x == p.forbidden) report(status, Fault::total, i);
-            continue;
-        }
-        const ReverseRow r = reverse_row(p.kind, p.step[i], pi_x);
-        const Real shift = p.shift != nullptr ? static_cast<Real>(p.shift[i]) : Real(0);
-        double others = 0.0;
-        for (int64_t b = 0; b < p.dim; b += kReverseBlock) {
-            others += sum_scores<true>(l, b, block_end(b, p.dim), x, shift, out);
-        }
-        if (!valid_total(1.0 + others)) {
-            report(status, Fault::total, i);
-            continue;
-        }
-        const double self = reverse_stay(r, others, x == p.forbidden);
-        double total = self;
-        if (p.forbidden >= 0) out[p.forbidden] = Real(0);
-        if constexpr (P == Process::absorbing) {  // π_y = 0: nothing to drain
-            total += others;
-        } else {
-            const Real drain = static_cast<Real>(reverse_drain(P, r, others, pi_x));
-            for (int64_t b = 0; b < p.dim; b += kReverseBlock) {
-                total += sum_weights<P, true>(out, stationary, b, block_end(b, p.dim), drain);
-            }
-        }
-        if (!valid_total(total)) {
-            report(status, Fault::total, i);
-            continue;
-        }
-        const double inverse = 1.0 / total;
-        for (int64_t y = 0; y < p.dim; ++y) out[y] = static_cast<Real>(out[y] * inverse);
-        out[x] = static_cast<Real>(self * inverse);
-    }
-}
-
 // The block that the target falls on; what of the target lies on it stays. Where rounding lets it past the end, it is
 // the end of the last block with any weight.
 inline int64_t pick_block(const double* blocks, int64_t count, double& target) {
@@ -186,6 +128,136 @@ inline int64_t pick_block(const double* blocks, int64_t count, double& target) {
     return last;
 }
 
+// Entries [first, first + width) of a row: sums of their scores s_y, or in a second sweep of their weights w_y, and
+// which of them a point on the axis of these sums falls on.
+template <Process P, class T>
+struct Part {
+    using Real = Compute<T>;
+
+    const T* log_score;      // of `first`
+    const Real* stationary;  // of token 0
+    int64_t first, width;
+    int64_t x, forbidden;  // tokens
+    Real shift;
+    double* blocks;  // [reverse_blocks(width)]
+    Real* scores;    // [kReverseBlock]
+    bool weighted = false;
+    Real drain = Real(0);
+
+    int64_t size(int64_t block) const {
+        const int64_t rest = width - block * kReverseBlock;
+        return rest < kReverseBlock ? rest : kReverseBlock;
+    }
+
+    // With kKeep, what is added up stays in `scores`.
+    template <bool kKeep>
+    double sum_block(int64_t block) const {
+        const int64_t begin = block * kReverseBlock, n = size(block), place = first + begin;
+        const auto add = [&](auto keep) {
+            const bool has_x = place <= x && x < place + n;
+            return has_x ? sum_scores<keep.value != 0, true>(log_score + begin, 0, n, x - place, shift, scores)
+                         : sum_scores<keep.value != 0, false>(log_score + begin, 0, n, 0, shift, scores);
+        };
+        if (!weighted) return add(Count<kKeep>{});
+        add(Count<1>{});
+        if (place <= forbidden && forbidden < place + n) scores[forbidden - place] = Real(0);
+        return sum_weights<P, kKeep>(scores, P == Process::rank_one ? stationary + place : nullptr, 0, n, drain);
+    }
+
+    double sum() const {
+        const int64_t count = reverse_blocks(width);
+        if (count == 1) return blocks[0] = sum_block<true>(0);
+        double total = 0.0;
+        for (int64_t k = 0; k < count; ++k) total += blocks[k] = sum_block<false>(k);
+        return total;
+    }
+
+    // After sum(): the token at `target`, and its score or weight.
+    int64_t pick(double target, double& score) const {
+        const int64_t count = reverse_blocks(width), k = pick_block(blocks, count, target);
+        if (count > 1) sum_block<true>(k);
+        const int64_t y = find(scores, size(k), target / blocks[k]);
+        score = static_cast<double>(scores[y]);
+        return first + k * kReverseBlock + y;
+    }
+};
+
+// Checks a row and finds its numbers. Rows of one sequence share σ, and with it, but for a vector π, everything else.
+template <Process P, class Real, class Params>
+class Rows {
+  public:
+    explicit Rows(const Params& p) : p_(p), stationary_(static_cast<const Real*>(p.stationary)) {}
+
+    // False if the row is bad, with the fault reported.
+    bool enter(int64_t row, Status& status) {
+        const Fault fault = reverse_fault(p_, row);
+        if (fault != Fault::none) {
+            report(status, fault, row);
+            return false;
+        }
+        x = p_.x_t[row];
+        shift = p_.shift != nullptr ? static_cast<Real>(p_.shift[row]) : Real(0);
+        const double pi = stationary_at(P, stationary_, p_.dim, x);
+        if (pi > 0.0 && (p_.step[row] != step_ || pi != pi_x)) numbers = reverse_row(p_.kind, step_ = p_.step[row], pi);
+        pi_x = pi;
+        return true;
+    }
+
+    int64_t x = 0;
+    double pi_x = 0.0;
+    Real shift = Real(0);
+    ReverseRow numbers{};
+
+  private:
+    const Params& p_;
+    const Real* stationary_;
+    double step_ = -1.0;
+};
+
+template <Process P, class T>
+void probs_rows(const ReverseParams& p, int64_t begin, int64_t end, void*, Status& status) {
+    using Real = Compute<T>;
+    const Real* stationary = static_cast<const Real*>(p.stationary);
+    Rows<P, Real, ReverseParams> row(p);
+    for (int64_t i = begin; i < end; ++i) {
+        if (!row.enter(i, status)) continue;
+        Real* out = static_cast<Real*>(p.out) + i * p.dim;
+        if (row.pi_x == 0.0) {
+            memset(out, 0, sizeof(Real) * static_cast<size_t>(p.dim));
+            out[row.x] = Real(1);
+            if (row.x == p.forbidden) report(status, Fault::total, i);
+            continue;
+        }
+        const T* l = static_cast<const T*>(p.log_score) + i * p.dim;
+        double others = 0.0;
+        for (int64_t b = 0; b < p.dim; b += kReverseBlock) {
+            const int64_t stop = b + kReverseBlock < p.dim ? b + kReverseBlock : p.dim;
+            others += b <= row.x && row.x < stop ? sum_scores<true, true>(l, b, stop, row.x, row.shift, out)
+                                                 : sum_scores<true, false>(l, b, stop, row.x, row.shift, out);
+        }
+        if (!valid_total(1.0 + others)) {
+            report(status, Fault::total, i);
+            continue;
+        }
+        const double self = reverse_stay(row.numbers, others, row.x == p.forbidden);
+        double total = self;
+        if (p.forbidden >= 0) out[p.forbidden] = Real(0);
+        if constexpr (P == Process::absorbing) {  // π_y = 0: nothing to drain
+            total += others;
+        } else {
+            const Real drain = static_cast<Real>(reverse_drain(P, row.numbers, others, row.pi_x));
+            total += sum_weights<P, true>(out, stationary, 0, p.dim, drain);
+        }
+        if (!valid_total(total)) {
+            report(status, Fault::total, i);
+            continue;
+        }
+        const double inverse = 1.0 / total;
+        for (int64_t y = 0; y < p.dim; ++y) out[y] = static_cast<Real>(out[y] * inverse);
+        out[row.x] = static_cast<Real>(self * inverse);
+    }
+}
+
 template <Process P, class T>
 void sample_rows(const ReverseParams& p, int64_t begin, int64_t end, void* scratch, Status& status) {
     using Real = Compute<T>;
@@ -193,60 +265,39 @@ void sample_rows(const ReverseParams& p, int64_t begin, int64_t end, void* scrat
     double* blocks = static_cast<double*>(scratch);
     Real* scores = reinterpret_cast<Real*>(blocks + reverse_blocks(p.dim));
     int64_t* out = static_cast<int64_t*>(p.out);
+    const uint64_t seed = static_cast<uint64_t>(*p.seed);
+    Rows<P, Real, ReverseParams> row(p);
     for (int64_t i = begin; i < end; ++i) {
-        if (!enter(p, i, status)) continue;
-        const int64_t x = p.x_t[i];
-        out[i] = x;
-        const double pi_x = stationary_at(P, stationary, p.dim, x);
-        if (pi_x == 0.0) {
+        if (!row.enter(i, status)) continue;
+        const int64_t x = out[i] = row.x;
+        if (row.pi_x == 0.0) {
             if (x == p.forbidden) report(status, Fault::total, i);
             continue;
         }
         const T* l = static_cast<const T*>(p.log_score) + i * p.dim;
-        const ReverseRow r = reverse_row(p.kind, p.step[i], pi_x);
-        const Real shift = p.shift != nullptr ? static_cast<Real>(p.shift[i]) : Real(0);
-        // Without a clamp and without a token to leave out, the weights are the scores, and need no place to wait in.
-        const bool linear = P == Process::absorbing || (r.drain == 0.0 && (p.forbidden < 0 || p.forbidden == x));
-        int64_t num_blocks = 0;
-        double others = 0.0;
-        for (int64_t b = 0; b < p.dim; b += kReverseBlock) {
-            const int64_t stop = block_end(b, p.dim);
-            blocks[num_blocks] = linear ? sum_scores<false>(l, b, stop, x, shift, scores)
-                                        : sum_scores<true>(l, b, stop, x, shift, scores);
-            others += blocks[num_blocks++];
+        Part<P, T> part{l, stationary, 0, p.dim, x, p.forbidden, row.shift, blocks, scores};
+        const double others = part.sum(), self = reverse_stay(row.numbers, others, x == p.forbidden);
+        const double drain = reverse_drain(P, row.numbers, others, row.pi_x);
+        // The token at a point of [0, 1) on the axis of the sweep's numbers, where x lies first; -1 if there is none.
+        const auto draw = [&](double sum, double point, double& score) {
+            if (!valid_total(1.0 + others) || !valid_total(self + sum)) return int64_t{-1};
+            const double target = point * (self + sum) - self;
+            return target < 0.0 || sum == 0.0 ? x : part.pick(target, score);
+        };
+        const Uniforms u = row_uniforms(seed, static_cast<uint64_t>(i));
+        double score = 0.0;
+        int64_t y = draw(others, u.first, score);
+        if (reverse_weighs(p, row.numbers, x) && y >= 0 && y != x &&
+            !(u.second * score < reverse_weight(p, score, drain, stationary_at(P, stationary, p.dim, y), y))) {
+            part.weighted = true;
+            part.drain = static_cast<Real>(drain);
+            y = draw(part.sum(), row_uniforms(seed, static_cast<uint64_t>(i), 1).first, score);
         }
-        if (!valid_total(1.0 + others)) {
+        if (y < 0) {
             report(status, Fault::total, i);
-            continue;
-        }
-        const Real drain = static_cast<Real>(reverse_drain(P, r, others, pi_x));
-        double weights = others;
-        if (!linear) {
-            weights = 0.0;
-            if (p.forbidden >= 0) scores[p.forbidden] = Real(0);
-            for (int64_t k = 0; k < num_blocks; ++k) {
-                const int64_t b = k * kReverseBlock;
-                blocks[k] = sum_weights<P, false>(scores, stationary, b, block_end(b, p.dim), drain);
-                weights += blocks[k];
-            }
-        }
-        const double self = reverse_stay(r, others, x == p.forbidden);
-        const double total = self + weights;
-        if (!valid_total(total)) {
-            report(status, Fault::total, i);
-            continue;
-        }
-        // x lies first on the axis of the weights, then the blocks.
-        double target = row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(i)).first * total - self;
-        if (target < 0.0 || weights == 0.0) continue;
-        const int64_t k = pick_block(blocks, num_blocks, target);
-        const int64_t b = k * kReverseBlock, stop = block_end(b, p.dim);
-        if (linear) {
-            sum_scores<true>(l, b, stop, x, shift, scores);
         } else {
-            sum_weights<P, true>(scores, stationary, b, stop, drain);
+            out[i] = y;
         }
-        out[i] = b + find(scores + b, stop - b, target / blocks[k]);
     }
 }
 
@@ -254,47 +305,38 @@ template <Process P, class T>
 void tile_rows(const ReverseTileParams& p, int64_t begin, int64_t end, void* scratch, Status& status) {
     using Real = Compute<T>;
     const Real* stationary = static_cast<const Real*>(p.stationary);
-    const bool first = p.first == 0, last = p.first + p.width == p.dim;
-    const int64_t num_blocks = reverse_blocks(p.width);
+    const bool last = p.first + p.width == p.dim;
     double* blocks = static_cast<double*>(scratch);
-    Real* scores = reinterpret_cast<Real*>(blocks + num_blocks);  // of one block
+    Real* scores = reinterpret_cast<Real*>(blocks + reverse_blocks(p.width));
+    Rows<P, Real, ReverseTileParams> row(p);
     for (int64_t i = begin; i < end; ++i) {
-        if (!enter(p, i, status)) continue;
-        const int64_t x = p.x_t[i];
-        const double pi_x = stationary_at(P, stationary, p.dim, x);
-        if (pi_x == 0.0) {
-            p.out[i] = x;
-            if (x == p.forbidden) report(status, Fault::total, i);
+        if (!row.enter(i, status)) continue;
+        if (row.pi_x == 0.0) {
+            p.out[i] = row.x;
+            if (row.x == p.forbidden) report(status, Fault::total, i);
             continue;
         }
         ReverseDraw& draw = p.draws[i];
-        if (first) draw = {draw.others, draw.drain, 0.0, 0.0, -1};
+        if (p.first == 0) draw = {draw.others, draw.drain, 0.0, 0.0, -1};
         const T* l = static_cast<const T*>(p.log_score) + i * p.width;
-        const Real shift = p.shift != nullptr ? static_cast<Real>(p.shift[i]) : Real(0);
-        const Real drain = p.sweep == 0 ? Real(0) : static_cast<Real>(draw.drain);
-        // Σ w_y of a block, or Σ s_y in the first sweep; with keep, its terms are left in `scores`
-        const auto sum_block = [&](int64_t k, auto keep) {
-            const int64_t b = k * kReverseBlock, n = block_end(b, p.width) - b, place = p.first + b;
-            if (p.sweep == 0) return sum_scores<keep.value != 0>(l + b, 0, n, x - place, shift, scores);
-            sum_scores<true>(l + b, 0, n, x - place, shift, scores);
-            if (place <= p.forbidden && p.forbidden < place + n) scores[p.forbidden - place] = Real(0);
-            return sum_weights<P, keep.value != 0>(scores, P == Process::rank_one ? stationary + place : nullptr, 0, n,
-                                                   drain);
-        };
-        double sum = 0.0;
-        for (int64_t k = 0; k < num_blocks; ++k) sum += blocks[k] = sum_block(k, Count<0>{});
+        const Part<P, T> part{l,
+                              stationary,
+                              p.first,
+                              p.width,
+                              row.x,
+                              p.forbidden,
+                              row.shift,
+                              blocks,
+                              scores,
+                              p.sweep != 0,
+                              p.sweep != 0 ? static_cast<Real>(draw.drain) : Real(0)};
+        const double sum = part.sum();
         draw.total += sum;
-        double target = tile_target(p, i, draw.total);
-        if (target < sum) {
-            const int64_t k = pick_block(blocks, num_blocks, target);
-            const double block = sum_block(k, Count<1>{});
-            const int64_t y = find(scores, block_end(k * kReverseBlock, p.width) - k * kReverseBlock, target / block);
-            draw.token = p.first + k * kReverseBlock + y;
-            draw.score = scores[y];
-        }
+        const double target = tile_target(p, i, draw.total);
+        if (target < sum) draw.token = part.pick(target, draw.score);
         if (!last) continue;
         const double pi_y = draw.token >= 0 ? stationary_at(P, stationary, p.dim, draw.token) : 0.0;
-        p.out[i] = finish_draw(p, i, draw, pi_x, pi_y);
+        p.out[i] = finish_draw(p, i, row.numbers, draw, row.pi_x, pi_y);
         if (p.out[i] == -1) report(status, Fault::total, i);
     }
 }

@@ -139,6 +139,14 @@ inline VecF min_or_second(VecF a, VecF b) {
 inline VecF where_nonzero(VecF pi, VecF a) { return pi != 0.0f ? a : VecF{}; }
 inline double where_nonzero(double pi, double a) { return pi != 0.0 ? a : 0.0; }
 
+// -inf in the given lane, if there is one of that number.
+inline VecF without(VecF a, int64_t lane) {
+    VecI lanes;
+    for (int i = 0; i < kWidth; ++i) lanes[i] = i;
+    return lanes == static_cast<int32_t>(lane) ? broadcast(-__builtin_inff()) : a;
+}
+inline double without(double a, int64_t lane) { return lane == 0 ? -__builtin_inf() : a; }
+
 // ---- loads and stores: float16 and bfloat16 become float32 ----
 
 inline VecF load(const float* p) {

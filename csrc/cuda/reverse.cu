@@ -2,20 +2,18 @@
 // falls on, with a second look at the one segment it falls in, or all probabilities. Fused away: probabilities,
 // clamps, cumulative sums and Gumbel noise of rows × N.
 //
-// Bytes an element: a sample where the weights are the scores (absorbing, or Euler) is one read, 4 (float32) or 2, and
-// 2 KiB more a row. Where max(0, ·) needs the total first (Tweedie with π spread out; Euler that may not return MASK),
-// and for the probabilities, the row is read again, and again for clamped probabilities: by the same block moments
-// after, so that what was 200 KB in memory comes from the L2 cache (one row a multiprocessor: 27 MB on 132 of them),
-// and memory is read once. Instructions an element: 11 to 13 a pass (8 of them expf with
-// one MUFU.EX2), 3 to 5 more for the clamp.
+// Bytes an element: a sample is one read, 4 (float32) or 2, and 2 KiB more a row; where max(0, ·) needs the total first
+// (Tweedie with π spread out; Euler that may not return MASK), the few rows whose entry is refused are read once more.
+// For the probabilities every row is read again, and again for clamped ones: by the same block moments after, so that
+// what was 200 KB in memory comes from the L2 cache (one row a multiprocessor: 27 MB on 132 of them), and memory is
+// read once. Instructions an element: 11 to 13 a pass (8 of them expf with one MUFU.EX2), 3 to 5 more for the clamp.
 //
 // Configuration: a block a row, since the row's total joins what its segments give: its warps take segments in turn,
-// leave their sums in shared memory, and after a barrier the first warp goes on alone or, for the second pass, hands
-// the totals to all. 8 warps a block for samples without clamp, which leave room for three or four blocks a
-// multiprocessor, one summing while another draws; 24 where rows are read again, to keep few in flight. Rows of up to
-// four segments share a block of 8 warps. Where rows are few the first pass, which is the read from memory, is split
-// over all multiprocessors by a kernel of its own, a warp a segment. Sums of a segment and their order are the same in
-// each.
+// leave their sums in shared memory, and after a barrier the first warp goes on alone or, for the next pass, hands the
+// totals to all. 8 warps a block for samples, which leave room for three or four blocks a multiprocessor, one summing
+// while another draws; 24 for probabilities, to keep few rows in flight. Rows of up to four segments share a block of 8
+// warps. Where rows are few the first pass, which is the read from memory, is split over all multiprocessors by a
+// kernel of its own, a warp a segment. Sums of a segment and their order are the same in each.
 //
 // Rows with π_x = 0 (unmasked ones of absorbing diffusion) are not read. Bad rows get probabilities of NaN, or token
 // -1.
@@ -30,16 +28,45 @@ constexpr int kMaxWarps = 24;       // of a block: 80 registers a thread, where 
 constexpr int64_t kFewRows = 1024;  // so many blocks of 8 warps fill 132 multiprocessors
 constexpr int64_t kSharedBytes = 48 << 10;
 
-template <class Real, class Params>
-__device__ __forceinline__ Real row_shift(const Params& p, int64_t row) {
-    return p.shift != nullptr ? static_cast<Real>(p.shift[row]) : Real(0);
-}
-
 // For a valid x.
 template <class Real, class Params>
 __device__ __forceinline__ double row_pi(const Params& p, int64_t row) {
     return stationary_at(p.process, static_cast<const Real*>(p.stationary), p.dim, p.x_t[row]);
 }
+
+template <class Real, class Params>
+__device__ __forceinline__ Real row_shift(const Params& p, int64_t row) {
+    return p.shift != nullptr ? static_cast<Real>(p.shift[row]) : Real(0);
+}
+
+// What a warp works on: `row_warps` warps of a block share a row, and take its segments in turn.
+template <class Real>
+struct Task {
+    int place, first_segment;  // of the row in its block, and of the warp in its row
+    int64_t row;
+    bool exists, fault;
+    double pi_x;  // 0 where there is nothing to do
+    Real shift;
+
+    template <class Params>
+    __device__ __forceinline__ Task(const Params& p, int row_warps) {
+        const int warp = static_cast<int>(threadIdx.x) / kWarp;
+        place = warp / row_warps;
+        first_segment = warp % row_warps;
+        row = static_cast<int64_t>(blockIdx.x) * (static_cast<int>(blockDim.x) / (kWarp * row_warps)) + place;
+        exists = row < p.rows;
+        fault = exists && reverse_fault(p, row) != Fault::none;
+        pi_x = exists && !fault ? row_pi<Real>(p, row) : 0.0;
+        shift = moves() ? row_shift<Real>(p, row) : Real(0);
+    }
+    __device__ __forceinline__ bool moves() const { return pi_x > 0.0; }
+    __device__ __forceinline__ bool leads() const { return first_segment == 0; }
+    // The token of a row that does not move; -1 if it is bad.
+    template <class Params>
+    __device__ __forceinline__ int64_t stays_at(const Params& p) const {
+        return exists && !fault && p.x_t[row] != p.forbidden ? p.x_t[row] : -1;
+    }
+};
 
 // The first pass by itself, where rows are few.
 template <class T>
@@ -186,20 +213,6 @@ __device__ __forceinline__ int pick_entry(const T* row, int dim, int segment, in
     return entry;
 }
 
-// What the block's warps know of a row after the barriers.
-struct RowState {
-    ReverseRow numbers;
-    double others;   // Σ_{y≠x} s_y
-    double self;     // w(x)
-    double weights;  // Σ_{y≠x} w_y
-    double total;    // Σ_y w_y; NaN if the row has no distribution
-
-    __device__ __forceinline__ void add_up(double sum) {
-        weights = sum;
-        total = valid_total(1.0 + others) && valid_total(self + sum) ? self + sum : not_a_number<double>();
-    }
-};
-
 // A factor of the compute type's digits and float64's range: the total of a row may exceed float32's.
 template <class Real>
 struct Scale {
@@ -238,41 +251,46 @@ __device__ __forceinline__ void write_probs(Real* out, const T* row, int dim, in
         [&](int y, Real l) { out[y] = y == x ? self : prob(y, l); });
 }
 
-template <bool kSample, Process P, class T>
+// What the block's warps know of a row after the barriers.
+struct RowState {
+    ReverseRow numbers;
+    double others;  // Σ_{y≠x} s_y
+    double self;    // w(x)
+    double total;   // Σ_y w_y; NaN if the row has no distribution
+
+    __device__ __forceinline__ void add_up(double sum) {
+        total = valid_total(1.0 + others) && valid_total(self + sum) ? self + sum : not_a_number<double>();
+    }
+};
+
+template <Process P, class T>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
-    step_kernel(ReverseParams p, int segments, int row_warps, bool clamped, const RealOf<T>* few_sums) {
+    probs_kernel(ReverseParams p, int segments, int row_warps, bool clamped, const RealOf<T>* few_sums) {
     using Real = RealOf<T>;
     SEDD_DYNAMIC_SHARED(Real, all_sums);
     __shared__ RowState states[kWarps];
-    const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = lane_of();
-    const int place = warp / row_warps, first_segment = warp % row_warps;
-    const bool leads = first_segment == 0;
-    const int64_t block_rows = static_cast<int64_t>(blockDim.x) / (kWarp * row_warps);
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * block_rows + place;
-    Real* sums = all_sums + place * segments;
-    RowState& state = states[place];
-
     // Every warp comes to every barrier, whether its row exists and moves or not.
-    const bool exists = row < p.rows, fault = exists && reverse_fault(p, row) != Fault::none;
-    const double pi_x = exists && !fault ? row_pi<Real>(p, row) : 0.0;
-    const bool moves = pi_x > 0.0;
-    const int dim = static_cast<int>(p.dim), x = moves ? static_cast<int>(p.x_t[row]) : -1;
-    const T* log_score = static_cast<const T*>(p.log_score) + (moves ? row * p.dim : 0);
-    Weights<P, Real> weights{static_cast<const Real*>(p.stationary), moves ? row_shift<Real>(p, row) : Real(0), Real(0),
+    const Task<Real> task(p, row_warps);
+    const bool moves = task.moves(), first_lane = lane_of() == 0;
+    const int dim = static_cast<int>(p.dim), x = moves ? static_cast<int>(p.x_t[task.row]) : -1;
+    const T* log_score = static_cast<const T*>(p.log_score) + (moves ? task.row * p.dim : 0);
+    Real* sums = all_sums + task.place * segments;
+    RowState& state = states[task.place];
+    Weights<P, Real> weights{static_cast<const Real*>(p.stationary), task.shift, Real(0),
                              static_cast<int>(p.forbidden)};
 
     if (moves) {
-        if (leads && lane == 0) state.numbers = reverse_row(p.kind, p.step[row], pi_x);
-        for (int s = first_segment; s < segments; s += row_warps) {
-            const Real sum = few_sums != nullptr ? few_sums[row * segments + s]
+        if (task.leads() && first_lane) state.numbers = reverse_row(p.kind, p.step[task.row], task.pi_x);
+        for (int s = task.first_segment; s < segments; s += row_warps) {
+            const Real sum = few_sums != nullptr ? few_sums[task.row * segments + s]
                                                  : segment_scores(log_score, dim, s, x, weights.shift);
-            if (lane == 0) sums[s] = sum;
+            if (first_lane) sums[s] = sum;
         }
     }
     __syncthreads();  // the segments' sums are there
-    if (moves && leads) {
+    if (moves && task.leads()) {
         const double others = sum_segments(sums, segments);
-        if (lane == 0) {
+        if (first_lane) {
             state.others = others;
             state.self = reverse_stay(state.numbers, others, x == p.forbidden);
             state.add_up(others);
@@ -281,102 +299,158 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     if (clamped) {
         __syncthreads();  // the total is there, and the sums have been read
         if (moves) {
-            weights.drain = static_cast<Real>(reverse_drain(P, state.numbers, state.others, pi_x));
-            for (int s = first_segment; s < segments; s += row_warps) {
+            weights.drain = static_cast<Real>(reverse_drain(P, state.numbers, state.others, task.pi_x));
+            for (int s = task.first_segment; s < segments; s += row_warps) {
                 const Real sum = segment_weights(log_score, dim, s, x, weights);
-                if (lane == 0) sums[s] = sum;
+                if (first_lane) sums[s] = sum;
             }
         }
         __syncthreads();  // the segments' weights are there
-        if (moves && leads) {
+        if (moves && task.leads()) {
             const double sum = sum_segments(sums, segments);
-            if (lane == 0) state.add_up(sum);
+            if (first_lane) state.add_up(sum);
         }
     }
-
-    const int64_t stays_at = exists && !fault && p.x_t[row] != p.forbidden ? p.x_t[row] : -1;  // if it does not move
-    if constexpr (kSample) {
-        if (!exists || !leads) return;
-        int64_t token = stays_at;
-        if (moves) {
-            __syncwarp();  // lane 0 has written the state
-            const double total = state.total;
-            const double target =
-                row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(row)).first * total - state.self;
-            token = total > 0.0 ? x : -1;
-            if (target >= 0.0 && state.weights > 0.0) {  // x lies first on the axis of the weights
-                const Pick pick = pick_segment(sums, segments, target);
-                token = pick_entry(log_score, dim, pick.segment, x, weights, pick.share);
-            }
+    __syncthreads();  // the total is there
+    if (!task.exists) return;
+    Real* out = static_cast<Real*>(p.out) + task.row * p.dim;
+    if (moves) {
+        const double inverse = 1.0 / state.total;
+        const Real self = static_cast<Real>(state.self * inverse);
+        const Scale<Real> scale(inverse);
+        for (int s = task.first_segment; s < segments; s += row_warps) {
+            write_probs(out, log_score, dim, s, x, self, weights, scale);
         }
-        if (lane == 0) static_cast<int64_t*>(p.out)[row] = token;
     } else {
-        __syncthreads();  // the total is there
-        if (!exists) return;
-        Real* out = static_cast<Real*>(p.out) + row * p.dim;
-        if (moves) {
-            const double inverse = 1.0 / state.total;
-            const Real self = static_cast<Real>(state.self * inverse);
-            const Scale<Real> scale(inverse);
-            for (int s = first_segment; s < segments; s += row_warps) {
-                write_probs(out, log_score, dim, s, x, self, weights, scale);
-            }
-        } else {
-            const Real rest = stays_at >= 0 ? Real(0) : not_a_number<Real>();
-            for (int s = first_segment; s * kSegmentVectors < dim / Vector<Real>::kWidth + 2; s += row_warps) {
-                write_segment(out, dim, s, [&](int y) { return y == stays_at ? Real(1) : rest; });
-            }
+        const int64_t token = task.stays_at(p);
+        const Real rest = token >= 0 ? Real(0) : not_a_number<Real>();
+        for (int s = task.first_segment; s * kSegmentVectors < dim / Vector<Real>::kWidth + 2; s += row_warps) {
+            write_segment(out, dim, s, [&](int y) { return y == token ? Real(1) : rest; });
         }
     }
 }
 
-// A tile of a row: its sum joins the row's, and perhaps one of its entries becomes the one drawn. Warps of a block work
-// on the segments of a row in turn, as in step_kernel.
+struct SampleState {
+    ReverseRow numbers;
+    double others;
+    bool refused;  // the entry drawn in the first sweep
+};
+
 template <Process P, class T>
-__global__ void __launch_bounds__(kWarps* kWarp, 1) tile_kernel(ReverseTileParams p, int segments, int row_warps) {
+__global__ void __launch_bounds__(kWarps* kWarp, 3)
+    sample_kernel(ReverseParams p, int segments, int row_warps, bool clamped, const RealOf<T>* few_sums) {
     using Real = RealOf<T>;
     SEDD_DYNAMIC_SHARED(Real, all_sums);
-    const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = lane_of();
-    const int place = warp / row_warps, first_segment = warp % row_warps;
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * (kWarps / row_warps) + place;
-    Real* sums = all_sums + place * segments;
-
-    // Every warp comes to the barrier, whether its row exists and moves or not.
-    const bool exists = row < p.rows, fault = exists && reverse_fault(p, row) != Fault::none;
-    const double pi_x = exists && !fault ? row_pi<Real>(p, row) : 0.0;
-    const bool moves = pi_x > 0.0;
-    const int64_t x = exists ? p.x_t[row] : -1, x_here = x - p.first;
-    const int width = static_cast<int>(p.width), skip = 0 <= x_here && x_here < p.width ? static_cast<int>(x_here) : -1;
-    const T* log_score = static_cast<const T*>(p.log_score) + (moves ? row * p.width : 0);
+    __shared__ SampleState states[kWarps];
+    // Every warp comes to every barrier, whether its row exists and moves or not.
+    const Task<Real> task(p, row_warps);
+    const bool first_lane = lane_of() == 0;
+    bool moves = task.moves();
+    const int dim = static_cast<int>(p.dim), x = moves ? static_cast<int>(p.x_t[task.row]) : -1;
+    const T* log_score = static_cast<const T*>(p.log_score) + (moves ? task.row * p.dim : 0);
     const Real* stationary = static_cast<const Real*>(p.stationary);
-    Weights<P, Real> weights{P == Process::rank_one ? stationary + p.first : nullptr,
-                             moves ? row_shift<Real>(p, row) : Real(0), Real(0),
-                             p.sweep != 0 ? static_cast<int>(p.forbidden - p.first) : -1};
+    Real* sums = all_sums + task.place * segments;
+    SampleState& state = states[task.place];
+    Weights<P, Real> weights{stationary, task.shift, Real(0), -1};
+
     if (moves) {
+        if (task.leads() && first_lane) state.numbers = reverse_row(p.kind, p.step[task.row], task.pi_x);
+        for (int s = task.first_segment; s < segments; s += row_warps) {
+            const Real sum = few_sums != nullptr ? few_sums[task.row * segments + s]
+                                                 : segment_scores(log_score, dim, s, x, weights.shift);
+            if (first_lane) sums[s] = sum;
+        }
+    }
+    // A point on the axis of the sweep's sums, where x lies first; -1 if the row has no distribution. By a whole warp.
+    const auto draw = [&](double sum, double others, double point) -> int {
+        const double self = reverse_stay(state.numbers, others, x == p.forbidden);
+        if (!valid_total(1.0 + others) || !valid_total(self + sum)) return -1;
+        const double target = point * (self + sum) - self;
+        if (target < 0.0 || sum == 0.0) return x;
+        const Pick pick = pick_segment(sums, segments, target);
+        return pick_entry(log_score, dim, pick.segment, x, weights, pick.share);
+    };
+    const auto uniforms = [&](uint64_t sweep) {
+        return row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(task.row), sweep);
+    };
+    int64_t token = task.stays_at(p);
+    __syncthreads();  // the sums of the scores are there
+    if (moves && task.leads()) {
+        const double others = sum_segments(sums, segments);
+        const Uniforms u = uniforms(0);
+        const int y = draw(others, others, u.first);
+        token = y;
+        if (P != Process::absorbing && clamped) {
+            bool refused = false;
+            if (y >= 0 && y != x) {
+                const double score = static_cast<double>(exponential(Vector<T>::read(log_score + y) - task.shift));
+                const double drain = reverse_drain(P, state.numbers, others, task.pi_x);
+                refused =
+                    !(u.second * score < reverse_weight(p, score, drain, stationary_at(P, stationary, p.dim, y), y));
+            }
+            if (first_lane) {
+                state.others = others;
+                state.refused = refused;
+            }
+        }
+    }
+    if (P != Process::absorbing && clamped) {
+        __syncthreads();  // it is known whether the entry was refused, and the sums have been read
+        moves = moves && state.refused;
+        if (moves) {
+            weights.drain = static_cast<Real>(reverse_drain(P, state.numbers, state.others, task.pi_x));
+            weights.forbidden = static_cast<int>(p.forbidden);
+            for (int s = task.first_segment; s < segments; s += row_warps) {
+                const Real sum = segment_weights(log_score, dim, s, x, weights);
+                if (first_lane) sums[s] = sum;
+            }
+        }
+        __syncthreads();  // the sums of the weights are there
+        if (moves && task.leads()) token = draw(sum_segments(sums, segments), state.others, uniforms(1).first);
+    }
+    if (task.exists && task.leads() && first_lane) static_cast<int64_t*>(p.out)[task.row] = token;
+}
+
+// A tile of a row: its sum joins the row's, and perhaps one of its entries becomes the one drawn.
+template <Process P, class T>
+__global__ void __launch_bounds__(kWarps* kWarp, 3) tile_kernel(ReverseTileParams p, int segments, int row_warps) {
+    using Real = RealOf<T>;
+    SEDD_DYNAMIC_SHARED(Real, all_sums);
+    // Every warp comes to the barrier, whether its row exists and moves or not.
+    const Task<Real> task(p, row_warps);
+    const bool first_lane = lane_of() == 0;
+    Real* sums = all_sums + task.place * segments;
+    const int64_t x_here = (task.exists ? p.x_t[task.row] : -1) - p.first;
+    const int width = static_cast<int>(p.width), skip = 0 <= x_here && x_here < p.width ? static_cast<int>(x_here) : -1;
+    const T* log_score = static_cast<const T*>(p.log_score) + (task.moves() ? task.row * p.width : 0);
+    const Real* stationary = static_cast<const Real*>(p.stationary);
+    Weights<P, Real> weights{P == Process::rank_one ? stationary + p.first : nullptr, task.shift, Real(0),
+                             p.sweep != 0 ? static_cast<int>(p.forbidden - p.first) : -1};
+    if (task.moves()) {
         if (p.sweep == 0) {
-            for (int s = first_segment; s < segments; s += row_warps) {
+            for (int s = task.first_segment; s < segments; s += row_warps) {
                 const Real sum = segment_scores(log_score, width, s, skip, weights.shift);
-                if (lane == 0) sums[s] = sum;
+                if (first_lane) sums[s] = sum;
             }
         } else {
-            weights.drain = static_cast<Real>(p.draws[row].drain);
-            for (int s = first_segment; s < segments; s += row_warps) {
+            weights.drain = static_cast<Real>(p.draws[task.row].drain);
+            for (int s = task.first_segment; s < segments; s += row_warps) {
                 const Real sum = segment_weights(log_score, width, s, skip, weights);
-                if (lane == 0) sums[s] = sum;
+                if (first_lane) sums[s] = sum;
             }
         }
     }
     __syncthreads();  // the segments' sums are there, and the drain has been read
-    if (!exists || first_segment != 0) return;
-    if (!moves) {
-        if (lane == 0) p.out[row] = fault || x == p.forbidden ? -1 : x;
+    if (!task.exists || !task.leads()) return;
+    if (!task.moves()) {
+        if (first_lane) p.out[task.row] = task.stays_at(p);
         return;
     }
-    ReverseDraw draw = p.draws[row];
+    ReverseDraw draw = p.draws[task.row];
     if (p.first == 0) draw = {draw.others, draw.drain, 0.0, 0.0, -1};
     const double sum = sum_segments(sums, segments);
     draw.total += sum;
-    const double target = tile_target(p, row, draw.total);
+    const double target = tile_target(p, task.row, draw.total);
     if (target < sum) {
         const Pick pick = pick_segment(sums, segments, target);
         const int entry = pick_entry(log_score, width, pick.segment, skip, weights, pick.share);
@@ -386,12 +460,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) tile_kernel(ReverseTileParam
         }
     }
     __syncwarp();  // every lane has read the state
-    if (lane != 0) return;
+    if (!first_lane) return;
     if (p.first + p.width == p.dim) {
+        const ReverseRow numbers = reverse_row(p.kind, p.step[task.row], task.pi_x);
         const double pi_y = draw.token >= 0 ? stationary_at(P, stationary, p.dim, draw.token) : 0.0;
-        p.out[row] = finish_draw(p, row, draw, pi_x, pi_y);
+        p.out[task.row] = finish_draw(p, task.row, numbers, draw, task.pi_x, pi_y);
     }
-    p.draws[row] = draw;
+    p.draws[task.row] = draw;
 }
 
 // ---- launchers ----
@@ -419,7 +494,7 @@ const char* launch_typed(const ReverseParams& p, const CudaLaunch& launch) {
     if (const char* why = too_large(p.rows, p.dim, p.rows)) return why;
     const Tiling tiling = tile(p.dim, p.dtype);
     const bool clamped = P != Process::absorbing && (p.kind == Step::tweedie || p.forbidden >= 0);
-    const int wanted = clamped || !kSample ? kMaxWarps : kWarps;
+    constexpr int wanted = kSample ? kWarps : kMaxWarps;
     int row_warps = 1;
     while (row_warps < wanted && row_warps < tiling.segments) row_warps *= 2;
     row_warps = row_warps < wanted ? row_warps : wanted;
@@ -432,8 +507,15 @@ const char* launch_typed(const ReverseParams& p, const CudaLaunch& launch) {
         SEDD_LAUNCH((sums_kernel<T>), blocks_for(tile_blocks(tiling, p.rows), 1), kWarps * kWarp, 0, stream_of(launch),
                     p, tiling, few_sums);
     }
-    SEDD_LAUNCH((step_kernel<kSample, P, T>), blocks_for(p.rows, block_rows), block_rows * row_warps * kWarp,
-                static_cast<size_t>(shared_bytes), stream_of(launch), p, tiling.segments, row_warps, clamped, few_sums);
+    const unsigned blocks = blocks_for(p.rows, block_rows);
+    const int threads = block_rows * row_warps * kWarp;
+    if constexpr (kSample) {
+        SEDD_LAUNCH((sample_kernel<P, T>), blocks, threads, static_cast<size_t>(shared_bytes), stream_of(launch), p,
+                    tiling.segments, row_warps, clamped, few_sums);
+    } else {
+        SEDD_LAUNCH((probs_kernel<P, T>), blocks, threads, static_cast<size_t>(shared_bytes), stream_of(launch), p,
+                    tiling.segments, row_warps, clamped, few_sums);
+    }
     return launch_error();
 }
 

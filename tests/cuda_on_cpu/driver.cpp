@@ -415,28 +415,83 @@ Expected reverse_probs(const Problem& p, const std::vector<Weights>& weights) {
     return expected;
 }
 
-// What the row's random numbers make of it in a sweep over its tiles: a token, -1 or kSweepAgain; several where
-// rounding decides.
+// The scores of the entries but x, in the weights' unit, which samples are drawn from first.
+struct Scores {
+    std::vector<double> value;
+    double total = 0.0, slack = 0.0;
+
+    Scores(const Problem& p, Step kind, const Weights& w, int64_t row, double step)
+        : value(static_cast<size_t>(p.shape.dim)) {
+        const int64_t x = p.x_t[static_cast<size_t>(row)];
+        const double rate = (kind == Step::euler ? step : std::expm1(step)) * p.pi[x];
+        for (int64_t y = 0; y < p.shape.dim; ++y) {
+            if (y != x) total += value[static_cast<size_t>(y)] = rate * p.score(row, y);
+        }
+        slack = 2.0 * (w.total_slack + tolerance(p.shape.dtype) * total);
+    }
+};
+
+// Of an entry that was drawn from the scores: is it taken, is it refused? Both where rounding decides.
+std::pair<bool, bool> taken_or_refused(const Problem& p, const Weights& w, const Scores& scores, size_t y,
+                                       double uniform) {
+    const double over = uniform * scores.value[y] - w.value[y];
+    const double slack = w.slack[y] + tolerance(p.shape.dtype) * scores.value[y];
+    return {over<slack, over> - slack};
+}
+
+// What the row's random numbers make of it: a token or -1; several where rounding decides.
+std::set<int64_t> row_tokens(const Problem& p, Step kind, const Weights& w, int64_t row, double step) {
+    if (w.value.empty()) return {-1};
+    const Scores scores(p, kind, w, row, step);
+    const auto x = static_cast<size_t>(p.x_t[static_cast<size_t>(row)]);
+    // On the axis of the scores, or of the weights, that of x first and then the others in order, a point lies on one.
+    const auto at_point = [&](double point, bool weighted) {
+        const auto value = [&](size_t y) { return weighted ? std::max(w.value[y], 0.0) : scores.value[y]; };
+        const double self = std::max(w.value[x], 0.0);
+        const double target = point * (weighted ? w.total : self + scores.total);
+        std::set<int64_t> found;
+        if (w.value[x] + w.slack[x] > 0.0 && target <= self + scores.slack) found.insert(static_cast<int64_t>(x));
+        double at = self;
+        for (size_t y = 0; y < w.value.size(); ++y) {
+            if (y == x) continue;
+            const double from = at, most = weighted ? w.value[y] + w.slack[y] : scores.value[y];
+            at += value(y);
+            if (most > 0.0 && from - scores.slack <= target && target <= at + scores.slack) {
+                found.insert(static_cast<int64_t>(y));
+            }
+        }
+        return found;
+    };
+    const auto uniforms = [&](uint64_t sweep) {
+        return sedd::row_uniforms(static_cast<uint64_t>(p.seed[0]), static_cast<uint64_t>(row), sweep);
+    };
+    std::set<int64_t> result, again;
+    for (const int64_t token : at_point(uniforms(0).first, false)) {
+        const auto y = static_cast<size_t>(token);
+        const auto [taken, refused] =
+            y == x ? std::pair(true, false) : taken_or_refused(p, w, scores, y, uniforms(0).second);
+        if (taken) result.insert(token);
+        if (refused) again = at_point(uniforms(1).first, true);
+    }
+    result.insert(again.begin(), again.end());
+    return result;
+}
+
+// What they make of it in a sweep over its tiles: a token, -1 or kSweepAgain.
 std::set<int64_t> tile_tokens(const Problem& p, Step kind, const Weights& w, int64_t row, double step,
                               const std::vector<int64_t>& tiles, uint64_t sweep) {
     const auto i = static_cast<size_t>(row);
     const int64_t x = p.x_t[i];
     if (!p.is_token(x) || !is_noise(step)) return {-1};
-    const double rate = (kind == Step::euler ? step : std::expm1(step)) * p.pi[x];  // the weights' unit
-    const double part = tolerance(p.shape.dtype);
-    std::vector<double> scores(static_cast<size_t>(p.shape.dim));
-    double others = 0.0;
-    for (int64_t y = 0; y < p.shape.dim; ++y) {
-        if (y != x) others += scores[static_cast<size_t>(y)] = rate * p.score(row, y);
-    }
+    const Scores scores(p, kind, w, row, step);
     // the first sweep draws from the scores, even where no entry has any weight
-    if (w.value.empty()) return {sweep == 0 && others > 0.0 ? sedd::kSweepAgain : -1};
-    const double slack = 2.0 * (w.total_slack + part * others);
+    if (w.value.empty()) return {sweep == 0 && scores.total > 0.0 ? sedd::kSweepAgain : -1};
+    const double slack = scores.slack;
     const auto weight = [&](size_t y) {
-        return sweep == 0 ? scores[y] : y == static_cast<size_t>(x) ? 0.0 : std::max(w.value[y], 0.0);
+        return sweep == 0 ? scores.value[y] : y == static_cast<size_t>(x) ? 0.0 : std::max(w.value[y], 0.0);
     };
     const auto is_possible = [&](size_t y) {
-        return y != static_cast<size_t>(x) && (sweep == 0 ? scores[y] : w.value[y] + w.slack[y]) > 0.0;
+        return y != static_cast<size_t>(x) && (sweep == 0 ? scores.value[y] : w.value[y] + w.slack[y]) > 0.0;
     };
     const auto uniforms = [&](uint64_t draw) {
         return sedd::row_uniforms(static_cast<uint64_t>(p.seed[0]), static_cast<uint64_t>(p.places[i]),
@@ -463,10 +518,9 @@ std::set<int64_t> tile_tokens(const Problem& p, Step kind, const Weights& w, int
     if (self + w.slack[static_cast<size_t>(x)] > 0.0 && at <= self + slack) result.insert(x);
     if (at < self - slack) return result;
     for (const int64_t token : drawn) {
-        const auto y = static_cast<size_t>(token);
-        const double over = u.second * scores[y] - w.value[y], entry_slack = w.slack[y] + part * scores[y];
-        if (sweep == 1 || over < entry_slack) result.insert(token);
-        if (sweep == 0 && over > -entry_slack) result.insert(sedd::kSweepAgain);
+        const auto [taken, refused] = taken_or_refused(p, w, scores, static_cast<size_t>(token), u.second);
+        if (sweep == 1 || taken) result.insert(token);
+        if (sweep == 0 && refused) result.insert(sedd::kSweepAgain);
     }
     return result;
 }
@@ -680,19 +734,27 @@ class Driver {
                   params.out = out;
                   return sedd::reverse_probs_cuda(params, where);
               });
+        std::vector<std::set<int64_t>> right;
+        for (int64_t row = 0; row < s.rows; ++row) {
+            const auto i = static_cast<size_t>(row);
+            right.push_back(row_tokens(p, kind, weights[i], row, step[i]));
+        }
+        const auto why_not = [&right](int64_t at, int64_t token) -> std::string {
+            const std::set<int64_t>& may_be = right[static_cast<size_t>(at)];
+            if (may_be.count(token) != 0) return "";
+            return "not " + (may_be.empty() ? "one" : std::to_string(*may_be.begin()));
+        };
         check_tokens(
             p, (name + "_sample" + without).c_str(), workspace,
             [&](void* out, const sedd::CudaLaunch& where) {
                 params.out = out;
                 return sedd::reverse_sample_cuda(params, where);
             },
-            [&](int64_t row, int64_t token) {
-                return why_not_sampled(p, weights[static_cast<size_t>(row)], row, token);
-            });
+            why_not);
         // Two sweeps take long: of most shapes the two kinds of steps that have most to do, and of some all.
         if (s.rows != 3 && (kind == Step::tweedie) != (forbidden >= 0)) return;
         const std::vector<int64_t> tiles = cuts(s);
-        std::vector<std::set<int64_t>> right;
+        right.clear();
         for (const uint64_t sweep : {0, 1}) {
             for (int64_t row = 0; row < s.rows; ++row) {
                 const auto i = static_cast<size_t>(row);
@@ -704,12 +766,7 @@ class Driver {
             [&](void* out, const sedd::CudaLaunch& where) {
                 return reverse_tiles(p, params, tiles, static_cast<int64_t*>(out), where);
             },
-            [&](int64_t at, int64_t token) {
-                const std::set<int64_t>& may_be = right[static_cast<size_t>(at)];
-                if (may_be.count(token) != 0) return std::string();
-                return "not " + (may_be.empty() ? "one" : std::to_string(*may_be.begin()));
-            },
-            2);
+            why_not, 2);
     }
 
     // Tokens of both sweeps, the second one of all rows.
@@ -729,24 +786,6 @@ class Driver {
             }
         }
         return nullptr;
-    }
-
-    // On the axis of the weights, that of x first and then the others in order, the row's random number falls on one.
-    static std::string why_not_sampled(const Problem& p, const Weights& w, int64_t row, int64_t token) {
-        if (w.value.empty()) return token == -1 ? "" : "not -1";
-        if (!p.is_token(token)) return "no token";
-        const auto i = static_cast<size_t>(token), x = static_cast<size_t>(p.x_t[static_cast<size_t>(row)]);
-        if (!(w.value[i] + w.slack[i] > 0.0)) return "which has no weight";
-        double begin = token == p.x_t[static_cast<size_t>(row)] ? 0.0 : std::max(w.value[x], 0.0);
-        for (size_t y = 0; i != x && y < i; ++y) begin += y == x ? 0.0 : std::max(w.value[y], 0.0);
-        const double end = begin + std::max(w.value[i], 0.0);
-        const double first = sedd::row_uniforms(static_cast<uint64_t>(p.seed[0]), static_cast<uint64_t>(row)).first;
-        const double slack = 2.0 * w.total_slack, target = first * w.total;
-        if (begin - slack <= target && target <= end + slack) return "";
-        char what[160];
-        std::snprintf(what, sizeof what, "which has (%.7f, %.7f), and not %.7f, of the axis", begin / w.total,
-                      end / w.total, first);
-        return what;
     }
 
     std::vector<std::string> schedules_;
@@ -829,6 +868,7 @@ int main(int count, char** words) {
                     for (const bool behind : {false, true}) {
                         const bool even = (rows + dim + behind) % 2 == 0;
                         driver.run({dtype, process, rows, dim, behind, even, even});
+                        if (quick && driver.differences() > 0) return 1;
                     }
                 }
             }
