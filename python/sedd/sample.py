@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,21 +26,21 @@ class Positions:
     """The positions to draw in one step, and how to draw them.
 
     Attributes:
-        model: whose head makes the log-scores.
+        model: whose head makes the log-scores, unless it is linear and given as
+        linear_head: its weight and bias, to draw without log-scores of the whole vocabulary; or None.
         hidden: states before the head [R, d].
         x_t: tokens [R].
         shift: what is taken off their log-scores, a tensor [1], or None.
         graph: the process.
-        fused: draw without log-scores of the whole vocabulary, where the head is linear.
         options: temperature, top_p and generator.
     """
 
     model: ScoreModel
+    linear_head: tuple[Tensor, Tensor | None] | None
     hidden: Tensor
     x_t: Tensor
     shift: Tensor | None
     graph: RankOne
-    fused: bool
     options: dict[str, Any]
 
     def tweedie(self, dsigma: float, denoise: bool = False) -> Tensor:
@@ -52,9 +53,8 @@ class Positions:
 
     def _draw(self, linear: Callable[..., Tensor], plain: Callable[..., Tensor], size: float, denoise: bool) -> Tensor:
         options = {"log_score_shift": self.shift, "denoise": denoise, **self.options}
-        head = self.model.head_parameters() if self.fused else None
-        if head is not None:
-            return linear(self.hidden, *head, self.x_t, size, self.graph, **options)
+        if self.linear_head is not None:
+            return linear(self.hidden, *self.linear_head, self.x_t, size, self.graph, **options)
         return plain(self.model.head(self.hidden), self.x_t, size, self.graph, **options)
 
 
@@ -161,19 +161,24 @@ def sample(
     total = steps + int(denoise)
     options = {"temperature": temperature, "top_p": top_p, "generator": generator}
     states = _States(model)
+    head = model.head_parameters() if fused else None
+    if head is not None and autocast_dtype is not None:  # once, not in every step
+        weight, bias = (None if tensor is None else tensor.detach().to(autocast_dtype) for tensor in head)
+        assert weight is not None
+        head = weight, bias
     training = model.training
     model.train(False)
-    try:
+    # around all steps, as autocast keeps the weights that it has cast
+    with ExitStack() as stack:
+        stack.callback(model.train, training)
+        stack.enter_context(torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None))
         for i in track(range(total), "sampling", progress):
             changing = free & (x == graph.mask_id) if graph.process == "absorbing" else free
             if bool(changing.any()):
                 sigma = schedule.total(times[i : i + 1]).to(device)
-                with (
-                    torch.inference_mode(),
-                    torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
-                ):
+                with torch.inference_mode():
                     hidden, shift = states(x, sigma, changing), model.log_score_shift(sigma)
-                    positions = Positions(model, hidden, x[changing], shift, graph, fused, options)
+                    positions = Positions(model, head, hidden, x[changing], shift, graph, options)
                     if i < steps:
                         tokens = SAMPLERS[sampler](positions, times[i], times[i + 1], schedule)
                     else:
@@ -181,8 +186,6 @@ def sample(
                 x = x.masked_scatter(changing, tokens)
             if on_step is not None:
                 on_step(i + 1, total, x.clone())
-    finally:
-        model.train(training)
     return x
 
 

@@ -122,8 +122,8 @@ MUTANTS = [
     Mutant(
         "every lane writes the sum",
         "reverse.cu",
-        "if (first_lane) sums[s] = sum;\n            }\n        }\n        __syncthreads();  // the sums of the weights",
-        "sums[s] = sum;\n            }\n        }\n        __syncthreads();  // the sums of the weights",
+        "if (first_lane) sums[s] = sum;\n            }\n        }\n        __syncthreads();  // the sums of the w",
+        "sums[s] = sum;\n            }\n        }\n        __syncthreads();  // the sums of the w",
         "thread",
     ),
     Mutant(
