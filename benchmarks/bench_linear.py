@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,8 +20,9 @@ from cases import (
     compiled,
     fused_loss,
     fused_sample,
-    peak_memory,
+    smaller,
 )
+from memory import measure_memory
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -139,16 +139,6 @@ def test_sample(race: Race, case: Case, d: int) -> None:
 @pytest.mark.parametrize("rows", HEAD_ROWS)
 def test_memory(benchmark: BenchmarkFixture, request: pytest.FixtureRequest, rows: int, contestant: str) -> None:
     """Peak memory of loss and gradients, at d = 768."""
-    rows = 2 if request.config.getoption("--smoke") else rows
     case = Case("absorbing", LARGE, rows, "float32", contestant)
-    loss(dataclasses.replace(case, rows=2), 768)()  # loads what is loaded once
-    benchmark.group = "memory"
-    benchmark.extra_info.update(
-        memory=True,
-        contestant=contestant,
-        rows=rows,
-        peak=peak_memory(loss(case, 768)),
-        gradients=4 * (rows * 768 + LARGE * 769),
-        log_scores=4 * rows * LARGE,
-    )
-    benchmark.pedantic(lambda: None)  # type: ignore[no-untyped-call]
+    case = smaller(case) if request.config.getoption("--smoke") else case
+    measure_memory(benchmark, fused_loss(768), case, "bench_linear", "loss", d=768)

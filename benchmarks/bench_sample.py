@@ -7,7 +7,9 @@ import itertools
 
 import pytest
 import torch
-from cases import MODEL_LENGTH, Case, Race, Run, compiled, model_cases, sampling, whole_model
+from cases import MODEL_LENGTH, Case, Race, Run, compiled, memory_cases, model_cases, sampling, smaller, whole_model
+from memory import measure_memory
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from sedd.sample import T_END, sample
@@ -66,3 +68,9 @@ def whole(case: Case, model: str) -> Run:
 @pytest.mark.parametrize(("model", "case"), model_cases("kernel", "unfused", "released", "released, compiled"), ids=str)
 def test_sampling(race: Race, model: str, case: Case) -> None:
     race(sampling(model), case, functools.partial(whole, model=model), 8 * case.rows)  # the text
+
+
+@pytest.mark.parametrize(("model", "case"), memory_cases(), ids=str)
+def test_memory(benchmark: BenchmarkFixture, request: pytest.FixtureRequest, model: str, case: Case) -> None:
+    case = smaller(case) if request.config.getoption("--smoke") else case
+    measure_memory(benchmark, sampling(model), case, "bench_sample", "whole", model=model)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import MODEL_LENGTH, Case, Race, Run, compiled, model_cases, training, whole_model
+from cases import MODEL_LENGTH, Case, Race, Run, compiled, memory_cases, model_cases, smaller, training, whole_model
+from memory import measure_memory
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from sedd.objective import sample_times, score_entropy
@@ -59,3 +61,9 @@ def step(case: Case, model: str) -> Run:
 @pytest.mark.parametrize(("model", "case"), model_cases("kernel", "unfused", "released", "released, compiled"), ids=str)
 def test_training(race: Race, model: str, case: Case) -> None:
     race(training(model), case, functools.partial(step, model=model), 8 * case.rows)  # the text
+
+
+@pytest.mark.parametrize(("model", "case"), memory_cases(), ids=str)
+def test_memory(benchmark: BenchmarkFixture, request: pytest.FixtureRequest, model: str, case: Case) -> None:
+    case = smaller(case) if request.config.getoption("--smoke") else case
+    measure_memory(benchmark, training(model), case, "bench_train", "step", model=model)

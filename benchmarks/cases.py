@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
@@ -23,7 +22,8 @@ LARGE, SMALL = 50_258, 27
 CACHED_ROWS, BEYOND_ROWS = 512, 4096
 SMALL_ROWS = 65_536
 FEW_ROWS = ((SMALL, 1), (SMALL, 8), (SMALL, 128), (LARGE, 1))
-LINEAR_ELEMENTS = 2**24
+LINEAR_ELEMENTS, LINEAR_N = 2**24, 8192
+LINEAR_ROWS = (1, 16, 256, 4096, 65_536)
 SEQUENCE = 256  # rows that share σ̄, as the positions of a sequence do
 
 FORWARD, BACKWARD = "score entropy forward", "score entropy backward, existing buffer"
@@ -94,20 +94,6 @@ def fused_sample(d: int) -> str:
     return f"head (d = {d}) + tweedie sample"
 
 
-def peak_memory(run: Run) -> int:
-    """By how many bytes the process grows at most while this runs; Linux only."""
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status("VmRSS")
-    run()
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    match = re.search(rf"^{name}:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert match is not None
-    return 1024 * int(match[1])
-
-
 @dataclass(frozen=True)
 class Case:
     """One contestant on one shape: the kernel, a peer (released, dense, compiled), or the limit."""
@@ -120,9 +106,11 @@ class Case:
     smoke: bool = False
     device: str = "cpu"
     whole: bool = False  # a program rather than an operation: no limit, and no other process or dtype, to run against
+    one_thread: bool = False
 
     def __str__(self) -> str:
-        return f"{self.graph}-{self.rows}x{self.n}-{self.dtype}-{self.contestant}"
+        thread = "-one_thread" if self.one_thread else ""
+        return f"{self.graph}-{self.rows}x{self.n}-{self.dtype}-{self.contestant}{thread}"
 
     @property
     def itemsize(self) -> int:
@@ -158,10 +146,29 @@ def operator_cases(peers: Sequence[str] = (), *, beyond: bool = True) -> list[Ca
 
 
 def linear_cases() -> list[Case]:
-    """The kernel alone with N from 27 to 256k at a constant number of elements, and with 16 to 4,096 rows."""
-    sizes = [(n, LINEAR_ELEMENTS // n) for n in (SMALL, 128, 512, 2048, 8192, 32_000, LARGE, 128_000, 256_000)]
-    sizes += [(LARGE, rows) for rows in (16, 64, 256, 1024, BEYOND_ROWS)]
-    return [Case("absorbing", n, rows, "float32", "kernel") for n, rows in sizes]
+    """The kernel alone, on one thread and on all: N from 27 to 2^18 at as many elements, and 1 to 65,536 rows."""
+    sizes = [(n, LINEAR_ELEMENTS // n) for n in (SMALL, 128, 512, 2048, LARGE, 32_000, 128_000, 2**18)]
+    sizes += [(LINEAR_N, rows) for rows in LINEAR_ROWS]
+    return [
+        Case("absorbing", n, rows, "float32", "kernel", one_thread=one_thread)
+        for n, rows in sizes
+        for one_thread in (False, True)
+    ]
+
+
+def memory_cases() -> list[tuple[str, Case]]:
+    """(model, case) of the programs whose peak memory is measured."""
+    rows = MODEL_BATCH * MODEL_LENGTH
+    return [
+        (name, Case("absorbing", LARGE, rows, "float32", who, whole=True))
+        for name in MODELS
+        for who in ("kernel", "unfused", "released")
+    ]
+
+
+def smaller(case: Case) -> Case:
+    """For a smoke run."""
+    return dataclasses.replace(case, rows=min(case.rows, 2), smoke=True)
 
 
 class Race(Protocol):

@@ -13,7 +13,7 @@ from typing import Any
 import cpuinfo  # type: ignore[import-untyped]  # pytest-benchmark brings it
 import pytest
 import torch
-from cases import Case, Race, Run
+from cases import Case, Race, Run, smaller
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import sedd_ext
@@ -60,7 +60,11 @@ def race(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Race:
     ) -> None:
         if smoke:
             bytes_moved = bytes_moved // case.rows * min(case.rows, 2)
-            case = dataclasses.replace(case, rows=min(case.rows, 2), smoke=True)
+            case = smaller(case)
+        if case.one_thread:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            request.addfinalizer(lambda: torch.set_num_threads(threads))
         contestant = _without_result(build(case))
         rivals = {name: _without_result(build(rival)) for name, rival in _rivals(case, alone=group is not None).items()}
         budget = _KERNEL_SECONDS if case.contestant == "kernel" else _OTHER_SECONDS

@@ -28,6 +28,8 @@ from cases import (
     HEADS,
     LARGE,
     LINEAR_ELEMENTS,
+    LINEAR_N,
+    LINEAR_ROWS,
     MODEL_BATCH,
     MODEL_LENGTH,
     MODELS,
@@ -185,6 +187,7 @@ def program_rows(results: Results) -> list[Row]:
 
 def program_tables(results: Results) -> list[str]:
     """How the fused head and whole programs compare with every peer, and what memory they take."""
+    tokens = MODEL_BATCH * MODEL_LENGTH
     text = [
         "",
         "### Fused head and whole programs",
@@ -221,16 +224,32 @@ def program_tables(results: Results) -> list[str]:
             text.append("| " + " | ".join([operation, dtype, f"{rows / kernel.seconds:,.0f}", *times]) + " |")
     text += [
         "",
-        "Peak memory of loss and gradients at d = 768 (resident, MB): what the process grows by, less the gradients of "
-        "hidden states, weight and bias.",
+        "Peak memory of loss and gradients at d = 768, beside hidden states, weight and bias and their gradients: by "
+        f"what the process grew, and what torch had allocated, in MB. Last, a float32 tensor of rows × {LARGE:,}.",
         "",
-        "| rows | fused | unfused | one float32 tensor of rows × N |",
-        "| --: | --: | --: | --: |",
+        "| rows | fused, resident | torch | unfused, resident | torch | one tensor of rows × N |",
+        "| --: | --: | --: | --: | --: | --: |",
     ]
-    for rows in sorted({info["rows"] for info in results.memory}):
-        grown = {i["contestant"]: i for i in results.memory if i["rows"] == rows}
-        cells = [f"{(i['peak'] - i['gradients']) / 1e6:,.0f}" for i in (grown["kernel"], grown["unfused"])]
-        text.append(f"| {rows:,} | {cells[0]} | {cells[1]} | {grown['kernel']['log_scores'] / 1e6:,.0f} |")
+    memory = {(info["memory"], info["rows"], info["contestant"]): info for info in results.memory}
+    for rows in sorted({rows for operation, rows, _ in memory if operation == fused_loss(768)}):
+        given = 2 * 4 * (rows * 768 + LARGE * 769)
+        found = [memory[fused_loss(768), rows, who] for who in ("kernel", "unfused")]
+        cells = [f"{(info[count] - given) / 1e6:,.0f}" for info in found for count in ("resident", "allocated")]
+        text.append(f"| {rows:,} | {' | '.join(cells)} | {4 * rows * LARGE / 1e6:,.0f} |")
+    text += [
+        "",
+        "Peak memory of whole programs, float32, in MB, with weights, gradients and AdamW's moments: resident, and "
+        "torch's own count.",
+        "",
+        "| program | fused, resident | torch | unfused, resident | torch | released, resident | torch |",
+        "| --- | --: | --: | --: | --: | --: | --: |",
+    ]
+    for operation in (f(model) for f in (training, sampling) for model in MODELS):
+        found = [memory.get((operation, tokens, who)) for who in ("kernel", "unfused", "released")]
+        cells = [
+            "" if info is None else f"{info[count] / 1e6:,.0f}" for info in found for count in ("resident", "allocated")
+        ]
+        text.append(f"| {operation} | {' | '.join(cells)} |")
     return text
 
 
@@ -252,8 +271,8 @@ def scaling_rows(results: Results) -> list[Row]:
     rows = []
     for operation in (FORWARD, BACKWARD, TWEEDIE):
         along_n, along_rows = _growth(results.linearity(operation))
-        rows.append(Row(f"{operation}, time per element at N = 256,000", "at N = 2,048", 1.25, (along_n,)))
-        rows.append(Row(f"{operation}, time per element at 4,096 rows", "at 256 rows", 1.25, (along_rows,)))
+        rows.append(Row(f"{operation}, time per element at N = {2**18:,}", "at N = 2,048", 1.25, (along_n,)))
+        rows.append(Row(f"{operation}, time per element at 65,536 rows", "at 4,096 rows", 1.25, (along_rows,)))
     for operation in OPERATIONS:
         worst = _worst_small(results, operation)
         if worst is not None:
@@ -262,15 +281,18 @@ def scaling_rows(results: Results) -> list[Row]:
 
 
 def _growth(sweep: list[Result]) -> tuple[float | None, float | None]:
-    """Time per element, the largest shape over a small one: along N, and along the rows at N = 50,258."""
-
-    per_element = {(r.info["n"], r.info["rows"]): r.seconds / r.info["rows"] / r.info["n"] for r in sweep}
+    """Time per element on all threads, the largest shape over a smaller one: along N, and along the rows."""
+    per_element = {
+        (r.info["n"], r.info["rows"]): r.seconds / r.info["rows"] / r.info["n"]
+        for r in sweep
+        if not r.info["one_thread"]
+    }
 
     def ratio(last: tuple[int, int], first: tuple[int, int]) -> float | None:
         return per_element[last] / per_element[first] if last in per_element and first in per_element else None
 
-    along_n = ratio((256_000, LINEAR_ELEMENTS // 256_000), (2048, LINEAR_ELEMENTS // 2048))
-    return along_n, ratio((LARGE, BEYOND_ROWS), (LARGE, 256))
+    along_n = ratio((2**18, LINEAR_ELEMENTS // 2**18), (2048, LINEAR_ELEMENTS // 2048))
+    return along_n, ratio((LINEAR_N, LINEAR_ROWS[-1]), (LINEAR_N, LINEAR_ROWS[-2]))
 
 
 def _worst_small(results: Results, operation: str) -> tuple[float, str] | None:
@@ -384,19 +406,24 @@ def _bars(axis: Axes, results: Results, operation: str, rows: int) -> None:
 
 
 def draw_linearity(results: Results, path: Path) -> None:
-    """Time per element along N at 2²⁴ elements, and along the rows at N = 50,258: level where the cost is linear."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
-    for operation in (FORWARD, BACKWARD, TWEEDIE):
-        sweep = [r.info | {"ns": r.seconds / r.info["rows"] / r.info["n"] * 1e9} for r in results.linearity(operation)]
-        along_n = sorted((i["n"], i["ns"]) for i in sweep if i["rows"] == LINEAR_ELEMENTS // i["n"])
-        along_rows = sorted((i["rows"], i["ns"]) for i in sweep if i["n"] == LARGE)
-        for axis, points in zip(axes, (along_n, along_rows), strict=True):
-            axis.plot([x for x, _ in points], [y for _, y in points], marker="o", label=operation)
-    for axis, title in zip(axes, ("N, at 2²⁴ elements", f"rows, at N = {LARGE:,}"), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel=title, ylabel="ns per element")
+    """Time per element along N and along the rows, on one thread and on all: level where the cost is linear."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True, sharey=True)
+    for colour, operation in zip(("C0", "C1", "C2"), (FORWARD, BACKWARD, TWEEDIE), strict=True):
+        for one_thread, line in ((False, "-"), (True, "--")):
+            sweep = [r for r in results.linearity(operation) if r.info["one_thread"] == one_thread]
+            ns = {(r.info["n"], r.info["rows"]): r.seconds / r.info["rows"] / r.info["n"] * 1e9 for r in sweep}
+            along_n = sorted((n, y) for (n, rows), y in ns.items() if rows == LINEAR_ELEMENTS // n)
+            along_rows = sorted((rows, y) for (n, rows), y in ns.items() if n == LINEAR_N)
+            threads = sweep[0].info["threads"] if sweep else 0
+            label = f"{operation}, {threads} thread{'s' * (threads > 1)}"
+            for axis, points in zip(axes, (along_n, along_rows), strict=True):
+                axis.plot(*zip(*points, strict=True), line, color=colour, marker="o", label=label)
+    for axis, title in zip(axes, ("N, at 2²⁴ elements", f"rows, at N = {LINEAR_N:,}"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel=title)
         axis.grid(alpha=0.3, which="both")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
+    axes[0].set_ylabel("ns per element")
+    axes[1].legend(frameon=False, fontsize=8)
     _save(figure, path)
 
 
