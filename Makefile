@@ -24,6 +24,7 @@ test: $(VENV)/.test ## run the tests
 bench: $(VENV)/.test ## run the benchmarks, draw the picture and refresh the table in docs/benchmarks.md
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only -q --benchmark-json=benchmarks/results/latest.json
 	$(BIN)/python benchmarks/report.py benchmarks/results/latest.json
+	$(BIN)/python benchmarks/profiles.py
 
 cuda-check: $(VENV)/.test ## check nvcc's machine code, without a GPU, and refresh the table in docs/kernels.md
 	$(BIN)/python benchmarks/cuda_check.py --docs docs/kernels.md

@@ -60,12 +60,13 @@ def _fake(
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total = a @ b for the first, total += a @ b for the others; 16-bit products are added up in float32."""
-    if total.dtype == a.dtype:
-        torch.addmm(total, a, b, beta=0.0 if first else 1.0, out=total)
-    elif first:
-        total.copy_(torch.mm(a, b))
+    if total.dtype != a.dtype:
+        product = torch.mm(a, b)
+        total.copy_(product) if first else total.add_(product)
+    elif first:  # addmm with beta = 0 takes 1.4 times as long
+        torch.mm(a, b, out=total)
     else:
-        total.add_(torch.mm(a, b))
+        torch.addmm(total, a, b, out=total)
 
 
 @torch.no_grad()
