@@ -21,7 +21,7 @@ demo: $(VENV)/.train ## train a tiny model on Python's own text for at most 5 mi
 test: $(VENV)/.test ## run the tests
 	$(BIN)/python -m pytest -q
 
-bench: $(VENV)/.test ## run the benchmarks, draw the picture and refresh the table in docs/benchmarks.md
+bench: $(VENV)/.test ## run the benchmarks, draw the picture and refresh the table in docs/performance.md
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only -q --benchmark-json=benchmarks/results/latest.json
 	$(BIN)/python benchmarks/report.py benchmarks/results/latest.json
 	$(BIN)/python benchmarks/profiles.py

@@ -1,6 +1,6 @@
 """Where the time goes: the fused head and whole training steps, and the released formulation beside them.
 
-python benchmarks/profiles.py                 # prints the table, and refreshes it in docs/benchmarks.md
+python benchmarks/profiles.py                 # prints the table, and refreshes it in docs/performance.md
 python benchmarks/profiles.py --print-only
 """
 
@@ -19,7 +19,7 @@ import bench_train
 from cases import CACHED_ROWS, HEAD_BENCH_ROWS, HEADS, LARGE, MODEL_BATCH, MODEL_LENGTH, Case, Run, fused_loss, training
 from torch.profiler import ProfilerActivity, profile
 
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- profiles: begin, written by benchmarks/profiles.py -->", "<!-- profiles: end -->"
 ROUNDS = 3
 

@@ -1,4 +1,4 @@
-"""Draws the benchmarks' picture and refreshes the tables in docs/benchmarks.md from pytest-benchmark's JSON.
+"""Draws docs/pictures and refreshes the tables in docs/performance.md from pytest-benchmark's JSON.
 
 pytest benchmarks/ --benchmark-only --benchmark-json=benchmarks/results/latest.json
 python benchmarks/report.py benchmarks/results/latest.json
@@ -45,7 +45,7 @@ from cases import (
 )
 from matplotlib.axes import Axes
 
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- results: begin, written by benchmarks/report.py -->", "<!-- results: end -->"
 
 OPERATIONS = {
@@ -333,6 +333,12 @@ def tables(run: dict[str, Any], results: Results) -> str:
         *(row.markdown() for row in scaling_rows(results)),
         *program_tables(results),
         "",
+        "![Times faster than the released formulation](pictures/programs.png)",
+        "",
+        "![Time per element along N and along the rows](pictures/linearity.png)",
+        "",
+        "![Every operator beside its peers and its limit](pictures/operators.png)",
+        "",
         "### Every shape",
         "",
         "Median times. GB/s counts the least that the operation can read and write; the share is the limit's time over "
@@ -451,15 +457,15 @@ def draw_programs(results: Results, path: Path) -> None:
 
 def _save(figure: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=130, format="png")
+    figure.savefig(temporary, dpi=100, format="png")
     plt.close(figure)
     os.replace(temporary, path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", type=Path, help="what pytest --benchmark-json wrote; pictures go beside it")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="the page whose tables are refreshed (%(default)s)")
+    parser.add_argument("json", type=Path, help="what pytest --benchmark-json wrote")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="the page to refresh, pictures beside it (%(default)s)")
     arguments = parser.parse_args()
     try:
         run = json.loads(arguments.json.read_text(encoding="utf-8"))
@@ -476,17 +482,17 @@ def main() -> None:
             f"report.py: {arguments.docs} needs the lines '{BEGIN}' and '{END}' around its tables, once each"
         )
     info = results.all[0].info
-    draw_bars(
-        results, f"{info['cpu']}, {info['threads']} threads, {info['isa']}", arguments.json.parent / "benchmarks.png"
-    )
-    draw_linearity(results, arguments.json.parent / "linearity.png")
-    draw_programs(results, arguments.json.parent / "programs.png")
+    pictures = arguments.docs.parent / "pictures"
+    pictures.mkdir(exist_ok=True)
+    draw_bars(results, f"{info['cpu']}, {info['threads']} threads, {info['isa']}", pictures / "operators.png")
+    draw_linearity(results, pictures / "linearity.png")
+    draw_programs(results, pictures / "programs.png")
     head, tail = page[: page.index(BEGIN) + len(BEGIN)], page[page.index(END) :]
     temporary = arguments.docs.with_name(f".{arguments.docs.name}")
     temporary.write_text(f"{head}\n\n{tables(run, results)}\n\n{tail}", encoding="utf-8")
     os.replace(temporary, arguments.docs)
     missed = sum("missed" in row.result for row in target_rows(results) + scaling_rows(results) + program_rows(results))
-    print(f"{arguments.docs} and {arguments.json.parent}/*.png written; targets missed: {missed}")
+    print(f"{arguments.docs} and {pictures}/*.png written; targets missed: {missed}")
 
 
 if __name__ == "__main__":
