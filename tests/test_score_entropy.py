@@ -73,6 +73,18 @@ def test_peaky_log_scores(process: Process, dtype: torch.dtype) -> None:
     check_accuracy(log_score.to(dtype), random_rows(graph, 24), graph)
 
 
+@every_variant
+def test_exp_is_accurate_to_two_ulp() -> None:
+    """At σ̄ = log 2 of absorbing diffusion the gradient of an entry is exp of its log-score, and nothing else."""
+    n = 1 << 18
+    log_score = torch.linspace(-103.5, 88.72, n, dtype=torch.float64).float().view(1, n)
+    rows = (torch.tensor([n - 1]), torch.tensor([0]), torch.tensor([2.0], dtype=torch.float64).log())
+    _, gradient = value_and_gradient(score_entropy_loss, log_score, rows, Absorbing(n - 1))
+    exact, found = log_score.double().exp()[0, 1:-1], gradient.double()[0, 1:-1]
+    ulp = torch.maximum(torch.exp2(exact.log2().floor() - 23), torch.tensor(2.0**-149, dtype=torch.float64))
+    assert float(((found - exact).abs() / ulp).max()) <= 2.0
+
+
 def test_one_token_has_nothing_to_learn() -> None:
     graph, zeros = Uniform(1), torch.zeros(3, dtype=torch.int64)
     loss, gradient = value_and_gradient(
