@@ -211,8 +211,9 @@ def tweedie_sample(
     """Draws one token a position from :func:`tweedie_probs`, without making the probabilities.
 
     One pass over the log-scores gives sums of blocks; one random number of 53 bits a row picks a block, and a second
-    look at that block alone the token: exact to float64 sums, however rare the token. The same generator state gives
-    the same tokens, whatever the number of threads.
+    look at that block alone the token: exact to float64 sums, however rare the token. Where the clamp at 0 takes
+    something from the token picked, another random number decides whether it stands; a row where it does not is read
+    once more. The same generator state gives the same tokens, whatever the number of threads.
 
     Args:
         log_score: as for :func:`tweedie_probs`.

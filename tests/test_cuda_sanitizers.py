@@ -48,6 +48,17 @@ def test_no_races() -> None:
     check_clean(run_driver("thread", "--quick", "--in-turn", "greedy", "random"), 500)
 
 
+def test_kernels_without_a_mistake_pass() -> None:
+    """Else anything would look like a mutant that is noticed."""
+    include = '#include "score_entropy.h"\n'
+    controls = [
+        mutants.Mutant(check, "score_entropy.cu", include, include, check, "score_entropy") for check in mutants.CHECKS
+    ]
+    include = '#include "reverse.h"\n'
+    controls.append(mutants.Mutant("values of reverse steps", "reverse.cu", include, include))
+    assert mutants.catch_all(controls) == dict.fromkeys(controls)
+
+
 @pytest.mark.timeout(1200)
 def test_mutants() -> None:
     """A mutant that survives is a hole in the driver, or no mistake."""
