@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sedd.config import TrainConfig, load_config
-from sedd.model import SEDD
+from sedd.model import SEDD, device_of
 from sedd.schedule import Schedule, get_schedule
 from sedd.tokenizer import Tokenizer, get_tokenizer
 from sedd_ext import RankOne
@@ -253,6 +253,11 @@ class LoadedModel:
     graph: RankOne
     schedule: Schedule
     model: SEDD
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype of autocast where the model is now, None for float32 without autocast."""
+        return self.config.autocast_dtype(device_of(self.model))
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> LoadedModel:

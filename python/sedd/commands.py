@@ -236,7 +236,7 @@ def _generate(loaded: LoadedModel, options: SamplingOptions, live: bool, tokens:
                 fixed=(tokens, is_fixed) if bool(is_fixed.any()) else None,
                 on_step=partial(_show, view, is_fixed, loaded.tokenizer) if view is not None else None,
                 progress=not live and out.is_terminal,
-                autocast_dtype=loaded.config.autocast_dtype(device),
+                autocast_dtype=loaded.autocast_dtype,
             ).cpu()
         for row in written:
             out.print(Rule(f"{len(texts) + 1} of {options.num}", style="dim"))
@@ -266,7 +266,7 @@ def evaluate(run: str, options: EvalOptions) -> int:
         n_bytes=n_bytes,
         batch_size=options.batch_size,
         generator=torch.Generator(device).manual_seed(options.seed),
-        autocast_dtype=loaded.config.autocast_dtype(device),
+        autocast_dtype=loaded.autocast_dtype,
         progress=out.is_terminal,
     )
     bits = {"this model (upper bound)": result.bits_per_token}
