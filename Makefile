@@ -14,7 +14,7 @@ help: ## list the targets
 demo: $(VENV)/.train ## train a tiny model on Python's own text for at most 5 minutes, then evaluate, sample and infill
 	rm -rf $(RUN)
 	$(BIN)/sedd train --run_dir $(RUN) --max_minutes 5
-	$(BIN)/sedd eval $(RUN)
+	$(BIN)/sedd eval perplexity $(RUN)
 	$(BIN)/sedd sample $(RUN) --num 3 --seed 1
 	$(BIN)/sedd infill $(RUN) 'def {{10}}(self):{{40}}return {{12}}' --seed 1
 

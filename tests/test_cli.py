@@ -17,9 +17,10 @@ import sedd.config
 from sedd.__main__ import main as program
 from sedd.cli import main
 from sedd.commands import parse_template, render
-from sedd.config import ModelOptions, TrainConfig, load_config, resolve_device
+from sedd.config import ModelOptions, TrainConfig, autocast_dtype, load_config, resolve_device
 from sedd.tokenizer import get_tokenizer
 
+COMMANDS = ("train", "sample", "infill", "eval", "convert", "info")
 LENGTH = 16
 TEXT = "".join(f"the cat {i} sat on the mat {i * i}\n" for i in range(2000))
 # one thread wherever the run is trained, and small enough for seconds
@@ -104,31 +105,33 @@ def test_eval_prints_and_writes_the_bound_beside_ngrams(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures, picture = tmp_path / "figures.json", tmp_path / "bound.png"
-    arguments = ["eval", str(run), "--draws", "4", "--json", str(figures), "--plot", str(picture)]
+    arguments = ["eval", "perplexity", str(run), "--draws", "4", "--json", str(figures), "--plot", str(picture)]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     found = json.loads(figures.read_text())
-    model, unigram, bigram = found["models"].values()
-    assert list(found["models"])[1:] == ["unigram", "bigram"]
+    model, unigram, bigram = found["texts"].values()
+    assert list(found["texts"]) == ["validation text", "unigram", "bigram"]
     assert bigram["bits_per_byte"] < unigram["bits_per_byte"] < 8
     assert model["bits_per_byte"] < unigram["bits_per_byte"], "two hundred steps learn more than letter frequencies"
     for row in (model, unigram, bigram):
         assert f"{row['bits_per_byte']:.4f}" in printed
         assert row["perplexity"] == pytest.approx(2.718281828459045 ** row["nats_per_token"])
-    assert 0 < found["standard_error"] < model["nats_per_token"]
+    assert 0 < model["standard_error"] < model["nats_per_token"]
     assert picture.stat().st_size > 1000
     first = figures.read_bytes()
     assert main(arguments) == 0
     assert figures.read_bytes() == first, "the same seed gives the same figures"
 
-    assert main(["eval", str(run), "--draws", "1", "--blocks", "1", "--json", str(figures)]) == 0
-    assert json.loads(figures.read_text())["standard_error"] is None, "one block has no standard error"
+    perplexity = ["eval", "perplexity", str(run)]
+    assert main([*perplexity, "--draws", "1", "--blocks", "1", "--json", str(figures)]) == 0
+    one = json.loads(figures.read_text())["texts"]["validation text"]
+    assert one["standard_error"] is None, "one block has no standard error"
 
     other = tmp_path / "other.txt"
     other.write_text("Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich! " * 20)
-    assert main(["eval", str(run), "--text", str(other), "--draws", "4", "--json", str(figures)]) == 0
-    strange = json.loads(figures.read_text())["models"]
-    assert next(iter(strange.values()))["bits_per_token"] > model["bits_per_token"]
+    assert main([*perplexity, str(other), "--draws", "4", "--json", str(figures)]) == 0
+    (strange,) = json.loads(figures.read_text())["texts"].values()
+    assert strange["bits_per_token"] > model["bits_per_token"]
 
 
 def test_the_python_of_the_readme(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,10 +150,10 @@ def test_info(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(word in printed for word in ('"hidden_size": 32', "200 steps", "step_00000200"))
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "infill", "eval", "info"])
+@pytest.mark.parametrize("command", [*COMMANDS, "eval perplexity"])
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert f"examples:\n  sedd {command}" in text or f"\n  sedd {command} " in text.partition("examples")[2]
@@ -167,7 +170,7 @@ def test_the_program_without_a_command(arguments: list[str], capsys: pytest.Capt
         code = stopped.code
     printed = capsys.readouterr()
     assert code == (0 if arguments else 2)
-    assert all(name in printed.out + printed.err for name in ("train", "sample", "infill", "eval", "info"))
+    assert all(name in printed.out + printed.err for name in COMMANDS)
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -207,10 +210,11 @@ BAD = [
     ("infill {run}", "template"),
     ("infill {run} nothing", "template: nothing to fill in 'nothing'; write {{{{n}}}}"),
     ("infill {run} a{{{{0}}}}b", "template: a gap {{{{0}}}} holds nothing"),
-    ("eval {run} --draws 0", "draws: expected at least 1, got 0"),
-    ("eval {run} --text {tmp}/no.txt", "text: there is no file or folder {tmp}/no.txt"),
+    ("eval perplexity {run} --draws 0", "draws: expected at least 1, got 0"),
+    ("eval perplexity {run} {tmp}/no.txt", "there is no file or folder '{tmp}/no.txt'"),
+    ("eval perplexity {run} {text} {text} --plot a.png", "plot: one text, please; 2 given"),
     (
-        "eval {run} --json {tmp}/no/figures.json",
+        "eval perplexity {run} --json {tmp}/no/figures.json",
         "json: cannot write {tmp}/no/figures.json: there is no folder {tmp}/no",
     ),
     ("info {tmp}/none", "{tmp}/none: no such folder"),
@@ -370,8 +374,8 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_device("cuda:99")
     with pytest.raises(ValueError, match="the kernels have no other"):
         resolve_device("meta")
-    assert TrainConfig(precision="bf16").autocast_dtype(torch.device("cpu")) == torch.bfloat16
-    assert TrainConfig(precision="fp32").autocast_dtype(torch.device("cpu")) is None
+    assert autocast_dtype("bf16", torch.device("cpu")) == torch.bfloat16
+    assert autocast_dtype("fp32", torch.device("cpu")) is None
     for has, dtype in ((True, torch.bfloat16), (False, None)):  # auto asks the processor
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": has}, raising=False)
-        assert TrainConfig().autocast_dtype(torch.device("cpu")) == dtype
+        assert autocast_dtype("auto", torch.device("cpu")) == dtype

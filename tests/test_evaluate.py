@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from toy import VOCABULARY, TrueScore
+from toy import VOCABULARY, JointScore, TrueScore
 
 from sedd.evaluate import ElboResult, elbo, ngram_bits, plot_bound, prior_kl
 from sedd.schedule import get_schedule
@@ -57,6 +57,93 @@ def test_bound_is_above_the_entropy_where_the_score_is_wrong(name):
         TrueScore(graph, wrong), blocks, graph, get_schedule("loglinear", eps=1e-6), draws=20, generator=seeded(2)
     )
     assert result.nats_per_token == pytest.approx(math.log(5), abs=4 * result.monte_carlo_error + 1e-4)
+
+
+JOINT = torch.softmax(1.5 * torch.randn(5, 5, 5, generator=seeded(7), dtype=torch.float64).flatten(), 0).view(5, 5, 5)
+EVERY_TEXT = torch.cartesian_prod(*[torch.arange(VOCABULARY)] * 3)
+
+
+@pytest.mark.parametrize("schedule", ["loglinear", "geometric"])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_bound_of_each_text_is_its_exact_likelihood(name, schedule):
+    """Five tokens, length three, any joint distribution: with the exact score the bound is -log p_0 of every text.
+
+    At σ̄(1) = 9 or more the base is p_1 but for one part in ten thousand. The mean over the texts has the least noise;
+    each of the likelier texts by itself may deviate by its own Monte Carlo error, judged from repeated estimates.
+    """
+    graph = GRAPHS[name]
+    schedule = get_schedule(schedule, **({"eps": 1e-4} if schedule == "loglinear" else {"sigma_max": 20.0}))
+    p, options = JOINT.flatten(), {"draws": 100, "batch_size": 20_000}
+    model, exact = JointScore(graph, JOINT), -p.log()
+    estimates = torch.stack(
+        [elbo(model, EVERY_TEXT, graph, schedule, generator=seeded(i), **options).sequences for i in range(30)]
+    )
+    for weights in (p, torch.full_like(p, 1 / 125)):
+        means = estimates @ weights
+        error = float(means.std()) / math.sqrt(30)
+        assert error < 0.1, "else the test would show little"
+        assert float(means.mean()) == pytest.approx(float(weights @ exact), abs=4 * error)
+    away = (estimates.mean(0) - exact) / (estimates.std(0) / math.sqrt(30))
+    # 46 values of Student's t with 29 degrees of freedom: beyond 5.5 in one of 3,000 such tests
+    assert float(away[p > 0.004].abs().max()) < 5.5
+    for wrong in (-1.0, 1.0):
+        bound = elbo(JointScore(graph, JOINT, wrong), EVERY_TEXT, graph, schedule, generator=seeded(50), **options)
+        assert 3 * (bound.nats_per_token - 6 * bound.monte_carlo_error) > float(exact.mean())
+
+
+class Interrupted(TrueScore):
+    """Fails in its n-th call."""
+
+    calls_left = 10**9
+
+    def hidden(self, x_t, sigma):
+        self.calls_left -= 1
+        if self.calls_left < 0:
+            raise KeyboardInterrupt
+        return super().hidden(x_t, sigma)
+
+
+@pytest.mark.parametrize("schedule", ["loglinear", "geometric"])
+def test_an_interrupted_evaluation_goes_on_to_the_same_bound(schedule, tmp_path):
+    graph, schedule = GRAPHS["hybrid"], get_schedule(schedule)
+    model, file = Interrupted(graph), tmp_path / "figures.unfinished"
+    blocks = model.draw((7, 4), seeded())
+    options = {"draws": 5, "batch_size": 4, "unfinished": file}
+    whole = elbo(model, blocks, graph, schedule, draws=5, batch_size=4, generator=seeded(3))
+    calls = 0
+    for calls_left in (0, 3, 1, 2):
+        model.calls_left = calls_left
+        with pytest.raises(KeyboardInterrupt):
+            elbo(model, blocks, graph, schedule, generator=seeded(3), **options)
+        calls += calls_left
+        assert file.exists() == (calls > 0)
+    model.calls_left = 10**9
+    result = elbo(model, blocks, graph, schedule, generator=seeded(3), **options)
+    assert 10**9 - model.calls_left == math.ceil(35 / 4) + (2 if float(schedule.total(torch.zeros(1))) else 0) - calls
+    assert torch.equal(result.sequences, whole.sequences)
+    assert torch.equal(result.integrand, whole.integrand)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unfinished_evaluation_of_something_else_is_not_taken(tmp_path):
+    graph, schedule = GRAPHS["absorbing"], get_schedule("loglinear")
+    model, file = Interrupted(graph), tmp_path / "figures.unfinished"
+    blocks = model.draw((7, 4), seeded())
+    model.calls_left = 2
+    with pytest.raises(KeyboardInterrupt):
+        elbo(model, blocks, graph, schedule, draws=2, batch_size=3, generator=seeded(), unfinished=file)
+    model.calls_left = 10**9
+    before = file.read_bytes()
+    for other in ({"generator": seeded(1)}, {"draws": 3}, {"batch_size": 2}, {"blocks": blocks.flip(0)}):
+        options = {"blocks": blocks, "draws": 2, "batch_size": 3, "generator": seeded()} | other
+        with pytest.raises(ValueError, match=r"of another model, text or options lies here; delete it .*unfinished"):
+            elbo(model, graph=graph, schedule=schedule, unfinished=file, **options)
+    assert file.read_bytes() == before
+    file.write_bytes(before[:-9])
+    with pytest.raises(ValueError, match=r"lies here and is damaged"):
+        elbo(model, blocks, graph, schedule, draws=2, batch_size=3, generator=seeded(), unfinished=file)
+    with pytest.raises(ValueError, match=r"unfinished: .* needs a generator"):
+        elbo(model, blocks, graph, schedule, draws=2, unfinished=file)
 
 
 def test_errors_cover_the_estimates_of_repeated_runs():

@@ -1,10 +1,13 @@
 """The network: names and shapes of the released models, its conventions, mixed precision, and what it refuses."""
 
 import math
+from pathlib import Path
 
 import pytest
+import released
 import torch
 
+from sedd.checkpoint import load_weights
 from sedd.model import PRESETS, SEDD, ModelConfig, device_of
 from sedd_ext import Absorbing, Hybrid, Uniform
 
@@ -27,45 +30,11 @@ def inputs(model, batch=3, length=8):
     return torch.randint(model.dim, (batch, length)), torch.rand(batch) + 0.1
 
 
-def expected_names(d, n_blocks, n_heads, vocabulary, cond=128):
-    names = {
-        "vocab_embed.embedding": [vocabulary, d],
-        "sigma_map.mlp.0.weight": [cond, 256],
-        "sigma_map.mlp.0.bias": [cond],
-        "sigma_map.mlp.2.weight": [cond, cond],
-        "sigma_map.mlp.2.bias": [cond],
-        "rotary_emb.inv_freq": [d // n_heads // 2],
-    }
-    for block in range(n_blocks):
-        names |= {
-            f"blocks.{block}.{name}": shape
-            for name, shape in {
-                "norm1.weight": [d],
-                "attn_qkv.weight": [3 * d, d],
-                "attn_out.weight": [d, d],
-                "norm2.weight": [d],
-                "mlp.0.weight": [4 * d, d],
-                "mlp.0.bias": [4 * d],
-                "mlp.2.weight": [d, 4 * d],
-                "mlp.2.bias": [d],
-                "adaLN_modulation.weight": [6 * d, cond],
-                "adaLN_modulation.bias": [6 * d],
-            }.items()
-        }
-    return names | {
-        "output_layer.norm_final.weight": [d],
-        "output_layer.linear.weight": [vocabulary, d],
-        "output_layer.linear.bias": [vocabulary],
-        "output_layer.adaLN_modulation.weight": [2 * d, cond],
-        "output_layer.adaLN_modulation.bias": [2 * d],
-    }
-
-
 def test_small_has_the_released_names_shapes_and_order():
     with torch.device("meta"):
         model = SEDD("small", Absorbing(50257))
-    state = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    expected = expected_names(768, 12, 12, 50258)
+    state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = released.shapes(768, 12, 12, 50258)
     assert state == expected
     assert list(state) == list(expected)  # the order of the EMA's nameless tensors in released checkpoints
     assert len(state) == 131
@@ -76,7 +45,7 @@ def test_medium_has_the_released_names_and_shapes():
     graph = Uniform(50257)
     with torch.device("meta"):
         model = SEDD("medium", graph)
-    assert {n: list(t.shape) for n, t in model.state_dict().items()} == expected_names(1024, 24, 16, 50257)
+    assert {n: tuple(t.shape) for n, t in model.state_dict().items()} == released.shapes(1024, 24, 16, 50257)
 
 
 def test_presets_are_usable_by_name():
@@ -134,38 +103,35 @@ def test_sigma_embedding_is_cosines_then_sines_of_256_inputs():
 
 
 def test_matches_an_independent_statement_of_the_network():
-    """Written once more with explicit loops over heads and complex rotations, in float64."""
+    """In float64, but for the sinusoids and the rotary angles."""
     model = build().double().eval()
     x, sigma = inputs(model)
-    w = {name: tensor.detach().double() for name, tensor in model.state_dict().items()}
-    heads, d = 2, 32
-    silu = lambda z: z / (1 + torch.exp(-z))  # noqa: E731
-    norm = lambda z, g: g * (z - z.mean(-1, keepdim=True)) / (z.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()  # noqa: E731
-    gelu = lambda z: 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))  # noqa: E731
-    affine = lambda name, z: z @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)  # noqa: E731
+    w = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    torch.testing.assert_close(model.hidden(x, sigma), released.hidden(w, x, sigma), rtol=1e-5, atol=1e-5)
 
-    angles = sigma.float()[:, None] * torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float32) / 128)
-    waves = torch.cat([angles.cos(), angles.sin()], -1).double()
-    c = silu(affine("sigma_map.mlp.2", silu(affine("sigma_map.mlp.0", waves))))
-    h = w["vocab_embed.embedding"][x]
-    half = d // heads // 2
-    turn = torch.exp(1j * torch.arange(8)[:, None] * 10_000.0 ** (-torch.arange(half) / half))
-    for b in range(2):
-        part = [p[:, None] for p in affine(f"blocks.{b}.adaLN_modulation", c).split(d, -1)]
-        qkv = affine(f"blocks.{b}.attn_qkv", norm(h, w[f"blocks.{b}.norm1.weight"]) * (1 + part[1]) + part[0])
-        out = []
-        for k in range(heads):
-            q, key, v = (qkv[..., i * d + k * 2 * half : i * d + (k + 1) * 2 * half] for i in range(3))
-            q, key = (torch.complex(z[..., :half], z[..., half:]) * turn for z in (q, key))
-            logits = (q @ key.conj().transpose(-1, -2)).real / math.sqrt(2 * half)
-            out.append(logits.softmax(-1) @ v)
-        h = h + part[2] * affine(f"blocks.{b}.attn_out", torch.cat(out, -1))
-        m = norm(h, w[f"blocks.{b}.norm2.weight"]) * (1 + part[4]) + part[3]
-        h = h + part[5] * affine(f"blocks.{b}.mlp.2", gelu(affine(f"blocks.{b}.mlp.0", m)))
-    shift, scale = (p[:, None] for p in affine("output_layer.adaLN_modulation", c).split(d, -1))
-    expected = norm(h, w["output_layer.norm_final.weight"]) * (1 + scale) + shift
-    # float32 inside: the sinusoids and the rotary angles
-    torch.testing.assert_close(model.hidden(x, sigma), expected, rtol=1e-5, atol=1e-5)
+
+# Log-scores of random weights are of order 1 to 15. float32 rounds those by 1e-6, and its sums over 24 blocks are made
+# in another order here than there: 1e-5 is what the two statements may differ by.
+@pytest.mark.parametrize(
+    ("preset", "graph", "length"),
+    [("small", Absorbing(50257), 24), ("small", Uniform(50257), 24), ("medium", Absorbing(50257), 8)],
+    ids=["small-absorbing", "small-uniform", "medium-absorbing"],
+)
+def test_log_scores_are_those_of_the_released_model(preset, graph, length):
+    sizes = PRESETS[preset]
+    weights = released.random_weights(sizes.hidden_size, sizes.n_blocks, sizes.n_heads, graph.dim)
+    with torch.device("meta"):
+        model = SEDD(preset, graph)
+    load_weights(model, weights, Path("random weights"))
+    x = torch.randint(graph.dim, (2, length), generator=torch.Generator().manual_seed(1))
+    if graph.mask_id is not None:
+        x[:, ::2] = graph.mask_id
+    sigma = torch.tensor([0.05, 3.0])
+    with torch.no_grad():
+        expected = released.log_score(weights, x, sigma, scale_by_sigma=graph.process == "absorbing")
+        log_score = model.eval()(x, sigma)
+    assert 1 < float(log_score.std()) < 20
+    torch.testing.assert_close(log_score, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_order_of_tokens_matters_and_all_positions_see_each_other():

@@ -50,3 +50,35 @@ class TrueScore(nn.Module):
         """Text of this world."""
         n = shape[0] * shape[1]
         return torch.multinomial(self.p_0, n, replacement=True, generator=generator).view(shape)
+
+
+class JointScore(TrueScore):
+    """Exactly right for short text of one known joint distribution, whose tokens depend on one another.
+
+    Every sequence that the noise can make is summed over, so log p_t, and with it every score, is exact. ``error`` is
+    added to the log-scores of all tokens but the one that is there, to be wrong by a known amount.
+
+    Args:
+        graph: the process.
+        joint: probability of each text [n, ..., n], float64, one axis a position.
+        error: what the log-scores are too high by.
+    """
+
+    def __init__(self, graph: RankOne, joint: Tensor, error: float = 0.0) -> None:
+        super().__init__(graph)
+        self.joint, self.error = joint, error
+
+    def hidden(self, x_t: Tensor, sigma: Tensor) -> Tensor:
+        a, n = torch.exp(-sigma.double())[:, None, None], self.joint.shape[0]
+        # q[b, x_0, x_t]: what becomes of each token
+        q = a * torch.eye(n, self.graph.dim, dtype=torch.float64) + (1 - a) * self.graph.stationary
+        p = self.joint.expand(len(x_t), *self.joint.shape)
+        for axis in range(1, p.dim()):
+            p = torch.einsum("b...x,bxy->b...y", p.movedim(axis, -1), q).movedim(-1, axis)
+        rows, columns = torch.arange(len(x_t)), []
+        for position in range(x_t.shape[1]):  # p_t of the sequence with this one position varied
+            others = [x_t[:, i] for i in range(x_t.shape[1]) if i != position]
+            columns.append(p.movedim(position + 1, -1)[(rows, *others)].log())
+        log_p = torch.stack(columns, 1)
+        log_score = log_p - log_p.gather(-1, x_t[..., None]) + self.error
+        return log_score.scatter(-1, x_t[..., None], 0.0)

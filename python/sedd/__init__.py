@@ -10,12 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sedd.checkpoint import load_model as load_model
     from sedd.config import TrainConfig as TrainConfig
     from sedd.evaluate import elbo as elbo
     from sedd.model import SEDD as SEDD
     from sedd.model import ModelConfig as ModelConfig
     from sedd.objective import score_entropy as score_entropy
+    from sedd.pretrained import load_model as load_model
     from sedd.schedule import get_schedule as get_schedule
     from sedd.tokenizer import get_tokenizer as get_tokenizer
     from sedd.train import Trainer as Trainer
@@ -28,7 +28,7 @@ _MODULES = {
     "elbo": "evaluate",
     "get_schedule": "schedule",
     "get_tokenizer": "tokenizer",
-    "load_model": "checkpoint",
+    "load_model": "pretrained",
     "score_entropy": "objective",
 }
 

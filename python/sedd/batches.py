@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sedd.detokenize import Detokenizer, detokenize
 from sedd.tokenizer import Tokenizer
 
 Tokens = NDArray[np.uint16]
@@ -110,6 +111,7 @@ class TokenStream:
         length: Tokens a block, L.
         shuffle_blocks: Number of blocks that are shuffled together.
         wanted: Whether a text belongs to this side of the split.
+        detokenizer: See `DataConfig.detokenizer`.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class TokenStream:
         length: int,
         shuffle_blocks: int,
         wanted: Callable[[str], bool] = lambda text: True,
+        detokenizer: Detokenizer = "none",
     ) -> None:
         self.rows = rows
         self.beginning: dict[str, Any] = rows.state_dict()
@@ -128,6 +131,7 @@ class TokenStream:
         self._column = column
         self._tokenizer = tokenizer
         self._wanted = wanted
+        self._detokenizer = detokenizer
 
     def documents(self) -> Iterator[Tokens]:
         """The tokens of each document from where `rows` stands (`rows.load_state_dict`) to the end."""
@@ -136,7 +140,7 @@ class TokenStream:
             if text is not None and not isinstance(text, str):
                 raise ValueError(f"text_column: {self._column!r} holds {type(text).__name__}, wanted text")
             if text is not None and not is_blank(text) and self._wanted(text):
-                yield encode_document(text, self._tokenizer)
+                yield encode_document(detokenize(text, self._detokenizer), self._tokenizer)
 
 
 class Batches(Protocol):

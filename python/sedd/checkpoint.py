@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +29,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sedd.config import TrainConfig, load_config
-from sedd.model import SEDD, device_of
-from sedd.schedule import Schedule, get_schedule
-from sedd.tokenizer import Tokenizer, get_tokenizer
-from sedd_ext import RankOne
 
 __all__ = [
-    "LoadedModel",
     "best_checkpoint",
     "finite",
     "list_checkpoints",
-    "load_model",
     "load_weights",
     "prune",
     "read_config",
@@ -216,76 +209,30 @@ def read_tensors(
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copies weights into a module.
+    """Copies weights into a module, which may be on the meta device.
 
     Raises:
-        ValueError: names or shapes are not those of the module; ``path`` is the file to name.
+        ValueError: names or shapes are not those of the module; ``path`` is the file to name. All tensors that are
+            missing, unexpected or misshapen are listed, up to ten of each.
     """
-    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            raise ValueError(
-                f"{path}: does not fit the configuration: {name} is {found.get(name, 'missing')} in the file "
-                f"and {wanted.get(name, 'unknown')} in the model"
-            )
+    wanted = {name: list(value.shape) for name, value in module.state_dict().items()}
+    found = {name: list(value.shape) for name, value in tensors.items()}
+    wrong = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [name for name in found if name not in wanted],
+        "misshapen": [
+            f"{name} {found[name]} instead of {wanted[name]}"
+            for name in wanted
+            if name in found and found[name] != wanted[name]
+        ],
+    }
+    if any(wrong.values()):
+        lists = [
+            f"{len(names)} {kind} ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
+            for kind, names in wrong.items()
+            if names
+        ]
+        raise ValueError(f"{path}: does not fit the configuration: tensors {'; '.join(lists)}")
+    if any(value.is_meta for value in module.state_dict().values()):
+        module.to_empty(device="cpu")
     module.load_state_dict(dict(tensors))
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A trained model and what is needed to use it.
-
-    Attributes:
-        path: the checkpoint folder.
-        state: its ``state.json``.
-        config: the options of its run.
-        tokenizer: text to tokens and back.
-        graph: the forward process.
-        schedule: the noise schedule.
-        model: in evaluation mode, with the averaged weights.
-    """
-
-    path: Path
-    state: dict[str, Any]
-    config: TrainConfig
-    tokenizer: Tokenizer
-    graph: RankOne
-    schedule: Schedule
-    model: SEDD
-
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """The dtype of autocast where the model is now, None for float32 without autocast."""
-        return self.config.autocast_dtype(device_of(self.model))
-
-
-def load_model(path: Path | str, device: torch.device | str = "cpu") -> LoadedModel:
-    """Loads the averaged weights of a run for sampling or evaluation.
-
-    Args:
-        path: a run folder (its best checkpoint is taken, or its last where none was validated) or a checkpoint folder.
-        device: where the model goes.
-
-    Raises:
-        FileNotFoundError: there is no run, no checkpoint, or a file of it is missing.
-        ValueError: a file is damaged.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder; expected a run folder, as `sedd train --run_dir` makes it")
-    if re.fullmatch(r"step_\d+", path.name):
-        checkpoint = path
-    else:
-        checkpoints = list_checkpoints(path)
-        if not checkpoints:
-            raise FileNotFoundError(f"{path}: no checkpoints in this folder; train first: sedd train --run_dir {path}")
-        checkpoint = best_checkpoint(path) or checkpoints[-1]
-    state = read_state(checkpoint)
-    config = read_config(checkpoint)
-    tokenizer = get_tokenizer(config.tokenizer)
-    graph = config.make_graph(tokenizer.vocab_size)
-    model = SEDD(config.model.build(), graph)
-    load_weights(model, read_tensors(checkpoint, "ema", state), checkpoint / "ema.safetensors")
-    schedule = get_schedule(config.schedule, **config.schedule_params)
-    return LoadedModel(checkpoint, state, config, tokenizer, graph, schedule, model.to(device).eval())

@@ -1,4 +1,4 @@
-"""The command line: ``sedd train | sample | infill | eval | info``."""
+"""The command line: ``sedd train | sample | infill | eval | convert | info``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from sedd import commands
 from sedd.config import TrainConfig, explain, from_options, train_parser
+from sedd.perplexity import PerplexityOptions, perplexity
 
 
 class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -25,7 +27,7 @@ ABOUT = """Score-entropy diffusion language models: train one, let it write, fil
   sedd train --max_minutes 5           learn from the text of this Python installation
   sedd sample runs/default --live      watch the model write
   sedd infill runs/default 'def {{8}}(self, {{12}}) -> bool:'
-  sedd eval runs/default               bits per byte, beside unigram and bigram models
+  sedd eval perplexity runs/default    bits per byte, beside unigram and bigram models
 
 SEDD_DEBUG=1 in the environment shows the traceback of an error.
 """
@@ -68,16 +70,45 @@ examples (quote the text, so that the shell leaves it alone):
   sedd infill runs/default --num 4 --live "$(cat draft.txt)"        a file that contains gaps
 """
 
-EVAL = """Measure how well a model predicts text it was not trained on.
-
-Prints the upper bound on the negative log-likelihood (theorem 3.6 of SEDD, with its prior term), by Monte Carlo over
-the noise level, and what a unigram and a bigram model, counted on the run's training text, get on the same blocks.
-Perplexity is exp(mean nats per token).
+EVAL = """Measure a model as the papers do.
 
 examples:
-  sedd eval runs/default
-  sedd eval runs/default --text other.txt --draws 64
-  sedd eval runs/default --json figures.json --plot bound.png
+  sedd eval perplexity runs/default                      on its validation text, beside unigram and bigram models
+  sedd eval perplexity models/sedd-small wikitext2 ptb   on the papers' test sets
+"""
+
+PERPLEXITY = """Measure how well a model predicts text it was not trained on.
+
+Prints, for each text, the upper bound on the negative log-likelihood (theorem 3.6 of SEDD, with its prior term), by
+Monte Carlo over the noise level, with its standard error. Perplexity is exp(mean nats per token); "mean of exp" is the
+mean over blocks of exp(nats per token), the averaging of the SEDD paper. Without a text the run's validation text is
+scored, beside what a unigram and a bigram model, counted on the run's training text, get on the same blocks.
+
+A text is one of wikitext2, wikitext103, lambada, lm1b and ptb (the test sets of the papers, from the Hugging Face hub,
+with their detokenisers), a file, a folder, or the name of a hub data set. Documents are closed with end-of-text, joined
+and cut into blocks of the model's length.
+
+examples:
+  sedd eval perplexity runs/default
+  sedd eval perplexity runs/default other.txt --draws 64 --json figures.json
+  sedd eval perplexity models/sedd-small wikitext2 lambada ptb lm1b --draws 1000 --json zero-shot.json
+  sedd eval perplexity models/sedd-small wiki.test.raw --detokenizer wikitext
+  sedd eval perplexity models/sedd-small news.txt --documents line --detokenizer lm1b
+  sedd eval perplexity runs/default --plot bound.png
+"""
+
+CONVERT = """Write a model of any known format as a folder of safetensors, ready for the Hugging Face hub.
+
+SOURCE is a run, a Hugging Face repository (config.json with model.safetensors or pytorch_model.bin), a training run of
+the released SEDD code (.hydra/config.yaml with checkpoints-meta/checkpoint.pth) or a Lightning checkpoint whose network
+is called backbone. Averaged weights are taken where there are any. The folder OUT gets config.json, model.safetensors
+and a model card; every command of sedd takes it in place of a run.
+
+examples:
+  sedd convert runs/default models/default
+  sedd convert louaaron/sedd-small models/sedd-small
+  sedd convert last.ckpt models/mine --config config.yaml     where the checkpoint does not say what it is:
+                                                              graph: {type: absorb}, noise: {type: loglinear}
 """
 
 INFO = """Show what is installed: versions, kernels, presets, registered names; or what a run is.
@@ -87,38 +118,53 @@ examples:
   sedd info runs/default
 """
 
-RUN_HELP = "A run folder (its best checkpoint is used), or one checkpoint folder."
+RUN_HELP = (
+    "A run folder (its best checkpoint is used), one checkpoint folder, or a model: a folder, a checkpoint file, or a "
+    "repository of the Hugging Face hub (see sedd convert)."
+)
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="sedd", description=ABOUT, formatter_class=_Help, exit_on_error=False)
     subcommands = parser.add_subcommands(dest="command")
 
-    def add(name: str, about: str, make: Callable[..., ArgumentParser] = ArgumentParser) -> ArgumentParser:
+    def add(
+        name: str, about: str, make: Callable[..., ArgumentParser] = ArgumentParser, to: Any = subcommands
+    ) -> ArgumentParser:
         description, _, examples = about.partition("\nexamples")
         command = make(
             description=description, epilog=f"examples{examples}", formatter_class=_Help, exit_on_error=False
         )
-        subcommands.add_subcommand(name, command, help=description.partition("\n")[0])
+        to.add_subcommand(name, command, help=description.partition("\n")[0])
         return command
 
     train = add("train", TRAIN, train_parser)
     train.add_argument("--resume", action="store_true", help="Go on with the run in --run_dir.")
-    sample, infill, evaluate = add("sample", SAMPLE), add("infill", INFILL), add("eval", EVAL)
-    for command in (sample, infill, evaluate):
+    sample, infill = add("sample", SAMPLE), add("infill", INFILL)
+    measures = add("eval", EVAL).add_subcommands(dest="measure")
+    measure = add("perplexity", PERPLEXITY, to=measures)
+    for command in (sample, infill, measure):
         command.add_argument("run", help=RUN_HELP)
     infill.add_argument("template", help="The text, with {{n}} for n unknown tokens.")
     for command in (sample, infill):
         command.add_argument("--live", action="store_true", help="Watch the first text emerge, step by step.")
     sample.add_class_arguments(commands.SampleOptions)
     infill.add_class_arguments(commands.SamplingOptions)
-    evaluate.add_class_arguments(commands.EvalOptions)
+    measure.add_argument("texts", nargs="*", help="What to score; nothing: the run's validation text.")
+    measure.add_class_arguments(PerplexityOptions)
+    convert = add("convert", CONVERT)
+    convert.add_argument("source", help=RUN_HELP)
+    convert.add_argument("out", help="The folder to write.")
+    convert.add_argument("--config", help="JSON or YAML with entries of config.json that come before the source's own.")
     add("info", INFO).add_argument("run", nargs="?", help=RUN_HELP)
     return parser
 
 
 def _run(argv: list[str]) -> int:
     parser = _parser()
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
     parsed = parser.parse_args(argv)
     given = parser.instantiate(parsed)[parsed.command]
     if parsed.command == "train":
@@ -136,7 +182,10 @@ def _run(argv: list[str]) -> int:
         options = from_options(commands.SamplingOptions, given)
         return commands.infill(given.run, given.template, options, given.live)
     if parsed.command == "eval":
-        return commands.evaluate(given.run, from_options(commands.EvalOptions, given))
+        given = given[given.measure]
+        return perplexity(given.run, given.texts, from_options(PerplexityOptions, given))
+    if parsed.command == "convert":
+        return commands.convert(given.source, given.out, given.config)
     return commands.info(given.run)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -23,36 +22,23 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from sedd.checkpoint import LoadedModel, best_checkpoint, finite, list_checkpoints, load_model, read_state, write_json
-from sedd.config import GraphName, TrainConfig, resolve_device
-from sedd.data import TokenBlocks, load_blocks, valid_batches
-from sedd.evaluate import elbo, ngram_bits, plot_bound
+from sedd.checkpoint import best_checkpoint, list_checkpoints, read_state, write_json
+from sedd.config import GraphName, TrainConfig, check_options, resolve_device
 from sedd.model import PRESETS, compile_network
 from sedd.objective import OBJECTIVES
+from sedd.pretrained import LoadedModel, load_model, load_pretrained, model_card, read_mapping, to_config
 from sedd.sample import SAMPLERS
 from sedd.sample import sample as draw
 from sedd.schedule import SCHEDULES
-from sedd.tokenizer import MASK_TEXT, TOKENIZERS, Tokenizer, count_bytes
+from sedd.tokenizer import MASK_TEXT, TOKENIZERS, Tokenizer
 from sedd.train import Trainer
 from sedd_ext.__main__ import describe
 
-NGRAM_TOKENS = 20_000_000  # training tokens that the n-gram models count
 GAP = re.compile(r"\{\{(\d+)\}\}")
 # what a model writes must not steer the terminal: control characters become their pictures, ␛ for escape
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {
     code: 0xFFFD for code in range(0x7F, 0xA0)
 }
-
-
-def _check(options: Any, positive: Sequence[str], outputs: Sequence[str] = ()) -> None:
-    """Refuses what could only fail after the work is done."""
-    for name in positive:
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ValueError(f"{name}: expected at least 1, got {getattr(options, name)}")
-    for name in outputs:
-        path = getattr(options, name)
-        if path is not None and not Path(path).parent.is_dir():
-            raise FileNotFoundError(f"{name}: cannot write {path}: there is no folder {Path(path).parent}")
 
 
 @dataclass
@@ -81,7 +67,7 @@ class SamplingOptions:
     """Write texts and tokens to this file too."""
 
     def __post_init__(self) -> None:
-        _check(self, positive=("num", "steps", "batch_size"), outputs=("json",))
+        check_options(self, positive=("num", "steps", "batch_size"), outputs=("json",))
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}; got {self.sampler!r}")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
@@ -99,34 +85,7 @@ class SampleOptions(SamplingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, positive=("length",))
-
-
-@dataclass
-class EvalOptions:
-    """Evaluation"""
-
-    text: str | None = None
-    """Score this file or folder in place of the run's validation text."""
-    blocks: int | None = None
-    """Score only so many blocks of it."""
-    draws: int = 4
-    """Noise levels drawn for each block; more make the estimate for these blocks more exact."""
-    seed: int = 0
-    """Seed of noise levels and noise."""
-    batch_size: int = 32
-    """Blocks scored at a time."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
-    json: str | None = None
-    """Write the figures to this file too."""
-    plot: str | None = None
-    """Draw what each noise level adds to the bound, as a picture (needs the extra `eval`)."""
-
-    def __post_init__(self) -> None:
-        _check(self, positive=("blocks", "draws", "batch_size"), outputs=("json", "plot"))
-        if self.text is not None and not Path(self.text).exists():
-            raise FileNotFoundError(f"text: there is no file or folder {self.text}")
+        check_options(self, positive=("length",))
 
 
 def train(config: TrainConfig, resume: bool) -> int:
@@ -149,7 +108,7 @@ def train(config: TrainConfig, resume: bool) -> int:
         out.print(f"best checkpoint: {best} ({trainer.best:.4f} nats per token)")
     out.print(f"  sedd train --run_dir {trainer.run_dir} --resume    goes on (with more --steps or --max_minutes)")
     out.print(f"  sedd sample {trainer.run_dir} --live               writes text")
-    out.print(f"  sedd eval {trainer.run_dir}                        measures it")
+    out.print(f"  sedd eval perplexity {trainer.run_dir}             measures it")
     return 0 if outcome.signum is None else 128 + outcome.signum
 
 
@@ -246,65 +205,14 @@ def _generate(loaded: LoadedModel, options: SamplingOptions, live: bool, tokens:
         write_json(Path(options.json), texts)
 
 
-def evaluate(run: str, options: EvalOptions) -> int:
-    """``sedd eval``: the likelihood bound, beside n-gram models on the same text."""
-    device = resolve_device(options.device)
-    loaded = load_model(run, device)
-    data = loaded.config.data
-    if options.text is not None:
-        data = dataclasses.replace(data, valid_source=options.text)
-    splits = load_blocks(data, loaded.tokenizer, loaded.model.config.length)
-    blocks = torch.cat(list(valid_batches(splits.valid, options.batch_size, options.blocks)))
-    n_bytes = count_bytes(blocks, loaded.tokenizer)
-    out = Console(highlight=False, markup=False)
-    result = elbo(
-        loaded.model,
-        blocks,
-        loaded.graph,
-        loaded.schedule,
-        draws=options.draws,
-        n_bytes=n_bytes,
-        batch_size=options.batch_size,
-        generator=torch.Generator(device).manual_seed(options.seed),
-        autocast_dtype=loaded.autocast_dtype,
-        progress=out.is_terminal,
-    )
-    bits = {"this model (upper bound)": result.bits_per_token}
-    if isinstance(splits.train, TokenBlocks):  # a stream would have to be read to its end
-        counted = torch.cat(list(valid_batches(splits.train, 4096, NGRAM_TOKENS // splits.train.length)))
-        for order, name in ((1, "unigram"), (2, "bigram")):
-            bits[name] = ngram_bits(counted, blocks, loaded.tokenizer.vocab_size, order)
-    figures = {
-        name: {
-            "bits_per_byte": value * blocks.numel() / n_bytes,
-            "bits_per_token": value,
-            "nats_per_token": value * math.log(2),
-            "perplexity": 2**value,
-        }
-        for name, value in bits.items()
-    }
-    table = Table("", title=f"{len(blocks):,} blocks of {result.length} tokens, {options.draws} noise levels each")
-    for column in next(iter(figures.values())):
-        table.add_column(column.replace("_per_", "/"), justify="right")
-    for name, row in figures.items():
-        table.add_row(name, *(f"{value:.4f}" for value in row.values()))
-    out.print(table)
-    details = {
-        "standard_error": finite(result.standard_error),
-        "monte_carlo_error": finite(result.monte_carlo_error),
-        "prior": result.prior,
-        "perplexity_mean_of_exp": result.perplexity_mean_of_exp,
-    }
-    out.print(
-        f"nats/token {result.nats_per_token:.4f} ± {result.standard_error:.4f} as an estimate for all text like this, "
-        f"± {result.monte_carlo_error:.4f} for these blocks; {result.prior:.4f} of it is the prior term. "
-        f"Mean of the blocks' own perplexities: {result.perplexity_mean_of_exp:.4f}.",
-        soft_wrap=True,
-    )
-    if options.json:
-        write_json(Path(options.json), {"checkpoint": str(loaded.path), "models": figures, **details})
-    if options.plot:
-        plot_bound(result, options.plot)
+def convert(source: str, out: str, config: str | None) -> int:
+    """``sedd convert``: any known format to safetensors."""
+    if config is not None and not Path(config).is_file():
+        raise FileNotFoundError(f"config: there is no file {config}")
+    model = load_pretrained(source, config=read_mapping(Path(config)) if config else None)
+    model.save_pretrained(out)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{out}: {model_card(model)['facts']}")
     return 0
 
 
@@ -328,12 +236,13 @@ def info(run: str | None) -> int:
         out.print(table)
         return 0
     loaded = load_model(run)
-    out.print_json(data=loaded.config.to_dict())
+    out.print_json(data=loaded.config.to_dict() if loaded.config else to_config(loaded.model))
     table = Table.grid(padding=(0, 2))
     table.add_row("parameters:", f"{sum(p.numel() for p in loaded.model.parameters()):,}")
-    table.add_row("trained for:", f"{loaded.state['step']:,} steps, {loaded.state['elapsed'] / 60:.1f} minutes")
-    for path in list_checkpoints(loaded.path.parent.parent):
-        bound = read_state(path)["valid"]
-        table.add_row(f"{path.name}:", "not validated" if bound is None else f"{bound:.4f} nats per token")
+    if loaded.state:
+        table.add_row("trained for:", f"{loaded.state['step']:,} steps, {loaded.state['elapsed'] / 60:.1f} minutes")
+        for path in list_checkpoints(loaded.path.parent.parent):
+            bound = read_state(path)["valid"]
+            table.add_row(f"{path.name}:", "not validated" if bound is None else f"{bound:.4f} nats per token")
     out.print(table)
     return 0

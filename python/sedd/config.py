@@ -7,6 +7,7 @@ import json
 import math
 import re
 from argparse import ArgumentError
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,6 +26,8 @@ __all__ = [
     "GraphName",
     "ModelOptions",
     "TrainConfig",
+    "autocast_dtype",
+    "check_options",
     "explain",
     "from_options",
     "load_config",
@@ -205,16 +208,6 @@ class TrainConfig:
             return Hybrid(vocab_size, self.uniform_fraction)
         return (Absorbing if self.graph == "absorbing" else Uniform)(vocab_size)
 
-    def autocast_dtype(self, device: torch.device) -> torch.dtype | None:
-        """Returns the dtype of autocast on ``device``, None for float32 without autocast."""
-        if self.precision == "auto":
-            if device.type == "cuda":
-                return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
-            # without its own instructions a CPU takes longer for bfloat16 than for float32
-            capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-            return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else None
-        return torch.bfloat16 if self.precision == "bf16" else None
-
     def to_dict(self) -> dict[str, Any]:
         """Returns the options as JSON-ready values."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
@@ -265,6 +258,38 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and not has_cuda_kernels:
         raise ValueError(f"device: {name!r} asked for, but this build of sedd_ext has no CUDA kernels; use cpu")
     return device
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """Returns the dtype of autocast on ``device`` for auto, bf16 or fp32; None for float32 without autocast."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else None
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+    # without its own instructions a CPU takes longer for bfloat16 than for float32
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else None
+
+
+def check_options(options: Any, positive: Sequence[str], outputs: Sequence[str] = ()) -> None:
+    """Refuses what could only fail after the work is done.
+
+    Args:
+        options: a dataclass.
+        positive: names of its fields that must be at least 1, or None.
+        outputs: names of its fields that are files to be written, or None.
+
+    Raises:
+        ValueError: a number is too small.
+        FileNotFoundError: there is no folder to write a file to.
+    """
+    for name in positive:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {getattr(options, name)}")
+    for name in outputs:
+        path = getattr(options, name)
+        if path is not None and not Path(path).parent.is_dir():
+            raise FileNotFoundError(f"{name}: cannot write {path}: there is no folder {Path(path).parent}")
 
 
 def train_parser(**kwargs: Any) -> ArgumentParser:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sedd.batches import Batches, TokenBlocks, Tokens, TokenStream, batches, encode_document, is_blank, valid_batches
+from sedd.detokenize import DETOKENIZERS, Detokenizer, detokenize
 from sedd.sources import SAMPLE_BY, import_datasets, open_source
 from sedd.tokenizer import Tokenizer
 
@@ -31,6 +32,7 @@ __all__ = [
     "TokenStream",
     "batches",
     "load_blocks",
+    "load_text",
     "valid_batches",
 ]
 
@@ -49,6 +51,8 @@ class DataConfig:
     """A file or folder with the validation text. Without it validation text is `valid_split` or a part of `source`."""
     subset: str | None = None
     """Configuration of a hub data set, such as 'wikitext-103-raw-v1'."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
     train_split: str = "train"
     """Split of a hub data set to train on."""
     valid_split: str | None = None
@@ -58,6 +62,9 @@ class DataConfig:
     documents: Literal["file", "paragraph", "line"] = "file"
     """What one document of a text file is: the whole file, as it stands (it is held in memory while it is read), a
     paragraph (up to a blank line) or a line. JSON and Parquet have a document a row."""
+    detokenizer: Detokenizer = "none"
+    """How spaces that a tokeniser of words has put into the text are taken out again: none, wikitext, ptb, lm1b, or
+    lambada (typographic quotes made plain)."""
     valid_fraction: float = 0.05
     """Share of the documents that goes to validation where the source has no validation text of its own; of a single
     document, the share at its end. Between 0 and 1."""
@@ -118,13 +125,39 @@ def load_blocks(config: DataConfig, tokenizer: Tokenizer, length: int) -> DataSp
         train, valid = _divide(rows, config, tokenizer)
     else:
         train, valid = _tokenize(rows, config, tokenizer), _tokenize(valid_rows, config, tokenizer)
-    blocks = TokenBlocks(valid, length, what="validation text")
-    # Shuffled once and for all: the first blocks of any number are a fair sample of the whole.
-    starts = np.random.default_rng(0).permutation(blocks.starts)
-    return DataSplits(
-        train=TokenBlocks(train, length, windows=config.windows, what="training text"),
-        valid=TokenBlocks(valid, length, starts=starts),
-    )
+    blocks = _shuffled(valid, length, "validation text")
+    return DataSplits(TokenBlocks(train, length, windows=config.windows, what="training text"), blocks)
+
+
+def load_text(config: DataConfig, tokenizer: Tokenizer, length: int, *, joined: bool = False) -> TokenBlocks:
+    """Load the text of `config.source`, all of it, as blocks to evaluate on.
+
+    Args:
+        config: Which text: `train_split` of a hub data set, or files.
+        tokenizer: What turns it into tokens.
+        length: Tokens a block, ≥ 1.
+        joined: The rows are the lines of one document, as WikiText's on the hub.
+
+    Returns:
+        Blocks in an order shuffled once and for all: the first ones of any number are a fair sample. The tokens after
+        the last full block (`n_tokens % length`) are left out.
+
+    Raises:
+        ImportError, FileNotFoundError, ConnectionError, ValueError: As `load_blocks`.
+    """
+    _check(config, length)
+    rows, _ = open_source(config)
+    _check_column(rows, config.text_column, "source")
+    if joined:
+        text = "".join(row or "" for row in rows[config.text_column])
+        rows = import_datasets().Dataset.from_dict({config.text_column: [text]})
+    return _shuffled(_tokenize(rows, config, tokenizer), length, f"text {config.source}")
+
+
+def _shuffled(chunks: list[Tokens], length: int, what: str) -> TokenBlocks:
+    """Blocks in an order drawn once and for all: the first ones of any number are a fair sample of the whole."""
+    starts = np.random.default_rng(0).permutation(TokenBlocks(chunks, length, what=what).starts)
+    return TokenBlocks(chunks, length, starts=starts)
 
 
 def _check(config: DataConfig, length: int) -> None:
@@ -136,6 +169,8 @@ def _check(config: DataConfig, length: int) -> None:
             raise ValueError(f"{name}: {value} given, wanted at least 1")
     if not 0 < config.valid_fraction < 1:
         raise ValueError(f"valid_fraction: {config.valid_fraction} given, wanted a number between 0 and 1")
+    if config.detokenizer not in DETOKENIZERS:
+        raise ValueError(f"detokenizer: {config.detokenizer!r} given, wanted one of {', '.join(DETOKENIZERS)}")
     if config.documents not in SAMPLE_BY:
         raise ValueError(f"documents: {config.documents!r} given, wanted one of {', '.join(map(repr, SAMPLE_BY))}")
     if config.windows and config.streaming:
@@ -163,8 +198,11 @@ def _keys(texts: list[str | None]) -> dict[str, list[int]]:
     return {"key": [-1 if text is None or is_blank(text) else _key(text) for text in texts]}
 
 
-def _encode(texts: list[str | None], tokenizer: Tokenizer, version: int) -> dict[str, list[Tokens]]:
-    return {"tokens": [encode_document(text, tokenizer) for text in texts if text is not None and not is_blank(text)]}
+def _encode(
+    texts: list[str | None], tokenizer: Tokenizer, detokenizer: Detokenizer, version: int
+) -> dict[str, list[Tokens]]:
+    documents = (text for text in texts if text is not None and not is_blank(text))
+    return {"tokens": [encode_document(detokenize(text, detokenizer), tokenizer) for text in documents]}
 
 
 def _tokenize(rows: Any, config: DataConfig, tokenizer: Tokenizer) -> list[Tokens]:
@@ -177,7 +215,7 @@ def _tokenize(rows: Any, config: DataConfig, tokenizer: Tokenizer) -> list[Token
         input_columns=[config.text_column],
         remove_columns=rows.column_names,
         features=datasets.Features({"tokens": datasets.Sequence(datasets.Value("uint16"))}),
-        fn_kwargs={"tokenizer": tokenizer, "version": _CACHE_VERSION},
+        fn_kwargs={"tokenizer": tokenizer, "detokenizer": config.detokenizer, "version": _CACHE_VERSION},
         num_proc=config.num_proc if config.num_proc > 1 else None,
         desc=f"Tokenising ({tokenizer.name})",
     )
@@ -211,7 +249,9 @@ def _stream(rows: Any, valid_rows: Any, config: DataConfig, tokenizer: Tokenizer
     cut = int(config.valid_fraction * 2**63)
 
     def stream(rows: Any, wanted: Callable[[str], bool]) -> TokenStream:
-        return TokenStream(rows, config.text_column, tokenizer, length, config.stream_shuffle_blocks, wanted)
+        return TokenStream(
+            rows, config.text_column, tokenizer, length, config.stream_shuffle_blocks, wanted, config.detokenizer
+        )
 
     if valid_rows is None:
         train, held_out = stream(rows, lambda text: _key(text) >= cut), stream(rows, lambda text: _key(text) < cut)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from sedd.model import ScoreModel, device_of
 from sedd.objective import score_entropy
 from sedd.progress import track
 from sedd.schedule import Schedule
+from sedd.unfinished import Unfinished
 from sedd_ext import RankOne
 
 __all__ = ["ElboResult", "elbo", "ngram_bits", "plot_bound", "prior_kl"]
@@ -121,6 +124,7 @@ def elbo(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
     autocast_dtype: torch.dtype | None = None,
+    unfinished: Path | None = None,
     progress: bool = False,
 ) -> ElboResult:
     """Monte Carlo estimate of the likelihood bound of Theorem 3.6 on given text.
@@ -145,6 +149,8 @@ def elbo(
         generator: random number generator, on ``device``; torch's default one if None.
         device: where to compute; the model's device if None.
         autocast_dtype: run the model under autocast in this dtype, e.g. torch.bfloat16.
+        unfinished: a file that keeps what is computed, every half minute and when the work is interrupted. Called again
+            with the same arguments, the evaluation goes on from there, to the same result, and removes the file.
         progress: show a progress bar.
 
     Returns:
@@ -152,8 +158,10 @@ def elbo(
 
     Raises:
         TypeError: ``blocks`` is not int64.
-        ValueError: ``blocks`` is empty, not [S, L], or holds MASK or a token outside the vocabulary; a count below 1.
-        ImportError: ``progress`` without rich.
+        ValueError: ``blocks`` is empty, not [S, L], or holds MASK or a token outside the vocabulary; a count below 1;
+            ``unfinished`` without a generator, or a file of that name that belongs to something else.
+        OSError: ``unfinished`` cannot be written.
+        ImportError: ``progress`` without rich, ``unfinished`` without safetensors.
 
     Source: SEDD (Lou, Meng & Ermon 2024), theorem 3.6; p_base as explained at :func:`prior_kl`.
     """
@@ -170,11 +178,24 @@ def elbo(
     place = (uniform[:-1].argsort(dim=0) + uniform[-1]) / n_sequences
     times = (torch.arange(1, draws + 1, device=device) - place) / draws  # in (0, 1]: at 0 there is no noise to score
 
-    parts = [(schedule, times)]
+    # (sequence, time) pairs of the schedule's own part, then one of the part before it
+    pairs = [(schedule, times, torch.arange(n_sequences).repeat_interleave(draws))]
     if start > 0:
-        parts.append(
-            (_Onset(start), 1.0 - torch.rand(n_sequences, 1, generator=generator, dtype=torch.float64, device=device))
-        )
+        before = 1.0 - torch.rand(n_sequences, 1, generator=generator, dtype=torch.float64, device=device)
+        pairs.append((_Onset(start), before, torch.arange(n_sequences)))
+    batches = [
+        (part, t.flatten()[first : first + batch_size], owner[first : first + batch_size])
+        for part, t, owner in pairs
+        for first in range(0, len(owner), batch_size)
+    ]
+    values = torch.empty(sum(len(owner) for _, _, owner in batches), dtype=torch.float64, device=device)
+    saved, done = None, 0
+    if unfinished is not None:
+        if generator is None:
+            raise ValueError("unfinished: an evaluation that may be resumed needs a generator of its own")
+        what = (*model.parameters(), blocks, *(t for _, t, _ in pairs))
+        saved = Unfinished(unfinished, _identity(what, f"{graph} {schedule} {batch_size} {autocast_dtype}"))
+        done = saved.resume(values, generator)
     training = model.training
     model.train(False)
     try:
@@ -182,14 +203,29 @@ def elbo(
             torch.inference_mode(),
             torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
         ):
-            integrals = [
-                _integrand(model, blocks, t, graph, part, batch_size, generator, device, progress) for part, t in parts
-            ]
+            first = 0
+            for part, t, owner in track(batches, "likelihood", progress):
+                last = first + len(owner)
+                if last > done:
+                    x_0 = blocks[owner.to(blocks.device)].to(device)
+                    values[first:last] = score_entropy(model, x_0, t, graph, part, generator=generator).double()
+                    done = last
+                    if saved is not None and generator is not None:
+                        saved.update(values[:done], generator.get_state())
+                first = last
+    except BaseException:  # Ctrl-C too
+        if saved is not None:
+            saved.write()
+        raise
     finally:
         model.train(training)
-    integrand = integrals[0].cpu()
+    integrand = values[: times.numel()].view(times.shape).cpu()
     prior = prior_kl(blocks.cpu(), end, graph).sum(dim=1)
-    sequences = sum((values.mean(dim=1).cpu() for values in integrals), start=prior)
+    sequences = prior + integrand.mean(dim=1)
+    if start > 0:
+        sequences += values[times.numel() :].cpu()
+    if saved is not None:
+        saved.done()
     return ElboResult(
         sequences=sequences.clone(),
         length=length,
@@ -200,25 +236,12 @@ def elbo(
     )
 
 
-def _integrand(
-    model: ScoreModel,
-    blocks: Tensor,
-    times: Tensor,
-    graph: RankOne,
-    schedule: Schedule,
-    batch_size: int,
-    generator: torch.Generator | None,
-    device: torch.device,
-    progress: bool,
-) -> Tensor:
-    """σ(t) Σ_i L of every sequence at each of its times [S, draws], float64."""
-    draws = times.shape[1]
-    values = torch.empty(times.numel(), dtype=torch.float64, device=device)
-    for start in track(range(0, times.numel(), batch_size), "likelihood", progress):
-        pair = torch.arange(start, min(start + batch_size, times.numel()))
-        x_0 = blocks[(pair // draws).to(blocks.device)].to(device)
-        values[pair] = score_entropy(model, x_0, times.flatten()[pair], graph, schedule, generator=generator).double()
-    return values.view(times.shape)
+def _identity(tensors: Iterable[Tensor], settings: str) -> str:
+    """A word that (almost surely) differs where a number or a setting does."""
+    digest = hashlib.blake2b(settings.encode(), digest_size=16)
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def prior_kl(x_0: Tensor, sigma: float, graph: RankOne) -> Tensor:

@@ -8,15 +8,32 @@ run in the autocast dtype; the residual stream, layer norms and the conditioning
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from sedd.schedule import Schedule
 from sedd_ext import RankOne
+
+if TYPE_CHECKING:
+    from huggingface_hub import PyTorchModelHubMixin
+else:
+    try:
+        from huggingface_hub import PyTorchModelHubMixin
+    except ImportError:  # the network by itself needs torch alone
+
+        class PyTorchModelHubMixin:
+            """Stands in for the mixin of a package that is not installed."""
+
+            def __init_subclass__(cls, **kwargs):
+                """Takes what the mixin takes."""
+
 
 __all__ = ["PRESETS", "SEDD", "ModelConfig", "ScoreModel", "compile_network", "device_of"]
 
@@ -232,12 +249,52 @@ class _OutputLayer(nn.Module):
         return _modulate(self.norm_final(x), shift, scale)
 
 
-class SEDD(nn.Module):
+CARD = """---
+{{ card_data }}
+---
+
+# A score-entropy diffusion language model
+
+{{ facts }}.
+
+Such a model writes all positions at once, in as many steps as one likes, and fills gaps anywhere in a text
+([SEDD, Lou, Meng & Ermon 2024]({{ paper_url }})). With the `sedd` package, from the command line or from Python:
+
+```sh
+sedd sample NAME --steps 128        # NAME: this repository, or the folder it was downloaded to
+sedd infill NAME 'Once upon a time{{ "{{60}}" }}The end.'
+sedd eval perplexity NAME --text FILE
+```
+
+```python
+from sedd import load_model
+from sedd.sample import sample
+
+loaded = load_model("NAME")
+tokens = sample(loaded.model, loaded.graph, loaded.schedule, batch=1, length={{ length }}, steps=128)
+print(loaded.tokenizer.decode(tokens[0].tolist()))
+```
+{{ text | default("", true) }}
+"""
+"""Template of a model card; ``model_card_kwargs={"text": ...}`` of ``save_pretrained`` adds to its end."""
+
+
+class SEDD(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="sedd",
+    paper_url="https://arxiv.org/abs/2310.16834",
+    pipeline_tag="text-generation",
+    tags=["discrete-diffusion", "sedd"],
+    model_card_template=CARD,
+):
     """Score-entropy discrete diffusion transformer: estimates the ratios p_t(y) / p_t(x_t) of every position.
 
     Args:
         config: the sizes, or the name of one of :data:`PRESETS`.
         graph: the forward process the model belongs to; its ``dim`` is the size of embedding and head.
+        schedule: the noise schedule it is trained with: not used by the network, but saved with it.
+        tokenizer: name of the tokeniser of its text, saved with it.
 
     Raises:
         ValueError: no preset of that name.
@@ -245,13 +302,22 @@ class SEDD(nn.Module):
     Source: SEDD (Lou, Meng & Ermon 2024), section 5 and appendix C.2; adaLN-zero from DiT (Peebles & Xie 2023).
     """
 
-    def __init__(self, config: ModelConfig | str, graph: RankOne) -> None:
+    def __init__(
+        self,
+        config: ModelConfig | str,
+        graph: RankOne,
+        schedule: Schedule | None = None,
+        tokenizer: str | None = None,
+    ) -> None:
         super().__init__()
         if isinstance(config, str):
             if config not in PRESETS:
                 raise ValueError(f"config: expected a ModelConfig or one of {', '.join(PRESETS)}, got {config!r}")
             config = PRESETS[config]
         self.config = config
+        self.graph = graph
+        self.schedule = schedule
+        self.tokenizer = tokenizer
         self.dim = graph.dim
         self.scale_by_sigma = config.scale_by_sigma and graph.process == "absorbing"
         self.time_conditioning = config.time_conditioning
@@ -260,6 +326,79 @@ class SEDD(nn.Module):
         self.rotary_emb = _Rotary(config.hidden_size // config.n_heads)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.n_blocks))
         self.output_layer = _OutputLayer(config, graph.dim)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        config: Mapping[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+        **hub: Any,
+    ) -> SEDD:
+        """A trained model from a run, folder, file or Hugging Face repository: :func:`sedd.pretrained.load_pretrained`.
+
+        Raises:
+            FileNotFoundError, ConnectionError, ValueError: as there.
+            ImportError: a package of the extra ``train`` is not installed.
+        """
+        try:
+            from sedd.pretrained import load_pretrained
+        except ImportError as error:
+            raise ImportError(f'reading models needs {error.name}: pip install "sedd_ext[train]"') from error
+        return load_pretrained(pretrained_model_name_or_path, config=config, device=device, **hub)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """Writes ``config.json``, ``model.safetensors`` and a model card into a folder, each whole or not at all.
+
+        A model card that is there already stays as it is. :meth:`push_to_hub` uploads the same files.
+
+        Args:
+            save_directory: the folder; made if it is not there.
+            **kwargs: of huggingface_hub's ``ModelHubMixin.save_pretrained``: ``push_to_hub``, ``repo_id``,
+                ``model_card_kwargs``.
+
+        Returns:
+            The address of the commit with ``push_to_hub=True``, else None.
+
+        Raises:
+            ValueError: the model was made without a schedule, or its process has no name.
+            OSError: the files cannot be written; those that were there before stay.
+            ImportError: ``huggingface_hub`` is not installed.
+        """
+        if not hasattr(super(), "save_pretrained"):
+            raise ImportError('saving models needs huggingface_hub: pip install "sedd_ext[train]"')
+        from safetensors import SafetensorError
+
+        folder = Path(save_directory)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        kwargs.setdefault("repo_id", folder.name)
+        try:
+            with TemporaryDirectory(prefix=".writing-", dir=folder.parent) as temporary:
+                address = super().save_pretrained(temporary, **kwargs)
+                folder.mkdir(exist_ok=True)
+                for file in Path(temporary).iterdir():
+                    if file.name != "README.md" or not (folder / file.name).exists():
+                        file.replace(folder / file.name)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{folder}: could not be written; what was there stays: {error}") from error
+        return address
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from safetensors.torch import save_file
+
+        from sedd.checkpoint import write_json
+        from sedd.pretrained import to_config
+
+        write_json(save_directory / "config.json", to_config(self))
+        tensors = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
+        save_file(tensors, save_directory / "model.safetensors", metadata={"format": "pt"})
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
+        """The model card, from :data:`CARD` and :func:`sedd.pretrained.model_card`."""
+        from sedd.pretrained import model_card
+
+        return super().generate_model_card(*args, **{**model_card(self), **kwargs})
 
     def forward(self, x_t: Tensor, sigma: Tensor) -> Tensor:
         """Log-scores of every token at every position, in the convention of the released models.

@@ -36,6 +36,7 @@ def open_source(config: DataConfig) -> tuple[Any, Any]:
     if config.source == "stdlib" or files:
         for field, value, default in (
             ("subset", config.subset, None),
+            ("revision", config.revision, None),
             ("train_split", config.train_split, "train"),
             ("valid_split", config.valid_split, None),
         ):
@@ -110,7 +111,9 @@ def _hub(config: DataConfig) -> tuple[Any, Any]:
     datasets = import_datasets()
     source = config.source
     try:
-        found = datasets.load_dataset(source, config.subset, streaming=config.streaming, cache_dir=config.cache_dir)
+        found = datasets.load_dataset(
+            source, config.subset, revision=config.revision, streaming=config.streaming, cache_dir=config.cache_dir
+        )
     except datasets.exceptions.DatasetNotFoundError as error:
         raise FileNotFoundError(
             f"source: {source!r} is no file or folder here, and no data set of the Hugging Face hub that can be read: "

@@ -39,7 +39,7 @@ from sedd.checkpoint import (
     save_checkpoint,
     write_json,
 )
-from sedd.config import TrainConfig, resolve_device
+from sedd.config import TrainConfig, autocast_dtype, resolve_device
 from sedd.data import batches, load_blocks, valid_batches
 from sedd.evaluate import elbo
 from sedd.model import SEDD, compile_network
@@ -100,7 +100,7 @@ class Trainer:
                 name, (now, then) = next(iter(changed.items()))
                 raise ValueError(f"{name}: {self.run_dir} was trained with {then!r} and cannot be resumed with {now!r}")
         self.device = resolve_device(config.device)
-        self.autocast_dtype = config.autocast_dtype(self.device)
+        self.autocast_dtype = autocast_dtype(config.precision, self.device)
 
         torch.manual_seed(config.seed)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
@@ -108,7 +108,7 @@ class Trainer:
         self.graph = config.make_graph(self.tokenizer.vocab_size)
         self.schedule = get_schedule(config.schedule, **config.schedule_params)
         self.objective = OBJECTIVES[config.objective]
-        self.model = SEDD(config.model.build(), self.graph).to(self.device)
+        self.model = SEDD(config.model.build(), self.graph, self.schedule, config.tokenizer).to(self.device)
         self.length: int = self.model.config.length
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         if config.compile:

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The text8 experiment of the SEDD paper, small enough for a laptop: absorbing noise against uniform noise (geometric and
+# log-linear schedule), one model size and one number of steps for all, then bits per character on text that was held out.
+#
+#   bash examples/text27.sh FOLDER FILE...
+#
+# FILE: text of a-z and space (text8, or anything converted to its 27 symbols), plain or .gz; several are joined. The first
+# 90 % are trained on, the next 5 % choose the checkpoint, the last 5 % are scored. FOLDER gets everything that is written; a
+# second call goes on where the first one stopped. Options: STEPS=6000, PRESET=tiny, SEDD=sedd (the command).
+set -euo pipefail
+if [ $# -lt 2 ]; then sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
+sedd=${SEDD:-sedd}
+folder=$1
+shift
+mkdir -p "$folder"
+
+if [ ! -s "$folder/test.txt" ]; then
+  gzip -dcf "$@" > "$folder/all.txt"
+  size=$(wc -c < "$folder/all.txt")
+  head -c "$((size - size / 10))" "$folder/all.txt" > "$folder/train.txt"
+  tail -c "$((size / 10))" "$folder/all.txt" > "$folder/rest.txt"
+  head -c "$((size / 20))" "$folder/rest.txt" > "$folder/valid.txt"
+  tail -c "$((size / 20))" "$folder/all.txt" > "$folder/test.txt"
+  rm "$folder/all.txt" "$folder/rest.txt"
+fi
+
+train() { # name, then options
+  local run="$folder/$1"
+  shift
+  $sedd train --run_dir "$run" $([ -f "$run/config.json" ] && echo --resume) \
+    --data.source "$folder/train.txt" --data.valid_source "$folder/valid.txt" --data.windows true --tokenizer text8 \
+    --model.preset "${PRESET:-tiny}" --model.length 256 --batch_size 16 --ema 0.999 --steps "${STEPS:-6000}" "$@"
+}
+
+train absorbing
+train uniform-geometric --graph uniform --schedule geometric --schedule_params.sigma_max 20
+train uniform-loglinear --graph uniform

@@ -1,0 +1,220 @@
+"""``sedd eval perplexity``: the likelihood bound of a model on texts, those of the papers by name or any others."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sedd.checkpoint import finite, write_json
+from sedd.config import check_options, resolve_device
+from sedd.data import DataConfig, TokenBlocks, load_blocks, load_text, valid_batches
+from sedd.evaluate import ElboResult, elbo, ngram_bits, plot_bound
+from sedd.pretrained import LoadedModel, load_model
+from sedd.tokenizer import count_bytes
+
+__all__ = ["TEXTS", "PerplexityOptions", "TextSet", "perplexity"]
+
+NGRAM_TOKENS = 20_000_000  # training tokens that the n-gram models count
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """A text that papers report: where it is on the Hugging Face hub, and how it is read.
+
+    Attributes:
+        data: source, subset, split (as ``train_split``), column and detokeniser.
+        joined: the rows are lines of one document; else each row is a document, closed with end-of-text.
+    """
+
+    data: DataConfig
+    joined: bool = False
+
+
+def _wikitext(size: int) -> TextSet:
+    subset = f"wikitext-{size}-raw-v1"
+    return TextSet(DataConfig("Salesforce/wikitext", subset=subset, train_split="test", detokenizer="wikitext"), True)
+
+
+_PARQUET = "refs/convert/parquet"  # of data sets that were published as scripts
+TEXTS = {
+    "wikitext2": _wikitext(2),
+    "wikitext103": _wikitext(103),
+    "lambada": TextSet(DataConfig("EleutherAI/lambada_openai", subset="en", train_split="test", detokenizer="lambada")),
+    "lm1b": TextSet(DataConfig("lm1b", revision=_PARQUET, train_split="test", detokenizer="lm1b")),
+    "ptb": TextSet(
+        DataConfig(
+            "ptb_text_only", revision=_PARQUET, train_split="test", text_column="sentence", detokenizer="ptb"
+        )
+    ),
+}  # fmt: skip
+"""The papers' test sets by name: those of SEDD's tables 1 to 3."""
+
+
+@dataclass
+class PerplexityOptions:
+    """Evaluation"""
+
+    subset: str | None = None
+    """Of a data set on the hub: its configuration."""
+    split: str | None = None
+    """Of a data set on the hub: its split; null: test."""
+    text_column: str = "text"
+    """Column (JSON key) that holds the text."""
+    documents: Literal["file", "paragraph", "line"] = "file"
+    """What one document of a text file is; each is closed with end-of-text before all are cut into blocks."""
+    detokenizer: Literal["none", "wikitext", "ptb", "lm1b", "lambada"] = "none"
+    """How spaces before punctuation, which corpora of separated words have, are taken out of files and hub data sets.
+    The texts known by name bring their own."""
+    blocks: int | None = None
+    """Score only so many blocks of a text: always the same ones, spread over all of it."""
+    draws: int = 8
+    """Noise levels drawn for each block, one from each of so many equal parts of the time. The papers draw 1,000."""
+    seed: int = 0
+    """Seed of noise levels and noise."""
+    batch_size: int = 32
+    """Blocks scored at a time."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
+    cache_dir: str | None = None
+    """Folder for downloads and prepared text; null: that of the package datasets."""
+    json: str | None = None
+    """Write the figures to this file too. What is done so far is kept beside it, and an interrupted evaluation goes on
+    from there when it is called again."""
+    plot: str | None = None
+    """Draw what each noise level adds to the bound, as a picture (needs the extra `eval`); for one text."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_options(self, positive=("blocks", "draws", "batch_size"), outputs=("json", "plot"))
+
+
+def perplexity(run: str, texts: list[str], options: PerplexityOptions) -> int:
+    """Scores a model on texts: names of :data:`TEXTS`, files, folders or hub data sets; none: its validation text."""
+    if options.plot and len(texts) > 1:
+        raise ValueError(f"plot: one text, please; {len(texts)} given")
+    loaded = load_model(run, resolve_device(options.device))
+    out = Console(highlight=False, markup=False, soft_wrap=True)
+    table = Table("", title=f"{loaded.path}: upper bounds, {options.draws} noise levels a block")
+    for column in ("tokens", "nats/token", "perplexity", "mean of exp", "bits/byte"):
+        table.add_column(column, justify="right", no_wrap=True)
+    figures: dict[str, Any] = {}
+    notes = []
+    for name in texts or [""]:
+        blocks, train, rules = _blocks(loaded, name, options)
+        result = _score(loaded, blocks, options, name, out)
+        n_bytes = result.n_bytes or 0
+        title = Path(name).name or "validation text"
+        figures[title] = _figures(result, blocks, rules, options)
+        table.add_row(
+            title,
+            f"{result.tokens:,}",
+            f"{result.nats_per_token:.4f} ± {result.standard_error:.4f}",
+            f"{result.perplexity:.2f} ± {result.perplexity * result.standard_error:.2f}",
+            f"{result.perplexity_mean_of_exp:.2f}",
+            f"{result.bits_per_byte:.4f}",
+        )
+        notes.append(
+            f"{title}: {rules}; {result.tokens:,} of {blocks.n_tokens:,} tokens, in {len(result.sequences):,} blocks "
+            f"of {result.length}. ± {result.standard_error:.4f} nats/token is for all text like this, "
+            f"± {result.monte_carlo_error:.4f} for these blocks; {result.prior:.4f} is the prior term."
+        )
+        if isinstance(train, TokenBlocks):  # a stream would have to be read to its end
+            counted = torch.cat(list(valid_batches(train, 4096, NGRAM_TOKENS // train.length)))
+            scored = torch.cat(list(valid_batches(blocks, 4096, options.blocks)))
+            for order, other in ((1, "unigram"), (2, "bigram")):
+                nats = ngram_bits(counted, scored, loaded.tokenizer.vocab_size, order) * math.log(2)
+                bits = nats / math.log(2) * result.tokens / n_bytes
+                table.add_row(other, "", f"{nats:.4f}", f"{math.exp(nats):.2f}", "", f"{bits:.4f}")
+                figures[other] = {"nats_per_token": nats, "perplexity": math.exp(nats), "bits_per_byte": bits}
+        if options.json:
+            write_json(Path(options.json), {"model": str(loaded.path), "texts": figures})
+        if options.plot:
+            plot_bound(result, options.plot)
+    out.print(table)
+    for note in notes:
+        out.print(note)
+    return 0
+
+
+def _blocks(loaded: LoadedModel, name: str, options: PerplexityOptions) -> tuple[TokenBlocks, Any, str]:
+    """The blocks of a text, the training text they are held out from if it is known, and how the text was read."""
+    length = loaded.model.config.length
+    if not name:
+        if loaded.config is None:
+            known = ", ".join(TEXTS)
+            raise ValueError(f"text: {loaded.path} is no run with a text of its own; give one: {known}, a file, ...")
+        splits = load_blocks(loaded.config.data, loaded.tokenizer, length)
+        return splits.valid, splits.train, f"held out from {loaded.config.data.source}"
+    if name in TEXTS:
+        known_set = TEXTS[name]
+        data, joined = dataclasses.replace(known_set.data, cache_dir=options.cache_dir), known_set.joined
+    else:
+        data, joined = _data(name, options), False
+    documents = "one document" if joined else "each row a document closed with end-of-text"
+    if Path(name).exists():
+        documents = f"each {data.documents} a document"
+    rules = f"{documents}, detokeniser {data.detokenizer}, {loaded.tokenizer.name} tokens"
+    return load_text(data, loaded.tokenizer, length, joined=joined), None, rules
+
+
+def _data(name: str, options: PerplexityOptions) -> DataConfig:
+    local = Path(name).expanduser().exists()
+    return DataConfig(
+        name,
+        subset=options.subset,
+        train_split="train" if local else options.split or "test",
+        text_column=options.text_column,
+        documents=options.documents,
+        detokenizer=options.detokenizer,
+        cache_dir=options.cache_dir,
+    )
+
+
+def _score(loaded: LoadedModel, blocks: TokenBlocks, options: PerplexityOptions, name: str, out: Console) -> ElboResult:
+    scored = torch.cat(list(valid_batches(blocks, 4096, options.blocks)))
+    device = next(loaded.model.parameters()).device
+    unfinished = None
+    if options.json:
+        part = "".join(character if character.isalnum() else "-" for character in Path(name).name)
+        unfinished = Path(f"{options.json}.{part or 'valid'}.unfinished")
+    return elbo(
+        loaded.model,
+        scored,
+        loaded.graph,
+        loaded.schedule,
+        draws=options.draws,
+        n_bytes=count_bytes(scored, loaded.tokenizer),
+        batch_size=options.batch_size,
+        generator=torch.Generator(device).manual_seed(options.seed),
+        autocast_dtype=loaded.autocast_dtype,
+        unfinished=unfinished,
+        progress=out.is_terminal,
+    )
+
+
+def _figures(result: ElboResult, blocks: TokenBlocks, rules: str, options: PerplexityOptions) -> dict[str, Any]:
+    return {
+        "nats_per_token": result.nats_per_token,
+        "standard_error": finite(result.standard_error),
+        "monte_carlo_error": finite(result.monte_carlo_error),
+        "prior": result.prior,
+        "perplexity": result.perplexity,
+        "perplexity_mean_of_exp": finite(result.perplexity_mean_of_exp),
+        "bits_per_token": result.bits_per_token,
+        "bits_per_byte": result.bits_per_byte,
+        "blocks": len(result.sequences),
+        "length": result.length,
+        "tokens": result.tokens,
+        "tokens_of_text": blocks.n_tokens,
+        "bytes": result.n_bytes,
+        "draws": options.draws,
+        "seed": options.seed,
+        "reading": rules,
+    }

@@ -1,0 +1,460 @@
+"""Models in: a run of ours, a Hugging Face repository, or a checkpoint of the code that others train SEDD with.
+
+What :func:`load_model` and ``SEDD.from_pretrained`` read:
+
+* a run folder of ``sedd train``, or one checkpoint folder in it;
+* a Hugging Face repository or a folder like one: ``config.json`` with ``model.safetensors`` (as ``save_pretrained``
+  writes it) or ``pytorch_model.bin`` (as the released SEDD models have it);
+* a training run of the released SEDD code: ``.hydra/config.yaml`` with ``checkpoints-meta/checkpoint.pth``;
+* a Lightning checkpoint whose network is called ``backbone`` and has the released names (MDLM's and its descendants'
+  SEDD); its configuration is taken from its hyper-parameters or from a ``.hydra`` folder above it.
+
+The averaged weights are taken where there are any. Pickles are read by torch's ``weights_only`` unpickler; objects of
+configuration libraries become inert records, any other object has the file refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sedd.checkpoint import best_checkpoint, list_checkpoints, load_weights, read_config, read_state, read_tensors
+from sedd.config import TrainConfig, autocast_dtype
+from sedd.model import SEDD, ModelConfig, device_of
+from sedd.schedule import SCHEDULES, Schedule, get_schedule
+from sedd.tokenizer import TOKENIZERS, Tokenizer, get_tokenizer
+from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
+
+__all__ = ["LoadedModel", "load_model", "load_pretrained", "model_card", "read_mapping", "to_config"]
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+PREFIXES = ("backbone.", "module.", "_orig_mod.")
+"""What Lightning modules, DistributedDataParallel and torch.compile put before the names of the network."""
+INERT = re.compile(r"(omegaconf|transformers|tokenizers|lightning|pytorch_lightning|typing|pathlib)\.[\w.]+|"
+                   r"(builtins|__builtin__)\.(dict|list|tuple|set|int|float|str|bool|bytes|type|NoneType)|"
+                   r"collections\.defaultdict")  # fmt: skip
+"""Names in a pickle that stand for data beside the weights: they are not looked up, see :class:`_Inert`."""
+GRAPHS = {"absorb": "absorbing", "absorbing_state": "absorbing", "uniform_state": "uniform"}
+VOCABULARIES = {50_257: "gpt2", 257: "bytes", 27: "text8"}
+"""The tokeniser of a model that does not name its own, by its number of tokens."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model and what is needed to use it.
+
+    Attributes:
+        path: the checkpoint folder of a run, else the folder or file of the model.
+        model: in evaluation mode, with the averaged weights.
+        graph: the forward process.
+        schedule: the noise schedule.
+        tokenizer: text to tokens and back.
+        config: the options of its run; None for a model that is not a run of ours.
+        state: the ``state.json`` of its checkpoint; None for a model that is not a run of ours.
+    """
+
+    path: Path
+    model: SEDD
+    graph: RankOne
+    schedule: Schedule
+    tokenizer: Tokenizer
+    config: TrainConfig | None = None
+    state: dict[str, Any] | None = None
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype of autocast where the model is now, None for float32 without autocast."""
+        return autocast_dtype(self.config.precision if self.config else "auto", device_of(self.model))
+
+
+def load_model(name_or_path: Path | str, device: torch.device | str = "cpu") -> LoadedModel:
+    """Loads a model with averaged weights, its process, schedule and tokeniser, for sampling or evaluation.
+
+    Args:
+        name_or_path: a run folder (its best checkpoint is taken, or its last where none was validated), a checkpoint
+            folder of a run, or whatever :func:`load_pretrained` reads.
+        device: where the model goes.
+
+    Raises:
+        FileNotFoundError, ConnectionError, ValueError: as :func:`load_pretrained`; a model whose tokeniser is unknown.
+    """
+    path = _find(name_or_path)
+    checkpoint = _checkpoint(path)
+    if checkpoint is None:
+        model = load_pretrained(path, device=device)
+        assert model.schedule is not None
+        if model.tokenizer is None:
+            raise ValueError(
+                f"{path}: a model of {model.graph.dim} tokens that does not say how text becomes tokens; its "
+                f"config.json may say so: tokenizer, one of {', '.join(TOKENIZERS)}"
+            )
+        return LoadedModel(path, model, model.graph, model.schedule, get_tokenizer(model.tokenizer))
+    state, config = read_state(checkpoint), read_config(checkpoint)
+    tokenizer = get_tokenizer(config.tokenizer)
+    graph = config.make_graph(tokenizer.vocab_size)
+    schedule = get_schedule(config.schedule, **config.schedule_params)
+    model = _build(config.model.build(), graph, schedule, config.tokenizer)
+    load_weights(model, read_tensors(checkpoint, "ema", state), checkpoint / "ema.safetensors")
+    return LoadedModel(checkpoint, model.to(device).eval(), graph, schedule, tokenizer, config, state)
+
+
+def load_pretrained(
+    name_or_path: Path | str,
+    *,
+    config: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    **hub: Any,
+) -> SEDD:
+    """Loads a model in any of the formats of this module; ``SEDD.from_pretrained`` is this function.
+
+    Args:
+        name_or_path: a folder, a checkpoint file, or the name of a repository on the Hugging Face hub.
+        config: entries of ``config.json`` (:func:`to_config` shows them) that come before what the checkpoint says, for
+            one that says too little: ``{"graph": {"type": "uniform"}, "noise": {"type": "geometric"}}``.
+        device: where the model goes.
+        **hub: for a repository on the hub, what ``huggingface_hub.snapshot_download`` takes: ``revision``, ``token``,
+            ``cache_dir``, ``force_download``, ``local_files_only``.
+
+    Returns:
+        The model in evaluation mode and float32, with ``graph``, ``schedule`` and ``tokenizer`` (a name, or None where
+        it is unknown) as attributes.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or repository, or it holds no model.
+        ConnectionError: it must be a repository, and the hub cannot be reached.
+        ValueError: a file is damaged, holds objects that are not data, does not say what the model is, or its tensors
+            are not those of the model: missing, unexpected and misshapen ones are named.
+    """
+    path = _find(name_or_path, **hub)
+    if _checkpoint(path) is not None:
+        return load_model(path, device).model
+    file, found = _contents(path)
+    weights, inside = _read_weights(file)
+    found = _merged(inside or found, config or {})
+    if not found:
+        raise ValueError(f"{file}: no configuration in it or beside it; give one (sedd convert --config FILE)")
+    try:
+        model = _from_config(found, weights)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: its configuration will not do: {error}") from error
+    load_weights(model, weights, file)
+    return model.to(device).eval()
+
+
+# -- what a model is ---------------------------------------------------------------------------------------------------
+
+
+def to_config(model: SEDD) -> dict[str, Any]:
+    """What ``config.json`` says of a model, with the keys of the released SEDD repositories.
+
+    Returns:
+        ``tokens`` (size of the vocabulary without MASK), ``tokenizer`` (a name or None), ``graph`` (``type`` absorb,
+        uniform or hybrid), ``noise`` (``type`` and the parameters of the schedule) and ``model`` (the sizes).
+
+    Raises:
+        ValueError: the model was made without a schedule, or its process or schedule has no name.
+    """
+    graph, schedule = model.graph, model.schedule
+    if schedule is None:
+        raise ValueError("schedule: the model does not know its noise schedule; make it as SEDD(..., schedule=...)")
+    names = [name for name, kind in SCHEDULES.items() if type(schedule) is kind]
+    if not names:
+        raise ValueError(f"schedule: {type(schedule).__name__} is none of {', '.join(SCHEDULES)}, so it has no name")
+    tokens = graph.dim - (graph.mask_id is not None)
+    kind: dict[str, Any] = {"type": "absorb" if graph.process == "absorbing" else graph.process}
+    if graph.process == "rank_one":
+        kind = {"type": "hybrid", "uniform_fraction": round(float(graph.stationary[0]) * tokens, 12)}
+        if graph.mask_id != tokens or not torch.allclose(
+            graph.stationary, Hybrid(tokens, kind["uniform_fraction"]).stationary, rtol=1e-9, atol=0
+        ):
+            raise ValueError("graph: a process with a stationary distribution of its own has no name to be saved by")
+    return {
+        "tokens": tokens,
+        "tokenizer": model.tokenizer,
+        "graph": kind,
+        "noise": {"type": names[0], **vars(schedule)},
+        "model": dataclasses.asdict(model.config),
+    }
+
+
+def model_card(model: SEDD) -> dict[str, str]:
+    """What a model card says of a model, by the names of :data:`sedd.model.CARD`."""
+    config = to_config(model)
+    sizes = model.config
+    count = sum(parameter.numel() for parameter in model.parameters())
+    noise = ", ".join(f"{key} {value:g}" for key, value in config["noise"].items() if key != "type")
+    return {
+        "facts": f"{count / 1e6:.1f} M parameters ({sizes.n_blocks} blocks of width {sizes.hidden_size}, "
+        f"{sizes.n_heads} heads), {config['graph']['type']} noise, {config['noise']['type']} schedule ({noise}), "
+        f"{config['tokenizer'] or 'unnamed'} tokens ({config['tokens']:,}) in blocks of {sizes.length}",
+        "length": str(sizes.length),
+    }
+
+
+def _from_config(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SEDD:
+    """The model that a configuration with the released keys describes; its tensors say what it leaves out."""
+    if config.get("parameterization", "sedd") != "sedd":
+        raise ValueError(f"parameterization: {config['parameterization']!r} predicts no scores; wanted 'sedd'")
+    embedding = weights.get("vocab_embed.embedding")
+    frequencies = weights.get("rotary_emb.inv_freq")
+    if embedding is None or embedding.dim() != 2 or frequencies is None or not frequencies.numel():
+        found = ", ".join(list(weights)[:5])
+        raise ValueError(
+            f"not the tensors of a SEDD: wanted vocab_embed.embedding and rotary_emb.inv_freq, got {found}, ..."
+        )
+    dim, hidden_size = embedding.shape
+    blocks = {match[1] for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))}
+    sizes: dict[str, Any] = {
+        "hidden_size": hidden_size,
+        "n_blocks": max(1, len(blocks)),
+        "n_heads": max(1, hidden_size // (2 * frequencies.numel())),
+    }
+    if (conditioning := weights.get("sigma_map.mlp.0.bias")) is not None:
+        sizes["cond_dim"] = conditioning.numel()
+    given = {**_section(config, "model")}
+    if "time_conditioning" in config:
+        given.setdefault("time_conditioning", config["time_conditioning"])
+    fields = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    for name, value in given.items():
+        if name in fields and value is not None:
+            if isinstance(value, bool) is not isinstance(fields[name], bool) or not isinstance(
+                value, (bool, int, float)
+            ):
+                raise ValueError(f"model.{name}: {value!r}, wanted {type(fields[name]).__name__}")
+            if name in sizes and value != sizes[name]:
+                raise ValueError(f"model.{name}: {value}, but the tensors are those of {sizes[name]}")
+            sizes[name] = value
+    graph = _graph(config, dim)
+    tokens = dim - (graph.mask_id is not None)
+    if config.get("tokens", tokens) != tokens:
+        raise ValueError(f"tokens: {config['tokens']}, but the embedding has {dim} rows, MASK counted")
+    tokenizer = config.get("tokenizer") or VOCABULARIES.get(tokens)
+    if tokenizer is not None and (tokenizer not in TOKENIZERS or TOKENIZERS[tokenizer].vocab_size != tokens):
+        raise ValueError(f"tokenizer: {tokenizer!r} is not a tokeniser of {tokens} tokens")
+    return _build(ModelConfig(**sizes), graph, _schedule(config), tokenizer)
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = config.get(name) or {}
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{name}: {section!r}, wanted an object")
+    return section
+
+
+def _graph(config: Mapping[str, Any], dim: int) -> RankOne:
+    section = _section(config, "graph")
+    name = section.get("type") or config.get("diffusion")
+    kind = GRAPHS.get(str(name), name)
+    if kind == "absorbing":
+        return Absorbing(dim - 1)
+    if kind == "uniform":
+        return Uniform(dim)
+    if kind == "hybrid":
+        return Hybrid(dim - 1, float(section.get("uniform_fraction", math.nan)))
+    raise ValueError(f"graph.type: {'missing' if name is None else repr(name)}, wanted absorb, uniform or hybrid")
+
+
+def _schedule(config: Mapping[str, Any]) -> Schedule:
+    section = _section(config, "noise")
+    name = section.get("type")
+    if name not in SCHEDULES:
+        given = "missing" if name is None else repr(name)
+        raise ValueError(f"noise.type: {given}, wanted one of {', '.join(SCHEDULES)}")
+    # the released configurations have sigma_min and sigma_max for every schedule, log-linear too, which has neither
+    known = [field.name for field in dataclasses.fields(SCHEDULES[name])]  # type: ignore[arg-type]
+    return get_schedule(name, **{key: float(section[key]) for key in known if section.get(key) is not None})
+
+
+def _build(config: ModelConfig, graph: RankOne, schedule: Schedule, tokenizer: str | None) -> SEDD:
+    """A model whose weights are not set yet: nothing is drawn that would be overwritten."""
+    with torch.device("meta"):
+        return SEDD(config, graph, schedule=schedule, tokenizer=tokenizer)
+
+
+# -- where it is -------------------------------------------------------------------------------------------------------
+
+
+def _find(name_or_path: Path | str, **hub: Any) -> Path:
+    """A local path as it is, or the folder that a repository on the hub is downloaded to."""
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return path
+    name = str(name_or_path)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or path.suffix in (*PICKLES, ".safetensors"):
+        raise FileNotFoundError(
+            f"{path}: no such folder or file; expected a run folder, as `sedd train --run_dir` makes it, a model folder"
+            " or file, or the name of a repository on the Hugging Face hub"
+        )
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["config.json", *WEIGHTS], **hub))
+    except (LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, HfHubHTTPError):
+            wanted = "no such repository" if isinstance(error, RepositoryNotFoundError) else "could not be downloaded"
+            raise FileNotFoundError(
+                f"{name}: no such folder here, and on the Hugging Face hub {wanted}: {error}"
+            ) from error
+        raise ConnectionError(
+            f"{name}: no such folder here, and the Hugging Face hub could not be reached ({type(error).__name__}: "
+            f"{error}). Give a run folder, a model folder or file, or connect to the network"
+        ) from error
+
+
+def _checkpoint(path: Path) -> Path | None:
+    """The checkpoint folder of a run of ours; None if ``path`` is something else that may be a model."""
+    if re.fullmatch(r"step_\d+", path.name) and path.is_dir():
+        return path
+    if checkpoints := list_checkpoints(path):
+        return best_checkpoint(path) or checkpoints[-1]
+    if path.is_file() or (path / ".hydra").is_dir() or any((path / name).exists() for name in WEIGHTS):
+        return None
+    raise FileNotFoundError(
+        f"{path}: no checkpoints in this folder, and no {' or '.join(WEIGHTS)}; train first: sedd train --run_dir "
+        f"{path}"
+    )
+
+
+def _contents(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The file with the weights, and the configuration that lies beside it; empty if there is none."""
+    if path.is_dir():
+        hydra = path / ".hydra" / "config.yaml"
+        wanted = ["checkpoints-meta/checkpoint.pth"] if hydra.is_file() else WEIGHTS
+        file = next((path / name for name in wanted if (path / name).is_file()), None)
+        if file is None:
+            raise FileNotFoundError(f"{path}: there is no {' or '.join(wanted)} in this folder")
+    else:
+        file = path
+    beside = [file.parent / "config.json"]
+    beside += [folder / ".hydra" / "config.yaml" for folder in list(file.resolve().parents)[:3]]
+    config = next((candidate for candidate in beside if candidate.is_file()), None)
+    return file, {} if config is None else read_mapping(config)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Reads an object from a JSON or YAML file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    import yaml  # JSON is YAML, but for tabs
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: damaged, not {path.suffix[1:].upper()}: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected an object of options, got {type(value).__name__}")
+    return value
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+class _Inert:
+    """Stands for an object of another library in a pickle: takes its data, looks nothing up and does nothing."""
+
+    data: Any = None
+
+    def __init__(self, *data: Any) -> None:
+        if data:
+            self.data = data
+
+    def __setstate__(self, state: Any) -> None:
+        self.data = state
+
+
+def _plain(value: Any) -> Any:
+    """Containers and values, also those that OmegaConf wrapped into objects of its own."""
+    if isinstance(value, _Inert):
+        data = value.data if isinstance(value.data, dict) else {}
+        return _plain(data.get("_content", data.get("_val")))
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by the names of :class:`SEDD`, averaged where the file has averages; and the file's configuration."""
+    if file.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(file), {}
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged, not a whole safetensors file: {error}") from error
+    found = _unpickle(file)
+    state = next((found[key] for key in ("state_dict", "model") if isinstance(found.get(key), dict)), found)
+    weights = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    for prefix in PREFIXES:
+        if any(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
+    if not weights:
+        raise ValueError(f"{file}: no tensors by name in it, so no model")
+    averages = found.get("ema")
+    if isinstance(averages, dict) and averages.get("shadow_params"):
+        weights = _averaged(weights, averages["shadow_params"], file)
+    hyper = _plain(found.get("hyper_parameters"))
+    hyper = hyper.get("config", hyper) if isinstance(hyper, dict) else {}
+    return weights, hyper if isinstance(hyper, dict) else {}
+
+
+def _unpickle(file: Path) -> dict[str, Any]:
+    """The dictionary in a file of ``torch.save``; nothing in it is executed."""
+    try:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
+    except (ValueError, RuntimeError):  # an older format than zip, which the unpickler below reads, or refuses
+        unknown = []
+    refused = [name for name in unknown if not INERT.fullmatch(name)]
+    if refused:
+        raise ValueError(
+            f"{file}: refused, and nothing of it was run: beside tensors it holds {', '.join(sorted(refused))}, which "
+            "could execute code. If you trust its author, load it there and save the state dict alone"
+        )
+    try:
+        with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"beside tensors it holds {name[1]}" if name else str(error).splitlines()[0]
+        raise ValueError(f"{file}: refused, and nothing of it was run: {reason}") from error
+    except (RuntimeError, EOFError, OSError, KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: damaged, or not a file of torch.save: {type(error).__name__}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: expected a dictionary of tensors, got {type(found).__name__}")
+    return found
+
+
+def _averaged(weights: dict[str, Tensor], averages: list[Tensor], file: Path) -> dict[str, Tensor]:
+    """The weights with the averages, a list in the parameters' order, in their places."""
+    # a state dict has its parameters in their order, and buffers between them
+    names = [name for name in weights if not name.endswith("inv_freq")]
+    if len(averages) < len(names):
+        raise ValueError(f"{file}: {len(averages)} averaged tensors for {len(names)} parameters")
+    for name, average in zip(names, averages, strict=False):
+        if not isinstance(average, Tensor) or average.shape != weights[name].shape:
+            shape = list(average.shape) if isinstance(average, Tensor) else type(average).__name__
+            raise ValueError(f"{file}: the average of {name} is {shape}, wanted {list(weights[name].shape)}")
+    return {**weights, **dict(zip(names, averages, strict=False))}

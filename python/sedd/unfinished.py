@@ -1,0 +1,82 @@
+"""What a long evaluation has computed so far, in a file that another process can go on from."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["Unfinished"]
+
+
+class Unfinished:
+    """Keeps the first so many values of a computation on the disk, with the state of its random numbers.
+
+    Args:
+        path: the file. It is written to a temporary name and renamed, at most once in ``seconds``, and removed when the
+            work is done.
+        identity: a word that follows from everything that the values depend on.
+        seconds: time between two writes.
+
+    Raises:
+        ValueError: there is a file of that name that belongs to another computation, or that is damaged.
+    """
+
+    def __init__(self, path: Path, identity: str, seconds: float = 30.0) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.path, self.identity, self.seconds = path, identity, seconds
+        self.found: dict[str, Tensor] = {}
+        self._written = time.monotonic()
+        if path.exists():
+            advice = f"delete it to begin anew, or give the same options as before: {path}"
+            try:
+                with safe_open(path, framework="pt") as file:
+                    same = (file.metadata() or {}).get("identity") == identity
+                    self.found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            except SafetensorError as error:
+                raise ValueError(f"an unfinished evaluation lies here and is damaged ({error}); {advice}") from error
+            if not same:
+                raise ValueError(f"an unfinished evaluation of another model, text or options lies here; {advice}")
+
+    def resume(self, values: Tensor, generator: torch.Generator) -> int:
+        """Fills in the values that are known, sets the generator to where it was, and returns how many they are."""
+        if not self.found:
+            return 0
+        count = len(self.found["values"])
+        values[:count] = self.found["values"].to(values.device)
+        generator.set_state(self.found["generator"])
+        return count
+
+    def update(self, values: Tensor, generator: Tensor) -> None:
+        """Takes the values so far and the generator's state after them; writes them if it is time."""
+        self.found = {"values": values, "generator": generator}
+        if time.monotonic() - self._written >= self.seconds:
+            self.write()
+
+    def write(self) -> None:
+        """Writes what is known.
+
+        Raises:
+            OSError: the file cannot be written; the one from before stays.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        if not self.found:
+            return
+        partial = self.path.with_name(f".writing-{self.path.name}")
+        try:
+            save_file({name: value.cpu() for name, value in self.found.items()}, partial, {"identity": self.identity})
+            partial.replace(self.path)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{self.path}: could not be written: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+        self._written = time.monotonic()
+
+    def done(self) -> None:
+        """Removes the file."""
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,142 @@
+"""Perplexity on texts: the papers' sets by name, files, several at once, and an interrupted evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+import sedd.data
+import sedd.evaluate
+from sedd.cli import main
+from sedd.data import DataConfig
+from sedd.model import SEDD, ModelConfig
+from sedd.perplexity import TEXTS
+from sedd.schedule import LogLinear
+from sedd_ext import Absorbing
+
+LENGTH = 8
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = SEDD(ModelConfig(16, 1, 2, 8, LENGTH), Absorbing(257), LogLinear(), "bytes")
+    torch.nn.init.normal_(model.output_layer.linear.bias, std=2.0)
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def evaluate(model: Path, *arguments: str) -> dict[str, Any]:
+    out = model.parent / "figures.json"
+    cache = ["--cache_dir", str(model.parent / "cache"), "--device", "cpu"]
+    assert main(["eval", "perplexity", str(model), *arguments, *cache, "--json", str(out)]) == 0
+    found: dict[str, Any] = json.loads(out.read_text())
+    assert found["model"] == str(model)
+    return found["texts"]
+
+
+def test_files_in_one_table(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("one two , three\nfour\n" * 20)
+    (tmp_path / "b.txt").write_text("zzzz" * 50)
+    found = evaluate(model, str(tmp_path / "a.txt"), str(tmp_path / "b.txt"), "--draws", "2")
+    assert list(found) == ["a.txt", "b.txt"]
+    a = found["a.txt"]
+    assert (a["tokens_of_text"], a["tokens"], a["bytes"]) == (21 * 20 + 1, 416, 416)  # the end-of-text is in no block
+    assert a["reading"] == "each file a document, detokeniser none, bytes tokens"
+    assert a["bits_per_byte"] == pytest.approx(a["bits_per_token"])
+    printed = capsys.readouterr().out
+    assert f"{a['perplexity']:.2f} ±" in printed
+    assert "416 of 421 tokens, in 52 blocks of 8" in printed
+    # a smaller sample of the same text, another reading of it
+    assert evaluate(model, str(tmp_path / "a.txt"), "--blocks", "3", "--draws", "2")["a.txt"]["tokens"] == 24
+    lines = evaluate(model, str(tmp_path / "a.txt"), "--documents", "line", "--detokenizer", "lm1b", "--draws", "1")
+    assert lines["a.txt"]["tokens_of_text"] == (len("one two, three") + 1 + len("four") + 1) * 20
+    assert lines["a.txt"]["reading"] == "each line a document, detokeniser lm1b, bytes tokens"
+
+
+def test_the_papers_sets_by_name(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in for the hub that holds each set as it is published."""
+    rows = {
+        "Salesforce/wikitext": ["", " = Title = \n", "", " A text , of lines @-@ yes . \n"],
+        "EleutherAI/lambada_openai": ["“A passage” that ends in a word"] * 2,
+        "lm1b": ["A sentence , and no more ."] * 2,
+        "ptb_text_only": ["it did n't rise $ N"] * 2,
+    }
+    asked: list[Any] = []
+
+    def load_dataset(name: str, subset: str | None, revision: str | None, **_: Any) -> Any:
+        asked.append((name, subset, revision))
+        column = "sentence" if name == "ptb_text_only" else "text"
+        return datasets.DatasetDict({"test": datasets.Dataset.from_dict({column: rows[name]})})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    texts = {
+        "wikitext2": "\n= Title =\nA text, of lines-yes.\n",
+        "wikitext103": "\n= Title =\nA text, of lines-yes.\n",
+        "lambada": '"A passage" that ends in a word█' * 2,
+        "lm1b": "A sentence, and no more.█" * 2,
+        "ptb": "it didn't rise $N█" * 2,
+    }
+    assert set(texts) == set(TEXTS)
+    found = evaluate(model, *texts, "--draws", "1")
+    for name, text in texts.items():
+        tokens = len(text) + ("wikitext" in name)  # █ stands for end-of-text here, which closes WikiText too
+        assert found[name]["tokens_of_text"] == tokens, name
+        assert f"detokeniser {TEXTS[name].data.detokenizer}" in found[name]["reading"]
+    assert "one document" in found["wikitext2"]["reading"]
+    assert "each row a document" in found["ptb"]["reading"]
+    assert asked[0] == ("Salesforce/wikitext", "wikitext-2-raw-v1", None)
+    assert asked[-1] == ("ptb_text_only", None, "refs/convert/parquet")
+
+
+def test_an_interrupted_evaluation_goes_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("one two , three\nfour\n" * 20)
+    arguments = [str(text), "--draws", "3", "--batch_size", "10"]
+    whole = evaluate(model, *arguments)
+    calls = 0
+    scored = sedd.evaluate.score_entropy
+
+    def stop_in_the_fifth(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+        return scored(*args, **kwargs)
+
+    monkeypatch.setattr(sedd.evaluate, "score_entropy", stop_in_the_fifth)
+    out = tmp_path / "figures.json"
+    out.unlink()
+    line = ["eval", "perplexity", str(model), *arguments, "--cache_dir", str(tmp_path / "cache"), "--json", str(out)]
+    assert main(line) == 130
+    (kept,) = tmp_path.glob("*.unfinished")
+    assert not out.exists()
+    assert main([*line, "--draws", "4"]) == 2
+    assert str(kept) in capsys.readouterr().err
+    calls = 10
+    assert evaluate(model, *arguments) == whole
+    assert calls == 10 + 16 - 4, "what was done is not done again"
+    assert not kept.exists()
+
+
+def test_mistakes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "short.txt").write_text("a")
+    for arguments, message in (
+        ([], "text: {model} is no run with a text of its own; give one: wikitext2"),
+        ([str(tmp_path / "short.txt")], "short.txt has 2 tokens, fewer than one block (length 8)"),
+        (["someone/text"], "'someone/text' is no file or folder here, and the Hugging Face hub could not be reached"),
+    ):
+        assert main(["eval", "perplexity", str(model), *arguments]) == 2
+        assert message.format(model=model) in capsys.readouterr().err
+
+
+def test_a_detokeniser_may_be_trained_with(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="detokenizer: 'moses' given, wanted one of none, wikitext"):
+        sedd.data._check(DataConfig(detokenizer="moses"), 8)  # type: ignore[arg-type]
