@@ -8,7 +8,7 @@
 # 90 % are trained on, the next 5 % choose the checkpoint, the last 5 % are scored. FOLDER gets everything that is written; a
 # second call goes on where the first one stopped. Options: STEPS=6000, PRESET=tiny, SEDD=sedd (the command).
 set -euo pipefail
-if [ $# -lt 2 ]; then sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
+if [ $# -lt 2 ]; then sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
 sedd=${SEDD:-sedd}
 folder=$1
 shift
@@ -32,6 +32,18 @@ train() { # name, then options
     --model.preset "${PRESET:-tiny}" --model.length 256 --batch_size 16 --ema 0.999 --steps "${STEPS:-6000}" "$@"
 }
 
+evaluate() { # name
+  mkdir -p "$folder/$1/eval"
+  $sedd eval perplexity "$folder/$1" "$folder/test.txt" --draws "${DRAWS:-16}" --json "$folder/$1/eval/perplexity.json"
+  if [ -n "${JUDGE:-}" ]; then
+    $sedd eval generative "$folder/$1" --text "$folder/test.txt" --judge "$JUDGE" --num "${NUM:-32}" \
+      --json "$folder/$1/eval/generative.json" --plot "$folder/$1/eval/generative.png"
+  fi
+  $sedd report "$folder/$1"
+}
+
 train absorbing
 train uniform-geometric --graph uniform --schedule geometric --schedule_params.sigma_max 20
 train uniform-loglinear --graph uniform
+for run in absorbing uniform-geometric uniform-loglinear; do evaluate "$run"; done
+"$(dirname "$0")/compare.py" "$folder"/{absorbing,uniform-geometric,uniform-loglinear} --out "$folder/comparison"

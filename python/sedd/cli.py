@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from sedd import commands
 from sedd.config import TrainConfig, explain, from_options, train_parser
+from sedd.generative import GenerativeOptions, generative
 from sedd.perplexity import PerplexityOptions, perplexity
 
 
@@ -75,6 +76,7 @@ EVAL = """Measure a model as the papers do.
 examples:
   sedd eval perplexity runs/default                      on its validation text, beside unigram and bigram models
   sedd eval perplexity models/sedd-small wikitext2 ptb   on the papers' test sets
+  sedd eval generative runs/default                      what it writes, judged by another model
 """
 
 PERPLEXITY = """Measure how well a model predicts text it was not trained on.
@@ -95,6 +97,20 @@ examples:
   sedd eval perplexity models/sedd-small wiki.test.raw --detokenizer wikitext
   sedd eval perplexity models/sedd-small news.txt --documents line --detokenizer lm1b
   sedd eval perplexity runs/default --plot bound.png
+"""
+
+GENERATIVE = """Measure what a model writes.
+
+With each sampler and number of steps the model writes texts. Printed are their perplexity under another language model,
+the judge, with its standard error, and how varied they are: the entropy of a text's own token frequencies, the fraction
+of its tokens that are different ones, and the fraction that stand among the 100 tokens before them; beside real text,
+where there is some. A low perplexity with a low entropy is repetition, not quality.
+
+examples:
+  sedd eval generative runs/default --steps [16,64,256] --plot steps.png
+  sedd eval generative models/sedd-small --num 1000 --steps [32,128,1024] --json generative.json
+  sedd eval generative runs/default --judge ~/models/SmolLM2-135M.gguf        a judge that needs no network
+  sedd eval generative runs/default --mauve [unconditional,prefix,infill] --text real.txt
 """
 
 CONVERT = """Write a model of any known format as a folder of safetensors, ready for the Hugging Face hub.
@@ -142,8 +158,8 @@ def _parser() -> ArgumentParser:
     train.add_argument("--resume", action="store_true", help="Go on with the run in --run_dir.")
     sample, infill = add("sample", SAMPLE), add("infill", INFILL)
     measures = add("eval", EVAL).add_subcommands(dest="measure")
-    measure = add("perplexity", PERPLEXITY, to=measures)
-    for command in (sample, infill, measure):
+    measure, write = add("perplexity", PERPLEXITY, to=measures), add("generative", GENERATIVE, to=measures)
+    for command in (sample, infill, measure, write):
         command.add_argument("run", help=RUN_HELP)
     infill.add_argument("template", help="The text, with {{n}} for n unknown tokens.")
     for command in (sample, infill):
@@ -152,6 +168,7 @@ def _parser() -> ArgumentParser:
     infill.add_class_arguments(commands.SamplingOptions)
     measure.add_argument("texts", nargs="*", help="What to score; nothing: the run's validation text.")
     measure.add_class_arguments(PerplexityOptions)
+    write.add_class_arguments(GenerativeOptions)
     convert = add("convert", CONVERT)
     convert.add_argument("source", help=RUN_HELP)
     convert.add_argument("out", help="The folder to write.")
@@ -182,7 +199,9 @@ def _run(argv: list[str]) -> int:
         options = from_options(commands.SamplingOptions, given)
         return commands.infill(given.run, given.template, options, given.live)
     if parsed.command == "eval":
-        given = given[given.measure]
+        measure, given = given.measure, given[given.measure]
+        if measure == "generative":
+            return generative(given.run, from_options(GenerativeOptions, given))
         return perplexity(given.run, given.texts, from_options(PerplexityOptions, given))
     if parsed.command == "convert":
         return commands.convert(given.source, given.out, given.config)

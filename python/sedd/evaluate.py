@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from sedd.schedule import Schedule
 from sedd.unfinished import Unfinished
 from sedd_ext import RankOne
 
-__all__ = ["ElboResult", "elbo", "ngram_bits", "plot_bound", "prior_kl"]
+__all__ = ["ElboResult", "elbo", "ngram_bits", "plot_bound", "prior_kl", "write_figure"]
 
 
 @dataclass(frozen=True)
@@ -344,19 +345,37 @@ def plot_bound(result: ElboResult, path: str | Path, bins: int = 20) -> None:
     """
     if bins < 1:
         raise ValueError(f"bins: expected at least 1, got {bins}")
+    index = (result.times.flatten() * bins).long().clamp_(max=bins - 1)
+    count = torch.bincount(index, minlength=bins)
+    mean = torch.bincount(index, weights=result.integrand.flatten(), minlength=bins) / count / result.length
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot(xlabel="t", ylabel="nats per token and unit of time", xlim=(0, 1))
+        axes.stairs(mean.tolist(), [i / bins for i in range(bins + 1)], label="σ(t) Σ L / length")
+        axes.axhline(result.nats_per_token, linestyle="--", color="gray", label=f"bound: {result.nats_per_token:.3f}")
+        axes.legend()
+
+    write_figure(path, (6, 3.5), draw)
+
+
+def write_figure(path: str | Path, size: tuple[float, float], draw: Callable[[Any], None]) -> None:
+    """Writes a picture that is there whole or not at all.
+
+    Args:
+        path: the file; its ending gives the format.
+        size: width and height in inches.
+        draw: draws onto a ``matplotlib.figure.Figure``.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('plotting needs matplotlib: pip install "sedd_ext[eval]"') from error
-    index = (result.times.flatten() * bins).long().clamp_(max=bins - 1)
-    count = torch.bincount(index, minlength=bins)
-    mean = torch.bincount(index, weights=result.integrand.flatten(), minlength=bins) / count / result.length
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="t", ylabel="nats per token and unit of time", xlim=(0, 1))
-    axes.stairs(mean.tolist(), [i / bins for i in range(bins + 1)], label="σ(t) Σ L / length")
-    axes.axhline(result.nats_per_token, linestyle="--", color="gray", label=f"bound: {result.nats_per_token:.3f}")
-    axes.legend()
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure)
     path = Path(path)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    figure.savefig(partial)
+    figure.savefig(partial, dpi=150)
     partial.replace(path)

@@ -263,7 +263,7 @@ Such a model writes all positions at once, in as many steps as one likes, and fi
 ```sh
 sedd sample NAME --steps 128        # NAME: this repository, or the folder it was downloaded to
 sedd infill NAME 'Once upon a time{{ "{{60}}" }}The end.'
-sedd eval perplexity NAME --text FILE
+sedd eval perplexity NAME FILE
 ```
 
 ```python

@@ -17,6 +17,7 @@ from sedd.config import check_options, resolve_device
 from sedd.data import DataConfig, TokenBlocks, load_blocks, load_text, valid_batches
 from sedd.evaluate import ElboResult, elbo, ngram_bits, plot_bound
 from sedd.pretrained import LoadedModel, load_model
+from sedd.progress import console
 from sedd.tokenizer import count_bytes
 
 __all__ = ["TEXTS", "PerplexityOptions", "TextSet", "perplexity"]
@@ -100,7 +101,7 @@ def perplexity(run: str, texts: list[str], options: PerplexityOptions) -> int:
     if options.plot and len(texts) > 1:
         raise ValueError(f"plot: one text, please; {len(texts)} given")
     loaded = load_model(run, resolve_device(options.device))
-    out = Console(highlight=False, markup=False, soft_wrap=True)
+    out = console()
     table = Table("", title=f"{loaded.path}: upper bounds, {options.draws} noise levels a block")
     for column in ("tokens", "nats/token", "perplexity", "mean of exp", "bits/byte"):
         table.add_column(column, justify="right", no_wrap=True)

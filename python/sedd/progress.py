@@ -1,11 +1,14 @@
-"""A progress bar around a loop, where the caller wants one and rich is installed."""
+"""What a terminal is shown: a progress bar around a loop, tables and lines; where rich is installed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-__all__ = ["track"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["console", "track"]
 
 T = TypeVar("T")
 
@@ -24,3 +27,11 @@ def track(items: Sequence[T], description: str, show: bool) -> Iterable[T]:
     except ImportError as error:
         raise ImportError('progress=True needs rich: pip install "sedd_ext[train]"') from error
     return rich_track(items, description=description, console=Console(stderr=True))
+
+
+def console() -> Console:
+    """Standard output for tables and sentences: as wide as the terminal, and wide enough where there is none."""
+    from rich.console import Console
+
+    out = Console(highlight=False, markup=False, soft_wrap=True)
+    return out if out.is_terminal else Console(highlight=False, markup=False, soft_wrap=True, width=160)

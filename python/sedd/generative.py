@@ -1,0 +1,360 @@
+"""``sedd eval generative``: what a model writes, judged by another model, by its diversity, and by MAUVE.
+
+The measures are those of SEDD (figure 1) and of "Promises, Outlooks and Challenges of Diffusion Language Modeling"
+(Deschenaux & Gulcehre 2024, tables 4 and 5).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from sedd.checkpoint import write_json
+from sedd.config import check_options, resolve_device
+from sedd.data import DataConfig, load_blocks, load_text, valid_batches
+from sedd.evaluate import write_figure
+from sedd.judge import Judge, load_judge
+from sedd.pretrained import LoadedModel, load_model
+from sedd.progress import console
+from sedd.sample import SAMPLERS, sample
+from sedd.tokenizer import EOT_TEXT
+
+__all__ = ["GenerativeOptions", "diversity", "generative", "plot_generative"]
+
+SETTINGS = ("unconditional", "prefix", "infill")
+MAUVE_SEEDS = 5  # its clustering is random: paper 002, appendix A.4, averages over as many
+
+
+@dataclass
+class GenerativeOptions:
+    """Evaluation"""
+
+    steps: list[int] = field(default_factory=lambda: [16, 32, 64, 128, 256])
+    """Numbers of reverse steps to write with, for example --steps [64,1024]."""
+    samplers: list[str] = field(default_factory=lambda: ["tweedie", "euler"])
+    """Samplers to write with."""
+    num: int = 32
+    """Texts written with each; the papers write about 1,000."""
+    length: int | None = None
+    """Tokens in a text; null: as many as in a training block."""
+    judge: str = "openai-community/gpt2-large"
+    """A causal language model that gives the perplexity of what is written: any that transformers loads, by its name on
+    the Hugging Face hub, its folder, or a .gguf file. Figures of different judges cannot be compared."""
+    text: str | None = None
+    """A file of real text, to be measured beside the model and compared with by MAUVE; null: the run's validation text
+    if there is one."""
+    mauve: list[str] = field(default_factory=list)
+    """Compare with real text by MAUVE, with the judge's states as features: any of unconditional, prefix (a text is
+    given to its `given`-th token) and infill (half as many tokens are given at either end)."""
+    given: int = 50
+    """For prefix and infill: how many tokens of a real text the model is given."""
+    compared: int = 100
+    """MAUVE compares the first so many tokens of each text."""
+    temperature: float = 1.0
+    """Below 1, likelier tokens are preferred; 1 is what the model was trained for."""
+    top_p: float = 1.0
+    """Write only the likeliest tokens that hold this much of the probability."""
+    seed: int = 0
+    """The same seed writes the same texts."""
+    batch_size: int = 8
+    """Texts written and judged at a time."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
+    json: str | None = None
+    """Write figures and texts to this file, after each number of steps; called again, what is there is not redone."""
+    plot: str | None = None
+    """Draw perplexity and entropy against steps, as a picture."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_options(self, positive=("num", "length", "given", "compared", "batch_size"), outputs=("json", "plot"))
+        if not self.steps or min(self.steps) < 1:
+            raise ValueError(f"steps: expected numbers of at least 1, got {self.steps}")
+        for name, values, known in (("samplers", self.samplers, SAMPLERS), ("mauve", self.mauve, SETTINGS)):
+            if unknown := set(values) - set(known):
+                raise ValueError(f"{name}: expected some of {', '.join(known)}; got {', '.join(sorted(unknown))}")
+        if self.text is not None and not Path(self.text).exists():
+            raise FileNotFoundError(f"text: there is no file or folder {self.text}")
+
+
+# -- measures ----------------------------------------------------------------------------------------------------------
+
+
+def diversity(tokens: Tensor, window: int = 100) -> dict[str, Tensor]:
+    """How varied texts are, each by itself.
+
+    Args:
+        tokens: texts [n, L], int64.
+        window: how far back a repetition counts.
+
+    Returns:
+        Each [n], float64: ``entropy``, of the text's own token frequencies, in nats; ``unique``, the fraction of its
+        tokens that are different ones (distinct tokens / L); ``repetition``, the fraction of its tokens that stand
+        among the ``window`` tokens before them.
+
+    Source: Deschenaux & Gulcehre 2024, table 4.
+    """
+    length = tokens.shape[1]
+    entropy, unique = [], []
+    for row in tokens:
+        p = row.unique(return_counts=True)[1].double() / length
+        entropy.append(-(p * p.log()).sum())
+        unique.append(torch.tensor(len(p) / length, dtype=torch.float64))
+    repeated = torch.zeros_like(tokens, dtype=torch.bool)
+    for back in range(1, min(window, length - 1) + 1):
+        repeated[:, back:] |= tokens[:, back:] == tokens[:, :-back]
+    return {
+        "entropy": torch.stack(entropy),
+        "unique": torch.stack(unique),
+        "repetition": repeated.double().mean(1),
+    }
+
+
+def _mauve(real: Tensor, written: Tensor) -> float:
+    """MAUVE of two sets of features, the mean over its random clusterings."""
+    import mauve
+
+    values = [
+        mauve.compute_mauve(
+            p_features=real.numpy(), q_features=written.numpy(), seed=seed, mauve_scaling_factor=5, verbose=False
+        ).mauve
+        for seed in range(MAUVE_SEEDS)
+    ]
+    return float(statistics.fmean(values))
+
+
+def _measure(tokens: Tensor, loaded: LoadedModel, judge: Judge, batch_size: int, progress: bool) -> dict[str, Any]:
+    """All that is measured of texts [n, L] by themselves."""
+    nats, counts = judge.read(_texts(tokens, loaded, judge), batch_size, progress)
+    per_token = nats / counts.clamp(min=1)
+    mean = float(nats.sum() / counts.sum().clamp(min=1))
+    # of a ratio of sums: the texts are the independent unit
+    error = float((nats - mean * counts).std()) / math.sqrt(len(nats)) / float(counts.double().mean())
+    figures: dict[str, Any] = {
+        "perplexity": math.exp(mean),
+        "perplexity_error": math.exp(mean) * error if len(nats) > 1 else None,
+        "perplexity_mean_of_exp": float(per_token.exp().mean()),
+    }
+    for name, values in diversity(tokens).items():
+        figures[name] = float(values.mean())
+        figures[f"{name}_std"] = float(values.std()) if len(values) > 1 else None
+    return figures
+
+
+def _texts(tokens: Tensor, loaded: LoadedModel, judge: Judge) -> list[str]:
+    """Texts of tokens [n, L]; end-of-text as the judge has it, else as a paragraph's end."""
+    end = EOT_TEXT if EOT_TEXT in judge.tokenizer.get_vocab() else "\n\n"
+    return [loaded.tokenizer.decode(row.tolist()).replace(EOT_TEXT, end) for row in tokens]
+
+
+# -- the evaluation ----------------------------------------------------------------------------------------------------
+
+
+def generative(run: str, options: GenerativeOptions) -> int:
+    """Writes texts with each sampler and number of steps, and measures them."""
+    if options.mauve:
+        try:
+            import mauve  # noqa: F401
+        except ImportError as error:
+            raise ImportError('--mauve needs mauve-text: pip install "sedd_ext[eval]"') from error
+    device = resolve_device(options.device)
+    loaded = load_model(run, device)
+    length = options.length or loaded.model.config.length
+    if options.mauve and max(options.given, options.compared) > length:
+        raise ValueError(f"given, compared: expected at most the {length} tokens of a text")
+    real = _real(loaded, length, options)
+    judge = load_judge(options.judge, device)
+    out = console()
+    settings = {
+        **{name: value for name, value in dataclasses.asdict(options).items() if name not in _FREE},
+        **{"model": str(loaded.path), "judge": judge.name, "length": length},
+    }
+    report: dict[str, Any] = {"settings": settings, "real": None, "rows": _known(options, settings)}
+    if real is not None:
+        report["real"] = _measure(real, loaded, judge, options.batch_size, out.is_terminal)
+    write = _writer(loaded, length, options, out.is_terminal)
+    done = {(row["sampler"], row["steps"]) for row in report["rows"]}
+    for sampler in options.samplers:
+        for steps in options.steps:
+            if (sampler, steps) in done:
+                continue
+            report["rows"].append(_row(sampler, steps, write, real, loaded, judge, options))
+            if options.json:
+                write_json(Path(options.json), report)
+    report["rows"].sort(key=lambda row: (options.samplers.index(row["sampler"]), row["steps"]))
+    out.print(_table(report))
+    if options.plot:
+        plot_generative(report, options.plot)
+    return 0
+
+
+_FREE = ("samplers", "steps", "json", "plot", "device")  # a row does not depend on them
+
+
+def _known(options: GenerativeOptions, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows that an earlier call with the same settings has written, among those asked for."""
+    if not options.json or not Path(options.json).exists():
+        return []
+    try:
+        found = json.loads(Path(options.json).read_text(encoding="utf-8"))
+        same, rows = found["settings"] == settings, found["rows"]
+    except (ValueError, KeyError, TypeError):
+        same, rows = False, []
+    if not same:
+        raise ValueError(
+            f"json: {options.json} holds something else, or figures with other options; delete it or give another name"
+        )
+    return [row for row in rows if row["sampler"] in options.samplers and row["steps"] in options.steps]
+
+
+def _real(loaded: LoadedModel, length: int, options: GenerativeOptions) -> Tensor | None:
+    """As many real texts [num, length] as are written; None if there is no real text."""
+    if options.text is not None:
+        blocks = load_text(DataConfig(options.text), loaded.tokenizer, length)
+    elif loaded.config is not None and (length == loaded.model.config.length or options.mauve):
+        blocks = load_blocks(loaded.config.data, loaded.tokenizer, length).valid
+    elif options.mauve:
+        raise ValueError(f"text: MAUVE compares with real text, and {loaded.path} has none of its own; give a file")
+    else:
+        return None
+    if options.mauve and len(blocks) < options.num:
+        raise ValueError(f"text: {len(blocks)} blocks of {length} tokens, fewer than num = {options.num}")
+    return torch.cat(list(valid_batches(blocks, options.batch_size, options.num)))
+
+
+Writer = Callable[[str, int, "tuple[Tensor, Tensor] | None"], Tensor]
+
+
+def _writer(loaded: LoadedModel, length: int, options: GenerativeOptions, progress: bool) -> Writer:
+    def write(sampler: str, steps: int, fixed: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Texts [num, length]; ``fixed`` are tokens [num, length] and where they are given [length]."""
+        device = next(loaded.model.parameters()).device
+        generator = torch.Generator(device).manual_seed(options.seed)
+        parts = []
+        for first in range(0, options.num, options.batch_size):
+            count = min(options.batch_size, options.num - first)
+            part = sample(
+                loaded.model,
+                loaded.graph,
+                loaded.schedule,
+                batch=count,
+                length=length,
+                steps=steps,
+                sampler=sampler,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                generator=generator,
+                device=device,
+                fixed=None if fixed is None else (fixed[0][first : first + count], fixed[1]),
+                progress=progress,
+                autocast_dtype=loaded.autocast_dtype,
+            )
+            parts.append(part.cpu())
+        return torch.cat(parts)
+
+    return write
+
+
+def _row(
+    sampler: str,
+    steps: int,
+    write: Writer,
+    real: Tensor | None,
+    loaded: LoadedModel,
+    judge: Judge,
+    options: GenerativeOptions,
+) -> dict[str, Any]:
+    """What one sampler writes in so many steps, and its measures."""
+    started = time.perf_counter()
+    written = write(sampler, steps, None)
+    seconds = (time.perf_counter() - started) / options.num
+    row: dict[str, Any] = {"sampler": sampler, "steps": steps, "seconds_per_text": seconds}
+    row |= _measure(written, loaded, judge, options.batch_size, False)
+    for setting in options.mauve:
+        assert real is not None
+        length = written.shape[1]
+        given = torch.zeros(length, dtype=torch.bool)
+        if setting != "unconditional":
+            head = options.given if setting == "prefix" else (options.given + 1) // 2
+            given[:head] = True
+            if setting == "infill":
+                given[options.compared - options.given // 2 : options.compared] = True
+            if bool(given.all()):
+                raise ValueError(f"given: {options.given} tokens given of {length} leave nothing to write")
+        texts = written if setting == "unconditional" else write(sampler, steps, (real, given))
+        pair = [_texts(tokens[:, : options.compared], loaded, judge) for tokens in (real, texts)]
+        row[f"mauve_{setting}"] = _mauve(*(judge.features(side, options.batch_size) for side in pair))
+    row["texts"] = [loaded.tokenizer.decode(tokens.tolist()) for tokens in written]
+    return row
+
+
+def _table(report: dict[str, Any]) -> Table:
+    judge = report["settings"]["judge"]
+    table = Table("", title=f"{report['settings']['num']} texts of {report['settings']['length']} tokens each")
+    mauves = [name for name in (f"mauve_{setting}" for setting in SETTINGS) if any(name in r for r in report["rows"])]
+    columns = ["steps", f"perplexity\n{judge}", "entropy\nnats", "unique", "repeated", "seconds\nper text"]
+    for column in [*columns, *(name.replace("mauve_", "MAUVE\n") for name in mauves)]:
+        table.add_column(column, justify="right", no_wrap=True)
+
+    def add(name: str, steps: str, row: dict[str, Any]) -> None:
+        error = "" if row["perplexity_error"] is None else f" ± {row['perplexity_error']:.2f}"
+        table.add_row(
+            name,
+            steps,
+            f"{row['perplexity']:.2f}{error}",
+            f"{row['entropy']:.3f}",
+            f"{row['unique']:.3f}",
+            f"{row['repetition']:.3f}",
+            f"{row['seconds_per_text']:.2f}" if "seconds_per_text" in row else "",
+            *(f"{row[name]:.3f}" if name in row else "" for name in mauves),
+        )
+
+    for row in report["rows"]:
+        add(row["sampler"], f"{row['steps']:,}", row)
+    if report["real"]:
+        add("real text", "", report["real"])
+    return table
+
+
+def plot_generative(report: dict[str, Any], path: str | Path) -> None:
+    """Draws the judge's perplexity and the entropy against the number of steps, a line for each sampler.
+
+    Args:
+        report: what ``sedd eval generative --json`` writes.
+        path: the picture to write; its ending gives the format (.png, .svg, .pdf).
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    rows, real = report["rows"], report["real"]
+
+    def draw(figure: Any) -> None:
+        judge = report["settings"]["judge"]
+        panels = (("perplexity", f"perplexity of {judge}", "log"), ("entropy", "unigram entropy, nats", "linear"))
+        for axes, (name, label, scale) in zip(figure.subplots(1, 2), panels, strict=True):
+            for sampler in dict.fromkeys(row["sampler"] for row in rows):
+                line = [row for row in rows if row["sampler"] == sampler]
+                errors = [row["perplexity_error"] or 0.0 for row in line] if name == "perplexity" else None
+                steps = [row["steps"] for row in line]
+                axes.errorbar(steps, [row[name] for row in line], errors, marker="o", capsize=3, label=sampler)
+            if real:
+                axes.axhline(real[name], color="gray", linestyle="--", label="real text")
+            axes.set(xscale="log", yscale=scale, xlabel="reverse steps", ylabel=label)
+            ticks = sorted({row["steps"] for row in rows})
+            axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
+        axes.legend()
+
+    write_figure(path, (9, 3.6), draw)

@@ -1,0 +1,110 @@
+"""A judge: a causal language model of ``transformers`` that reads what a diffusion model writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sedd.progress import track
+
+__all__ = ["Judge", "load_judge"]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A causal language model that reads texts.
+
+    Attributes:
+        name: what figures are labelled with.
+        model: of transformers.
+        tokenizer: of transformers.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    def read(self, texts: Sequence[str], batch_size: int, progress: bool = False) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood and number of scored tokens of each text.
+
+        The first token of a text is not scored, as nothing comes before it. Texts longer than what the judge can take
+        are cut.
+
+        Returns:
+            Nats [n], float64, and tokens [n], int64, on the CPU.
+        """
+        nats, counts = [], []
+        for first in track(range(0, len(texts), batch_size), "judging", progress):
+            ids, mask = self._encode(texts[first : first + batch_size])
+            with torch.inference_mode():
+                log_p = self.model(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
+            scored = mask[:, 1:].bool()
+            chosen = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1).double()
+            nats.append(-torch.where(scored, chosen, 0.0).sum(1).cpu())
+            counts.append(scored.sum(1).cpu())
+        return torch.cat(nats), torch.cat(counts)
+
+    def features(self, texts: Sequence[str], batch_size: int) -> Tensor:
+        """The last layer's state at the last token of each text [n, d], float32: what MAUVE compares."""
+        states = []
+        for first in range(0, len(texts), batch_size):
+            ids, mask = self._encode(texts[first : first + batch_size])
+            with torch.inference_mode():
+                found = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+            states.append(found[torch.arange(len(ids)), mask.sum(1) - 1].float().cpu())
+        return torch.cat(states)
+
+    def _encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        longest = min(getattr(self.model.config, "max_position_embeddings", 1024), 1 << 20)
+        # an empty text has nothing to score, but must have a token
+        encoded = self.tokenizer(
+            [text or " " for text in texts], return_tensors="pt", padding=True, truncation=True, max_length=longest
+        )
+        device = self.model.device
+        return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
+
+
+def load_judge(name: str, device: torch.device | str = "cpu") -> Judge:
+    """Loads a causal language model.
+
+    Args:
+        name: a name on the Hugging Face hub, a folder, or a .gguf file.
+        device: where it reads.
+
+    Raises:
+        ImportError: transformers is not installed, or gguf for such a file.
+        FileNotFoundError: there is no such file, folder or model.
+        ConnectionError: it must be on the hub, and the hub cannot be reached.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError('a judge needs transformers: pip install "sedd_ext[eval]"') from error
+    path = Path(name).expanduser()
+    options: dict[str, Any] = {}
+    source = str(path) if path.exists() else name
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"judge: there is no file {path}")
+        source, options = str(path.parent), {"gguf_file": path.name}
+    elif not path.exists() and name.startswith(("/", ".", "~")):
+        raise FileNotFoundError(f"judge: there is no folder {name}")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+    except OSError as error:
+        raise ConnectionError(
+            f"judge: {name!r} is no folder here and could not be had from the Hugging Face hub ({error}). Give the "
+            "folder or the .gguf file of a causal language model"
+        ) from error
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Judge(
+        path.stem if path.suffix == ".gguf" else name.rstrip("/").split("/")[-1], model.to(device).eval(), tokenizer
+    )

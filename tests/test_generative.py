@@ -1,0 +1,196 @@
+"""What a model writes: the judge reads right, diversity by hand, MAUVE tells texts apart, and the whole command."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import sedd.generative
+from sedd.cli import main
+from sedd.generative import _mauve, diversity
+from sedd.judge import load_judge
+from sedd.model import SEDD, ModelConfig
+from sedd.schedule import LogLinear
+from sedd_ext import Absorbing
+
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT-2 over bytes, with random weights."""
+    folder = tmp_path_factory.mktemp("judges") / "tiny-judge"
+    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    byte_level = Tokenizer(models.BPE(vocab={**vocabulary, "<end>": 256}, merges=[]))
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level, eos_token="<end>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=257, n_positions=40, n_embd=16, n_layer=2, n_head=2, eos_token_id=256)
+    model = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(20)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = SEDD(ModelConfig(16, 1, 2, 8, LENGTH), Absorbing(257), LogLinear(), "bytes")
+    bias = torch.full((258,), -9.0)
+    bias[97:123] = torch.linspace(0, 2, 26)  # a to z, and now and then an end-of-text
+    bias[256] = 0.0
+    model.output_layer.linear.bias.data = bias
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_judge_reads_each_text_as_if_alone(judge_folder: Path) -> None:
+    judge = load_judge(str(judge_folder))
+    assert judge.name == "tiny-judge"
+    texts = ["abc", "", "a", "the cat sat on the mat", "x" * 100]
+    nats, counts = judge.read(texts, batch_size=3)
+    for i, text in enumerate(texts):
+        ids = list((text or " ").encode())[:40]
+        tokens = judge.tokenizer(text or " ")["input_ids"][:40]
+        assert len(tokens) == len(ids)
+        log_p = judge.model(torch.tensor([tokens])).logits[0].detach().double().log_softmax(-1)
+        expected = -sum(float(log_p[k, token]) for k, token in enumerate(tokens[1:]))
+        assert int(counts[i]) == len(tokens) - 1
+        assert float(nats[i]) == pytest.approx(expected, abs=1e-4)
+    features = judge.features(texts, batch_size=2)
+    alone = judge.model.transformer(torch.tensor([judge.tokenizer("abc")["input_ids"]])).last_hidden_state[0, -1]
+    torch.testing.assert_close(features[0], alone.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_judges_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (str(tmp_path / "none.gguf"), str(tmp_path / "none")):
+        with pytest.raises(FileNotFoundError, match="judge: there is no"):
+            load_judge(name)
+    with pytest.raises(ConnectionError, match="judge: 'someone/gpt' is no folder here and could not be had"):
+        load_judge("someone/gpt")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r'pip install "sedd_ext\[eval\]"'):
+        load_judge(str(tmp_path))
+
+
+def test_diversity_by_hand() -> None:
+    found = diversity(torch.tensor([[1, 1, 2, 3], [4, 4, 4, 4], [1, 2, 3, 1]]), window=2)
+    half, quarter = 0.5 * math.log(2), 0.25 * math.log(4)
+    assert found["entropy"].tolist() == pytest.approx([half + 2 * quarter, 0.0, half + 2 * quarter])
+    assert found["unique"].tolist() == [0.75, 0.25, 0.75]
+    assert found["repetition"].tolist() == [0.25, 0.75, 0.0], "the last 1 is three tokens after the first"
+    assert diversity(torch.tensor([[1, 2, 3, 1]]))["repetition"].tolist() == [0.25]
+
+
+def test_mauve_tells_texts_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real, same, other = (torch.randn(200, 8, generator=generator) + shift for shift in (0.0, 0.0, 3.0))
+    assert _mauve(real, other) < 0.2 < 0.8 < _mauve(real, same)
+
+
+def evaluate(model: Path, judge: Path, *options: str) -> dict[str, Any]:
+    out = model.parent / "figures.json"
+    line = ["eval", "generative", str(model), "--judge", str(judge), "--json", str(out), "--num", "6", *options]
+    assert main(line) == 0
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def test_the_whole_command(
+    model: Path, judge_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = tmp_path / "real.txt"
+    real.write_text("the quick brown fox jumps over the lazy dog " * 10)
+    options = [
+        *("--steps", "[2,8]", "--samplers", "[tweedie,euler]", "--text", str(real), "--batch_size", "4"),
+        *("--mauve", "[unconditional,prefix,infill]", "--given", "6", "--compared", "12"),
+    ]
+    picture = tmp_path / "steps.png"
+    found = evaluate(model, judge_folder, *options, "--plot", str(picture))
+    printed = capsys.readouterr().out
+    assert [(row["sampler"], row["steps"]) for row in found["rows"]] == [
+        *(("tweedie", 2), ("tweedie", 8)),
+        *(("euler", 2), ("euler", 8)),
+    ]
+    assert "tiny-judge" in printed
+    judge = load_judge(str(judge_folder))
+    for row in [*found["rows"], found["real"]]:
+        assert f"{row['perplexity']:.2f} ± {row['perplexity_error']:.2f}" in printed
+        assert row["perplexity_mean_of_exp"] > 1
+    for row in found["rows"]:
+        assert len(row["texts"]) == 6
+        nats, counts = judge.read([text.replace("<|endoftext|>", "\n\n") for text in row["texts"]], 6)
+        assert row["perplexity"] == pytest.approx(math.exp(float(nats.sum() / counts.sum())), rel=1e-6)
+        assert 0 < row["entropy"] < math.log(LENGTH)
+        assert all(0 <= row[f"mauve_{setting}"] <= 1 for setting in ("unconditional", "prefix", "infill"))
+    assert found["real"]["unique"] > 0.3
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+    # what is there is kept, what is missing is made, and the same seed writes the same
+    written: list[tuple[str, int]] = []
+    row = sedd.generative._row
+    monkeypatch.setattr(
+        sedd.generative,
+        "_row",
+        lambda sampler, steps, *rest: written.append((sampler, steps)) or row(sampler, steps, *rest),
+    )
+    more = evaluate(model, judge_folder, *options, "--steps", "[2,4,8]")
+    assert written == [("tweedie", 4), ("euler", 4)]
+    assert [r for r in more["rows"] if r["steps"] != 4] == found["rows"]
+    (tmp_path / "figures.json").unlink()
+    again = evaluate(model, judge_folder, *options, "--steps", "[2]", "--samplers", "[tweedie]")
+    assert again["rows"][0]["texts"] == found["rows"][0]["texts"]
+    line = ["eval", "generative", str(model), "--judge", str(judge_folder), "--json", str(tmp_path / "figures.json")]
+    assert main([*line, *options, "--num", "6", "--seed", "5"]) == 2
+    assert "holds something else, or figures with other options" in capsys.readouterr().err
+
+
+def test_given_tokens_are_kept(model: Path, judge_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = model.parent / "real.txt"
+    real.write_text("".join(chr(65 + i % 26) for i in range(200)))  # capitals, which the model does not write
+    seen: list[tuple[Any, torch.Tensor]] = []
+    sample = sedd.generative.sample
+
+    def record(*args: Any, fixed: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append((fixed, sample(*args, fixed=fixed, **kwargs)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(sedd.generative, "sample", record)
+    options = ["--steps", "[4]", "--samplers", "[tweedie]", "--text", str(real), "--given", "5", "--compared", "9"]
+    evaluate(model, judge_folder, *options, "--mauve", "[prefix,infill]", "--batch_size", "6")
+    assert [fixed is None for fixed, _ in seen] == [True, False, False]
+    assert seen[1][0][1].nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
+    assert seen[2][0][1].nonzero().flatten().tolist() == [0, 1, 2, 7, 8]
+    for (tokens, given), written in seen[1:]:
+        assert torch.equal(written[:, given], tokens[:, given])
+        assert bool((written[:, ~given] >= 97).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "[0]"], "steps: expected numbers of at least 1, got [0]"),
+        (["--steps", "[]"], "steps: expected numbers of at least 1, got []"),
+        (["--samplers", "[magic]"], "samplers: expected some of tweedie, euler; got magic"),
+        (["--mauve", "[all]"], "mauve: expected some of unconditional, prefix, infill; got all"),
+        (["--mauve", "[prefix]"], "given, compared: expected at most the 16 tokens of a text"),
+        (["--mauve", "[prefix]", "--given", "4", "--compared", "8"], "text: MAUVE compares with real text"),
+        (["--text", "none.txt"], "text: there is no file or folder none.txt"),
+        (["--num", "0"], "num: expected at least 1, got 0"),
+    ],
+)
+def test_mistakes(
+    options: list[str], message: str, model: Path, judge_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "generative", str(model), "--judge", str(judge_folder), *options]) == 2
+    assert message in capsys.readouterr().err
