@@ -5,10 +5,12 @@
 #   bash examples/text27.sh FOLDER FILE...
 #
 # FILE: text of a-z and space (text8, or anything converted to its 27 symbols), plain or .gz; several are joined. The first
-# 90 % are trained on, the next 5 % choose the checkpoint, the last 5 % are scored. FOLDER gets everything that is written; a
-# second call goes on where the first one stopped. Options: STEPS=6000, PRESET=tiny, SEDD=sedd (the command).
+# 90 % are trained on, the next 5 % choose the checkpoint, the last 5 % are scored. FOLDER gets everything that is written;
+# a second call goes on where the first one stopped. Variables: JUDGE, a causal language model (a hub name, a folder or a
+# .gguf file) that gives the perplexity of what the models write (without one that part is left out); STEPS=6000 of
+# training, DRAWS=16 noise levels a block, NUM=32 texts written, PRESET=tiny, SEDD=sedd (the command).
 set -euo pipefail
-if [ $# -lt 2 ]; then sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
+if [ $# -lt 2 ]; then sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
 sedd=${SEDD:-sedd}
 folder=$1
 shift

@@ -100,7 +100,7 @@ class ElboResult:
         return float((self.sequences / self.length).exp().mean())
 
 
-class _Onset(Schedule):
+class Onset(Schedule):
     """Noise from 0 to the σ̄(0) > 0 at which another schedule starts, growing at a constant rate."""
 
     def __init__(self, sigma: float) -> None:
@@ -183,7 +183,7 @@ def elbo(
     pairs = [(schedule, times, torch.arange(n_sequences).repeat_interleave(draws))]
     if start > 0:
         before = 1.0 - torch.rand(n_sequences, 1, generator=generator, dtype=torch.float64, device=device)
-        pairs.append((_Onset(start), before, torch.arange(n_sequences)))
+        pairs.append((Onset(start), before, torch.arange(n_sequences)))
     batches = [
         (part, t.flatten()[first : first + batch_size], owner[first : first + batch_size])
         for part, t, owner in pairs

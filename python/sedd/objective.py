@@ -11,7 +11,7 @@ from sedd.model import ScoreModel
 from sedd.schedule import Schedule
 from sedd_ext import RankOne, linear_score_entropy_loss, sample_transition, score_entropy_loss
 
-__all__ = ["OBJECTIVES", "sample_times", "score_entropy"]
+__all__ = ["OBJECTIVES", "noised_score_entropy", "sample_times", "score_entropy"]
 
 
 def sample_times(
@@ -93,10 +93,36 @@ def score_entropy(
         raise ValueError(f"x_0: expected a tensor [B, L], got shape {list(x_0.shape)}")
     if t.shape != x_0.shape[:1]:
         raise ValueError(f"t: expected shape [{x_0.shape[0]}], one time for each sequence, got {list(t.shape)}")
+    x_t = sample_transition(x_0, schedule.total(t).unsqueeze(-1), graph, generator=generator)
+    return noised_score_entropy(model, x_0, x_t, t, graph, schedule, scale=scale, fused=fused)
+
+
+def noised_score_entropy(
+    model: ScoreModel,
+    x_0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    graph: RankOne,
+    schedule: Schedule,
+    *,
+    given: int = 0,
+    scale: float = 1.0,
+    fused: bool = True,
+) -> Tensor:
+    """:func:`score_entropy` of text that has been noised already, or of its end, given its beginning.
+
+    Args:
+        model, x_0, t, graph, schedule, scale, fused: as there.
+        x_t: noised text [B, L], int64.
+        given: so many tokens at the beginning are read by the model and not scored.
+
+    Returns:
+        Nats per sequence times ``scale`` [B], float32, differentiable.
+    """
     sigma, rate = schedule.total(t), scale * schedule.rate(t)
-    x_t = sample_transition(x_0, sigma.unsqueeze(-1), graph, generator=generator)
     shift = model.log_score_shift(sigma)
-    hidden = model.hidden(x_t, sigma)
+    hidden = model.hidden(x_t, sigma)[:, given:]
+    x_0, x_t = x_0[:, given:], x_t[:, given:]
     head = model.head_parameters() if fused else None
     if head is not None:
         loss = linear_score_entropy_loss(

@@ -1,0 +1,219 @@
+"""``sedd eval harness``: tasks of EleutherAI's lm-evaluation-harness, and the two measures that they ask for.
+
+A task asks how likely a continuation is after a context, or whether greedy decoding would write it. The context keeps
+its clean tokens and the continuation alone is noised, as in infilling. :mod:`sedd.lm_eval_model` is the class that the
+harness calls.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sedd.checkpoint import write_json
+from sedd.config import check_options
+from sedd.evaluate import Onset, prior_kl
+from sedd.model import ScoreModel, device_of
+from sedd.objective import noised_score_entropy
+from sedd.progress import console
+from sedd.schedule import Schedule
+from sedd_ext import RankOne, sample_transition, tweedie_probs
+
+__all__ = ["HarnessOptions", "continuation_bound", "greedy_continuation", "harness"]
+
+
+@dataclass
+class HarnessOptions:
+    """Evaluation"""
+
+    tasks: list[str]
+    """Names of tasks: those of the harness, such as lambada_openai, hellaswag, piqa, arc_easy, winogrande, or those of
+    --include_path."""
+    include_path: str | None = None
+    """A folder with tasks of your own, as YAML files."""
+    limit: int | None = None
+    """Ask only so many questions of each task."""
+    num_fewshot: int | None = None
+    """Put so many solved examples before each question; null: as the task has it."""
+    draws: int = 128
+    """Noise levels for the likelihood of each answer."""
+    steps: int = 64
+    """Reverse steps where a task has text written."""
+    seed: int = 0
+    """Seed of noise levels, noise and samples."""
+    batch_size: int = 32
+    """Sequences that the model sees at once."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
+    json: str | None = None
+    """Write the results to this file too."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_options(self, positive=("limit", "draws", "steps", "batch_size"), outputs=("json",))
+        if not self.tasks:
+            raise ValueError("tasks: name at least one, for example --tasks [lambada_openai]")
+        if self.include_path is not None and not Path(self.include_path).is_dir():
+            raise FileNotFoundError(f"include_path: there is no folder {self.include_path}")
+
+
+def harness(run: str, options: HarnessOptions) -> int:
+    """Runs tasks of the harness on a model and prints the harness's own table."""
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import make_table
+    except ImportError as error:
+        raise ImportError('tasks need lm-eval: pip install "sedd_ext[eval]"') from error
+    from sedd.lm_eval_model import SEDDLM
+
+    manager = TaskManager(include_path=options.include_path)
+    if unknown := [name for name in options.tasks if not manager.match_tasks([name])]:
+        raise ValueError(f"tasks: the harness knows no {', '.join(unknown)}; `lm_eval ls tasks` lists what it knows")
+    model = SEDDLM(
+        run,
+        draws=options.draws,
+        steps=options.steps,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        device=options.device,
+    )
+    results = lm_eval.simple_evaluate(
+        model,
+        tasks=options.tasks,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        task_manager=manager,
+        bootstrap_iters=1000,
+    )
+    out = console()
+    for part in ("results", "groups"):
+        if part in results:
+            out.print(make_table(results, part))
+    if options.json:
+        kept = {name: results[name] for name in ("results", "configs", "versions", "n-samples") if name in results}
+        # what JSON cannot say (functions of a task's configuration) is written as text
+        plain = json.loads(json.dumps(kept, default=str).replace("NaN", "null"))
+        write_json(Path(options.json), {"model": str(model.loaded.path), "draws": options.draws, **plain})
+    return 0
+
+
+def continuation_bound(
+    model: ScoreModel,
+    context: Sequence[int],
+    continuation: Sequence[int],
+    graph: RankOne,
+    schedule: Schedule,
+    *,
+    draws: int,
+    length: int,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> Tensor:
+    """Estimates of the bound -log p(continuation | context) ≤ ∫ σ(t) Σ L dt + prior term, one for each noise level.
+
+    The diffusion is that of the continuation alone: its tokens are noised, those of the context stay clean, and only
+    its scores are looked at. For the score of that conditional process it is theorem 3.6 as it stands; a model trained
+    on whole noised texts knows it as far as it can infill. The k-th of the times lies in [k/draws, (k+1)/draws).
+
+    Times and noise follow from the seed, the context and the place in the text, not from the continuation: answers to
+    one question are compared under the same times and, with an absorbing process, the same masks (common random
+    numbers), so that their differences have far less noise than they themselves.
+
+    Args:
+        model: the score model, in evaluation mode.
+        context: tokens before; there may be none.
+        continuation: tokens to score, at least one.
+        graph: the forward process.
+        schedule: the noise schedule.
+        draws: number of noise levels.
+        length: the longest text the model takes; context and continuation together are no longer.
+        seed: of the random numbers.
+        batch_size: sequences the model sees at once.
+
+    Returns:
+        Nats [draws], float64, on the CPU: their mean is the estimate.
+
+    Raises:
+        ValueError: nothing to score, or more tokens than ``length``.
+    """
+    n, total = len(continuation), len(context) + len(continuation)
+    if not 1 <= n <= total <= length:
+        raise ValueError(f"continuation: {n} tokens after {len(context)}, wanted at least 1 and {length} in all")
+    device = device_of(model)
+    generator = _generator(seed, context, device)
+    text = torch.tensor([*context, *continuation], device=device)
+    places = torch.rand(draws, generator=generator, dtype=torch.float64, device=device)
+    parts = [(schedule, (torch.arange(1, draws + 1, device=device) - places) / draws)]
+    start, end = (float(sigma) for sigma in schedule.total(torch.tensor([0.0, 1.0])))
+    if start > 0:  # the noise before t = 0, as in elbo
+        parts.append((Onset(start), 1.0 - places))
+    # one row is one noise level of a text of full length, so that a place in the text always has the same noise
+    padded = torch.zeros(draws, length, dtype=torch.int64, device=device)
+    padded[:, :total] = text
+    result = prior_kl(text[len(context) :], end, graph).sum() + torch.zeros(draws, dtype=torch.float64)
+    for part, times in parts:
+        noised = sample_transition(padded, part.total(times).unsqueeze(-1), graph, generator=generator)[:, :total]
+        noised[:, : len(context)] = text[: len(context)]
+        for first in range(0, draws, batch_size):
+            rows = slice(first, first + batch_size)
+            x_t, t = noised[rows].contiguous(), times[rows]
+            with torch.inference_mode():
+                loss = noised_score_entropy(model, text.expand(len(x_t), -1), x_t, t, graph, part, given=len(context))
+            result[rows] += loss.double().cpu()
+    return result
+
+
+def greedy_continuation(
+    model: ScoreModel, context: Sequence[int], n: int, graph: RankOne, schedule: Schedule, *, seed: int = 0
+) -> list[int]:
+    """What greedy decoding writes after a context: the likeliest token where the model is surest, one after the other.
+
+    All n positions begin as noise of the process (MASK; random tokens, which follow from the seed and the context, for
+    one that is not absorbing). In each of n steps, at the times 1, 1 - 1/n, ..., 1/n, the model's law of the clean
+    token is looked at in every open position, and the most probable token of all is written for good. That is greedy
+    decoding for absorbing noise; where noise looks like text, a model near t = 1 takes the context for noise too.
+
+    Args:
+        model: the score model, in evaluation mode.
+        context: tokens before; there may be none.
+        n: how many to write, at least 1.
+        graph: the forward process.
+        schedule: the noise schedule.
+        seed: of the noise.
+
+    Returns:
+        n tokens.
+
+    Source: Deschenaux & Gulcehre 2024, appendix A.2, says greedy decoding; the order is ours.
+    """
+    device = device_of(model)
+    x = graph.sample_limit((n,), generator=_generator(seed, context, device), device=device)
+    start = torch.tensor(context, dtype=torch.int64, device=device)
+    open_places = torch.ones(n, dtype=torch.bool, device=device)
+    with torch.inference_mode():
+        for step in range(n):
+            sigma = schedule.total(torch.tensor([1 - step / n], dtype=torch.float64)).to(device)
+            hidden = model.hidden(torch.cat([start, x]).unsqueeze(0), sigma)[0, len(context) :]
+            shift = model.log_score_shift(sigma)
+            probs = tweedie_probs(
+                model.head(hidden).float(), x, float(sigma), graph, log_score_shift=shift, denoise=True
+            )
+            best, token = probs.max(-1)
+            place = int(torch.where(open_places, best, -1.0).argmax())
+            x[place] = token[place]
+            open_places[place] = False
+    written: list[int] = x.tolist()
+    return written
+
+
+def _generator(seed: int, context: Sequence[int], device: torch.device) -> torch.Generator:
+    """Random numbers that follow from a seed and a context."""
+    word = hashlib.blake2b(f"{seed} {list(context)}".encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(word, "big") >> 1)
