@@ -17,6 +17,7 @@ from sedd import commands
 from sedd.config import TrainConfig, explain, from_options, train_parser
 from sedd.generative import GenerativeOptions, generative
 from sedd.harness import HarnessOptions, harness
+from sedd.latency import LatencyOptions, latency
 from sedd.perplexity import PerplexityOptions, perplexity
 
 
@@ -79,6 +80,7 @@ examples:
   sedd eval perplexity models/sedd-small wikitext2 ptb   on the papers' test sets
   sedd eval generative runs/default                      what it writes, judged by another model
   sedd eval harness models/sedd-small --tasks [piqa]     tasks of lm-evaluation-harness
+  sedd eval latency runs/default                         against an autoregressive model with cache
 """
 
 PERPLEXITY = """Measure how well a model predicts text it was not trained on.
@@ -126,6 +128,18 @@ examples:
   sedd eval harness models/sedd-small --tasks [lambada_openai] --limit 200
   sedd eval harness models/sedd-small --tasks [hellaswag,piqa,arc_easy,winogrande] --json tasks.json
   sedd eval harness runs/default --tasks [mine] --include_path tasks/
+"""
+
+LATENCY = """Measure how long a sample takes, against an autoregressive transformer of the same shape.
+
+The twin, which has a key-value cache, is a GPT-2 of the same width, depth, heads and vocabulary with random weights,
+from transformers. The times are taken in turns. Prints seconds and tokens per second, and the number of steps at which
+both take equally long. In place of a model, tiny, small or medium measures an untrained one of that size: time does not
+depend on the weights.
+
+examples:
+  sedd eval latency runs/default --plot latency.png
+  sedd eval latency small --length 1024 --steps [16,64,256,1024] --batch_sizes [1,8,32] --json latency.json
 """
 
 CONVERT = """Write a model of any known format as a folder of safetensors, ready for the Hugging Face hub.
@@ -177,6 +191,7 @@ def _parser() -> ArgumentParser:
         "perplexity": add("perplexity", PERPLEXITY, to=measures),
         "generative": add("generative", GENERATIVE, to=measures),
         "harness": add("harness", HARNESS, to=measures),
+        "latency": add("latency", LATENCY, to=measures),
     }
     for command in (sample, infill, *measure.values()):
         command.add_argument("run", help=RUN_HELP)
@@ -189,6 +204,7 @@ def _parser() -> ArgumentParser:
     measure["perplexity"].add_class_arguments(PerplexityOptions)
     measure["generative"].add_class_arguments(GenerativeOptions)
     measure["harness"].add_class_arguments(HarnessOptions)
+    measure["latency"].add_class_arguments(LatencyOptions)
     convert = add("convert", CONVERT)
     convert.add_argument("source", help=RUN_HELP)
     convert.add_argument("out", help="The folder to write.")
@@ -224,6 +240,8 @@ def _run(argv: list[str]) -> int:
             return generative(given.run, from_options(GenerativeOptions, given))
         if measure == "harness":
             return harness(given.run, from_options(HarnessOptions, given))
+        if measure == "latency":
+            return latency(given.run, from_options(LatencyOptions, given))
         return perplexity(given.run, given.texts, from_options(PerplexityOptions, given))
     if parsed.command == "convert":
         return commands.convert(given.source, given.out, given.config)

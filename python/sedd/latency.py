@@ -1,0 +1,307 @@
+"""``sedd eval latency``: the time a sample takes, against an autoregressive transformer of the same shape.
+
+The comparison is that of Deschenaux & Gulcehre 2024 (figure 1, table 7): a GPT-2 of the same width, depth and
+vocabulary, which writes one token after the other with a key-value cache, against reverse steps of the whole text.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from sedd.checkpoint import write_json
+from sedd.config import autocast_dtype, check_options, resolve_device
+from sedd.evaluate import write_figure
+from sedd.model import PRESETS, SEDD
+from sedd.pretrained import load_model
+from sedd.progress import console, track
+from sedd.sample import SAMPLERS, sample
+from sedd.schedule import LogLinear
+from sedd_ext import Absorbing
+
+__all__ = ["LatencyOptions", "crossing", "latency", "make_twin", "plot_latency"]
+
+TOKENS = 50_257  # of an untrained preset: GPT-2's vocabulary
+
+
+@dataclass
+class LatencyOptions:
+    """Evaluation"""
+
+    steps: list[int] = field(default_factory=lambda: [16, 32, 64, 128, 256])
+    """Numbers of reverse steps to measure, for example --steps [64,1024]."""
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
+    """Texts written at a time."""
+    length: int | None = None
+    """Tokens in a text; null: as many as in a training block."""
+    sampler: str = "tweedie"
+    """How a reverse step is drawn: tweedie or euler."""
+    repeats: int = 3
+    """How often each time is taken; the median is told, with the fastest and the slowest."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
+    json: str | None = None
+    """Write the times to this file too."""
+    plot: str | None = None
+    """Draw seconds against steps, and where diffusion takes as long as the autoregressive model, as a picture."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_options(self, positive=("length", "repeats"), outputs=("json", "plot"))
+        for name in ("steps", "batch_sizes"):
+            values = getattr(self, name)
+            if not values or min(values) < 1:
+                raise ValueError(f"{name}: expected numbers of at least 1, got {values}")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}; got {self.sampler!r}")
+
+
+def make_twin(model: SEDD, length: int) -> Any:
+    """A GPT-2 with the width, depth, heads and vocabulary of a model, and random weights: time does not depend on them.
+
+    Args:
+        model: the diffusion model.
+        length: the most tokens it can write.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError('the autoregressive twin needs transformers: pip install "sedd_ext[eval]"') from error
+    sizes = model.config
+    config = transformers.GPT2Config(
+        vocab_size=model.graph.dim - (model.graph.mask_id is not None),
+        n_positions=length + 1,
+        n_embd=sizes.hidden_size,
+        n_layer=sizes.n_blocks,
+        n_head=sizes.n_heads,
+        bos_token_id=0,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    twin: Any = transformers.GPT2LMHeadModel(config)
+    twin.generation_config.eos_token_id = None  # it writes on to the end
+    return twin.eval()
+
+
+def write_with_twin(twin: Any, batch: int, length: int) -> torch.Tensor:
+    """Texts [batch, length] of the twin, sampled token by token from its whole law, with a key-value cache."""
+    start = torch.zeros(batch, 1, dtype=torch.int64, device=twin.device)
+    written: torch.Tensor = twin.generate(
+        start,
+        attention_mask=torch.ones_like(start),
+        do_sample=True,
+        top_k=0,
+        min_new_tokens=length,
+        max_new_tokens=length,
+        use_cache=True,
+    )
+    return written[:, 1:]
+
+
+def crossing(steps: Sequence[int], seconds: Sequence[float], twin: float) -> tuple[float, bool]:
+    """The number of steps at which diffusion takes as long as its twin.
+
+    Between two measured numbers of steps the time is taken for a straight line; beyond them, for the line through the
+    two outermost.
+
+    Args:
+        steps: numbers of steps, ascending.
+        seconds: their times.
+        twin: the twin's time.
+
+    Returns:
+        The steps, NaN if the lines do not meet, and whether they lie within what was measured.
+    """
+    points = list(zip(steps, seconds, strict=True))
+    for (a, start), (b, end) in pairwise(points):
+        if min(start, end) <= twin <= max(start, end) and start != end:
+            return a + (b - a) * (twin - start) / (end - start), True
+    if len(points) < 2:
+        return (float(steps[0]), True) if seconds[0] == twin else (math.nan, False)
+    (a, start), (b, end) = points[:2] if twin < points[0][1] else points[-2:]
+    found = a + (b - a) * (twin - start) / (end - start) if end > start else math.nan
+    return (found, False) if found > 0 else (math.nan, False)
+
+
+def latency(run: str, options: LatencyOptions) -> int:
+    """Takes the times and shows them."""
+    import transformers
+
+    device = resolve_device(options.device)
+    if run in PRESETS and not Path(run).exists():
+        # an untrained network takes as long as a trained one: absorbing noise frees positions whatever the scores are
+        model = SEDD(run, Absorbing(TOKENS), LogLinear()).to(device).eval()
+        name, schedule, dtype = f"untrained preset {run}", model.schedule, autocast_dtype("auto", device)
+    else:
+        loaded = load_model(run, device)
+        model, name, schedule, dtype = loaded.model, str(loaded.path), loaded.schedule, loaded.autocast_dtype
+    assert schedule is not None
+    length = options.length or model.config.length
+    twin = make_twin(model, length).to(device)
+
+    def diffuse(batch: int, steps: int) -> None:
+        sample(
+            model,
+            model.graph,
+            schedule,
+            batch=batch,
+            length=length,
+            steps=steps,
+            sampler=options.sampler,
+            device=device,
+            autocast_dtype=dtype,
+        )
+
+    contestants: dict[tuple[int, int], Callable[[], Any]] = {}
+    for batch in options.batch_sizes:
+        contestants[batch, 0] = partial(write_with_twin, twin, batch, length)
+        for steps in sorted(set(options.steps)):
+            contestants[batch, steps] = partial(diffuse, batch, steps)
+    out = console()
+    seconds: dict[tuple[int, int], list[float]] = {key: [] for key in contestants}
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+        for batch in options.batch_sizes:  # warm up
+            contestants[batch, 0]()
+            diffuse(batch, 1)
+        # in turns, so that a machine that slows down slows all of them
+        rounds = [key for _ in range(options.repeats) for key in contestants]
+        for key in track(rounds, "measuring", out.is_terminal):
+            seconds[key].append(_time(contestants[key], device))
+    report: dict[str, Any] = {
+        "model": name,
+        "twin": f"GPT-2 of {twin.num_parameters():,} parameters, random weights, key-value cache",
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "length": length,
+        "sampler": options.sampler,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype or torch.float32)[6:],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "rows": [_row(batch, steps, seconds[batch, steps], length) for batch, steps in contestants],
+        "crossings": _crossings(options, seconds),
+    }
+    out.print(_table(report))
+    for found in report["crossings"]:
+        out.print(_sentence(found))
+    if options.json:
+        write_json(Path(options.json), report)
+    if options.plot:
+        plot_latency(report, options.plot)
+    return 0
+
+
+def _time(contestant: Callable[[], Any], device: torch.device) -> float:
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
+    started = time.perf_counter()
+    contestant()
+    wait()
+    return time.perf_counter() - started
+
+
+def _row(batch: int, steps: int, seconds: list[float], length: int) -> dict[str, Any]:
+    median = statistics.median(seconds)
+    return {
+        "batch": batch,
+        "steps": steps or None,  # None: the twin
+        "seconds": median,
+        "fastest": min(seconds),
+        "slowest": max(seconds),
+        "tokens_per_second": batch * length / median,
+    }
+
+
+def _crossings(options: LatencyOptions, seconds: dict[tuple[int, int], list[float]]) -> list[dict[str, Any]]:
+    found = []
+    for batch in options.batch_sizes:
+        steps = sorted(set(options.steps))
+        times = [statistics.median(seconds[batch, n]) for n in steps]
+        where, measured = crossing(steps, times, statistics.median(seconds[batch, 0]))
+        found.append({"batch": batch, "steps": None if math.isnan(where) else where, "measured": measured})
+    return found
+
+
+def _sentence(found: dict[str, Any]) -> str:
+    if found["steps"] is None:
+        return f"batch {found['batch']}: no number of steps takes as long as the autoregressive model"
+    how = "" if found["measured"] else " (extrapolated beyond what was measured)"
+    return f"batch {found['batch']}: as long as the autoregressive model at {found['steps']:.1f} steps{how}"
+
+
+def _table(report: dict[str, Any]) -> Table:
+    table = Table(
+        "", title=f"{report['model']}: texts of {report['length']} tokens, {report['device']}, {report['dtype']}"
+    )
+    for column in ("batch", "seconds", "fastest to slowest", "tokens/s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in report["rows"]:
+        table.add_row(
+            f"{row['steps']:,} steps" if row["steps"] else "autoregressive, cached",
+            str(row["batch"]),
+            f"{row['seconds']:.3f}",
+            f"{row['fastest']:.3f} to {row['slowest']:.3f}",
+            f"{row['tokens_per_second']:,.0f}",
+        )
+    return table
+
+
+def plot_latency(report: dict[str, Any], path: str | Path) -> None:
+    """Draws seconds against steps, log-log: a line for each batch size, dashed for the autoregressive model.
+
+    Args:
+        report: what ``sedd eval latency --json`` writes.
+        path: the picture to write; its ending gives the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot(xscale="log", yscale="log", xlabel="reverse steps", ylabel="seconds for the batch")
+        for colour, found in enumerate(report["crossings"]):
+            rows = [row for row in report["rows"] if row["batch"] == found["batch"]]
+            twin = next(row for row in rows if row["steps"] is None)
+            rows = [row for row in rows if row["steps"] is not None]
+            style = {"color": f"C{colour}"}
+            texts = f"{found['batch']} text{'s' if found['batch'] > 1 else ''}"
+            steps, times = [row["steps"] for row in rows], [row["seconds"] for row in rows]
+            axes.plot(steps, times, marker="o", label=f"diffusion, {texts} at a time", **style)
+            axes.fill_between(steps, [r["fastest"] for r in rows], [r["slowest"] for r in rows], alpha=0.2, **style)
+            label = f"autoregressive with cache, {texts}"
+            axes.axhline(twin["seconds"], linestyle="--", label=label, **style)
+            if found["steps"] is not None and found["measured"]:
+                axes.plot(found["steps"], twin["seconds"], marker="*", markersize=14, **style)
+                axes.annotate(
+                    f"{found['steps']:.0f} steps",
+                    (found["steps"], twin["seconds"]),
+                    (-6, 8),
+                    textcoords="offset points",
+                    ha="right",
+                    **style,
+                )
+        ticks = sorted({row["steps"] for row in report["rows"] if row["steps"]})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
+        axes.set_title(f"texts of {report['length']} tokens, {report['device']}, {report['dtype']}", fontsize="medium")
+        axes.legend(fontsize="small")
+
+    write_figure(path, (7, 4.5), draw)
