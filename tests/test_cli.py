@@ -20,7 +20,8 @@ from sedd.commands import parse_template, render
 from sedd.config import ModelOptions, TrainConfig, autocast_dtype, load_config, resolve_device
 from sedd.tokenizer import get_tokenizer
 
-COMMANDS = ("train", "sample", "infill", "eval", "convert", "info")
+COMMANDS = ("train", "sample", "infill", "eval", "report", "convert", "info")
+MEASURES = ("perplexity", "generative", "harness", "latency")
 LENGTH = 16
 TEXT = "".join(f"the cat {i} sat on the mat {i * i}\n" for i in range(2000))
 # one thread wherever the run is trained, and small enough for seconds
@@ -150,7 +151,7 @@ def test_info(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(word in printed for word in ('"hidden_size": 32', "200 steps", "step_00000200"))
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "eval perplexity"])
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"eval {name}" for name in MEASURES)])
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*command.split(), "--help"])

@@ -1,4 +1,4 @@
-"""The command line: ``sedd train | sample | infill | eval | convert | info``."""
+"""The command line: ``sedd train | sample | infill | eval | report | convert | info``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from sedd.generative import GenerativeOptions, generative
 from sedd.harness import HarnessOptions, harness
 from sedd.latency import LatencyOptions, latency
 from sedd.perplexity import PerplexityOptions, perplexity
+from sedd.report import ReportOptions, report
 
 
 class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -31,6 +32,7 @@ ABOUT = """Score-entropy diffusion language models: train one, let it write, fil
   sedd sample runs/default --live      watch the model write
   sedd infill runs/default 'def {{8}}(self, {{12}}) -> bool:'
   sedd eval perplexity runs/default    bits per byte, beside unigram and bigram models
+  sedd report runs/default             all of it on one page
 
 SEDD_DEBUG=1 in the environment shows the traceback of an error.
 """
@@ -156,6 +158,17 @@ examples:
                                                               graph: {type: absorb}, noise: {type: loglinear}
 """
 
+REPORT = """Gather a run into one HTML page: losses, likelihood, evaluations, samples, and a text on its way from noise.
+
+The page is a single file that needs no network. What `sedd eval ... --json` and `--plot` wrote into the folder eval of
+the run is part of it.
+
+examples:
+  sedd report runs/default
+  sedd eval generative runs/default --json runs/default/eval/generative.json --plot runs/default/eval/generative.png
+  sedd report runs/default --steps 128 --out page.html
+"""
+
 INFO = """Show what is installed: versions, kernels, presets, registered names; or what a run is.
 
 examples:
@@ -209,6 +222,9 @@ def _parser() -> ArgumentParser:
     convert.add_argument("source", help=RUN_HELP)
     convert.add_argument("out", help="The folder to write.")
     convert.add_argument("--config", help="JSON or YAML with entries of config.json that come before the source's own.")
+    page = add("report", REPORT)
+    page.add_argument("run", help="A run folder, or one checkpoint folder.")
+    page.add_class_arguments(ReportOptions)
     add("info", INFO).add_argument("run", nargs="?", help=RUN_HELP)
     return parser
 
@@ -243,6 +259,8 @@ def _run(argv: list[str]) -> int:
         if measure == "latency":
             return latency(given.run, from_options(LatencyOptions, given))
         return perplexity(given.run, given.texts, from_options(PerplexityOptions, given))
+    if parsed.command == "report":
+        return report(given.run, from_options(ReportOptions, given))
     if parsed.command == "convert":
         return commands.convert(given.source, given.out, given.config)
     return commands.info(given.run)

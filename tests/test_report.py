@@ -1,0 +1,223 @@
+"""The report: all of a run on one page, harmless whatever a model wrote, and a film that a browser really plays."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+import torch
+
+from sedd.cli import main
+from sedd.pretrained import load_model
+from sedd.sample import sample
+
+STEPS = 12
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+in_browser = pytest.mark.skipif(BROWSER is None, reason="no browser: install Debian's chromium (CI does)")
+
+
+def train(folder: Path, *options: str) -> Path:
+    text = folder / "cats.txt"
+    text.write_text("".join(f"the cat {i} sat on the mat\n" for i in range(600)))
+    sizes = ["--model.n_blocks=1", "--model.n_heads=2", "--model.hidden_size=32", "--model.length=24"]
+    source = [f"--data.source={text}", f"--data.cache_dir={folder / 'cache'}", f"--run_dir={folder / 'cats'}"]
+    assert main(["train", *sizes, *source, "--steps=60", "--valid_every=20", "--lr=1e-2", "--warmup=5", *options]) == 0
+    return folder / "cats"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = train(tmp_path_factory.mktemp("runs"))
+    (run / "eval").mkdir()
+    figures = {"model": "x", "texts": {"a.txt": {"perplexity": 12.3456, "tokens": 12345, "reading": "<b>bold</b>"}}}
+    (run / "eval" / "perplexity.json").write_text(json.dumps(figures))
+    rows = [
+        {"sampler": "euler", "steps": 16, "texts": ["not shown"]},
+        {"sampler": "tweedie", "steps": 16, "mauve": 0.5},
+    ]
+    (run / "eval" / "generative.json").write_text(json.dumps({"settings": {"judge": "someone"}, "rows": rows}))
+    matplotlib.image.imsave(run / "eval" / "bound.png", torch.rand(4, 4, 3).numpy())
+    return run
+
+
+def make(run: Path, *options: str) -> str:
+    assert main(["report", str(run), "--steps", str(STEPS), "--samples", "2", *options]) == 0
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
+def frames(run: Path, seed: int = 0) -> list[str]:
+    """The texts of all steps from the sampler itself, MASK as a block."""
+    loaded = load_model(run)
+    generator = torch.Generator().manual_seed(seed)
+    kept = [loaded.graph.sample_limit((2, 24), generator=torch.Generator().manual_seed(seed))]
+    sample(
+        loaded.model,
+        loaded.graph,
+        loaded.schedule,
+        batch=2,
+        length=24,
+        steps=STEPS,
+        generator=generator,
+        on_step=lambda step, steps, tokens: kept.append(tokens),
+        autocast_dtype=loaded.autocast_dtype,
+    )
+    return ["".join(loaded.tokenizer.decode([token]) for token in frame[0].tolist()) for frame in kept]
+
+
+def test_everything_of_a_run_is_on_the_page(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = make(run)
+    assert "report.html: open it in a browser" in capsys.readouterr().out
+    for words in ("cats", "absorbing, loglinear", "bytes, 257", "60 steps", "validation bound", "<svg", "hidden_size"):
+        assert words in page
+    assert all(
+        words in page for words in ("12.35", "12,345", "settings judge: someone", "0.5", "data:image/png;base64,")
+    )
+    assert "&lt;b&gt;bold" in page
+    assert "<b>bold" not in page
+    assert "not shown" not in page
+    film = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
+    assert len(film["changes"]) == STEPS + 1
+    assert film["counts"][0] == 24
+    assert film["counts"][-1] == 0
+    ids = film["start"]
+    for change, expected in zip([[], *film["changes"]], frames(run), strict=True):
+        for place, token in change:
+            ids[place] = token
+        assert "".join(film["pieces"][str(token)] for token in ids) == expected
+    for text in re.findall(r'<div class="text">(.*?)</div>', page, re.DOTALL)[:1]:
+        assert html.unescape(text) == frames(run)[-1]
+
+
+def test_nothing_is_asked_for_and_nothing_else_may_run(run: Path) -> None:
+    page = make(run)
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-" in page
+    outside = re.sub(r'xmlns(:\w+)?="[^"]*"|xlink:href="#[^"]*"|rdf:resource="[^"]*"', "", page)
+    outside = re.sub(r"<metadata>.*?</metadata>", "", outside, flags=re.DOTALL)
+    assert not re.search(r"(https?:)?//[a-z]", re.sub(r"^ *//.*$", "", outside, flags=re.MULTILINE))
+
+
+EVIL = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "\u2028\u202e\x1b\0 & \"'`${x}"]
+
+
+def test_what_a_model_writes_is_harmless(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model(run)
+    monkeypatch.setattr(type(loaded.tokenizer), "decode", lambda self, ids: EVIL[len(list(ids)) % 3] + EVIL[1])
+    page = make(run)
+    assert page.count("<script") == 2
+    assert "<img src=x" not in page
+    assert "alert(1)</script>" not in page
+    assert json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
+
+
+def test_a_failure_leaves_the_page_that_was_there(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = make(run)
+
+    def fail(self: Path, target: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    assert main(["report", str(run), "--steps", "2", "--samples", "1"]) == 2
+    assert (run / "report.html").read_text(encoding="utf-8") == page
+    assert not list(run.glob(".writing-*"))
+
+
+def test_a_run_with_little_to_tell(tmp_path: Path) -> None:
+    run = train(tmp_path, "--steps=3", "--graph=uniform")
+    metrics = run / "metrics.jsonl"
+    with metrics.open("a") as file:
+        file.write('{"step": 4, "lo')  # what a killed process was writing
+    page = make(run)
+    assert "tokens changed" in page
+    assert "None yet" in page
+    metrics.unlink()
+    assert "There is no metrics.jsonl" in make(run)
+    assert main(["report", str(tmp_path / "none")]) == 2
+    assert main(["convert", str(run), str(tmp_path / "model")]) == 0
+    assert main(["report", str(tmp_path / "model")]) == 2, "a model has no losses to report"
+
+
+# -- in a browser ------------------------------------------------------------------------------------------------------
+
+
+def browse(page: Path, anchor: str, work: Path, *options: str) -> str:
+    """Opens a page; returns the document after its scripts have run."""
+    line = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={work / 'profile'}"]
+    more = ["--virtual-time-budget=4000", "--enable-logging=stderr", *options, f"{page.resolve().as_uri()}{anchor}"]
+    done = subprocess.run([*line, *more], capture_output=True, timeout=120)
+    messages = [row for row in done.stderr.decode(errors="replace").splitlines() if "CONSOLE" in row]
+    assert not messages, messages
+    return done.stdout.decode("utf-8")
+
+
+def shown(document: str) -> tuple[str, str]:
+    """The text of the film and the words beside the slider."""
+    film = re.search(r'<div id="film"[^>]*>(.*?)</div>', document, re.DOTALL)
+    where = re.search(r'<output id="where"[^>]*>(.*?)</output>', document)
+    assert film
+    assert where
+    return html.unescape(re.sub(r"<[^>]*>", "", film[1])), where[1]
+
+
+@in_browser
+def test_a_browser_shows_the_step_that_is_asked_for(run: Path, tmp_path: Path) -> None:
+    make(run)
+    texts = frames(run)
+    for step in (0, 5, STEPS + 1):
+        text, where = shown(browse(run / "report.html", f"#step={step}", tmp_path, "--dump-dom"))
+        assert text == texts[step]
+        assert where == f"step {step} of {STEPS + 1} · {texts[step].count('█')} tokens still masked"
+    assert shown(browse(run / "report.html", "", tmp_path, "--dump-dom"))[0] == texts[-1]
+
+
+SCRUB = """
+const seen = [], text = () => document.getElementById("film").textContent;
+const key = (name) => document.body.dispatchEvent(new KeyboardEvent("keydown", {key: name, bubbles: true}));
+slider.value = 3; slider.dispatchEvent(new Event("input")); seen.push(text());
+key("ArrowRight"); seen.push(text());
+key("ArrowLeft"); key("ArrowLeft"); seen.push(text());
+location.hash = "#step=7";
+setTimeout(() => {
+  seen.push(text());
+  slider.value = 10; slider.dispatchEvent(new Event("input"));
+  document.getElementById("play").click();
+  setTimeout(() => { seen.push(text()); document.title = JSON.stringify(seen); }, 2500);
+}, 100);
+"""
+
+
+@in_browser
+def test_the_film_can_be_scrubbed_stepped_and_played(run: Path, tmp_path: Path) -> None:
+    page = re.sub(r"<meta http-equiv[^>]*>", "", make(run))  # or this script would not run, as the next test shows
+    probe = tmp_path / "probe.html"
+    probe.write_text(page.replace("</body>", f"<script>{SCRUB}</script></body>"), encoding="utf-8")
+    document = browse(probe, "", tmp_path, "--dump-dom")
+    seen = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", document, re.DOTALL)[1]))  # type: ignore[index]
+    texts = frames(run)
+    assert seen == [texts[step] for step in (3, 4, 2, 7, STEPS + 1)]
+
+
+@in_browser
+def test_a_script_that_is_not_the_pages_own_does_not_run(run: Path, tmp_path: Path) -> None:
+    probe = tmp_path / "probe.html"
+    probe.write_text(make(run).replace("</body>", "<script>document.title = 'ran'</script></body>"), encoding="utf-8")
+    with pytest.raises(AssertionError, match="inline script violates the following Content Security"):
+        browse(probe, "", tmp_path, "--dump-dom")
+
+
+@in_browser
+@pytest.mark.parametrize("size", ["1200,1600", "390,1600"])
+def test_a_screenshot_has_something_on_it(run: Path, tmp_path: Path, size: str) -> None:
+    make(run)
+    picture = tmp_path / "page.png"
+    browse(run / "report.html", "#step=6", tmp_path, f"--window-size={size}", f"--screenshot={picture}")
+    colours = torch.from_numpy(matplotlib.image.imread(picture).copy())[..., :3].mul(255).to(torch.int64)
+    assert len(colours.flatten(0, 1).unique(dim=0)) > 100
+    marked = (colours == torch.tensor([255, 233, 168])).all(-1).sum()
+    assert int(marked) > 50, "what the step has changed is marked"
