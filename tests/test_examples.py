@@ -1,7 +1,10 @@
 """The README shows what an example does, and the example works."""
 
+import json
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +54,40 @@ def test_readme_without_the_log_scores() -> None:
     loss = (sigma[:, None] * score_entropy_loss(head(states), x_t, x_0, sigma_bar[:, None], graph)).sum()
     torch.testing.assert_close(names["loss"], loss)
     torch.testing.assert_close(fused, list(torch.autograd.grad(loss, leaves)))
+
+
+@pytest.mark.parametrize("name", ["text27.sh", "wikitext.sh"])
+def test_a_script_without_arguments_says_what_it_wants(name: str) -> None:
+    done = subprocess.run(["bash", str(ROOT / "examples" / name)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"bash examples/{name} FOLDER" in done.stderr
+    assert "SEDD=sedd (the command)" in done.stderr.replace("\n", " ")
+    assert "set -euo" not in done.stderr
+
+
+def test_runs_are_compared(tmp_path: Path) -> None:
+    for i, name in enumerate(("one", "two")):
+        folder = tmp_path / name / "eval"
+        folder.mkdir(parents=True)
+        figures = {"nats_per_token": 2.0 + i, "standard_error": 0.1, "bits_per_byte": 3.0 + i, "perplexity": 7.4}
+        texts = {"test.txt": {**figures, "perplexity_mean_of_exp": 7.5}}
+        (folder / "perplexity.json").write_text(json.dumps({"texts": texts}))
+        row = {"perplexity_error": 2.0, "entropy": 5.0, "unique": 0.5, "repetition": 0.1, "seconds_per_text": 0.2}
+        rows = [
+            {**row, "sampler": sampler, "steps": steps, "perplexity": 100.0 + steps}
+            for sampler in ("tweedie", "euler")
+            for steps in (16, 64)
+        ]
+        judged = {"settings": {"judge": "somebody"}, "real": {**row, "perplexity": 50.0}, "rows": rows}
+        (folder / "generative.json").write_text(json.dumps(judged))
+    command = [sys.executable, str(ROOT / "examples" / "compare.py"), str(tmp_path / "one"), str(tmp_path / "two")]
+    subprocess.run([*command, "--out", str(tmp_path / "comparison")], check=True, capture_output=True)
+    table = (tmp_path / "comparison.md").read_text()
+    assert "| two | test.txt | 4.0000 ± 0.1333 | 3.0000 ± 0.1000 | 7.40 | 7.50 |" in table
+    assert "| one | euler | 64 | 164.0 ± 2.0 | 5.000 | 0.500 | 0.100 | 0.20 |" in table
+    assert "| one | real text |" in table
+    assert "perplexity (somebody)" in table
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    done = subprocess.run([*command, str(tmp_path), "--out", "x"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "there is no eval/perplexity.json" in done.stderr
