@@ -9,8 +9,7 @@ What :func:`load_model` and ``SEDD.from_pretrained`` read:
 * a Lightning checkpoint whose network is called ``backbone`` and has the released names (MDLM's and its descendants'
   SEDD); its configuration is taken from its hyper-parameters or from a ``.hydra`` folder above it.
 
-The averaged weights are taken where there are any. Pickles are read by torch's ``weights_only`` unpickler; objects of
-configuration libraries become inert records, any other object has the file refused.
+The averaged weights are taken where there are any. No file can execute code (:mod:`sedd.weights`).
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,18 +31,12 @@ from sedd.config import TrainConfig, autocast_dtype
 from sedd.model import SEDD, ModelConfig, device_of
 from sedd.schedule import SCHEDULES, Schedule, get_schedule
 from sedd.tokenizer import TOKENIZERS, Tokenizer, get_tokenizer
+from sedd.weights import PICKLES, read_weights
 from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
 
 __all__ = ["LoadedModel", "load_model", "load_pretrained", "model_card", "read_mapping", "to_config"]
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-PREFIXES = ("backbone.", "module.", "_orig_mod.")
-"""What Lightning modules, DistributedDataParallel and torch.compile put before the names of the network."""
-INERT = re.compile(r"(omegaconf|transformers|tokenizers|lightning|pytorch_lightning|typing|pathlib)\.[\w.]+|"
-                   r"(builtins|__builtin__)\.(dict|list|tuple|set|int|float|str|bool|bytes|type|NoneType)|"
-                   r"collections\.defaultdict")  # fmt: skip
-"""Names in a pickle that stand for data beside the weights: they are not looked up, see :class:`_Inert`."""
 GRAPHS = {"absorb": "absorbing", "absorbing_state": "absorbing", "uniform_state": "uniform"}
 VOCABULARIES = {50_257: "gpt2", 257: "bytes", 27: "text8"}
 """The tokeniser of a model that does not name its own, by its number of tokens."""
@@ -140,7 +132,7 @@ def load_pretrained(
     if _checkpoint(path) is not None:
         return load_model(path, device).model
     file, found = _contents(path)
-    weights, inside = _read_weights(file)
+    weights, inside = read_weights(file)
     found = _merged(inside or found, config or {})
     if not found:
         raise ValueError(f"{file}: no configuration in it or beside it; give one (sedd convert --config FILE)")
@@ -367,94 +359,3 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merged(merged[key], value) if both else value
     return merged
-
-
-# -- weights -----------------------------------------------------------------------------------------------------------
-
-
-class _Inert:
-    """Stands for an object of another library in a pickle: takes its data, looks nothing up and does nothing."""
-
-    data: Any = None
-
-    def __init__(self, *data: Any) -> None:
-        if data:
-            self.data = data
-
-    def __setstate__(self, state: Any) -> None:
-        self.data = state
-
-
-def _plain(value: Any) -> Any:
-    """Containers and values, also those that OmegaConf wrapped into objects of its own."""
-    if isinstance(value, _Inert):
-        data = value.data if isinstance(value.data, dict) else {}
-        return _plain(data.get("_content", data.get("_val")))
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list) else value
-
-
-def _read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by the names of :class:`SEDD`, averaged where the file has averages; and the file's configuration."""
-    if file.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(file), {}
-        except SafetensorError as error:
-            raise ValueError(f"{file}: damaged, not a whole safetensors file: {error}") from error
-    found = _unpickle(file)
-    state = next((found[key] for key in ("state_dict", "model") if isinstance(found.get(key), dict)), found)
-    weights = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
-    for prefix in PREFIXES:
-        if any(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
-    if not weights:
-        raise ValueError(f"{file}: no tensors by name in it, so no model")
-    averages = found.get("ema")
-    if isinstance(averages, dict) and averages.get("shadow_params"):
-        weights = _averaged(weights, averages["shadow_params"], file)
-    hyper = _plain(found.get("hyper_parameters"))
-    hyper = hyper.get("config", hyper) if isinstance(hyper, dict) else {}
-    return weights, hyper if isinstance(hyper, dict) else {}
-
-
-def _unpickle(file: Path) -> dict[str, Any]:
-    """The dictionary in a file of ``torch.save``; nothing in it is executed."""
-    try:
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
-    except (ValueError, RuntimeError):  # an older format than zip, which the unpickler below reads, or refuses
-        unknown = []
-    refused = [name for name in unknown if not INERT.fullmatch(name)]
-    if refused:
-        raise ValueError(
-            f"{file}: refused, and nothing of it was run: beside tensors it holds {', '.join(sorted(refused))}, which "
-            "could execute code. If you trust its author, load it there and save the state dict alone"
-        )
-    try:
-        with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
-            found = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"beside tensors it holds {name[1]}" if name else str(error).splitlines()[0]
-        raise ValueError(f"{file}: refused, and nothing of it was run: {reason}") from error
-    except (RuntimeError, EOFError, OSError, KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: damaged, or not a file of torch.save: {type(error).__name__}: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: expected a dictionary of tensors, got {type(found).__name__}")
-    return found
-
-
-def _averaged(weights: dict[str, Tensor], averages: list[Tensor], file: Path) -> dict[str, Tensor]:
-    """The weights with the averages, a list in the parameters' order, in their places."""
-    # a state dict has its parameters in their order, and buffers between them
-    names = [name for name in weights if not name.endswith("inv_freq")]
-    if len(averages) < len(names):
-        raise ValueError(f"{file}: {len(averages)} averaged tensors for {len(names)} parameters")
-    for name, average in zip(names, averages, strict=False):
-        if not isinstance(average, Tensor) or average.shape != weights[name].shape:
-            shape = list(average.shape) if isinstance(average, Tensor) else type(average).__name__
-            raise ValueError(f"{file}: the average of {name} is {shape}, wanted {list(weights[name].shape)}")
-    return {**weights, **dict(zip(names, averages, strict=False))}
