@@ -176,6 +176,14 @@ examples:
   sedd info runs/default
 """
 
+MEASURES: dict[str, tuple[str, type, Callable[[str, Any], int]]] = {
+    "perplexity": (PERPLEXITY, PerplexityOptions, perplexity),
+    "generative": (GENERATIVE, GenerativeOptions, generative),
+    "harness": (HARNESS, HarnessOptions, harness),
+    "latency": (LATENCY, LatencyOptions, latency),
+}
+"""What ``sedd eval`` measures: help, options, and the function that takes a model and the options."""
+
 RUN_HELP = (
     "A run folder (its best checkpoint is used), one checkpoint folder, or a model: a folder, a checkpoint file, or a "
     "repository of the Hugging Face hub (see sedd convert)."
@@ -200,12 +208,7 @@ def _parser() -> ArgumentParser:
     train.add_argument("--resume", action="store_true", help="Go on with the run in --run_dir.")
     sample, infill = add("sample", SAMPLE), add("infill", INFILL)
     measures = add("eval", EVAL).add_subcommands(dest="measure")
-    measure = {
-        "perplexity": add("perplexity", PERPLEXITY, to=measures),
-        "generative": add("generative", GENERATIVE, to=measures),
-        "harness": add("harness", HARNESS, to=measures),
-        "latency": add("latency", LATENCY, to=measures),
-    }
+    measure = {name: add(name, about, to=measures) for name, (about, _, _) in MEASURES.items()}
     for command in (sample, infill, *measure.values()):
         command.add_argument("run", help=RUN_HELP)
     infill.add_argument("template", help="The text, with {{n}} for n unknown tokens.")
@@ -214,10 +217,8 @@ def _parser() -> ArgumentParser:
     sample.add_class_arguments(commands.SampleOptions)
     infill.add_class_arguments(commands.SamplingOptions)
     measure["perplexity"].add_argument("texts", nargs="*", help="What to score; nothing: the run's validation text.")
-    measure["perplexity"].add_class_arguments(PerplexityOptions)
-    measure["generative"].add_class_arguments(GenerativeOptions)
-    measure["harness"].add_class_arguments(HarnessOptions)
-    measure["latency"].add_class_arguments(LatencyOptions)
+    for name, command in measure.items():
+        command.add_class_arguments(MEASURES[name][1], skip={"texts"})
     convert = add("convert", CONVERT)
     convert.add_argument("source", help=RUN_HELP)
     convert.add_argument("out", help="The folder to write.")
@@ -251,14 +252,9 @@ def _run(argv: list[str]) -> int:
         options = from_options(commands.SamplingOptions, given)
         return commands.infill(given.run, given.template, options, given.live)
     if parsed.command == "eval":
-        measure, given = given.measure, given[given.measure]
-        if measure == "generative":
-            return generative(given.run, from_options(GenerativeOptions, given))
-        if measure == "harness":
-            return harness(given.run, from_options(HarnessOptions, given))
-        if measure == "latency":
-            return latency(given.run, from_options(LatencyOptions, given))
-        return perplexity(given.run, given.texts, from_options(PerplexityOptions, given))
+        _, kind, measure = MEASURES[given.measure]
+        given = given[given.measure]
+        return measure(given.run, from_options(kind, given))
     if parsed.command == "report":
         return report(given.run, from_options(ReportOptions, given))
     if parsed.command == "convert":

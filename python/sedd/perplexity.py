@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +62,8 @@ TEXTS = {
 class PerplexityOptions:
     """Evaluation"""
 
+    texts: list[str] = field(default_factory=list)
+    """Names of :data:`TEXTS`, files, folders or hub data sets; none: the run's validation text."""
     subset: str | None = None
     """Of a data set on the hub: its configuration."""
     split: str | None = None
@@ -96,10 +98,10 @@ class PerplexityOptions:
         check_options(self, positive=("blocks", "draws", "batch_size"), outputs=("json", "plot"))
 
 
-def perplexity(run: str, texts: list[str], options: PerplexityOptions) -> int:
-    """Scores a model on texts: names of :data:`TEXTS`, files, folders or hub data sets; none: its validation text."""
-    if options.plot and len(texts) > 1:
-        raise ValueError(f"plot: one text, please; {len(texts)} given")
+def perplexity(run: str, options: PerplexityOptions) -> int:
+    """Scores a model on texts and prints a table, a row for each."""
+    if options.plot and len(options.texts) > 1:
+        raise ValueError(f"plot: one text, please; {len(options.texts)} given")
     loaded = load_model(run, resolve_device(options.device))
     out = console()
     table = Table("", title=f"{loaded.path}: upper bounds, {options.draws} noise levels a block")
@@ -107,7 +109,7 @@ def perplexity(run: str, texts: list[str], options: PerplexityOptions) -> int:
         table.add_column(column, justify="right", no_wrap=True)
     figures: dict[str, Any] = {}
     notes = []
-    for name in texts or [""]:
+    for name in options.texts or [""]:
         blocks, train, rules = _blocks(loaded, name, options)
         result = _score(loaded, blocks, options, name, out)
         n_bytes = result.n_bytes or 0
