@@ -64,14 +64,14 @@ def test_the_papers_sets_by_name(model: Path, monkeypatch: pytest.MonkeyPatch) -
     rows = {
         "Salesforce/wikitext": ["", " = Title = \n", "", " A text , of lines @-@ yes . \n"],
         "EleutherAI/lambada_openai": ["“A passage” that ends in a word"] * 2,
-        "lm1b": ["A sentence , and no more ."] * 2,
-        "ptb_text_only": ["it did n't rise $ N"] * 2,
+        "billion-word-benchmark/lm1b": ["A sentence , and no more ."] * 2,
+        "ptb-text-only/ptb_text_only": ["it did n't rise $ N"] * 2,
     }
     asked: list[Any] = []
 
     def load_dataset(name: str, subset: str | None, revision: str | None, **_: Any) -> Any:
         asked.append((name, subset, revision))
-        column = "sentence" if name == "ptb_text_only" else "text"
+        column = "sentence" if name == "ptb-text-only/ptb_text_only" else "text"
         return datasets.DatasetDict({"test": datasets.Dataset.from_dict({column: rows[name]})})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -91,7 +91,7 @@ def test_the_papers_sets_by_name(model: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "one document" in found["wikitext2"]["reading"]
     assert "each row a document" in found["ptb"]["reading"]
     assert asked[0] == ("Salesforce/wikitext", "wikitext-2-raw-v1", None)
-    assert asked[-1] == ("ptb_text_only", None, "refs/convert/parquet")
+    assert asked[-1] == ("ptb-text-only/ptb_text_only", None, "refs/convert/parquet")
 
 
 def test_an_interrupted_evaluation_goes_on(

@@ -48,10 +48,10 @@ TEXTS = {
     "wikitext2": _wikitext(2),
     "wikitext103": _wikitext(103),
     "lambada": TextSet(DataConfig("EleutherAI/lambada_openai", subset="en", train_split="test", detokenizer="lambada")),
-    "lm1b": TextSet(DataConfig("lm1b", revision=_PARQUET, train_split="test", detokenizer="lm1b")),
+    "lm1b": TextSet(DataConfig("billion-word-benchmark/lm1b", revision=_PARQUET, train_split="test", detokenizer="lm1b")),
     "ptb": TextSet(
         DataConfig(
-            "ptb_text_only", revision=_PARQUET, train_split="test", text_column="sentence", detokenizer="ptb"
+            "ptb-text-only/ptb_text_only", revision=_PARQUET, train_split="test", text_column="sentence", detokenizer="ptb"
         )
     ),
 }  # fmt: skip
