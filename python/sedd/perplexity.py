@@ -15,6 +15,7 @@ from rich.table import Table
 from sedd.checkpoint import finite, write_json
 from sedd.config import check_options, resolve_device
 from sedd.data import DataConfig, TokenBlocks, load_blocks, load_text, valid_batches
+from sedd.detokenize import Detokenizer
 from sedd.evaluate import ElboResult, elbo, ngram_bits, plot_bound
 from sedd.pretrained import LoadedModel, load_model
 from sedd.progress import console
@@ -38,23 +39,19 @@ class TextSet:
     joined: bool = False
 
 
-def _wikitext(size: int) -> TextSet:
-    subset = f"wikitext-{size}-raw-v1"
-    return TextSet(DataConfig("Salesforce/wikitext", subset=subset, train_split="test", detokenizer="wikitext"), True)
+def _hub(source: str, detokenizer: Detokenizer, joined: bool = False, **options: Any) -> TextSet:
+    return TextSet(DataConfig(source, train_split="test", detokenizer=detokenizer, **options), joined)
 
 
+_WIKITEXT = "Salesforce/wikitext"
 _PARQUET = "refs/convert/parquet"  # of data sets that were published as scripts
 TEXTS = {
-    "wikitext2": _wikitext(2),
-    "wikitext103": _wikitext(103),
-    "lambada": TextSet(DataConfig("EleutherAI/lambada_openai", subset="en", train_split="test", detokenizer="lambada")),
-    "lm1b": TextSet(DataConfig("billion-word-benchmark/lm1b", revision=_PARQUET, train_split="test", detokenizer="lm1b")),
-    "ptb": TextSet(
-        DataConfig(
-            "ptb-text-only/ptb_text_only", revision=_PARQUET, train_split="test", text_column="sentence", detokenizer="ptb"
-        )
-    ),
-}  # fmt: skip
+    "wikitext2": _hub(_WIKITEXT, "wikitext", joined=True, subset="wikitext-2-raw-v1"),
+    "wikitext103": _hub(_WIKITEXT, "wikitext", joined=True, subset="wikitext-103-raw-v1"),
+    "lambada": _hub("EleutherAI/lambada_openai", "lambada", subset="en"),
+    "lm1b": _hub("billion-word-benchmark/lm1b", "lm1b", revision=_PARQUET),
+    "ptb": _hub("ptb-text-only/ptb_text_only", "ptb", revision=_PARQUET, text_column="sentence"),
+}
 """The papers' test sets by name: those of SEDD's tables 1 to 3."""
 
 
