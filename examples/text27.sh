@@ -35,7 +35,6 @@ train() { # name, then options
 }
 
 evaluate() { # name
-  mkdir -p "$folder/$1/eval"
   $sedd eval perplexity "$folder/$1" "$folder/test.txt" --draws "${DRAWS:-16}" --json "$folder/$1/eval/perplexity.json"
   if [ -n "${JUDGE:-}" ]; then
     $sedd eval generative "$folder/$1" --text "$folder/test.txt" --judge "$JUDGE" --num "${NUM:-32}" \

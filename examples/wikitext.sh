@@ -10,7 +10,6 @@ set -euo pipefail
 if [ $# -ne 3 ]; then sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
 sedd=${SEDD:-sedd}
 run=$1/run
-mkdir -p "$run/eval"
 
 $sedd train --run_dir "$run" $([ -f "$run/config.json" ] && echo --resume) \
   --data.source "$2" --data.documents paragraph --data.detokenizer wikitext --tokenizer gpt2 \

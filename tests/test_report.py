@@ -35,7 +35,6 @@ def train(folder: Path, *options: str) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = train(tmp_path_factory.mktemp("runs"))
-    (run / "eval").mkdir()
     figures = {"model": "x", "texts": {"a.txt": {"perplexity": 12.3456, "tokens": 12345, "reading": "<b>bold</b>"}}}
     (run / "eval" / "perplexity.json").write_text(json.dumps(figures))
     rows = [

@@ -4,7 +4,8 @@ The number that is minimised is the mean over sequences of ``σ(t) Σ_i L(x_t^i,
 sequence: nats per token. It estimates the likelihood bound of theorem 3.6 but for its prior term.
 
 Folder of a run: ``config.json``, ``metrics.jsonl`` (one JSON object a line: loss and gradient norm of every step, bound
-of every validation; no clock times, so two runs can be compared with ``cmp``), ``tensorboard/``, ``checkpoints/``.
+of every validation; no clock times, so two runs can be compared with ``cmp``), ``tensorboard/``, ``checkpoints/``, and
+``eval/``, where evaluations may be put for ``sedd report`` to find.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ class Trainer:
             self._restore(found[-1])
         elif resume:
             self._say(f"{self.run_dir} has no checkpoint yet: starting at step 0")
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "eval").mkdir(parents=True, exist_ok=True)
         write_json(self.run_dir / "config.json", config.to_dict())
 
     # -- one step ------------------------------------------------------------------------------------------------------
