@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from scipy.stats import chi2_contingency, chisquare
+from torch.profiler import ProfilerActivity, profile
 from toy import P_0, VOCABULARY, TrueScore
 
 from sedd.model import SEDD, ModelConfig
@@ -315,6 +316,17 @@ def test_a_real_model_samples(dtype):
     assert x.shape == (2, 16)
     assert x.dtype == torch.int64
     assert 0 <= int(x.min()) <= int(x.max()) < 257
+
+
+def test_weights_are_cast_once_a_sample_and_not_in_every_step():
+    """Seen by the profiler: a dispatch mode of Python would change what is cast."""
+    graph = Absorbing(20)
+    model = build(graph)
+    shape = list(model.blocks[0].attn_qkv.weight.shape)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        sample(model, graph, SCHEDULE, batch=2, length=8, steps=5, autocast_dtype=torch.bfloat16)
+    casts = [event for event in profiled.events() if event.name == "aten::_to_copy" and event.input_shapes[0] == shape]
+    assert len(casts) == len(model.blocks)
 
 
 def test_fixed_tokens_in_any_layout():

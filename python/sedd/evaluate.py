@@ -201,7 +201,7 @@ def elbo(
     model.train(False)
     try:
         with (
-            torch.inference_mode(),
+            torch.no_grad(),
             torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
         ):
             first = 0

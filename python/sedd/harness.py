@@ -164,7 +164,7 @@ def continuation_bound(
         for first in range(0, draws, batch_size):
             rows = slice(first, first + batch_size)
             x_t, t = noised[rows].contiguous(), times[rows]
-            with torch.inference_mode():
+            with torch.no_grad():
                 loss = noised_score_entropy(model, text.expand(len(x_t), -1), x_t, t, graph, part, given=len(context))
             result[rows] += loss.double().cpu()
     return result
@@ -197,7 +197,7 @@ def greedy_continuation(
     x = graph.sample_limit((n,), generator=_generator(seed, context, device), device=device)
     start = torch.tensor(context, dtype=torch.int64, device=device)
     open_places = torch.ones(n, dtype=torch.bool, device=device)
-    with torch.inference_mode():
+    with torch.no_grad():
         for step in range(n):
             sigma = schedule.total(torch.tensor([1 - step / n], dtype=torch.float64)).to(device)
             hidden = model.hidden(torch.cat([start, x]).unsqueeze(0), sigma)[0, len(context) :]

@@ -172,7 +172,7 @@ def latency(run: str, options: LatencyOptions) -> int:
             contestants[batch, steps] = partial(diffuse, batch, steps)
     out = console()
     seconds: dict[tuple[int, int], list[float]] = {key: [] for key in contestants}
-    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
         for batch in options.batch_sizes:  # warm up
             contestants[batch, 0]()
             diffuse(batch, 1)

@@ -168,7 +168,7 @@ def sample(
         head = weight, bias
     training = model.training
     model.train(False)
-    # around all steps, as autocast keeps the weights that it has cast
+    # around all steps, as autocast keeps the weights that it has cast; in inference mode it would keep none
     with ExitStack() as stack:
         stack.callback(model.train, training)
         stack.enter_context(torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None))
@@ -176,7 +176,7 @@ def sample(
             changing = free & (x == graph.mask_id) if graph.process == "absorbing" else free
             if bool(changing.any()):
                 sigma = schedule.total(times[i : i + 1]).to(device)
-                with torch.inference_mode():
+                with torch.no_grad():
                     hidden, shift = states(x, sigma, changing), model.log_score_shift(sigma)
                     positions = Positions(model, head, hidden, x[changing], shift, graph, options)
                     if i < steps:
