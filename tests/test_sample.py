@@ -320,12 +320,13 @@ def test_a_real_model_samples(dtype):
 
 def test_weights_are_cast_once_a_sample_and_not_in_every_step():
     """Seen by the profiler: a dispatch mode of Python would change what is cast."""
-    graph = Absorbing(20)
-    model = build(graph)
-    shape = list(model.blocks[0].attn_qkv.weight.shape)
+    model = SEDD(ModelConfig(16, 2, 2, 8, 12), Absorbing(20))
+    calls, shape = [], list(model.blocks[0].attn_qkv.weight.shape)
+    model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-        sample(model, graph, SCHEDULE, batch=2, length=8, steps=5, autocast_dtype=torch.bfloat16)
+        sample(model, model.graph, SCHEDULE, batch=2, length=12, steps=5, autocast_dtype=torch.bfloat16)
     casts = [event for event in profiled.events() if event.name == "aten::_to_copy" and event.input_shapes[0] == shape]
+    assert len(calls) >= 5
     assert len(casts) == len(model.blocks)
 
 
