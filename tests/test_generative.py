@@ -187,6 +187,7 @@ def test_given_tokens_are_kept(model: Path, judge_folder: Path, monkeypatch: pyt
         (["--mauve", "[prefix]", "--given", "4", "--compared", "8"], "text: MAUVE compares with real text"),
         (["--text", "none.txt"], "text: there is no file or folder none.txt"),
         (["--num", "0"], "num: expected at least 1, got 0"),
+        (["--plot", "steps.foo"], "plot: expected a name that ends in"),
     ],
 )
 def test_mistakes(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def test_the_whole_command(
     times: dict[Any, float] = {0: 3.0, 2: 1.0, 4: 2.0, 8: 4.0}
 
     def clock(contestant: Any, device: torch.device) -> float:
+        assert not torch.is_inference_mode_enabled(), "autocast would cast the twin's weights anew for every token"
         contestant()
         batch, steps = contestant.args if len(contestant.args) == 2 else (contestant.args[1], 0)
         order.append((batch, steps))
@@ -85,7 +87,7 @@ def test_the_whole_command(
 
     monkeypatch.setattr(sedd.latency, "_time", clock)
     out, picture = tmp_path / "latency.json", tmp_path / "latency.png"
-    line = ["eval", "latency", str(model), "--steps", "[8,2,4]", "--batch_sizes", "[1,3]", "--repeats", "3"]
+    line = ["eval", "latency", str(model), "--steps", "[8,2,4]", "--batch_sizes", "[3,1,3]", "--repeats", "3"]
     assert main([*line, "--json", str(out), "--plot", str(picture)]) == 0
     one_round = [(batch, steps) for batch in (1, 3) for steps in (0, 2, 4, 8)]
     assert order == 3 * one_round
@@ -99,12 +101,16 @@ def test_the_whole_command(
     printed = capsys.readouterr().out
     assert "batch 3: as long as the autoregressive model at 6.0 steps" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
+    plot_latency(found, tmp_path / "both.svg")  # matplotlib repeats texts as comments
+    drawn = (tmp_path / "both.svg").read_text()
+    assert drawn.count("<!-- 6 steps -->") == 2
+    assert all(f"<!-- {seconds} -->" in drawn for seconds in (1, 5, 10)), "times can be read off"
     found["crossings"] = [
         {"batch": 1, "steps": 99.0, "measured": False},
         {"batch": 3, "steps": None, "measured": False},
     ]
     plot_latency(found, tmp_path / "none.svg")
-    assert "steps</" not in (tmp_path / "none.svg").read_text().replace("reverse steps</", "")
+    assert re.findall(r"<!-- \d+ steps -->", (tmp_path / "none.svg").read_text()) == []
 
 
 def test_really_measured_and_a_preset_without_training(tmp_path: Path) -> None:
@@ -116,10 +122,14 @@ def test_really_measured_and_a_preset_without_training(tmp_path: Path) -> None:
     assert all(row["seconds"] > 0 for row in found["rows"])
 
 
-def test_without_transformers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r'pip install "sedd_ext\[eval\]"'):
-        make_twin(SEDD(ModelConfig(16, 1, 2, 8, 12), Absorbing(27)), 12)
+@pytest.mark.parametrize("package", ["transformers", "matplotlib.figure"])
+def test_a_missing_package_is_named_before_anything_is_measured(
+    package: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(sedd.latency, "_time", lambda *_: pytest.fail("measured"))
+    assert main(["eval", "latency", str(model), "--plot", str(tmp_path / "latency.png")]) == 2
+    assert f'needs {package.split(".")[0]}: pip install "sedd_ext[eval]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -129,8 +139,12 @@ def test_without_transformers(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (["--batch_sizes", "[]"], "batch_sizes: expected numbers of at least 1, got []"),
         (["--sampler", "magic"], "sampler: expected one of tweedie, euler; got 'magic'"),
         (["--repeats", "0"], "repeats: expected at least 1, got 0"),
+        (["--plot", "times.foo"], "plot: expected a name that ends in"),
     ],
 )
-def test_mistakes(options: list[str], message: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_found_before_anything_is_measured(
+    options: list[str], message: str, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sedd.latency, "_time", lambda *_: pytest.fail("measured"))
     assert main(["eval", "latency", str(model), *options]) == 2
     assert message in capsys.readouterr().err

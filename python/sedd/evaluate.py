@@ -19,7 +19,7 @@ from sedd.schedule import Schedule
 from sedd.unfinished import Unfinished
 from sedd_ext import RankOne
 
-__all__ = ["ElboResult", "elbo", "ngram_bits", "plot_bound", "prior_kl", "write_figure"]
+__all__ = ["ElboResult", "check_figure", "elbo", "ngram_bits", "plot_bound", "prior_kl", "write_figure"]
 
 
 @dataclass(frozen=True)
@@ -358,6 +358,22 @@ def plot_bound(result: ElboResult, path: str | Path, bins: int = 20) -> None:
     write_figure(path, (6, 3.5), draw)
 
 
+def check_figure(path: str | Path) -> None:
+    """Refuses a picture that could not be written, before there is anything to draw.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: matplotlib has no format of that ending.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('plotting needs matplotlib: pip install "sedd_ext[eval]"') from error
+    formats = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in formats:
+        raise ValueError(f"plot: expected a name that ends in one of {', '.join(sorted(formats))}; got {str(path)!r}")
+
+
 def write_figure(path: str | Path, size: tuple[float, float], draw: Callable[[Any], None]) -> None:
     """Writes a picture that is there whole or not at all.
 
@@ -368,11 +384,11 @@ def write_figure(path: str | Path, size: tuple[float, float], draw: Callable[[An
 
     Raises:
         ImportError: matplotlib is not installed.
+        ValueError: matplotlib has no format of that ending.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('plotting needs matplotlib: pip install "sedd_ext[eval]"') from error
+    check_figure(path)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=size, layout="constrained")
     draw(figure)
     path = Path(path)

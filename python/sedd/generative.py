@@ -23,7 +23,7 @@ from torch import Tensor
 from sedd.checkpoint import write_json
 from sedd.config import check_options, resolve_device
 from sedd.data import DataConfig, load_blocks, load_text, valid_batches
-from sedd.evaluate import write_figure
+from sedd.evaluate import check_figure, write_figure
 from sedd.judge import Judge, load_judge
 from sedd.pretrained import LoadedModel, load_model
 from sedd.progress import console
@@ -168,6 +168,8 @@ def generative(run: str, options: GenerativeOptions) -> int:
             import mauve  # noqa: F401
         except ImportError as error:
             raise ImportError('--mauve needs mauve-text: pip install "sedd_ext[eval]"') from error
+    if options.plot:
+        check_figure(options.plot)
     device = resolve_device(options.device)
     loaded = load_model(run, device)
     length = options.length or loaded.model.config.length

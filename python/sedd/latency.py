@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from sedd.checkpoint import write_json
 from sedd.config import autocast_dtype, check_options, resolve_device
-from sedd.evaluate import write_figure
+from sedd.evaluate import check_figure, write_figure
 from sedd.model import PRESETS, SEDD
 from sedd.pretrained import load_model
 from sedd.progress import console, track
@@ -62,6 +63,7 @@ class LatencyOptions:
             values = getattr(self, name)
             if not values or min(values) < 1:
                 raise ValueError(f"{name}: expected numbers of at least 1, got {values}")
+            setattr(self, name, sorted(set(values)))
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}; got {self.sampler!r}")
 
@@ -89,7 +91,6 @@ def make_twin(model: SEDD, length: int) -> Any:
         n_head=sizes.n_heads,
         bos_token_id=0,
         eos_token_id=None,
-        pad_token_id=0,
     )
     twin: Any = transformers.GPT2LMHeadModel(config)
     twin.generation_config.eos_token_id = None  # it writes on to the end
@@ -138,11 +139,12 @@ def crossing(steps: Sequence[int], seconds: Sequence[float], twin: float) -> tup
 
 def latency(run: str, options: LatencyOptions) -> int:
     """Takes the times and shows them."""
-    import transformers
-
+    if options.plot:
+        check_figure(options.plot)
     device = resolve_device(options.device)
     if run in PRESETS and not Path(run).exists():
-        # an untrained network takes as long as a trained one: absorbing noise frees positions whatever the scores are
+        # An untrained network frees positions as fast as a well trained one: its log-scores, 0 less the σ-scaling, sum
+        # to the ratio that the noise demands. Scores of another size would free them sooner or later.
         model = SEDD(run, Absorbing(TOKENS), LogLinear()).to(device).eval()
         name, schedule, dtype = f"untrained preset {run}", model.schedule, autocast_dtype("auto", device)
     else:
@@ -168,10 +170,11 @@ def latency(run: str, options: LatencyOptions) -> int:
     contestants: dict[tuple[int, int], Callable[[], Any]] = {}
     for batch in options.batch_sizes:
         contestants[batch, 0] = partial(write_with_twin, twin, batch, length)
-        for steps in sorted(set(options.steps)):
+        for steps in options.steps:
             contestants[batch, steps] = partial(diffuse, batch, steps)
     out = console()
     seconds: dict[tuple[int, int], list[float]] = {key: [] for key in contestants}
+    # not inference_mode: autocast keeps no weights there, and would cast all of them for each token of the twin
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
         for batch in options.batch_sizes:  # warm up
             contestants[batch, 0]()
@@ -190,7 +193,7 @@ def latency(run: str, options: LatencyOptions) -> int:
         "threads": torch.get_num_threads(),
         "dtype": str(dtype or torch.float32)[6:],
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
         "rows": [_row(batch, steps, seconds[batch, steps], length) for batch, steps in contestants],
         "crossings": _crossings(options, seconds),
     }
@@ -231,9 +234,8 @@ def _row(batch: int, steps: int, seconds: list[float], length: int) -> dict[str,
 def _crossings(options: LatencyOptions, seconds: dict[tuple[int, int], list[float]]) -> list[dict[str, Any]]:
     found = []
     for batch in options.batch_sizes:
-        steps = sorted(set(options.steps))
-        times = [statistics.median(seconds[batch, n]) for n in steps]
-        where, measured = crossing(steps, times, statistics.median(seconds[batch, 0]))
+        times = [statistics.median(seconds[batch, n]) for n in options.steps]
+        where, measured = crossing(options.steps, times, statistics.median(seconds[batch, 0]))
         found.append({"batch": batch, "steps": None if math.isnan(where) else where, "measured": measured})
     return found
 
@@ -274,6 +276,8 @@ def plot_latency(report: dict[str, Any], path: str | Path) -> None:
     """
 
     def draw(figure: Any) -> None:
+        from matplotlib.ticker import LogLocator
+
         axes = figure.add_subplot(xscale="log", yscale="log", xlabel="reverse steps", ylabel="seconds for the batch")
         for colour, found in enumerate(report["crossings"]):
             rows = [row for row in report["rows"] if row["batch"] == found["batch"]]
@@ -299,6 +303,7 @@ def plot_latency(report: dict[str, Any], path: str | Path) -> None:
         ticks = sorted({row["steps"] for row in report["rows"] if row["steps"]})
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # powers of ten alone may be but one
         axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
         axes.set_title(f"texts of {report['length']} tokens, {report['device']}, {report['dtype']}", fontsize="medium")

@@ -16,7 +16,7 @@ from sedd.checkpoint import finite, write_json
 from sedd.config import check_options, resolve_device
 from sedd.data import DataConfig, TokenBlocks, load_blocks, load_text, valid_batches
 from sedd.detokenize import Detokenizer
-from sedd.evaluate import ElboResult, elbo, ngram_bits, plot_bound
+from sedd.evaluate import ElboResult, check_figure, elbo, ngram_bits, plot_bound
 from sedd.pretrained import LoadedModel, load_model
 from sedd.progress import console
 from sedd.tokenizer import count_bytes
@@ -99,6 +99,8 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
     """Scores a model on texts and prints a table, a row for each."""
     if options.plot and len(options.texts) > 1:
         raise ValueError(f"plot: one text, please; {len(options.texts)} given")
+    if options.plot:
+        check_figure(options.plot)
     loaded = load_model(run, resolve_device(options.device))
     out = console()
     table = Table("", title=f"{loaded.path}: upper bounds, {options.draws} noise levels a block")
