@@ -41,7 +41,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"sampler": "euler", "steps": 16, "texts": ["not shown"]},
         {"sampler": "tweedie", "steps": 16, "mauve": 0.5},
     ]
-    (run / "eval" / "generative.json").write_text(json.dumps({"settings": {"judge": "someone"}, "rows": rows}))
+    (run / "eval" / "generative.json").write_text(
+        json.dumps({"settings": {"judge": "someone"}, "real": {"entropy": 4.5}, "rows": rows})
+    )
     matplotlib.image.imsave(run / "eval" / "bound.png", torch.rand(4, 4, 3).numpy())
     return run
 
@@ -76,7 +78,8 @@ def test_everything_of_a_run_is_on_the_page(run: Path, capsys: pytest.CaptureFix
     for words in ("cats", "absorbing, loglinear", "bytes, 257", "60 steps", "validation bound", "<svg", "hidden_size"):
         assert words in page
     assert all(
-        words in page for words in ("12.35", "12,345", "settings judge: someone", "0.5", "data:image/png;base64,")
+        words in page
+        for words in ("12.35", "12,345", "settings judge: someone", "0.5", "<td>real</td>", "data:image/png;base64,")
     )
     assert "&lt;b&gt;bold" in page
     assert "<b>bold" not in page

@@ -345,11 +345,13 @@ def plot_generative(report: dict[str, Any], path: str | Path) -> None:
         judge = report["settings"]["judge"]
         panels = (("perplexity", f"perplexity of {judge}", "log"), ("entropy", "unigram entropy, nats", "linear"))
         for axes, (name, label, scale) in zip(figure.subplots(1, 2), panels, strict=True):
-            for sampler in dict.fromkeys(row["sampler"] for row in rows):
+            for style, sampler in zip(("-", "--"), dict.fromkeys(row["sampler"] for row in rows), strict=False):
                 line = [row for row in rows if row["sampler"] == sampler]
                 errors = [row["perplexity_error"] or 0.0 for row in line] if name == "perplexity" else None
                 steps = [row["steps"] for row in line]
-                axes.errorbar(steps, [row[name] for row in line], errors, marker="o", capsize=3, label=sampler)
+                # the dashes let a line be seen that lies below
+                values = [row[name] for row in line]
+                axes.errorbar(steps, values, errors, marker="o", linestyle=style, capsize=3, label=sampler)
             if real:
                 axes.axhline(real[name], color="gray", linestyle="--", label="real text")
             axes.set(xscale="log", yscale=scale, xlabel="reverse steps", ylabel=label)
