@@ -256,6 +256,8 @@ def _tables(found: dict[str, Any]) -> dict[str, Any]:
             tables.append(_table(value))
         elif isinstance(value, dict) and value and all(isinstance(row, dict) for row in value.values()):
             tables.append(_table([{"": key, **row} for key, row in value.items()]))
+        elif isinstance(value, dict) and value and all(isinstance(entry, (int, float)) for entry in value.values()):
+            tables.append(_table([{"": name, **value}]))
         elif isinstance(value, dict):
             facts |= {
                 f"{name} {key}": _cell(entry) for key, entry in value.items() if not isinstance(entry, (dict, list))
