@@ -8,7 +8,7 @@
 # 90 % are trained on, the next 5 % choose the checkpoint, the last 5 % are scored. FOLDER gets everything that is written;
 # a second call goes on where the first one stopped. Variables: JUDGE, a causal language model (a hub name, a folder or a
 # .gguf file) that gives the perplexity of what the models write (without one that part is left out); STEPS=6000 of
-# training, DRAWS=16 noise levels a block, NUM=32 texts written, PRESET=tiny, SEDD=sedd (the command).
+# training, DRAWS=16 noise levels a block, NUM=96 texts written, PRESET=tiny, SEDD=sedd (the command).
 set -euo pipefail
 if [ $# -lt 2 ]; then sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
 sedd=${SEDD:-sedd}
@@ -37,8 +37,8 @@ train() { # name, then options
 evaluate() { # name
   $sedd eval perplexity "$folder/$1" "$folder/test.txt" --draws "${DRAWS:-16}" --json "$folder/$1/eval/perplexity.json"
   if [ -n "${JUDGE:-}" ]; then
-    $sedd eval generative "$folder/$1" --text "$folder/test.txt" --judge "$JUDGE" --num "${NUM:-32}" \
-      --json "$folder/$1/eval/generative.json" --plot "$folder/$1/eval/generative.png"
+    $sedd eval generative "$folder/$1" --text "$folder/test.txt" --judge "$JUDGE" --num "${NUM:-96}" \
+      --steps [4,8,16,32,64,128] --json "$folder/$1/eval/generative.json" --plot "$folder/$1/eval/generative.png"
   fi
   $sedd report "$folder/$1"
 }

@@ -109,8 +109,8 @@ def test_the_whole_command(
         {"batch": 1, "steps": 99.0, "measured": False},
         {"batch": 3, "steps": None, "measured": False},
     ]
-    plot_latency(found, tmp_path / "none.svg")
-    assert re.findall(r"<!-- \d+ steps -->", (tmp_path / "none.svg").read_text()) == []
+    plot_latency(found, tmp_path / "beyond.svg")
+    assert re.findall(r"<!-- (\d+ steps.*) -->", (tmp_path / "beyond.svg").read_text()) == ["99 steps (extrapolated)"]
 
 
 def test_really_measured_and_a_preset_without_training(tmp_path: Path) -> None:

@@ -290,10 +290,11 @@ def plot_latency(report: dict[str, Any], path: str | Path) -> None:
             axes.fill_between(steps, [r["fastest"] for r in rows], [r["slowest"] for r in rows], alpha=0.2, **style)
             label = f"autoregressive with cache, {texts}"
             axes.axhline(twin["seconds"], linestyle="--", label=label, **style)
-            if found["steps"] is not None and found["measured"]:
-                axes.plot(found["steps"], twin["seconds"], marker="*", markersize=14, **style)
+            if found["steps"] is not None:
+                face = style["color"] if found["measured"] else "white"
+                axes.plot(found["steps"], twin["seconds"], marker="*", markersize=14, markerfacecolor=face, **style)
                 axes.annotate(
-                    f"{found['steps']:.0f} steps",
+                    f"{found['steps']:.0f} steps" + ("" if found["measured"] else " (extrapolated)"),
                     (found["steps"], twin["seconds"]),
                     (-6, 8),
                     textcoords="offset points",
@@ -303,6 +304,7 @@ def plot_latency(report: dict[str, Any], path: str | Path) -> None:
         ticks = sorted({row["steps"] for row in report["rows"] if row["steps"]})
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
+        axes.margins(y=0.12)  # room for the words at the stars
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # powers of ten alone may be but one
         axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
