@@ -126,11 +126,41 @@ def test_an_interrupted_evaluation_goes_on(
     assert not kept.exists()
 
 
+def test_texts_of_one_name_are_told_apart_and_none_is_scored_twice(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "text.txt").write_text(folder * 80)  # 10 blocks
+        names.append(str(tmp_path / folder / "text.txt"))
+    arguments = [*names, "--draws", "2", "--batch_size", "10"]
+    whole = evaluate(model, *arguments)
+    assert list(whole) == names
+    calls, scored = 0, sedd.evaluate.score_entropy
+
+    def stop_in_the_fourth(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:  # the second call for the second text
+            raise KeyboardInterrupt
+        return scored(*args, **kwargs)
+
+    monkeypatch.setattr(sedd.evaluate, "score_entropy", stop_in_the_fourth)
+    cache = ["--cache_dir", str(tmp_path / "cache"), "--device", "cpu"]
+    line = ["eval", "perplexity", str(model), *arguments, *cache, "--json", str(tmp_path / "figures.json")]
+    assert main(line) == 130
+    assert evaluate(model, *arguments) == whole
+    assert calls == 5, "only the one call that was interrupted is made again"
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
 def test_mistakes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "short.txt").write_text("a")
     for arguments, message in (
         ([], "text: {model} is no run with a text of its own; give one: wikitext2"),
         ([str(tmp_path / "short.txt")], "short.txt has 2 tokens, fewer than one block (length 8)"),
+        (["ptb", "lambada", "ptb"], "texts: 'ptb' is named twice"),
         (["someone/text"], "'someone/text' is no file or folder here, and the Hugging Face hub could not be reached"),
     ):
         assert main(["eval", "perplexity", str(model), *arguments]) == 2

@@ -151,7 +151,8 @@ def elbo(
         device: where to compute; the model's device if None.
         autocast_dtype: run the model under autocast in this dtype, e.g. torch.bfloat16.
         unfinished: a file that keeps what is computed, every half minute and when the work is interrupted. Called again
-            with the same arguments, the evaluation goes on from there, to the same result, and removes the file.
+            with the same arguments, the evaluation goes on from there, to the same result. The caller removes it when
+            the result is where it belongs.
         progress: show a progress bar.
 
     Returns:
@@ -220,13 +221,13 @@ def elbo(
         raise
     finally:
         model.train(training)
+    if saved is not None:
+        saved.write()
     integrand = values[: times.numel()].view(times.shape).cpu()
     prior = prior_kl(blocks.cpu(), end, graph).sum(dim=1)
     sequences = prior + integrand.mean(dim=1)
     if start > 0:
         sequences += values[times.numel() :].cpu()
-    if saved is not None:
-        saved.done()
     return ElboResult(
         sequences=sequences.clone(),
         length=length,

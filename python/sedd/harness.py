@@ -98,8 +98,8 @@ def harness(run: str, options: HarnessOptions) -> int:
             out.print(make_table(results, part))
     if options.json:
         kept = {name: results[name] for name in ("results", "configs", "versions", "n-samples") if name in results}
-        # what JSON cannot say (functions of a task's configuration) is written as text
-        plain = json.loads(json.dumps(kept, default=str).replace("NaN", "null"))
+        # what JSON cannot say is written as text (functions of a task's configuration) or as null (NaN)
+        plain = json.loads(json.dumps(kept, default=str), parse_constant=lambda _: None)
         write_json(Path(options.json), {"model": str(model.loaded.path), "draws": options.draws, **plain})
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -97,6 +98,9 @@ class PerplexityOptions:
 
 def perplexity(run: str, options: PerplexityOptions) -> int:
     """Scores a model on texts and prints a table, a row for each."""
+    for name in options.texts:
+        if options.texts.count(name) > 1:
+            raise ValueError(f"texts: {name!r} is named twice")
     if options.plot and len(options.texts) > 1:
         raise ValueError(f"plot: one text, please; {len(options.texts)} given")
     if options.plot:
@@ -107,12 +111,14 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
     for column in ("tokens", "nats/token", "perplexity", "mean of exp", "bits/byte"):
         table.add_column(column, justify="right", no_wrap=True)
     figures: dict[str, Any] = {}
-    notes = []
+    notes, parts = [], []
+    names = [Path(name).name for name in options.texts]
     for name in options.texts or [""]:
+        title = name if names.count(Path(name).name) > 1 else Path(name).name or "validation text"
         blocks, train, rules = _blocks(loaded, name, options)
-        result = _score(loaded, blocks, options, name, out)
+        unfinished = Path(f"{options.json}.{re.sub('[^0-9A-Za-z]+', '-', title)}.unfinished") if options.json else None
+        result = _score(loaded, blocks, options, unfinished, out)
         n_bytes = result.n_bytes or 0
-        title = Path(name).name or "validation text"
         figures[title] = _figures(result, blocks, rules, options)
         table.add_row(
             title,
@@ -139,6 +145,10 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
             write_json(Path(options.json), {"model": str(loaded.path), "texts": figures})
         if options.plot:
             plot_bound(result, options.plot)
+        if unfinished is not None:
+            parts.append(unfinished)
+    for part in parts:  # only now: until then, each spares a second call the work on its text
+        part.unlink(missing_ok=True)
     out.print(table)
     for note in notes:
         out.print(note)
@@ -179,13 +189,11 @@ def _data(name: str, options: PerplexityOptions) -> DataConfig:
     )
 
 
-def _score(loaded: LoadedModel, blocks: TokenBlocks, options: PerplexityOptions, name: str, out: Console) -> ElboResult:
+def _score(
+    loaded: LoadedModel, blocks: TokenBlocks, options: PerplexityOptions, unfinished: Path | None, out: Console
+) -> ElboResult:
     scored = torch.cat(list(valid_batches(blocks, 4096, options.blocks)))
     device = next(loaded.model.parameters()).device
-    unfinished = None
-    if options.json:
-        part = "".join(character if character.isalnum() else "-" for character in Path(name).name)
-        unfinished = Path(f"{options.json}.{part or 'valid'}.unfinished")
     return elbo(
         loaded.model,
         scored,

@@ -15,8 +15,7 @@ class Unfinished:
     """Keeps the first so many values of a computation on the disk, with the state of its random numbers.
 
     Args:
-        path: the file. It is written to a temporary name and renamed, at most once in ``seconds``, and removed when the
-            work is done.
+        path: the file. It is written to a temporary name and renamed, at most once in ``seconds``.
         identity: a word that follows from everything that the values depend on.
         seconds: time between two writes.
 
@@ -76,7 +75,3 @@ class Unfinished:
         finally:
             partial.unlink(missing_ok=True)
         self._written = time.monotonic()
-
-    def done(self) -> None:
-        """Removes the file."""
-        self.path.unlink(missing_ok=True)
