@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """Runs side by side: a table of their figures and a picture of what they write, from the files of `sedd eval --json`.
 
-python examples/compare.py RUN... --out NAME
+python examples/compare.py RUN... --out NAME [--words FILE]
 
 reads RUN/eval/perplexity.json and, where it is there, RUN/eval/generative.json, and writes NAME.md and NAME.png.
+A judge of real text has little to tell of what small models write; for texts of letters and spaces --words, with the
+text they were trained on, tells how many of the letters written stand in a word that occurs in it twice or more.
 """
 
 import argparse
 import json
+import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +32,50 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def letters_in_words(text: str, words: set[str]) -> float:
+    """The fraction of a text's letters that stand in one of the words; the ends, which may be cut, do not count."""
+    found = text.split(" ")[1:-1]
+    letters = sum(len(word) for word in found)
+    return sum(len(word) for word in found if word in words) / max(1, letters)
+
+
 def written(runs: dict[str, dict[str, Any]]) -> str:
     """What the runs write, as a Markdown table, a row for each sampler and number of steps."""
     (judge,) = {run["generative"]["settings"]["judge"] for run in runs.values()}
     lines = [
-        f"| run | sampler | steps | perplexity ({judge}) | entropy, nats | unique | repeated | seconds per text |",
-        "| --- " * 8 + "|",
+        f"| run | sampler | steps | perplexity ({judge}) | entropy, nats | unique | repeated | letters in words | "
+        "seconds per text |",
+        "| --- " * 9 + "|",
     ]
     for name, run in runs.items():
         rows = [*run["generative"]["rows"], {**(run["generative"]["real"] or {}), "sampler": "real text"}]
         for row in rows:
+            words = f"{row['words']:.3f} ± {row['words_error']:.3f}" if "words" in row else ""
             if "perplexity" in row:
                 lines.append(
                     f"| {name} | {row['sampler']} | {row.get('steps', '')} | {row['perplexity']:.1f} ± "
                     f"{row['perplexity_error'] or 0:.1f} | {row['entropy']:.3f} | {row['unique']:.3f} | "
-                    f"{row['repetition']:.3f} | {row.get('seconds_per_text', 0):.2f} |"
+                    f"{row['repetition']:.3f} | {words} | {row.get('seconds_per_text', 0):.2f} |"
                 )
     return "\n".join(lines) + "\n"
 
 
 def picture(runs: dict[str, dict[str, Any]]) -> Figure:
-    """The judge's perplexity and the entropy against steps: a colour for each run, a line style for each sampler."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    panels = figure.subplots(1, 2)
+    """What was measured, against steps: a colour for each run, a line style for each sampler."""
+    first = next(iter(runs.values()))["generative"]
+    measures = {"perplexity": f"perplexity of {first['settings']['judge']}", "entropy": "unigram entropy, nats"}
+    if "words" in first["rows"][0]:
+        measures["words"] = "letters in words of the training text"
+    figure = Figure(figsize=(4.6 * len(measures), 4), layout="constrained")
+    panels = figure.subplots(1, len(measures))
     for colour, (name, run) in enumerate(runs.items()):
-        for row_name, axes in zip(("perplexity", "entropy"), panels, strict=True):
+        for measure, axes in zip(measures, panels, strict=True):
             for sampler, style in (("tweedie", "-"), ("euler", "--")):
                 rows = [row for row in run["generative"]["rows"] if row["sampler"] == sampler]
-                errors = [row["perplexity_error"] or 0.0 for row in rows] if row_name == "perplexity" else None
+                errors = [row.get(f"{measure}_error") or 0.0 for row in rows]
                 axes.errorbar(
                     [row["steps"] for row in rows],
-                    [row[row_name] for row in rows],
+                    [row[measure] for row in rows],
                     errors,
                     color=f"C{colour}",
                     linestyle=style,
@@ -67,11 +84,9 @@ def picture(runs: dict[str, dict[str, Any]]) -> Figure:
                     capsize=2,
                     label=f"{name}, {sampler}",
                 )
-    first = next(iter(runs.values()))["generative"]
-    labels = (f"perplexity of {first['settings']['judge']}", "unigram entropy, nats")
-    for row_name, label, axes in zip(("perplexity", "entropy"), labels, panels, strict=True):
-        if first["real"]:
-            axes.axhline(first["real"][row_name], color="gray", linestyle=":", label="real text")
+    for (measure, label), axes in zip(measures.items(), panels, strict=True):
+        if measure in (first["real"] or {}):
+            axes.axhline(first["real"][measure], color="gray", linestyle=":", label="real text")
         axes.set(xscale="log", xlabel="reverse steps", ylabel=label)
         ticks = sorted({row["steps"] for row in first["rows"]})
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
@@ -87,6 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--out", required=True, type=Path, help="what is written, without .md and .png")
+    parser.add_argument("--words", type=Path, help="the text of letters and spaces that the runs were trained on")
     options = parser.parse_args()
     runs: dict[str, dict[str, Any]] = {}
     for run in options.runs:
@@ -96,6 +112,13 @@ def main() -> None:
         runs[run.name] = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
     text = table(runs)
     judged = {name: run for name, run in runs.items() if "generative" in run}
+    if options.words is not None:
+        counts = Counter(options.words.read_text(encoding="utf-8").split())
+        words = {word for word, count in counts.items() if count > 1}
+        for row in (row for run in judged.values() for row in run["generative"]["rows"]):
+            values = [letters_in_words(text, words) for text in row["texts"]]
+            row["words"] = statistics.fmean(values)
+            row["words_error"] = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     if judged:
         text += "\n" + written(judged)
         picture(judged).savefig(options.out.with_suffix(".png"), dpi=150)

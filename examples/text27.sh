@@ -47,4 +47,5 @@ train absorbing
 train uniform-geometric --graph uniform --schedule geometric --schedule_params.sigma_max 20
 train uniform-loglinear --graph uniform
 for run in absorbing uniform-geometric uniform-loglinear; do evaluate "$run"; done
-"$(dirname "$0")/compare.py" "$folder"/{absorbing,uniform-geometric,uniform-loglinear} --out "$folder/comparison"
+"$(dirname "$0")/compare.py" "$folder"/{absorbing,uniform-geometric,uniform-loglinear} --out "$folder/comparison" \
+  --words "$folder/train.txt"

@@ -74,7 +74,10 @@ def test_runs_are_compared(tmp_path: Path) -> None:
         (folder / "perplexity.json").write_text(json.dumps({"texts": texts}))
         row = {"perplexity_error": 2.0, "entropy": 5.0, "unique": 0.5, "repetition": 0.1, "seconds_per_text": 0.2}
         rows = [
-            {**row, "sampler": sampler, "steps": steps, "perplexity": 100.0 + steps}
+            {
+                **{**row, "sampler": sampler, "steps": steps, "perplexity": 100.0 + steps},
+                "texts": ["he the cat sat", "he the cow at a"],  # 3 of 6 letters, 5 of 8
+            }
             for sampler in ("tweedie", "euler")
             for steps in (16, 64)
         ]
@@ -84,10 +87,14 @@ def test_runs_are_compared(tmp_path: Path) -> None:
     subprocess.run([*command, "--out", str(tmp_path / "comparison")], check=True, capture_output=True)
     table = (tmp_path / "comparison.md").read_text()
     assert "| two | test.txt | 4.0000 ± 0.1333 | 3.0000 ± 0.1000 | 7.40 | 7.50 |" in table
-    assert "| one | euler | 64 | 164.0 ± 2.0 | 5.000 | 0.500 | 0.100 | 0.20 |" in table
+    assert "| one | euler | 64 | 164.0 ± 2.0 | 5.000 | 0.500 | 0.100 |  | 0.20 |" in table
     assert "| one | real text |" in table
     assert "perplexity (somebody)" in table
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "train.txt").write_text("the dog the cow a cat at at")
+    words = ["--words", str(tmp_path / "train.txt")]
+    subprocess.run([*command, "--out", str(tmp_path / "comparison"), *words], check=True, capture_output=True)
+    assert "| 0.100 | 0.562 ± 0.062 | 0.20 |" in (tmp_path / "comparison.md").read_text()
     done = subprocess.run([*command, str(tmp_path), "--out", "x"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "there is no eval/perplexity.json" in done.stderr
