@@ -51,11 +51,12 @@ def written(runs: dict[str, dict[str, Any]]) -> str:
         rows = [*run["generative"]["rows"], {**(run["generative"]["real"] or {}), "sampler": "real text"}]
         for row in rows:
             words = f"{row['words']:.3f} ± {row['words_error']:.3f}" if "words" in row else ""
+            seconds = f"{row['seconds_per_text']:.2f}" if "seconds_per_text" in row else ""
             if "perplexity" in row:
                 lines.append(
                     f"| {name} | {row['sampler']} | {row.get('steps', '')} | {row['perplexity']:.1f} ± "
                     f"{row['perplexity_error'] or 0:.1f} | {row['entropy']:.3f} | {row['unique']:.3f} | "
-                    f"{row['repetition']:.3f} | {words} | {row.get('seconds_per_text', 0):.2f} |"
+                    f"{row['repetition']:.3f} | {words} | {seconds} |"
                 )
     return "\n".join(lines) + "\n"
 
