@@ -125,7 +125,7 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
             f"{result.tokens:,}",
             f"{result.nats_per_token:.4f} ± {result.standard_error:.4f}",
             f"{result.perplexity:.2f} ± {result.perplexity * result.standard_error:.2f}",
-            f"{result.perplexity_mean_of_exp:.2f}",
+            f"{result.perplexity_mean_of_exp:.{'2f' if result.perplexity_mean_of_exp < 1e6 else '2e'}}",
             f"{result.bits_per_byte:.4f}",
         )
         notes.append(
