@@ -213,7 +213,7 @@ BAD = [
     ("infill {run} a{{{{0}}}}b", "template: a gap {{{{0}}}} holds nothing"),
     ("eval perplexity {run} --draws 0", "draws: expected at least 1, got 0"),
     ("eval perplexity {run} {tmp}/no.txt", "there is no file or folder '{tmp}/no.txt'"),
-    ("eval perplexity {run} {text} {text} --plot a.png", "plot: one text, please; 2 given"),
+    ("eval perplexity {run} {text} ptb --plot a.png", "plot: one text, please; 2 given"),
     (
         "eval perplexity {run} --json {tmp}/no/figures.json",
         "json: cannot write {tmp}/no/figures.json: there is no folder {tmp}/no",
