@@ -8,6 +8,7 @@ import torch
 from toy import VOCABULARY, JointScore, TrueScore
 
 from sedd.evaluate import ElboResult, elbo, ngram_bits, plot_bound, prior_kl
+from sedd.model import ModelConfig
 from sedd.schedule import get_schedule
 from sedd_ext import Absorbing, Hybrid, RankOne, Uniform, transition_column
 
@@ -119,7 +120,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_bound(schedule, tmp_path)
         assert file.exists() == (calls > 0)
     model.calls_left = 10**9
     result = elbo(model, blocks, graph, schedule, generator=seeded(3), **options)
-    assert 10**9 - model.calls_left == math.ceil(35 / 4) + (2 if float(schedule.total(torch.zeros(1))) else 0) - calls
+    assert 10**9 - model.calls_left == math.ceil(35 / 4) + (4 if float(schedule.total(torch.zeros(1))) else 0) - calls
     assert torch.equal(result.sequences, whole.sequences)
     assert torch.equal(result.integrand, whole.integrand)
     model.calls_left = 0  # it is all there
@@ -137,16 +138,57 @@ def test_an_unfinished_evaluation_of_something_else_is_not_taken(tmp_path):
         elbo(model, blocks, graph, schedule, draws=2, batch_size=3, generator=seeded(), unfinished=file)
     model.calls_left = 10**9
     before = file.read_bytes()
-    for other in ({"generator": seeded(1)}, {"draws": 3}, {"batch_size": 2}, {"blocks": blocks.flip(0)}):
-        options = {"blocks": blocks, "draws": 2, "batch_size": 3, "generator": seeded()} | other
+    configured = TrueScore(graph)
+    configured.config = ModelConfig(time_conditioning=False)
+    for other in (
+        {"generator": seeded(1)},
+        {"draws": 3},
+        {"batch_size": 2},
+        {"blocks": blocks.flip(0)},
+        {"schedule": get_schedule("loglinear", eps=1e-2)},
+        {"graph": RankOne(torch.full((6,), 1 / 6, dtype=torch.float64))},
+        {"model": configured},
+    ):
+        options = {"model": model, "graph": graph, "schedule": schedule, "blocks": blocks} | other
+        options = {"draws": 2, "batch_size": 3, "generator": seeded()} | options
         with pytest.raises(ValueError, match=r"of another model, text or options lies here; delete it .*unfinished"):
-            elbo(model, graph=graph, schedule=schedule, unfinished=file, **options)
+            elbo(unfinished=file, **options)
     assert file.read_bytes() == before
     file.write_bytes(before[:-9])
     with pytest.raises(ValueError, match=r"lies here and is damaged"):
         elbo(model, blocks, graph, schedule, draws=2, batch_size=3, generator=seeded(), unfinished=file)
     with pytest.raises(ValueError, match=r"unfinished: .* needs a generator"):
         elbo(model, blocks, graph, schedule, draws=2, unfinished=file)
+
+
+def test_two_hybrid_processes_are_not_the_same(tmp_path):
+    """Their names are, and so are their numbers of tokens."""
+    file, blocks = tmp_path / "figures.unfinished", torch.zeros(7, 4, dtype=torch.int64)
+    options = {"draws": 2, "batch_size": 3, "unfinished": file}
+    model = Interrupted(Hybrid(5, 0.1))
+    model.calls_left = 2
+    with pytest.raises(KeyboardInterrupt):
+        elbo(model, blocks, model.graph, get_schedule("loglinear"), generator=seeded(), **options)
+    model.calls_left = 10
+    with pytest.raises(ValueError, match="lies here"):
+        elbo(model, blocks, Hybrid(5, 0.9), get_schedule("loglinear"), generator=seeded(), **options)
+
+
+def test_the_error_of_a_schedule_that_starts_with_noise():
+    """The part before t = 0 is in it, and shrinks with the number of draws."""
+    graph, schedule = GRAPHS["uniform"], get_schedule("geometric", sigma_min=0.1)
+    model = TrueScore(graph)
+    blocks = model.draw((20, 10), seeded(1))
+    errors = []
+    for draws in (32, 128):
+        results = [
+            elbo(model, blocks, graph, schedule, draws=draws, batch_size=3000, generator=seeded(i)) for i in range(40)
+        ]
+        spread = float(torch.tensor([result.nats_per_token for result in results]).std())
+        told = float(torch.tensor([result.monte_carlo_error for result in results]).mean())
+        assert 0.5 * told < spread < 1.5 * told
+        errors.append(spread)
+    assert errors[1] < 0.75 * errors[0]
 
 
 def test_errors_cover_the_estimates_of_repeated_runs():
@@ -222,6 +264,9 @@ def test_result_arithmetic():
     assert result.monte_carlo_error == pytest.approx(math.sqrt(2 * 3 * 4 / 2) / 2 / 2 / 2)
     assert math.isnan(ElboResult(sequences, 2, torch.zeros(2, 1), integrand[:, :1], 0.0).monte_carlo_error)
     assert ElboResult(sequences, 2, torch.zeros(2, 2), integrand, 0.0).bits_per_byte is None
+    onset = ElboResult(sequences, 2, torch.zeros(2, 2), integrand, 0.0, onset=integrand / 2)
+    assert onset.monte_carlo_error == pytest.approx(math.sqrt(1.25) * result.monte_carlo_error)
+    assert ElboResult(1e4 * sequences, 2, torch.zeros(2, 2), integrand, 0.0).perplexity == math.inf
 
 
 def test_same_seed_same_bound_whatever_the_mode_and_mode_is_restored():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from sedd.model import ScoreModel, device_of
 from sedd.objective import score_entropy
 from sedd.progress import track
 from sedd.schedule import Schedule
-from sedd.unfinished import Unfinished
+from sedd.unfinished import Unfinished, identity
 from sedd_ext import RankOne
 
 __all__ = ["ElboResult", "check_figure", "elbo", "ngram_bits", "plot_bound", "prior_kl", "write_figure"]
@@ -31,6 +30,7 @@ class ElboResult:
         length: tokens in each sequence.
         times: t of each draw [S, draws], float64.
         integrand: σ(t) Σ_i L of each draw [S, draws], float64: nats per sequence and unit of time.
+        onset: of a schedule with σ̄(0) > 0, the same for draws [S, D] of the noise before t = 0; else None.
         prior: the prior term's part, nats per token.
         n_bytes: bytes of the text scored, if told.
     """
@@ -41,6 +41,7 @@ class ElboResult:
     integrand: Tensor
     prior: float
     n_bytes: int | None = None
+    onset: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -72,12 +73,15 @@ class ElboResult:
         first and last stratum, which it sees only once and which are therefore counted again. The sequences are added
         as if independent. More draws make the error smaller.
         """
-        n_sequences, draws = self.integrand.shape
-        if draws < 2:
+        parts = [self.integrand] if self.onset is None else [self.integrand, self.onset]
+        if min(part.shape[1] for part in parts) < 2:
             return math.nan
-        squares = self.integrand.diff(dim=1).square()
-        variance = float((squares.sum(dim=1) + squares[:, 0] + squares[:, -1]).sum()) / 2
-        return math.sqrt(variance) / draws / n_sequences / self.length
+        variance = 0.0
+        for part in parts:
+            squares = part.diff(dim=1).square()
+            total = squares.sum(dim=1) + squares[:, 0] + squares[:, -1]
+            variance += float(total.sum()) / 2 / part.shape[1] ** 2
+        return math.sqrt(variance) / len(self.integrand) / self.length
 
     @property
     def bits_per_token(self) -> float:
@@ -92,7 +96,7 @@ class ElboResult:
     @property
     def perplexity(self) -> float:
         """exp(mean nats per token)."""
-        return math.exp(self.nats_per_token)
+        return exp(self.nats_per_token)
 
     @property
     def perplexity_mean_of_exp(self) -> float:
@@ -100,17 +104,26 @@ class ElboResult:
         return float((self.sequences / self.length).exp().mean())
 
 
+def exp(nats: float) -> float:
+    """exp of a number; infinity where that is too large for one."""
+    return float(torch.tensor(nats, dtype=torch.float64).exp())
+
+
 class Onset(Schedule):
-    """Noise from 0 to the σ̄(0) > 0 at which another schedule starts, growing at a constant rate."""
+    """Noise from 0 to the σ̄(0) > 0 at which another schedule starts, as σ̄(0) t².
+
+    A token differs from the text with a probability near σ̄, and then its loss goes as 1/σ̄. Times drawn evenly in σ̄
+    would give the estimate no finite variance; drawn evenly in t they do.
+    """
 
     def __init__(self, sigma: float) -> None:
         self.sigma = sigma
 
     def total(self, t: Tensor) -> Tensor:
-        return self.sigma * t.double()
+        return self.sigma * t.double() ** 2
 
     def rate(self, t: Tensor) -> Tensor:
-        return torch.full_like(t, self.sigma, dtype=torch.float64)
+        return 2 * self.sigma * t.double()
 
 
 def elbo(
@@ -134,7 +147,8 @@ def elbo(
 
     The integral runs over all of (0, 1]: nothing near t = 0 is left out, although training starts at a small ε. A
     schedule that starts with noise on the text, σ̄(0) > 0 (geometric), leaves out the noise from 0 to σ̄(0); that part is
-    integrated over σ̄ instead, with one more draw per sequence, so that the bound is always one for the clean text.
+    integrated over σ̄ instead, with an eighth as many draws more (two at least), so that the bound is always one for the
+    clean text.
 
     Times are stratified: the k-th draw of a sequence lies in [k/draws, (k+1)/draws), evenly spread over the sequences
     within. Each is uniform there, so the estimate has no bias, and a few draws per sequence do where there are many.
@@ -175,28 +189,25 @@ def elbo(
     n_sequences, length = blocks.shape
     start, end = (float(s) for s in schedule.total(torch.tensor([0.0, 1.0])))
 
-    # the place within its stratum of every (sequence, draw): a random order of S evenly spread points, moved as a whole
-    uniform = torch.rand(n_sequences + 1, draws, generator=generator, dtype=torch.float64, device=device)
-    place = (uniform[:-1].argsort(dim=0) + uniform[-1]) / n_sequences
-    times = (torch.arange(1, draws + 1, device=device) - place) / draws  # in (0, 1]: at 0 there is no noise to score
-
-    # (sequence, time) pairs of the schedule's own part, then one of the part before it
-    pairs = [(schedule, times, torch.arange(n_sequences).repeat_interleave(draws))]
+    # of the schedule's own part, then of the part before it
+    times = _stratified(n_sequences, draws, generator, device)
+    parts: list[tuple[Schedule, Tensor]] = [(schedule, times)]
     if start > 0:
-        before = 1.0 - torch.rand(n_sequences, 1, generator=generator, dtype=torch.float64, device=device)
-        pairs.append((Onset(start), before, torch.arange(n_sequences)))
+        parts.append((Onset(start), _stratified(n_sequences, max(2, draws // 8), generator, device)))
     batches = [
         (part, t.flatten()[first : first + batch_size], owner[first : first + batch_size])
-        for part, t, owner in pairs
-        for first in range(0, len(owner), batch_size)
+        for part, t in parts
+        for owner in [torch.arange(n_sequences).repeat_interleave(t.shape[1])]
+        for first in range(0, t.numel(), batch_size)
     ]
-    values = torch.empty(sum(len(owner) for _, _, owner in batches), dtype=torch.float64, device=device)
+    values = torch.empty(sum(t.numel() for _, t in parts), dtype=torch.float64, device=device)
     saved, done = None, 0
     if unfinished is not None:
         if generator is None:
             raise ValueError("unfinished: an evaluation that may be resumed needs a generator of its own")
-        what = (*model.parameters(), blocks, *(t for _, t, _ in pairs))
-        saved = Unfinished(unfinished, _identity(what, f"{graph} {schedule} {batch_size} {autocast_dtype}"))
+        what = (*model.parameters(), graph.stationary, blocks, *(t for _, t in parts))
+        settings = f"{graph} {schedule} {getattr(model, 'config', '')} {batch_size} {autocast_dtype}"
+        saved = Unfinished(unfinished, identity(what, settings))
         done = saved.resume(values, generator)
     training = model.training
     model.train(False)
@@ -223,27 +234,28 @@ def elbo(
         model.train(training)
     if saved is not None:
         saved.write()
-    integrand = values[: times.numel()].view(times.shape).cpu()
+    integrand, *onset = (
+        part.view(t.shape).clone()
+        for part, (_, t) in zip(values.cpu().split([t.numel() for _, t in parts]), parts, strict=True)
+    )
     prior = prior_kl(blocks.cpu(), end, graph).sum(dim=1)
-    sequences = prior + integrand.mean(dim=1)
-    if start > 0:
-        sequences += values[times.numel() :].cpu()
     return ElboResult(
-        sequences=sequences.clone(),
+        sequences=prior + integrand.mean(dim=1) + sum(part.mean(dim=1) for part in onset),
         length=length,
         times=times.cpu(),
-        integrand=integrand.clone(),
+        integrand=integrand,
         prior=float(prior.mean()) / length,
         n_bytes=n_bytes,
+        onset=onset[0] if onset else None,
     )
 
 
-def _identity(tensors: Iterable[Tensor], settings: str) -> str:
-    """A word that (almost surely) differs where a number or a setting does."""
-    digest = hashlib.blake2b(settings.encode(), digest_size=16)
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _stratified(n_sequences: int, draws: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Times [S, draws] in (0, 1] (at 0 there is no noise to score), the k-th of each in its own part of the time."""
+    # the place within its stratum of every (sequence, draw): a random order of S evenly spread points, moved as a whole
+    uniform = torch.rand(n_sequences + 1, draws, generator=generator, dtype=torch.float64, device=device)
+    place = (uniform[:-1].argsort(dim=0) + uniform[-1]) / n_sequences
+    return (torch.arange(1, draws + 1, device=device) - place) / draws
 
 
 def prior_kl(x_0: Tensor, sigma: float, graph: RankOne) -> Tensor:
@@ -394,5 +406,8 @@ def write_figure(path: str | Path, size: tuple[float, float], draw: Callable[[An
     draw(figure)
     path = Path(path)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    figure.savefig(partial, dpi=150)
-    partial.replace(path)
+    try:
+        figure.savefig(partial, dpi=150)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
