@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from lm_eval.api.instance import Instance
 from toy import VOCABULARY, JointScore, TrueScore
 
 from sedd.cli import main
-from sedd.harness import continuation_bound, greedy_continuation
+from sedd.harness import continuation_bound, greedy_continuation, is_greedy
 from sedd.lm_eval_model import SEDDLM
 from sedd.model import SEDD, ModelConfig
+from sedd.sample import sample
 from sedd.schedule import Geometric, LogLinear
 from sedd_ext import Absorbing, Uniform
 
@@ -95,6 +97,18 @@ def test_greedy_writes_the_likeliest_token_where_the_model_is_surest() -> None:
         assert greedy_continuation(model, [first], 2, ABSORBING, schedule) == expected
     for context in range(5):
         assert greedy_continuation(TrueScore(UNIFORM), [context], 1, UNIFORM, schedule) == [0]
+
+
+def test_an_answer_is_greedy_if_it_is_what_is_written() -> None:
+    model, schedule = JointScore(ABSORBING, JOINT), LogLinear()
+    written = greedy_continuation(model, [1], 2, ABSORBING, schedule)
+    for first in range(5):
+        for second in range(5):
+            answer = [first, second]
+            assert is_greedy(model, [1], answer, ABSORBING, schedule) == (answer == written)
+    model.rows_scored.clear()  # one entry for each look at the model
+    assert not is_greedy(model, [1], [(token + 1) % 5 for token in written], ABSORBING, schedule)
+    assert len(model.rows_scored) == 1
 
 
 @pytest.mark.parametrize(("context", "continuation"), [([1], []), ([1, 2], [3, 4, 0])])
@@ -206,6 +220,42 @@ def test_generated_text(model: Path) -> None:
     (text,) = lm.generate_until([request("a", options)], disable_tqdm=True)
     assert "o" not in text
     assert text[:3] != "eee"
+    options["temperature"] = 0.0  # as the harness has it: no chance
+    assert lm.generate_until([request("a", options)], disable_tqdm=True) == ["e" * 30]
+
+
+def test_each_sample_of_a_question_is_another_one(model: Path) -> None:
+    lm = SEDDLM(str(model), max_gen_toks=20, device="cpu")
+    options = {"do_sample": True, "temperature": 3.0}
+    three = lm.generate_until([request("a", options)] * 3, disable_tqdm=True)
+    assert len(set(three)) == 3
+    assert lm.generate_until([request("a", options)] * 3, disable_tqdm=True) == three
+    other = lm.generate_until([request("b", options)], disable_tqdm=True)
+    assert other[0] not in three
+    assert lm.generate_until([request("a", {})] * 2, disable_tqdm=True) == ["e" * 20] * 2
+
+
+@pytest.mark.parametrize(("wanted", "question", "written"), [(20, 12, 20), (20, 13, 19), (99, 30, 16), (16, 60, 16)])
+def test_a_long_text_leaves_room_for_its_question(
+    wanted: int, question: int, written: int, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, drawn = SEDDLM(str(model), device="cpu"), []
+
+    def spy(*arguments: Any, **options: Any) -> torch.Tensor:
+        drawn.append(options["fixed"])
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr("sedd.lm_eval_model.sample", spy)
+    text = "".join(chr(ord("A") + i % 26) for i in range(question))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        (answer,) = lm.generate_until([request(text, {"max_gen_toks": wanted})], disable_tqdm=True)
+    assert len(answer) == written
+    assert [str(warning.message)[:12] for warning in told] == ["max_gen_toks"] * (written < wanted)
+    tokens, given = drawn[0]
+    assert bytes(tokens[given].tolist()).decode() == text[-(32 - written) :]
+    with pytest.raises(ValueError, match="max_gen_toks: expected at least 1, got 0"):
+        lm.generate_until([request("a", {"max_gen_toks": 0})], disable_tqdm=True)
 
 
 def test_whole_texts_and_long_answers(model: Path) -> None:
@@ -218,6 +268,36 @@ def test_whole_texts_and_long_answers(model: Path) -> None:
     ((long, greedy),) = lm.loglikelihood([request("context", text)], disable_tqdm=True)
     assert long == pytest.approx(rolling)
     assert not greedy
+    ((_, greedy),) = lm.loglikelihood([request("context", "e" * 32)], disable_tqdm=True)
+    assert greedy
+    ((_, greedy),) = lm.loglikelihood([request("context", "e" * 31 + "t")], disable_tqdm=True)
+    assert not greedy
+
+
+def test_windows_have_noise_of_their_own_and_all_the_context_there_is(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, asked = SEDDLM(str(model), draws=2, device="cpu"), []
+
+    def spy(_: Any, context: Any, continuation: Any, *__: Any, seed: int, **options: Any) -> torch.Tensor:
+        asked.append((bytes(context).decode(), bytes(continuation).decode(), seed))
+        return torch.ones(2)
+
+    monkeypatch.setattr("sedd.lm_eval_model.continuation_bound", spy)
+    first, second = "a" * 32, "b" * 30 + "cd"
+    assert lm.loglikelihood_rolling([request(first + second + "ef"), request(second)], disable_tqdm=True) == [
+        -3.0,
+        -1.0,
+    ]
+    assert [(context, text) for context, text, _ in asked] == [
+        ("", first),
+        ("", second),
+        (second[2:], "ef"),
+        ("", second),
+    ]
+    seeds = [seed for _, _, seed in asked]
+    assert len(set(seeds)) == 3
+    assert seeds[1] == seeds[3]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from sedd.progress import console
 from sedd.schedule import Schedule
 from sedd_ext import RankOne, sample_transition, tweedie_probs
 
-__all__ = ["HarnessOptions", "continuation_bound", "greedy_continuation", "harness"]
+__all__ = ["HarnessOptions", "continuation_bound", "greedy_continuation", "harness", "is_greedy"]
 
 
 @dataclass
@@ -193,27 +193,50 @@ def greedy_continuation(
 
     Source: Deschenaux & Gulcehre 2024, appendix A.2, says greedy decoding; the order is ours.
     """
+    written = dict(_greedy(model, context, n, graph, schedule, seed))
+    return [written[place] for place in range(n)]
+
+
+def is_greedy(
+    model: ScoreModel,
+    context: Sequence[int],
+    continuation: Sequence[int],
+    graph: RankOne,
+    schedule: Schedule,
+    *,
+    seed: int = 0,
+) -> bool:
+    """Whether :func:`greedy_continuation` writes these very tokens. It stops at the first that is another one."""
+    steps = _greedy(model, context, len(continuation), graph, schedule, seed)
+    return all(continuation[place] == token for place, token in steps)
+
+
+@torch.no_grad()
+def _greedy(
+    model: ScoreModel, context: Sequence[int], n: int, graph: RankOne, schedule: Schedule, seed: int
+) -> Iterator[tuple[int, int]]:
+    """The places and tokens of :func:`greedy_continuation` in the order in which they are written."""
     device = device_of(model)
     x = graph.sample_limit((n,), generator=_generator(seed, context, device), device=device)
     start = torch.tensor(context, dtype=torch.int64, device=device)
     open_places = torch.ones(n, dtype=torch.bool, device=device)
-    with torch.no_grad():
-        for step in range(n):
-            sigma = schedule.total(torch.tensor([1 - step / n], dtype=torch.float64)).to(device)
-            hidden = model.hidden(torch.cat([start, x]).unsqueeze(0), sigma)[0, len(context) :]
-            shift = model.log_score_shift(sigma)
-            probs = tweedie_probs(
-                model.head(hidden).float(), x, float(sigma), graph, log_score_shift=shift, denoise=True
-            )
-            best, token = probs.max(-1)
-            place = int(torch.where(open_places, best, -1.0).argmax())
-            x[place] = token[place]
-            open_places[place] = False
-    written: list[int] = x.tolist()
-    return written
+    for step in range(n):
+        sigma = schedule.total(torch.tensor([1 - step / n], dtype=torch.float64)).to(device)
+        hidden = model.hidden(torch.cat([start, x]).unsqueeze(0), sigma)[0, len(context) :]
+        shift = model.log_score_shift(sigma)
+        probs = tweedie_probs(model.head(hidden).float(), x, float(sigma), graph, log_score_shift=shift, denoise=True)
+        best, token = probs.max(-1)
+        place = int(torch.where(open_places, best, -1.0).argmax())
+        x[place] = token[place]
+        open_places[place] = False
+        yield place, int(x[place])
 
 
 def _generator(seed: int, context: Sequence[int], device: torch.device) -> torch.Generator:
-    """Random numbers that follow from a seed and a context."""
-    word = hashlib.blake2b(f"{seed} {list(context)}".encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(word, "big") >> 1)
+    return torch.Generator(device).manual_seed(seed_of(seed, context))
+
+
+def seed_of(seed: int, tokens: Sequence[int]) -> int:
+    """A seed that follows from a seed and a text."""
+    word = hashlib.blake2b(f"{seed} {list(tokens)}".encode(), digest_size=8).digest()
+    return int.from_bytes(word, "big") >> 1
