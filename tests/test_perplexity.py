@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,37 @@ def test_files_in_one_table(model: Path, tmp_path: Path, capsys: pytest.CaptureF
     lines = evaluate(model, str(tmp_path / "a.txt"), "--documents", "line", "--detokenizer", "lm1b", "--draws", "1")
     assert lines["a.txt"]["tokens_of_text"] == (len("one two, three") + 1 + len("four") + 1) * 20
     assert lines["a.txt"]["reading"] == "each line a document, detokeniser lm1b, bytes tokens"
+
+
+def test_rows_of_a_file_are_documents(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text('{"text": "one two three"}\n' * 4)
+    (found,) = evaluate(model, str(folder / "rows.jsonl"), "--draws", "1").values()
+    assert found["reading"] == "each row a document closed with end-of-text, detokeniser none, bytes tokens"
+    monkeypatch.chdir(folder)
+    assert list(evaluate(model, ".", "--draws", "1")) == ["rows"]
+
+
+def test_figures_that_are_no_numbers(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beyond what a number can be: null, and the table is there. NaN: an error that says whose."""
+    text = tmp_path / "a.txt"
+    text.write_text("one two , three\nfour\n" * 20)
+    changed = SEDD.from_pretrained(model)
+    with torch.no_grad():
+        changed.output_layer.linear.bias[ord("o")] = 30.0
+    changed.save_pretrained(tmp_path / "steep")
+    (steep,) = evaluate(tmp_path / "steep", str(text), "--draws", "2").values()
+    assert steep["nats_per_token"] > 710
+    assert steep["perplexity"] is steep["perplexity_mean_of_exp"] is None
+    assert "inf" in capsys.readouterr().out
+    with torch.no_grad():
+        changed.output_layer.linear.bias[ord("o")] = math.nan
+    changed.save_pretrained(tmp_path / "broken")
+    out = tmp_path / "broken.json"
+    line = ["eval", "perplexity", str(tmp_path / "broken"), str(text), "--draws", "2", "--json", str(out)]
+    assert main([*line, "--cache_dir", str(tmp_path / "cache")]) == 2
+    assert "broken: the model's scores are not numbers (NaN) on 52 of 52 blocks of a.txt" in capsys.readouterr().err
 
 
 def test_the_papers_sets_by_name(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,17 +158,18 @@ def test_an_interrupted_evaluation_goes_on(
     assert not kept.exists()
 
 
-def test_texts_of_one_name_are_told_apart_and_none_is_scored_twice(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("files", [["a/text.txt", "b/text.txt"], ["ä.txt", "ß.txt"], ["a.1.txt", "a-1.txt"]])
+def test_texts_are_told_apart_and_none_is_scored_twice(
+    files: list[str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = []
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "text.txt").write_text(folder * 80)  # 10 blocks
-        names.append(str(tmp_path / folder / "text.txt"))
+    for letter, path in zip("ab", files, strict=True):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(letter * 80)  # 10 blocks
+        names.append(str(tmp_path / path))
     arguments = [*names, "--draws", "2", "--batch_size", "10"]
     whole = evaluate(model, *arguments)
-    assert list(whole) == names
+    assert list(whole) == (names if "/" in files[0] else files)
     calls, scored = 0, sedd.evaluate.score_entropy
 
     def stop_in_the_fourth(*args: Any, **kwargs: Any) -> Any:
@@ -156,11 +189,14 @@ def test_texts_of_one_name_are_told_apart_and_none_is_scored_twice(
 
 
 def test_mistakes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "short.txt").write_text("a")
+    short = str(tmp_path / "short.txt")
+    Path(short).write_text("a")
     for arguments, message in (
         ([], "text: {model} is no run with a text of its own; give one: wikitext2"),
-        ([str(tmp_path / "short.txt")], "short.txt has 2 tokens, fewer than one block (length 8)"),
+        ([short], "short.txt has 2 tokens, fewer than one block (length 8)"),
         (["ptb", "lambada", "ptb"], "texts: 'ptb' is named twice"),
+        ([short, "--split", "test"], "split: 'test' given, but only hub data sets have it, not"),
+        ([short, "--json", str(tmp_path)], f"json: cannot write {tmp_path}: it is a folder"),
         (["someone/text"], "'someone/text' is no file or folder here, and the Hugging Face hub could not be reached"),
     ):
         assert main(["eval", "perplexity", str(model), *arguments]) == 2

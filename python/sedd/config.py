@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -282,14 +283,22 @@ def check_options(options: Any, positive: Sequence[str], outputs: Sequence[str] 
     Raises:
         ValueError: a number is too small.
         FileNotFoundError: there is no folder to write a file to.
+        IsADirectoryError: there is a folder of that name.
+        PermissionError: nothing may be written there.
     """
     for name in positive:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"{name}: expected at least 1, got {getattr(options, name)}")
     for name in outputs:
-        path = getattr(options, name)
-        if path is not None and not Path(path).parent.is_dir():
-            raise FileNotFoundError(f"{name}: cannot write {path}: there is no folder {Path(path).parent}")
+        if getattr(options, name) is None:
+            continue
+        path = Path(getattr(options, name))
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{name}: cannot write {path}: there is no folder {path.parent}")
+        if path.is_dir():
+            raise IsADirectoryError(f"{name}: cannot write {path}: it is a folder; give the name of a file")
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(f"{name}: cannot write {path}: the folder {path.parent} may not be written to")
 
 
 def train_parser(**kwargs: Any) -> ArgumentParser:

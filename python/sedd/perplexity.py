@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import re
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from sedd.detokenize import Detokenizer
 from sedd.evaluate import ElboResult, check_figure, elbo, ngram_bits, plot_bound
 from sedd.pretrained import LoadedModel, load_model
 from sedd.progress import console
+from sedd.sources import is_plain_text
 from sedd.tokenizer import count_bytes
 
 __all__ = ["TEXTS", "PerplexityOptions", "TextSet", "perplexity"]
@@ -114,10 +116,16 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
     notes, parts = [], []
     names = [Path(name).name for name in options.texts]
     for name in options.texts or [""]:
-        title = name if names.count(Path(name).name) > 1 else Path(name).name or "validation text"
+        title = name if names.count(Path(name).name) > 1 else Path(name).resolve().name if name else "validation text"
         blocks, train, rules = _blocks(loaded, name, options)
-        unfinished = Path(f"{options.json}.{re.sub('[^0-9A-Za-z]+', '-', title)}.unfinished") if options.json else None
+        unfinished = _unfinished(options.json, title) if options.json else None
         result = _score(loaded, blocks, options, unfinished, out)
+        if math.isnan(result.nats_per_token):
+            bad = int(result.sequences.isnan().sum())
+            raise ValueError(
+                f"{loaded.path}: the model's scores are not numbers (NaN) on {bad:,} of {len(result.sequences):,} "
+                f"blocks of {title}; is there NaN among its weights?"
+            )
         n_bytes = result.n_bytes or 0
         figures[title] = _figures(result, blocks, rules, options)
         table.add_row(
@@ -155,6 +163,12 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
     return 0
 
 
+def _unfinished(json: str, title: str) -> Path:
+    """The file beside another that keeps what is done of a text, by a name that only this text has."""
+    word = hashlib.blake2b(title.encode(), digest_size=4).hexdigest()
+    return Path(f"{json}.{re.sub('[^0-9A-Za-z]+', '-', title)}-{word}.unfinished")
+
+
 def _blocks(loaded: LoadedModel, name: str, options: PerplexityOptions) -> tuple[TokenBlocks, Any, str]:
     """The blocks of a text, the training text they are held out from if it is known, and how the text was read."""
     length = loaded.model.config.length
@@ -162,22 +176,32 @@ def _blocks(loaded: LoadedModel, name: str, options: PerplexityOptions) -> tuple
         if loaded.config is None:
             known = ", ".join(TEXTS)
             raise ValueError(f"text: {loaded.path} is no run with a text of its own; give one: {known}, a file, ...")
-        splits = load_blocks(loaded.config.data, loaded.tokenizer, length)
+        for name in ("subset", "split", "text_column", "documents", "detokenizer"):
+            if getattr(options, name) != getattr(PerplexityOptions(), name):
+                raise ValueError(f"{name}: for a text that is named; the run's own is read as it was for training")
+        data = loaded.config.data
+        data = dataclasses.replace(data, cache_dir=options.cache_dir or data.cache_dir)
+        splits = load_blocks(data, loaded.tokenizer, length)
         return splits.valid, splits.train, f"held out from {loaded.config.data.source}"
     if name in TEXTS:
         known_set = TEXTS[name]
         data, joined = dataclasses.replace(known_set.data, cache_dir=options.cache_dir), known_set.joined
     else:
         data, joined = _data(name, options), False
-    documents = "one document" if joined else "each row a document closed with end-of-text"
-    if Path(name).exists():
+    if joined:
+        documents = "one document"
+    elif name not in TEXTS and is_plain_text(name):
         documents = f"each {data.documents} a document"
+    else:
+        documents = "each row a document closed with end-of-text"
     rules = f"{documents}, detokeniser {data.detokenizer}, {loaded.tokenizer.name} tokens"
     return load_text(data, loaded.tokenizer, length, joined=joined), None, rules
 
 
 def _data(name: str, options: PerplexityOptions) -> DataConfig:
     local = Path(name).expanduser().exists()
+    if local and options.split is not None:
+        raise ValueError(f"split: {options.split!r} given, but only hub data sets have it, not {name!r}")
     return DataConfig(
         name,
         subset=options.subset,
@@ -210,13 +234,13 @@ def _score(
 
 
 def _figures(result: ElboResult, blocks: TokenBlocks, rules: str, options: PerplexityOptions) -> dict[str, Any]:
-    return {
+    figures = {
         "nats_per_token": result.nats_per_token,
-        "standard_error": finite(result.standard_error),
-        "monte_carlo_error": finite(result.monte_carlo_error),
+        "standard_error": result.standard_error,
+        "monte_carlo_error": result.monte_carlo_error,
         "prior": result.prior,
         "perplexity": result.perplexity,
-        "perplexity_mean_of_exp": finite(result.perplexity_mean_of_exp),
+        "perplexity_mean_of_exp": result.perplexity_mean_of_exp,
         "bits_per_token": result.bits_per_token,
         "bits_per_byte": result.bits_per_byte,
         "blocks": len(result.sequences),
@@ -228,3 +252,4 @@ def _figures(result: ElboResult, blocks: TokenBlocks, rules: str, options: Perpl
         "seed": options.seed,
         "reading": rules,
     }
+    return {name: finite(value) if isinstance(value, float) else value for name, value in figures.items()}

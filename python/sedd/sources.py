@@ -57,6 +57,12 @@ def open_source(config: DataConfig) -> tuple[Any, Any]:
     return rows, valid_rows
 
 
+def is_plain_text(source: str) -> bool:
+    """Whether a source is local files of text: of JSON and Parquet files, as of hub data sets, rows are documents."""
+    files = _local_files(source, "source")
+    return bool(files) and _builder(files[0]) == "text"
+
+
 def _builder(path: Path) -> str | None:
     """The builder of `datasets` that reads a file, by its suffix."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
