@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -147,12 +148,65 @@ def test_the_whole_command(
     more = evaluate(model, judge_folder, *options, "--steps", "[2,4,8]")
     assert written == [("tweedie", 4), ("euler", 4)]
     assert [r for r in more["rows"] if r["steps"] != 4] == found["rows"]
+    # what is not asked for again is not lost
+    less = evaluate(model, judge_folder, *options, "--steps", "[8,1,8]", "--samplers", "[euler]")
+    assert written[2:] == [("euler", 1)]
+    assert [row for row in less["rows"] if row["steps"] != 1] == more["rows"]
+    assert [row["steps"] for row in less["rows"]] == [2, 4, 8, 1, 2, 4, 8]
     (tmp_path / "figures.json").unlink()
     again = evaluate(model, judge_folder, *options, "--steps", "[2]", "--samplers", "[tweedie]")
     assert again["rows"][0]["texts"] == found["rows"][0]["texts"]
     line = ["eval", "generative", str(model), "--judge", str(judge_folder), "--json", str(tmp_path / "figures.json")]
     assert main([*line, *options, "--num", "6", "--seed", "5"]) == 2
     assert "holds something else, or figures with other options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changed", ["model", "judge", "text"])
+def test_figures_of_other_weights_or_texts_are_not_taken(
+    changed: str, model: Path, judge_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though all names are the same."""
+    judge, real = tmp_path / judge_folder.name, tmp_path / "real.txt"
+    shutil.copytree(judge_folder, judge)
+    real.write_text("the quick brown fox " * 10)
+    options = ["--steps", "[2]", "--samplers", "[tweedie]", "--text", str(real)]
+    before = evaluate(model, judge, *options)
+    assert evaluate(model, judge, *options) == before
+    if changed == "model":
+        other = SEDD.from_pretrained(model)
+        with torch.no_grad():
+            other.vocab_embed.embedding[0, 0] += 1
+        other.save_pretrained(model)
+    elif changed == "judge":
+        other = transformers.AutoModelForCausalLM.from_pretrained(judge)
+        with torch.no_grad():
+            other.transformer.wte.weight[0, 0] += 1
+        other.save_pretrained(judge)
+    else:
+        real.write_text("the lazy brown dog " * 10)
+    out = tmp_path / "figures.json"
+    kept = out.read_text()
+    line = ["eval", "generative", str(model), "--judge", str(judge), *options, "--num", "6", "--json", str(out)]
+    assert main(line) == 2
+    assert "holds something else, or figures with other options, weights or texts" in capsys.readouterr().err
+    assert out.read_text() == kept
+
+
+def test_a_run_whose_text_is_gone(
+    judge_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real text is beside the point, but for MAUVE."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    Path("text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    train = "train --data.source text.txt --run_dir run --steps 2 --model.length 32 --device cpu"
+    assert main(train.split()) == 0
+    Path("text.txt").unlink()
+    line = ["eval", "generative", "run", "--judge", str(judge_folder), "--steps", "[2]", "--num", "2"]
+    assert main([*line, "--samplers", "[tweedie]"]) == 0
+    assert "no real text beside the model's; --text FILE gives one" in capsys.readouterr().out
+    assert main([*line, "--mauve", "[unconditional]", "--given", "4", "--compared", "8"]) == 2
+    assert "text: the run's own cannot be had, so give a file: source: there is no file" in capsys.readouterr().err
 
 
 def test_given_tokens_are_kept(model: Path, judge_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +241,11 @@ def test_given_tokens_are_kept(model: Path, judge_folder: Path, monkeypatch: pyt
         (["--mauve", "[prefix]", "--given", "4", "--compared", "8"], "text: MAUVE compares with real text"),
         (["--text", "none.txt"], "text: there is no file or folder none.txt"),
         (["--num", "0"], "num: expected at least 1, got 0"),
+        (["--samplers", "[]"], "samplers: expected some of tweedie, euler; got none"),
+        (["--mauve", "[infill]", "--given", "8", "--compared", "8"], "given: 8 of 8 compared tokens are given"),
+        (["--top_p", "0"], "top_p: expected a number in (0, 1], got 0.0"),
+        (["--temperature", "0"], "temperature: expected a positive number, got 0.0"),
+        (["--length", "1", "--num", "1"], "judge: tiny-judge sees one token in each text"),
         (["--plot", "steps.foo"], "plot: expected a name that ends in"),
     ],
 )

@@ -6,7 +6,6 @@ Each takes a dataclass of options, whose docstrings are the help, and returns th
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from rich.text import Text
 from torch import Tensor
 
 from sedd.checkpoint import best_checkpoint, list_checkpoints, read_state, write_json
-from sedd.config import GraphName, TrainConfig, check_options, resolve_device
+from sedd.config import GraphName, TrainConfig, check_choice, check_options, resolve_device
 from sedd.model import PRESETS, compile_network
 from sedd.objective import OBJECTIVES
 from sedd.pretrained import LoadedModel, load_model, load_pretrained, model_card, read_mapping, to_config
@@ -70,10 +69,7 @@ class SamplingOptions:
         check_options(self, positive=("num", "steps", "batch_size"), outputs=("json",))
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}; got {self.sampler!r}")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+        check_choice(self.temperature, self.top_p)
 
 
 @dataclass

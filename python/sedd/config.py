@@ -301,6 +301,18 @@ def check_options(options: Any, positive: Sequence[str], outputs: Sequence[str] 
             raise PermissionError(f"{name}: cannot write {path}: the folder {path.parent} may not be written to")
 
 
+def check_choice(temperature: float, top_p: float) -> None:
+    """Refuses what no sampler takes.
+
+    Raises:
+        ValueError: ``temperature`` is not positive and finite, or ``top_p`` not in (0, 1].
+    """
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
+
+
 def train_parser(**kwargs: Any) -> ArgumentParser:
     """Returns a parser of all training options, which also reads them from ``--config FILE`` (JSON or YAML)."""
     parser = ArgumentParser(**{"exit_on_error": False, **kwargs})

@@ -20,15 +20,16 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from sedd.checkpoint import write_json
-from sedd.config import check_options, resolve_device
+from sedd.checkpoint import finite, write_json
+from sedd.config import check_choice, check_options, resolve_device
 from sedd.data import DataConfig, load_blocks, load_text, valid_batches
 from sedd.evaluate import check_figure, write_figure
 from sedd.judge import Judge, load_judge
-from sedd.pretrained import LoadedModel, load_model
+from sedd.pretrained import LoadedModel, load_model, to_config
 from sedd.progress import console
 from sedd.sample import SAMPLERS, sample
 from sedd.tokenizer import EOT_TEXT
+from sedd.unfinished import identity
 
 __all__ = ["GenerativeOptions", "diversity", "generative", "plot_generative"]
 
@@ -72,18 +73,27 @@ class GenerativeOptions:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
     json: str | None = None
-    """Write figures and texts to this file, after each number of steps; called again, what is there is not redone."""
+    """Write figures and texts to this file, after each number of steps. Called again, what is there is not redone but
+    shown with the rest."""
     plot: str | None = None
     """Draw perplexity and entropy against steps, as a picture."""
 
     def __post_init__(self) -> None:
         """Checks the values."""
         check_options(self, positive=("num", "length", "given", "compared", "batch_size"), outputs=("json", "plot"))
+        check_choice(self.temperature, self.top_p)
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"steps: expected numbers of at least 1, got {self.steps}")
         for name, values, known in (("samplers", self.samplers, SAMPLERS), ("mauve", self.mauve, SETTINGS)):
             if unknown := set(values) - set(known):
                 raise ValueError(f"{name}: expected some of {', '.join(known)}; got {', '.join(sorted(unknown))}")
+        if not self.samplers:
+            raise ValueError(f"samplers: expected some of {', '.join(SAMPLERS)}; got none")
+        self.steps, self.samplers = list(dict.fromkeys(self.steps)), list(dict.fromkeys(self.samplers))
+        if set(self.mauve) - {"unconditional"} and self.given >= self.compared:
+            raise ValueError(
+                f"given: {self.given} of {self.compared} compared tokens are given, which leaves nothing to compare"
+            )
         if self.text is not None and not Path(self.text).exists():
             raise FileNotFoundError(f"text: there is no file or folder {self.text}")
 
@@ -137,15 +147,24 @@ def _mauve(real: Tensor, written: Tensor) -> float:
 def _measure(tokens: Tensor, loaded: LoadedModel, judge: Judge, batch_size: int, progress: bool) -> dict[str, Any]:
     """All that is measured of texts [n, L] by themselves."""
     nats, counts = judge.read(_texts(tokens, loaded, judge), batch_size, progress)
+    if not counts.sum():
+        raise ValueError(
+            f"judge: {judge.name} sees one token in each text, and nothing comes before it; --length {tokens.shape[1]} "
+            "is too short"
+        )
     per_token = nats / counts.clamp(min=1)
-    mean = float(nats.sum() / counts.sum().clamp(min=1))
-    # of a ratio of sums: the texts are the independent unit
-    error = float((nats - mean * counts).std()) / math.sqrt(len(nats)) / float(counts.double().mean())
+    mean = float(nats.sum() / counts.sum())
+    if not math.isfinite(mean):
+        raise ValueError(f"judge: {judge.name} gives {mean} nats a token; are its weights whole?")
     figures: dict[str, Any] = {
         "perplexity": math.exp(mean),
-        "perplexity_error": math.exp(mean) * error if len(nats) > 1 else None,
-        "perplexity_mean_of_exp": float(per_token.exp().mean()),
+        "perplexity_error": None,
+        "perplexity_mean_of_exp": finite(float(per_token.exp().mean())),
     }
+    if len(nats) > 1:
+        # of a ratio of sums: the texts are the independent unit
+        error = float((nats - mean * counts).std()) / math.sqrt(len(nats)) / float(counts.double().mean())
+        figures["perplexity_error"] = math.exp(mean) * error
     for name, values in diversity(tokens).items():
         figures[name] = float(values.mean())
         figures[f"{name}_std"] = float(values.std()) if len(values) > 1 else None
@@ -181,6 +200,10 @@ def generative(run: str, options: GenerativeOptions) -> int:
     settings = {
         **{name: value for name, value in dataclasses.asdict(options).items() if name not in _FREE},
         **{"model": str(loaded.path), "judge": judge.name, "length": length},
+        "identity": identity(
+            (*loaded.model.parameters(), *judge.model.parameters(), *([] if real is None else [real])),
+            str(to_config(loaded.model)),
+        ),
     }
     report: dict[str, Any] = {"settings": settings, "real": None, "rows": _known(options, settings)}
     if real is not None:
@@ -192,9 +215,9 @@ def generative(run: str, options: GenerativeOptions) -> int:
             if (sampler, steps) in done:
                 continue
             report["rows"].append(_row(sampler, steps, write, real, loaded, judge, options))
+            report["rows"].sort(key=lambda row: (list(SAMPLERS).index(row["sampler"]), row["steps"]))
             if options.json:
                 write_json(Path(options.json), report)
-    report["rows"].sort(key=lambda row: (options.samplers.index(row["sampler"]), row["steps"]))
     out.print(_table(report))
     if options.plot:
         plot_generative(report, options.plot)
@@ -205,7 +228,7 @@ _FREE = ("samplers", "steps", "json", "plot", "device")  # a row does not depend
 
 
 def _known(options: GenerativeOptions, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows that an earlier call with the same settings has written, among those asked for."""
+    """Rows that earlier calls with the same settings have written."""
     if not options.json or not Path(options.json).exists():
         return []
     try:
@@ -215,9 +238,10 @@ def _known(options: GenerativeOptions, settings: dict[str, Any]) -> list[dict[st
         same, rows = False, []
     if not same:
         raise ValueError(
-            f"json: {options.json} holds something else, or figures with other options; delete it or give another name"
+            f"json: {options.json} holds something else, or figures with other options, weights or texts; delete it or "
+            "give another name"
         )
-    return [row for row in rows if row["sampler"] in options.samplers and row["steps"] in options.steps]
+    return list(rows)
 
 
 def _real(loaded: LoadedModel, length: int, options: GenerativeOptions) -> Tensor | None:
@@ -225,7 +249,13 @@ def _real(loaded: LoadedModel, length: int, options: GenerativeOptions) -> Tenso
     if options.text is not None:
         blocks = load_text(DataConfig(options.text), loaded.tokenizer, length)
     elif loaded.config is not None and (length == loaded.model.config.length or options.mauve):
-        blocks = load_blocks(loaded.config.data, loaded.tokenizer, length).valid
+        try:
+            blocks = load_blocks(loaded.config.data, loaded.tokenizer, length).valid
+        except (FileNotFoundError, ConnectionError) as error:
+            if options.mauve:
+                raise type(error)(f"text: the run's own cannot be had, so give a file: {error}") from error
+            console().print(f"no real text beside the model's; --text FILE gives one ({error})")
+            return None
     elif options.mauve:
         raise ValueError(f"text: MAUVE compares with real text, and {loaded.path} has none of its own; give a file")
     else:
@@ -292,8 +322,6 @@ def _row(
             given[:head] = True
             if setting == "infill":
                 given[options.compared - options.given // 2 : options.compared] = True
-            if bool(given.all()):
-                raise ValueError(f"given: {options.given} tokens given of {length} leave nothing to write")
         texts = written if setting == "unconditional" else write(sampler, steps, (real, given))
         pair = [_texts(tokens[:, : options.compared], loaded, judge) for tokens in (real, texts)]
         row[f"mauve_{setting}"] = _mauve(*(judge.features(side, options.batch_size) for side in pair))
