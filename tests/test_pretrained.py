@@ -158,13 +158,18 @@ def test_what_is_saved_is_what_is_loaded(graph: RankOne, schedule: Any, tmp_path
     torch.testing.assert_close(loaded(x, sigma), model.eval()(x, sigma), rtol=0, atol=0)
 
 
-def test_a_run_is_loaded_by_the_same_name(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
+def trained(folder: Path) -> Path:
+    """A run of ours."""
+    text, run = folder / "text.txt", folder / "run"
     text.write_text("the cat sat on the mat " * 100)
-    run = tmp_path / "run"
     sizes = ["--model.n_blocks=1", "--model.n_heads=2", "--model.hidden_size=16", "--model.length=8"]
-    options = [f"--data.source={text}", f"--data.cache_dir={tmp_path}", "--tokenizer=text8", "--graph=hybrid"]
+    options = [f"--data.source={text}", f"--data.cache_dir={folder}", "--tokenizer=text8", "--graph=hybrid"]
     assert main(["train", *sizes, *options, "--steps=2", f"--run_dir={run}"]) == 0
+    return run
+
+
+def test_a_run_is_loaded_by_the_same_name(tmp_path: Path) -> None:
+    run = trained(tmp_path)
     model = SEDD.from_pretrained(run)
     assert (model.graph.process, model.schedule, model.tokenizer) == ("rank_one", LogLinear(), "text8")
     assert main(["convert", str(run), str(tmp_path / "out")]) == 0
@@ -181,6 +186,8 @@ def test_a_repository_is_downloaded_and_pushed(tmp_path: Path, monkeypatch: pyte
     asked: list[Any] = []
 
     def upload(self: Any, *, repo_id: str, folder_path: Path, **_: Any) -> str:
+        if repo_id == "someone/offline":
+            raise errors.OfflineModeIsEnabled("no network")
         for file in Path(folder_path).iterdir():
             (hub / file.name).write_bytes(file.read_bytes())
         return f"address of {repo_id}"
@@ -197,6 +204,10 @@ def test_a_repository_is_downloaded_and_pushed(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     write_run(tmp_path)
     model = load_pretrained(tmp_path)
+    with pytest.raises(errors.OfflineModeIsEnabled):
+        model.save_pretrained(tmp_path / "kept", push_to_hub=True, repo_id="someone/offline")
+    assert SEDD.from_pretrained(tmp_path / "kept").config == model.config
+    assert model.save_pretrained(tmp_path / "both", push_to_hub=True) == "address of both"
     assert model.push_to_hub("someone/toy", model_card_kwargs={"text": "It is a toy."}) == "address of someone/toy"
     card = (hub / "README.md").read_text()
     assert card.startswith("---\n")
@@ -260,6 +271,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named(tmp_path: Path) 
         ({"tokenizer": "gpt2"}, "tokenizer: 'gpt2' is not a tokeniser of 257 tokens"),
         ({"model": {"n_blocks": 10**9}}, "model.n_blocks: 1000000000, but the tensors are those of 2"),
         ({"model": {"length": "long"}}, "model.length: 'long', wanted int"),
+        ({"model": {"length": 8.0}}, "model.length: 8.0, wanted int"),
         ({"model": {"length": 0}}, "length: expected a positive int, got 0"),
         ({"parameterization": "subs"}, "parameterization: 'subs' predicts no scores; wanted 'sedd'"),
     ],
@@ -285,6 +297,31 @@ def test_what_a_checkpoint_does_not_say_can_be_said(tmp_path: Path, capsys: pyte
     assert model.config.n_heads == HEADS
     with pytest.raises(ValueError, match=r"a model of 258 tokens that does not say how text becomes tokens"):
         load_model(tmp_path / "out")
+
+
+def test_a_run_is_not_written_over_nor_told_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained(tmp_path)
+    (checkpoint,) = (run / "checkpoints").glob("step_*")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for folder in (run, checkpoint):
+        assert main(["convert", str(run), str(folder)]) == 2
+        assert f"{folder}: a run of sedd train is here, which this would destroy" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    (tmp_path / "mine.yaml").write_text("graph: {type: uniform}")
+    assert main(["convert", str(run), str(tmp_path / "out"), "--config", str(tmp_path / "mine.yaml")]) == 2
+    assert "which says itself what it is; leave config out" in capsys.readouterr().err
+    checkpoint.rename(tmp_path / "best")  # a checkpoint under another name
+    assert load_model(tmp_path / "best").config is not None
+
+
+def test_a_model_card_that_stays_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_hub(tmp_path)
+    line = ["convert", str(source), str(tmp_path / "out")]
+    for stays in (False, True):
+        assert main(line) == 0
+        assert ("README.md was here before and stays as it is" in capsys.readouterr().out) == stays
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1, "who may read one may read all"
 
 
 @pytest.mark.parametrize(

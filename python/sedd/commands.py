@@ -206,8 +206,11 @@ def convert(source: str, out: str, config: str | None) -> int:
     if config is not None and not Path(config).is_file():
         raise FileNotFoundError(f"config: there is no file {config}")
     model = load_pretrained(source, config=read_mapping(Path(config)) if config else None)
-    model.save_pretrained(out)
     console = Console(highlight=False, markup=False, soft_wrap=True)
+    card = Path(out) / "README.md"
+    if card.exists():
+        console.print(f"{card} was here before and stays as it is: see that it still describes the model")
+    model.save_pretrained(out)
     console.print(f"{out}: {model_card(model)['facts']}")
     return 0
 

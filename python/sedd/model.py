@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import copymode
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -348,21 +349,32 @@ class SEDD(
             raise ImportError(f'reading models needs {error.name}: pip install "sedd_ext[train]"') from error
         return load_pretrained(pretrained_model_name_or_path, config=config, device=device, **hub)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> str | None:
         """Writes ``config.json``, ``model.safetensors`` and a model card into a folder, each whole or not at all.
 
         A model card that is there already stays as it is. :meth:`push_to_hub` uploads the same files.
 
         Args:
             save_directory: the folder; made if it is not there.
-            **kwargs: of huggingface_hub's ``ModelHubMixin.save_pretrained``: ``push_to_hub``, ``repo_id``,
-                ``model_card_kwargs``.
+            push_to_hub: upload them too, once they are there.
+            repo_id: the repository on the hub; the folder's name if None.
+            model_card_kwargs: what the model card says, such as ``text``.
+            **kwargs: of :meth:`push_to_hub`.
 
         Returns:
             The address of the commit with ``push_to_hub=True``, else None.
 
         Raises:
-            ValueError: the model was made without a schedule, or its process has no name.
+            ValueError: the model was made without a schedule, or its process has no name; the folder is a run or a
+                checkpoint of ``sedd train``, whose files have the same names.
             OSError: the files cannot be written; those that were there before stay.
             ImportError: ``huggingface_hub`` is not installed.
         """
@@ -371,18 +383,23 @@ class SEDD(
         from safetensors import SafetensorError
 
         folder = Path(save_directory)
+        if (folder / "checkpoints").exists() or (folder / "state.json").exists():
+            raise ValueError(f"{folder}: a run of sedd train is here, which this would destroy; give another folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        kwargs.setdefault("repo_id", folder.name)
+        repo_id = repo_id or folder.name
         try:
             with TemporaryDirectory(prefix=".writing-", dir=folder.parent) as temporary:
-                address = super().save_pretrained(temporary, **kwargs)
+                super().save_pretrained(temporary, repo_id=repo_id, model_card_kwargs=model_card_kwargs)
                 folder.mkdir(exist_ok=True)
                 for file in Path(temporary).iterdir():
                     if file.name != "README.md" or not (folder / file.name).exists():
                         file.replace(folder / file.name)
         except (OSError, SafetensorError) as error:
             raise OSError(f"{folder}: could not be written; what was there stays: {error}") from error
-        return address
+        if push_to_hub:
+            address: str = self.push_to_hub(repo_id, model_card_kwargs=model_card_kwargs, **kwargs)
+            return address
+        return None
 
     def _save_pretrained(self, save_directory: Path) -> None:
         from safetensors.torch import save_file
@@ -393,6 +410,8 @@ class SEDD(
         write_json(save_directory / "config.json", to_config(self))
         tensors = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
         save_file(tensors, save_directory / "model.safetensors", metadata={"format": "pt"})
+        # safetensors lets nobody else read it
+        copymode(save_directory / "config.json", save_directory / "model.safetensors")
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
         """The model card, from :data:`CARD` and :func:`sedd.pretrained.model_card`."""

@@ -130,6 +130,8 @@ def load_pretrained(
     """
     path = _find(name_or_path, **hub)
     if _checkpoint(path) is not None:
+        if config:
+            raise ValueError(f"config: {path} is a run of sedd train, which says itself what it is; leave config out")
         return load_model(path, device).model
     file, found = _contents(path)
     weights, inside = read_weights(file)
@@ -220,9 +222,8 @@ def _from_config(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SE
     fields = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
     for name, value in given.items():
         if name in fields and value is not None:
-            if isinstance(value, bool) is not isinstance(fields[name], bool) or not isinstance(
-                value, (bool, int, float)
-            ):
+            whole = isinstance(fields[name], float) and type(value) is int
+            if type(value) is not type(fields[name]) and not whole:
                 raise ValueError(f"model.{name}: {value!r}, wanted {type(fields[name]).__name__}")
             if name in sizes and value != sizes[name]:
                 raise ValueError(f"model.{name}: {value}, but the tensors are those of {sizes[name]}")
@@ -307,7 +308,7 @@ def _find(name_or_path: Path | str, **hub: Any) -> Path:
 
 def _checkpoint(path: Path) -> Path | None:
     """The checkpoint folder of a run of ours; None if ``path`` is something else that may be a model."""
-    if re.fullmatch(r"step_\d+", path.name) and path.is_dir():
+    if path.is_dir() and (re.fullmatch(r"step_\d+", path.name) or (path / "state.json").exists()):
         return path
     if checkpoints := list_checkpoints(path):
         return best_checkpoint(path) or checkpoints[-1]
