@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import resource
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +26,7 @@ from sedd.cli import main
 from sedd.model import SEDD, ModelConfig
 from sedd.pretrained import load_model, load_pretrained, to_config
 from sedd.schedule import Cosine, Geometric, LogLinear
+from sedd.weights import PICKLES
 from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
 
 D, BLOCKS, HEADS, COND, LENGTH = 32, 2, 4, 16, 24
@@ -369,6 +372,48 @@ def test_damaged_and_absent_files(tmp_path: Path) -> None:
     (tmp_path / "run" / ".hydra" / "config.yaml").write_text("a: 1")
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoints-meta/checkpoint\.pth in this folder"):
         load_pretrained(tmp_path / "run")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_another_pickle_protocol_is_told_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_hub(tmp_path) / "pytorch_model.bin"
+    for protocol in (4, 5):
+        torch.save(WEIGHTS, file, pickle_protocol=protocol)
+        assert main(["convert", str(tmp_path), str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert f"{file}: " in error
+        assert "save it with torch.save's default protocol" in error
+        torch.save({**WEIGHTS, "more": Malicious(f"touch {tmp_path / 'executed'}")}, file, pickle_protocol=protocol)
+        with pytest.raises(ValueError, match="its pickle protocol is 4 or newer"):
+            load_pretrained(tmp_path)
+        assert not (tmp_path / "executed").exists()
+    torch.save(WEIGHTS, file, pickle_protocol=3)
+    assert load_pretrained(tmp_path).config.n_blocks == BLOCKS
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("write", [write_hub, write_run, write_lightning])
+def test_flipped_bytes_in_a_pickle_are_an_error_of_its_file_or_do_not_matter(
+    write: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    source = write(tmp_path)
+    file = next(path for path in tmp_path.rglob("*") if path.suffix in PICKLES)
+    whole = file.read_bytes()
+    with zipfile.ZipFile(file) as archive:
+        pickled = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+    start = whole.index(pickled)
+    draw = random.Random(0)
+    messages = []
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[start + draw.randrange(len(pickled))] = draw.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            load_pretrained(source)
+        except ValueError as error:
+            messages.append(str(error))
+    assert all(str(file) in message for message in messages)
+    assert 100 < len(messages) < 300
 
 
 class Malicious:

@@ -90,7 +90,7 @@ def _unpickle(file: Path) -> dict[str, Any]:
     """The dictionary in a file of ``torch.save``; nothing in it is executed."""
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
-    except (ValueError, RuntimeError):  # an older format than zip, which the unpickler below reads, or refuses
+    except Exception:  # older than zip, another protocol, damaged: the unpickler below reads it, or refuses
         unknown = []
     refused = [name for name in unknown if not INERT.fullmatch(name)]
     if refused:
@@ -102,10 +102,15 @@ def _unpickle(file: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
             found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if "Unsupported operand 149" in str(error):  # FRAME
+            raise ValueError(
+                f"{file}: its pickle protocol is 4 or newer, which torch does not read without executing code. Load it "
+                "where it was made, and save it with torch.save's default protocol"
+            ) from error
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"beside tensors it holds {name[1]}" if name else str(error).splitlines()[0]
         raise ValueError(f"{file}: refused, and nothing of it was run: {reason}") from error
-    except (RuntimeError, EOFError, OSError, KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever an operation of the pickle raises on what it was not made for
         raise ValueError(f"{file}: damaged, or not a file of torch.save: {type(error).__name__}: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file}: expected a dictionary of tensors, got {type(found).__name__}")
