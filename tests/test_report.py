@@ -16,6 +16,7 @@ import torch
 
 from sedd.cli import main
 from sedd.pretrained import load_model
+from sedd.report import _cell
 from sedd.sample import sample
 
 STEPS = 12
@@ -93,6 +94,46 @@ def test_everything_of_a_run_is_on_the_page(run: Path, capsys: pytest.CaptureFix
         assert "".join(film["pieces"][str(token)] for token in ids) == expected
     for text in re.findall(r'<div class="text">(.*?)</div>', page, re.DOTALL)[:1]:
         assert html.unescape(text) == frames(run)[-1]
+
+
+def test_what_a_killed_evaluation_was_writing_is_no_evaluation(run: Path) -> None:
+    leftovers = [run / "eval" / ".writing-perplexity.json", run / "eval" / ".writing-bound.png"]
+    for path in leftovers:
+        path.write_text('{"cut')
+    assert "writing-" not in make(run)
+    for path in leftovers:
+        path.unlink()
+
+
+def test_a_checkpoint_named_from_its_own_folder_is_of_its_run(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run / "checkpoints")
+    (run / "report.html").unlink(missing_ok=True)
+    assert main(["report", "step_00000060", "--steps", "2", "--samples", "1"]) == 0
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "<h1>cats</h1>" in page
+    assert "<svg xmlns" in page
+    assert "12.35" in page
+    assert main(["info", "step_00000060"]) == 0
+    assert re.search(r"step_00000060: +\d\.\d{4} nats per token", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.123456, "0.1235"),
+        (12345.6, "12,346"),
+        (999_999.0, "999,999"),
+        (1.6e31, "1.6e+31"),
+        (-2e7, "-2e+07"),
+        (10**31, f"{10**31:,}"),
+        (None, ""),
+        (True, "True"),
+    ],
+)
+def test_how_a_value_is_shown(value: Any, shown: str) -> None:
+    assert _cell(value) == shown
 
 
 def test_nothing_is_asked_for_and_nothing_else_may_run(run: Path) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -309,7 +310,7 @@ def _find(name_or_path: Path | str, **hub: Any) -> Path:
 def _checkpoint(path: Path) -> Path | None:
     """The checkpoint folder of a run of ours; None if ``path`` is something else that may be a model."""
     if path.is_dir() and (re.fullmatch(r"step_\d+", path.name) or (path / "state.json").exists()):
-        return path
+        return Path(os.path.abspath(path))  # its run is two folders above, which a relative name need not reach
     if checkpoints := list_checkpoints(path):
         return best_checkpoint(path) or checkpoints[-1]
     if path.is_file() or (path / ".hydra").is_dir() or any((path / name).exists() for name in WEIGHTS):

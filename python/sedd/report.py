@@ -227,9 +227,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _evaluations(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Tables of the JSON files in a folder, and its pictures as data URIs."""
+    """Tables of the JSON files in a folder, and its pictures as data URIs; a name with a dot is one half written."""
     evaluations = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("[!.]*.json")):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -241,7 +241,7 @@ def _evaluations(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, str
             "name": path.stem,
             "uri": f"data:{MEDIA[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}",
         }
-        for path in sorted(folder.glob("*"))
+        for path in sorted(folder.glob("[!.]*"))
         if path.suffix in MEDIA
     ]
     return evaluations, pictures
@@ -276,7 +276,7 @@ def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e6 else f"{value:.3g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return "" if value is None else str(value)
