@@ -46,6 +46,21 @@ def test_bytes_placeholders_and_broken_utf8():
     assert tokenizer.decode(torch.tensor(omega)) == "Ω"
 
 
+@given(st.lists(st.integers(0, 255)))
+def test_bytes_that_are_not_utf8_decode_as_python_does(ids):
+    assert get_tokenizer("bytes").decode(ids) == bytes(ids).decode("utf-8", errors="replace")
+
+
+def test_pieces_of_characters_stand_where_they_are_complete():
+    tokenizer = get_tokenizer("bytes")
+    omega, mask = list("Ω".encode()), tokenizer.vocab_size
+    assert tokenizer.pieces([104, *omega, 105]) == ["h", "", "Ω", "i"]
+    assert tokenizer.pieces([mask, omega[1], omega[0], mask]) == [MASK_TEXT, "\ufffd", "\ufffd", MASK_TEXT]
+    assert tokenizer.pieces([omega[0], 256, omega[0]]) == ["\ufffd", EOT_TEXT, "\ufffd"]
+    assert tokenizer.pieces([omega[0], 105]) == ["", "\ufffdi"]
+    assert tokenizer.pieces([]) == []
+
+
 def test_bytes_of_a_lone_surrogate():
     assert get_tokenizer("bytes").encode("a\udcffb") == [97, 63, 98]
 
@@ -92,6 +107,8 @@ def test_gpt2_half_a_character(gpt2):
     ids = gpt2.encode("🙂")
     assert len(ids) > 1
     assert set(gpt2.decode(ids[:1])) == {"\ufffd"}
+    assert "".join(gpt2.pieces(ids)) == gpt2.decode(ids)
+    assert gpt2.pieces(ids)[0] == ""
 
 
 def test_gpt2_without_ranks_says_what_to_do(monkeypatch):

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import math
+import operator
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import pairwise
@@ -24,6 +25,7 @@ from sedd.config import check_options, resolve_device
 from sedd.pretrained import LoadedModel, load_model
 from sedd.progress import console
 from sedd.sample import SAMPLERS, sample
+from sedd.tokenizer import MASK_TEXT
 
 __all__ = ["ReportOptions", "report"]
 
@@ -125,7 +127,7 @@ def _facts(loaded: LoadedModel) -> dict[str, str]:
 
 
 def _film(loaded: LoadedModel, options: ReportOptions) -> tuple[list[str], dict[str, Any]]:
-    """Texts, and how the first one came to be: its tokens at the start and what each step has changed."""
+    """Texts, and how the first one came to be: what its tokens show at the start and what each step has changed."""
     device = next(loaded.model.parameters()).device
     length = options.length or loaded.model.config.length
     shape = (options.samples, length)
@@ -150,17 +152,28 @@ def _film(loaded: LoadedModel, options: ReportOptions) -> tuple[list[str], dict[
         progress=console().is_terminal,
         autocast_dtype=loaded.autocast_dtype,
     )
-    changes = [
-        [[place, new] for place, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
-        for before, after in pairwise(frames)
-    ]
     mask = loaded.graph.mask_id
-    counts = [frame.count(mask) for frame in frames] if mask is not None else [0, *map(len, changes)]
+    # what a token shows depends on its neighbours, with which it may make a character; MASK is no █ that was written
+    numbers: dict[tuple[str, bool], int] = {}
+    shown = [
+        [
+            numbers.setdefault((piece, token == mask), len(numbers))
+            for piece, token in zip(loaded.tokenizer.pieces(frame), frame, strict=True)
+        ]
+        for frame in frames
+    ]
+    if mask is not None:
+        counts = [frame.count(mask) for frame in frames]
+    else:
+        counts = [0, *(sum(map(operator.ne, before, after)) for before, after in pairwise(frames))]
     film = {
-        "start": frames[0],
-        "changes": changes,
-        "pieces": {token: loaded.tokenizer.decode([token]) for token in {t for frame in frames for t in frame}},
-        "mask": mask,
+        "start": shown[0],
+        "changes": [
+            [[place, new] for place, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
+            for before, after in pairwise(shown)
+        ],
+        "pieces": [piece for piece, _ in numbers],
+        "mask": numbers.get((MASK_TEXT, True)),
         "counts": counts,
         "counted": "tokens still masked" if mask is not None else "tokens changed",
     }

@@ -7,6 +7,7 @@ an absorbing process, belongs to no tokeniser and decodes to a visible placehold
 
 from __future__ import annotations
 
+import codecs
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -49,8 +50,8 @@ class Tokenizer(ABC):
         """UTF-8 bytes of text each token stands for, [vocab_size] int64; 0 for end-of-text, which is not text."""
 
     @abstractmethod
-    def _token_bytes(self, ids: list[int]) -> bytes:
-        """Bytes of ordinary tokens, joined."""
+    def _token_bytes(self, token: int) -> bytes:
+        """UTF-8 bytes of an ordinary token, which need not be whole characters."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` as a list; see `encode_array`."""
@@ -69,24 +70,27 @@ class Tokenizer(ABC):
         Raises:
             ValueError: If an id is out of range.
         """
-        text: list[str] = []
-        run: list[int] = []
-        for token in (*(int(i) for i in ids), None):
-            if token is not None and token != self.eot and 0 <= token < self.vocab_size:
-                run.append(token)
+        return "".join(self.pieces(ids))
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """What each token adds to the text of `decode`: a character of several tokens stands at the last of them."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        pieces: list[str] = []
+        for token in map(int, ids):
+            if token != self.eot and 0 <= token < self.vocab_size:
+                pieces.append(decoder.decode(self._token_bytes(token)))
                 continue
-            text.append(self._token_bytes(run).decode("utf-8", errors="replace"))
-            run.clear()
-            if token == self.vocab_size:
-                text.append(MASK_TEXT)
-            elif token is not None:
-                if token != self.eot:
-                    raise ValueError(
-                        f"ids: token {token} is out of range; {self.name} has the tokens 0 to {self.vocab_size - 1}, "
-                        f"and {self.vocab_size} for MASK"
-                    )
-                text.append(EOT_TEXT)
-        return "".join(text)
+            if token not in (self.eot, self.vocab_size):
+                raise ValueError(
+                    f"ids: token {token} is out of range; {self.name} has the tokens 0 to {self.vocab_size - 1}, "
+                    f"and {self.vocab_size} for MASK"
+                )
+            if pieces:  # no character goes on beyond this token
+                pieces[-1] += decoder.decode(b"", final=True)
+            pieces.append(EOT_TEXT if token == self.eot else MASK_TEXT)
+        if pieces:
+            pieces[-1] += decoder.decode(b"", final=True)
+        return pieces
 
     def __reduce__(self) -> tuple[Callable[[str], Tokenizer], tuple[str]]:
         # A worker process and the cache of `datasets` need the name alone, not the tables.
@@ -109,8 +113,8 @@ class Bytes(Tokenizer):
         lengths[256] = 0
         return lengths
 
-    def _token_bytes(self, ids: list[int]) -> bytes:
-        return bytes(ids)
+    def _token_bytes(self, token: int) -> bytes:
+        return bytes([token])
 
 
 class Text8(Tokenizer):
@@ -137,8 +141,8 @@ class Text8(Tokenizer):
     def byte_lengths(self) -> NDArray[np.int64]:  # noqa: D102
         return np.ones(self.vocab_size, np.int64)
 
-    def _token_bytes(self, ids: list[int]) -> bytes:
-        return "".join(self.symbols[i] for i in ids).encode("ascii")
+    def _token_bytes(self, token: int) -> bytes:
+        return self.symbols[token].encode("ascii")
 
 
 class GPT2(Tokenizer):
@@ -179,9 +183,9 @@ class GPT2(Tokenizer):
         lengths = [len(self._encoding.decode_single_token_bytes(i)) for i in range(self.vocab_size - 1)]
         return np.array([*lengths, 0], np.int64)
 
-    def _token_bytes(self, ids: list[int]) -> bytes:
-        text: bytes = self._encoding.decode_bytes(ids)
-        return text
+    def _token_bytes(self, token: int) -> bytes:
+        found: bytes = self._encoding.decode_single_token_bytes(token)
+        return found
 
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {"gpt2": GPT2, "bytes": Bytes, "text8": Text8}
