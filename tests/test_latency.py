@@ -17,7 +17,15 @@ import torch
 
 import sedd.latency
 from sedd.cli import main
-from sedd.latency import crossing, make_twin, plot_latency, write_with_twin
+from sedd.latency import (
+    LatencyOptions,
+    _crossings,
+    _sentence,
+    crossing,
+    make_twin,
+    plot_latency,
+    write_with_twin,
+)
 from sedd.model import SEDD, ModelConfig
 from sedd.schedule import LogLinear
 from sedd_ext import Absorbing, Uniform
@@ -56,13 +64,34 @@ def test_the_twin_writes_each_token_in_one_call_with_the_cache() -> None:
         ([10, 20, 40], [1.0, 2.0, 4.0], 1.0, (10.0, True)),
         ([10, 20, 40], [1.5, 2.0, 4.0], 5.0, (50.0, False)),
         ([10, 20, 40], [1.0, 2.0, 4.0], 0.5, (5.0, False)),
-        ([10, 20], [2.0, 3.0], 0.5, (math.nan, False)),  # the line reaches 0.5 s at -5 steps
+        ([10, 20], [2.0, 3.0], 0.5, (0.0, False)),  # the line reaches 0.5 s at -5 steps
         ([10, 20], [2.0, 1.0], 5.0, (math.nan, False)),
         ([10], [2.0], 5.0, (math.nan, False)),
     ],
 )
 def test_crossing(steps: list[int], seconds: list[float], twin: float, expected: tuple[float, bool]) -> None:
     assert crossing(steps, seconds, twin) == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("times", "told"),
+    [
+        ({0: 0.5, 10: 2.0, 20: 3.0}, "any number of steps takes longer than the autoregressive model"),
+        ({0: 5.0, 10: 2.0}, "these numbers of steps do not tell where diffusion takes as long as"),
+        ({0: 0.5, 10: 2.0}, "these numbers of steps do not tell where diffusion takes as long as"),
+        ({0: 5.0, 10: 2.0, 20: 1.9}, "these numbers of steps do not tell where diffusion takes as long as"),
+        ({0: 5.0, 10: 2.0, 20: 3.0}, "as long as the autoregressive model at 40.0 steps (extrapolated"),
+    ],
+)
+def test_what_is_told_is_no_more_than_the_times_tell(times: dict[int, float], told: str, tmp_path: Path) -> None:
+    options = LatencyOptions(steps=[steps for steps in times if steps], batch_sizes=[1])
+    (found,) = _crossings(options, {(1, steps): [seconds] for steps, seconds in times.items()})
+    assert _sentence(found).startswith(f"batch 1: {told}")
+    rows = [{"batch": 1, "steps": n or None, "seconds": s, "fastest": s, "slowest": s} for n, s in times.items()]
+    report = {"rows": rows, "crossings": [found], "length": 8, "device": "cpu", "dtype": "float32"}
+    plot_latency(report, tmp_path / "times.svg")
+    stars = re.findall(r"<!-- \d+ steps.* -->", (tmp_path / "times.svg").read_text())
+    assert len(stars) == told.startswith("as long")
 
 
 @pytest.fixture

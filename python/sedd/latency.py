@@ -124,7 +124,8 @@ def crossing(steps: Sequence[int], seconds: Sequence[float], twin: float) -> tup
         twin: the twin's time.
 
     Returns:
-        The steps, NaN if the lines do not meet, and whether they lie within what was measured.
+        The steps, 0 if any number of them takes longer than the twin, NaN if the times do not tell, being but one or
+        not ascending; and whether they lie within what was measured.
     """
     points = list(zip(steps, seconds, strict=True))
     for (a, start), (b, end) in pairwise(points):
@@ -133,8 +134,9 @@ def crossing(steps: Sequence[int], seconds: Sequence[float], twin: float) -> tup
     if len(points) < 2:
         return (float(steps[0]), True) if seconds[0] == twin else (math.nan, False)
     (a, start), (b, end) = points[:2] if twin < points[0][1] else points[-2:]
-    found = a + (b - a) * (twin - start) / (end - start) if end > start else math.nan
-    return (found, False) if found > 0 else (math.nan, False)
+    if end <= start:
+        return math.nan, False
+    return max(0.0, a + (b - a) * (twin - start) / (end - start)), False
 
 
 def latency(run: str, options: LatencyOptions) -> int:
@@ -242,7 +244,12 @@ def _crossings(options: LatencyOptions, seconds: dict[tuple[int, int], list[floa
 
 def _sentence(found: dict[str, Any]) -> str:
     if found["steps"] is None:
-        return f"batch {found['batch']}: no number of steps takes as long as the autoregressive model"
+        return (
+            f"batch {found['batch']}: these numbers of steps do not tell where diffusion takes as long as the "
+            "autoregressive model; measure more of them (--steps)"
+        )
+    if found["steps"] == 0:
+        return f"batch {found['batch']}: any number of steps takes longer than the autoregressive model"
     how = "" if found["measured"] else " (extrapolated beyond what was measured)"
     return f"batch {found['batch']}: as long as the autoregressive model at {found['steps']:.1f} steps{how}"
 
@@ -290,7 +297,7 @@ def plot_latency(report: dict[str, Any], path: str | Path) -> None:
             axes.fill_between(steps, [r["fastest"] for r in rows], [r["slowest"] for r in rows], alpha=0.2, **style)
             label = f"autoregressive with cache, {texts}"
             axes.axhline(twin["seconds"], linestyle="--", label=label, **style)
-            if found["steps"] is not None:
+            if found["steps"]:  # not None, not 0
                 face = style["color"] if found["measured"] else "white"
                 axes.plot(found["steps"], twin["seconds"], marker="*", markersize=14, markerfacecolor=face, **style)
                 axes.annotate(
