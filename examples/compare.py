@@ -18,16 +18,25 @@ from typing import Any
 from matplotlib.figure import Figure
 
 
+def figure(value: float | None, error: float | None, digits: int) -> str:
+    """A number with its error, where it has one; null is what JSON says of infinity."""
+    text = "inf" if value is None else f"{value:.{digits}{'f' if value < 1e6 else 'e'}}"
+    return text if error is None else f"{text} ± {error:.{digits}f}"
+
+
 def table(runs: dict[str, dict[str, Any]]) -> str:
     """Likelihoods as a Markdown table, a row for each run and text."""
     lines = ["| run | text | bits per byte | nats per token | perplexity | mean of exp |", "| --- " * 6 + "|"]
     for name, run in runs.items():
         for text, row in run["perplexity"]["texts"].items():
-            error = row["standard_error"] or 0.0
-            bits = f"{row['bits_per_byte']:.4f} ± {error * row['bits_per_byte'] / row['nats_per_token']:.4f}"
-            nats = f"{row['nats_per_token']:.4f} ± {error:.4f}"
+            if "standard_error" not in row:  # an n-gram model
+                continue
+            error = row["standard_error"]
+            of_bits = None if error is None else error * row["bits_per_byte"] / row["nats_per_token"]
             lines.append(
-                f"| {name} | {text} | {bits} | {nats} | {row['perplexity']:.2f} | {row['perplexity_mean_of_exp']:.2f} |"
+                f"| {name} | {text} | {figure(row['bits_per_byte'], of_bits, 4)} | "
+                f"{figure(row['nats_per_token'], error, 4)} | {figure(row['perplexity'], None, 2)} | "
+                f"{figure(row['perplexity_mean_of_exp'], None, 2)} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -41,7 +50,7 @@ def letters_in_words(text: str, words: set[str]) -> float:
 
 def written(runs: dict[str, dict[str, Any]]) -> str:
     """What the runs write, as a Markdown table, a row for each sampler and number of steps."""
-    (judge,) = {run["generative"]["settings"]["judge"] for run in runs.values()}
+    judge = next(iter(runs.values()))["generative"]["settings"]["judge"]
     lines = [
         f"| run | sampler | steps | perplexity ({judge}) | entropy, nats | unique | repeated | letters in words | "
         "seconds per text |",
@@ -54,9 +63,9 @@ def written(runs: dict[str, dict[str, Any]]) -> str:
             seconds = f"{row['seconds_per_text']:.2f}" if "seconds_per_text" in row else ""
             if "perplexity" in row:
                 lines.append(
-                    f"| {name} | {row['sampler']} | {row.get('steps', '')} | {row['perplexity']:.1f} ± "
-                    f"{row['perplexity_error'] or 0:.1f} | {row['entropy']:.3f} | {row['unique']:.3f} | "
-                    f"{row['repetition']:.3f} | {words} | {seconds} |"
+                    f"| {name} | {row['sampler']} | {row.get('steps', '')} | "
+                    f"{figure(row['perplexity'], row['perplexity_error'], 1)} | {row['entropy']:.3f} | "
+                    f"{row['unique']:.3f} | {row['repetition']:.3f} | {words} | {seconds} |"
                 )
     return "\n".join(lines) + "\n"
 
@@ -73,6 +82,7 @@ def picture(runs: dict[str, dict[str, Any]]) -> Figure:
         for measure, axes in zip(measures, panels, strict=True):
             for sampler, style in (("tweedie", "-"), ("euler", "--")):
                 rows = [row for row in run["generative"]["rows"] if row["sampler"] == sampler]
+                rows.sort(key=lambda row: row["steps"])
                 errors = [row.get(f"{measure}_error") or 0.0 for row in rows]
                 axes.errorbar(
                     [row["steps"] for row in rows],
@@ -107,12 +117,17 @@ def main() -> None:
     options = parser.parse_args()
     runs: dict[str, dict[str, Any]] = {}
     for run in options.runs:
-        files = {path.stem: path for path in (run / "eval").glob("*.json")}
+        files = {name: run / "eval" / f"{name}.json" for name in ("perplexity", "generative")}
+        files = {name: path for name, path in files.items() if path.is_file()}
         if "perplexity" not in files:
             parser.error(f"{run}: there is no eval/perplexity.json; make it with sedd eval perplexity --json")
         runs[run.name] = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
     text = table(runs)
     judged = {name: run for name, run in runs.items() if "generative" in run}
+    judges = {name: run["generative"]["settings"]["judge"] for name, run in judged.items()}
+    if len(set(judges.values())) > 1:
+        found = ", ".join(f"{name}: {judge}" for name, judge in judges.items())
+        parser.error(f"the judges differ ({found}); call sedd eval generative with one --judge for all")
     if options.words is not None:
         counts = Counter(options.words.read_text(encoding="utf-8").split())
         words = {word for word, count in counts.items() if count > 1}

@@ -79,7 +79,7 @@ def test_runs_are_compared(tmp_path: Path) -> None:
                 "texts": ["he the cat sat", "he the cow at a"],  # 3 of 6 letters, 5 of 8
             }
             for sampler in ("tweedie", "euler")
-            for steps in (16, 64)
+            for steps in (64, 16)
         ]
         judged = {"settings": {"judge": "somebody"}, "real": {**row, "perplexity": 50.0}, "rows": rows}
         (folder / "generative.json").write_text(json.dumps(judged))
@@ -98,3 +98,32 @@ def test_runs_are_compared(tmp_path: Path) -> None:
     done = subprocess.run([*command, str(tmp_path), "--out", "x"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "there is no eval/perplexity.json" in done.stderr
+    judged["settings"] = {"judge": "another"}
+    (tmp_path / "two" / "eval" / "generative.json").write_text(json.dumps(judged))
+    done = subprocess.run([*command, "--out", "x"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "judges differ (one: somebody, two: another)" in done.stderr.replace("\n", " ")
+    drawn = runpy.run_path(str(ROOT / "examples" / "compare.py"))["picture"]({"two": {"generative": judged}})
+    lines = [list(bars.lines[0].get_xdata()) for panel in drawn.axes for bars in panel.containers]
+    assert lines == [[16, 64]] * 4, "two samplers, two panels"
+
+
+def test_figures_that_json_cannot_say_and_rows_without_errors(tmp_path: Path) -> None:
+    """What sedd eval perplexity writes of a run's own text: n-gram models beside it, and null for infinity."""
+    (tmp_path / "one" / "eval").mkdir(parents=True)
+    figures = {"nats_per_token": 2.0, "standard_error": 0.1, "bits_per_byte": 3.0, "perplexity": 7.4}
+    texts = {
+        "validation text": {**figures, "perplexity_mean_of_exp": None},
+        "unigram": {"nats_per_token": 2.5, "perplexity": 12.2, "bits_per_byte": 3.6},
+        "one block": {**figures, "standard_error": None, "perplexity_mean_of_exp": 1.6e31},
+        "infinite": {**dict.fromkeys(figures), "perplexity_mean_of_exp": None},
+    }
+    (tmp_path / "one" / "eval" / "perplexity.json").write_text(json.dumps({"texts": texts}))
+    (tmp_path / "one" / "eval" / ".writing-perplexity.json").write_text('{"cut')
+    command = [sys.executable, str(ROOT / "examples" / "compare.py"), str(tmp_path / "one")]
+    subprocess.run([*command, "--out", str(tmp_path / "comparison")], check=True, capture_output=True)
+    table = (tmp_path / "comparison.md").read_text()
+    assert "| one | validation text | 3.0000 ± 0.1500 | 2.0000 ± 0.1000 | 7.40 | inf |" in table
+    assert "| one | one block | 3.0000 | 2.0000 | 7.40 | 1.60e+31 |" in table
+    assert "| one | infinite | inf | inf | inf | inf |" in table
+    assert "unigram" not in table
