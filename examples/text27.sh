@@ -22,8 +22,9 @@ if [ ! -s "$folder/test.txt" ]; then
   head -c "$((size - size / 10))" "$folder/all.txt" > "$folder/train.txt"
   tail -c "$((size / 10))" "$folder/all.txt" > "$folder/rest.txt"
   head -c "$((size / 20))" "$folder/rest.txt" > "$folder/valid.txt"
-  tail -c "$((size / 20))" "$folder/all.txt" > "$folder/test.txt"
+  tail -c "$((size / 20))" "$folder/all.txt" > "$folder/test.part"
   rm "$folder/all.txt" "$folder/rest.txt"
+  mv "$folder/test.part" "$folder/test.txt" # last: it says that all of them are whole
 fi
 
 train() { # name, then options

@@ -1,8 +1,11 @@
 """The README shows what an example does, and the example works."""
 
+import gzip
 import json
+import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +66,21 @@ def test_a_script_without_arguments_says_what_it_wants(name: str) -> None:
     assert f"bash examples/{name} FOLDER" in done.stderr
     assert "SEDD=sedd (the command)" in done.stderr.replace("\n", " ")
     assert "set -euo" not in done.stderr
+
+
+def test_a_text_that_a_killed_script_was_writing_is_written_anew(tmp_path: Path) -> None:
+    (tmp_path / "all.gz").write_bytes(gzip.compress(bytes(range(97, 117)) * 50))
+    tail = tmp_path / "bin" / "tail"
+    tail.parent.mkdir()
+    tail.write_text(f'#!/bin/sh\nif [ "$2" = 50 ]; then printf cut; exit 1; fi\nexec {shutil.which("tail")} "$@"\n')
+    tail.chmod(0o755)
+    line = ["bash", str(ROOT / "examples" / "text27.sh"), str(tmp_path / "out"), str(tmp_path / "all.gz")]
+    environment = {**os.environ, "SEDD": "true"}
+    path = f"{tail.parent}:{environment['PATH']}"
+    assert subprocess.run(line, capture_output=True, env={**environment, "PATH": path}).returncode == 1
+    subprocess.run(line, capture_output=True, env=environment)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+    assert sizes == {"train.txt": 900, "valid.txt": 50, "test.txt": 50}
 
 
 def test_runs_are_compared(tmp_path: Path) -> None:
