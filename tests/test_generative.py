@@ -84,6 +84,15 @@ def test_judges_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         load_judge(str(tmp_path))
 
 
+@pytest.mark.parametrize("missing", ["*", "model.safetensors", "config.json"])
+def test_a_folder_that_is_no_whole_judge(missing: str, judge_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(judge_folder, tmp_path / "judge"))
+    for path in folder.glob(missing):
+        path.unlink()
+    with pytest.raises(ValueError, match=f"judge: {folder} holds no causal language model that can be read: "):
+        load_judge(str(folder))
+
+
 def test_diversity_by_hand() -> None:
     found = diversity(torch.tensor([[1, 1, 2, 3], [4, 4, 4, 4], [1, 2, 3, 1]]), window=2)
     half, quarter = 0.5 * math.log(2), 0.25 * math.log(4)

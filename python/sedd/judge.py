@@ -80,6 +80,7 @@ def load_judge(name: str, device: torch.device | str = "cpu") -> Judge:
         ImportError: transformers is not installed, or gguf for such a file.
         FileNotFoundError: there is no such file, folder or model.
         ConnectionError: it must be on the hub, and the hub cannot be reached.
+        ValueError: the folder or file is there, but does not hold the whole of a causal language model.
     """
     try:
         import transformers
@@ -97,7 +98,11 @@ def load_judge(name: str, device: torch.device | str = "cpu") -> Judge:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if path.exists():
+            raise ValueError(f"judge: {path} holds no causal language model that can be read: {error}") from error
+        if isinstance(error, ValueError):  # the hub's model is there, and is of another kind
+            raise
         raise ConnectionError(
             f"judge: {name!r} is no folder here and could not be had from the Hugging Face hub ({error}). Give the "
             "folder or the .gguf file of a causal language model"
