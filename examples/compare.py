@@ -121,7 +121,9 @@ def main() -> None:
         files = {name: path for name, path in files.items() if path.is_file()}
         if "perplexity" not in files:
             parser.error(f"{run}: there is no eval/perplexity.json; make it with sedd eval perplexity --json")
-        runs[run.name] = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
+        if run.resolve().name in runs:
+            parser.error(f"{run}: a run of that name is given already; the table could not tell them apart")
+        runs[run.resolve().name] = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
     text = table(runs)
     judged = {name: run for name, run in runs.items() if "generative" in run}
     judges = {name: run["generative"]["settings"]["judge"] for name, run in judged.items()}

@@ -116,6 +116,9 @@ def test_runs_are_compared(tmp_path: Path) -> None:
     done = subprocess.run([*command, str(tmp_path), "--out", "x"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "there is no eval/perplexity.json" in done.stderr
+    done = subprocess.run([*command, f"{tmp_path}/two/../one", "--out", "x"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "a run of that name is given already" in done.stderr.replace("\n", " ")
     judged["settings"] = {"judge": "another"}
     (tmp_path / "two" / "eval" / "generative.json").write_text(json.dumps(judged))
     done = subprocess.run([*command, "--out", "x"], capture_output=True, text=True)

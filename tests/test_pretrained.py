@@ -331,6 +331,8 @@ def test_a_model_card_that_stays_is_told_of(tmp_path: Path, capsys: pytest.Captu
     ("averages", "message"),
     [
         (EMA["shadow_params"][:-1], "29 averaged tensors for 30 parameters"),
+        ([], "0 averaged tensors for 30 parameters"),
+        (torch.ones(30), "ema.shadow_params: expected a list of tensors, got Tensor"),
         ([torch.ones(2), *EMA["shadow_params"][1:]], r"the average of vocab_embed\.embedding is \[2\], wanted \[258"),
     ],
 )

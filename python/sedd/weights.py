@@ -79,7 +79,7 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not weights:
         raise ValueError(f"{file}: no tensors by name in it, so no model")
     averages = found.get("ema")
-    if isinstance(averages, dict) and averages.get("shadow_params"):
+    if isinstance(averages, dict) and "shadow_params" in averages:
         weights = _averaged(weights, averages["shadow_params"], file)
     hyper = _plain(found.get("hyper_parameters"))
     hyper = hyper.get("config", hyper) if isinstance(hyper, dict) else {}
@@ -117,8 +117,10 @@ def _unpickle(file: Path) -> dict[str, Any]:
     return found
 
 
-def _averaged(weights: dict[str, Tensor], averages: list[Tensor], file: Path) -> dict[str, Tensor]:
+def _averaged(weights: dict[str, Tensor], averages: Any, file: Path) -> dict[str, Tensor]:
     """The weights with the averages, a list in the parameters' order, in their places."""
+    if not isinstance(averages, (list, tuple)):
+        raise ValueError(f"{file}: ema.shadow_params: expected a list of tensors, got {type(averages).__name__}")
     # a state dict has its parameters in their order, and buffers between them
     names = [name for name in weights if not name.endswith("inv_freq")]
     if len(averages) < len(names):
