@@ -117,13 +117,14 @@ def main() -> None:
     options = parser.parse_args()
     runs: dict[str, dict[str, Any]] = {}
     for run in options.runs:
-        files = {name: run / "eval" / f"{name}.json" for name in ("perplexity", "generative")}
-        files = {name: path for name, path in files.items() if path.is_file()}
+        files = {kind: run / "eval" / f"{kind}.json" for kind in ("perplexity", "generative")}
+        files = {kind: path for kind, path in files.items() if path.is_file()}
         if "perplexity" not in files:
             parser.error(f"{run}: there is no eval/perplexity.json; make it with sedd eval perplexity --json")
-        if run.resolve().name in runs:
+        name = run.resolve().name
+        if name in runs:
             parser.error(f"{run}: a run of that name is given already; the table could not tell them apart")
-        runs[run.resolve().name] = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items()}
+        runs[name] = {kind: json.loads(path.read_text(encoding="utf-8")) for kind, path in files.items()}
     text = table(runs)
     judged = {name: run for name, run in runs.items() if "generative" in run}
     judges = {name: run["generative"]["settings"]["judge"] for name, run in judged.items()}

@@ -68,6 +68,9 @@ def test_rows_of_a_file_are_documents(model: Path, tmp_path: Path, monkeypatch: 
     assert found["reading"] == "each row a document closed with end-of-text, detokeniser none, bytes tokens"
     monkeypatch.chdir(folder)
     assert list(evaluate(model, ".", "--draws", "1")) == ["rows"]
+    Path("link.jsonl").symlink_to("rows.jsonl")
+    both = ["link.jsonl", str(folder / "rows.jsonl")]
+    assert list(evaluate(model, *both, "--draws", "1")) == ["link.jsonl", "rows.jsonl"], "names as they are given"
 
 
 def test_figures_that_are_no_numbers(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

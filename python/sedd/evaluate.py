@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sedd.figures import write_figure
 from sedd.model import ScoreModel, device_of
 from sedd.objective import score_entropy
 from sedd.progress import track
@@ -18,7 +18,7 @@ from sedd.schedule import Schedule
 from sedd.unfinished import Unfinished, identity
 from sedd_ext import RankOne
 
-__all__ = ["ElboResult", "check_figure", "elbo", "ngram_bits", "plot_bound", "prior_kl", "write_figure"]
+__all__ = ["ElboResult", "elbo", "ngram_bits", "plot_bound", "prior_kl"]
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,12 @@ class ElboResult:
     @property
     def perplexity(self) -> float:
         """exp(mean nats per token)."""
-        return exp(self.nats_per_token)
+        return float(torch.tensor(self.nats_per_token, dtype=torch.float64).exp())  # infinite where math.exp raises
 
     @property
     def perplexity_mean_of_exp(self) -> float:
         """The SEDD paper's averaging: the mean over sequences of exp(nats per token). Never below ``perplexity``."""
         return float((self.sequences / self.length).exp().mean())
-
-
-def exp(nats: float) -> float:
-    """exp of a number; infinity where that is too large for one."""
-    return float(torch.tensor(nats, dtype=torch.float64).exp())
 
 
 class Onset(Schedule):
@@ -369,45 +364,3 @@ def plot_bound(result: ElboResult, path: str | Path, bins: int = 20) -> None:
         axes.legend()
 
     write_figure(path, (6, 3.5), draw)
-
-
-def check_figure(path: str | Path) -> None:
-    """Refuses a picture that could not be written, before there is anything to draw.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: matplotlib has no format of that ending.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('plotting needs matplotlib: pip install "sedd_ext[eval]"') from error
-    formats = Figure().canvas.get_supported_filetypes()
-    if Path(path).suffix[1:].lower() not in formats:
-        raise ValueError(f"plot: expected a name that ends in one of {', '.join(sorted(formats))}; got {str(path)!r}")
-
-
-def write_figure(path: str | Path, size: tuple[float, float], draw: Callable[[Any], None]) -> None:
-    """Writes a picture that is there whole or not at all.
-
-    Args:
-        path: the file; its ending gives the format.
-        size: width and height in inches.
-        draw: draws onto a ``matplotlib.figure.Figure``.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: matplotlib has no format of that ending.
-    """
-    check_figure(path)
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    draw(figure)
-    path = Path(path)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        figure.savefig(partial, dpi=150)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

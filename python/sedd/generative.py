@@ -23,7 +23,7 @@ from torch import Tensor
 from sedd.checkpoint import finite, write_json
 from sedd.config import check_choice, check_options, resolve_device
 from sedd.data import DataConfig, load_blocks, load_text, valid_batches
-from sedd.evaluate import check_figure, write_figure
+from sedd.figures import check_figure, write_figure
 from sedd.judge import Judge, load_judge
 from sedd.pretrained import LoadedModel, load_model, to_config
 from sedd.progress import console
@@ -200,11 +200,10 @@ def generative(run: str, options: GenerativeOptions) -> int:
     settings = {
         **{name: value for name, value in dataclasses.asdict(options).items() if name not in _FREE},
         **{"model": str(loaded.path), "judge": judge.name, "length": length},
-        "identity": identity(
-            (*loaded.model.parameters(), *judge.model.parameters(), *([] if real is None else [real])),
-            str(to_config(loaded.model)),
-        ),
     }
+    if options.json:
+        tensors = (*loaded.model.parameters(), *judge.model.parameters(), *([] if real is None else [real]))
+        settings["identity"] = identity(tensors, str(to_config(loaded.model)))
     report: dict[str, Any] = {"settings": settings, "real": None, "rows": _known(options, settings)}
     if real is not None:
         report["real"] = _measure(real, loaded, judge, options.batch_size, out.is_terminal)

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from sedd.checkpoint import write_json
 from sedd.config import autocast_dtype, check_options, resolve_device
-from sedd.evaluate import check_figure, write_figure
+from sedd.figures import check_figure, write_figure
 from sedd.model import PRESETS, SEDD
 from sedd.pretrained import load_model
 from sedd.progress import console, track

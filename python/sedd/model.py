@@ -386,10 +386,9 @@ class SEDD(
         if (folder / "checkpoints").exists() or (folder / "state.json").exists():
             raise ValueError(f"{folder}: a run of sedd train is here, which this would destroy; give another folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        repo_id = repo_id or folder.name
         try:
             with TemporaryDirectory(prefix=".writing-", dir=folder.parent) as temporary:
-                super().save_pretrained(temporary, repo_id=repo_id, model_card_kwargs=model_card_kwargs)
+                super().save_pretrained(temporary, model_card_kwargs=model_card_kwargs)
                 folder.mkdir(exist_ok=True)
                 for file in Path(temporary).iterdir():
                     if file.name != "README.md" or not (folder / file.name).exists():
@@ -397,7 +396,7 @@ class SEDD(
         except (OSError, SafetensorError) as error:
             raise OSError(f"{folder}: could not be written; what was there stays: {error}") from error
         if push_to_hub:
-            address: str = self.push_to_hub(repo_id, model_card_kwargs=model_card_kwargs, **kwargs)
+            address: str = self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **kwargs)
             return address
         return None
 

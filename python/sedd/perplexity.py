@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +18,13 @@ from sedd.checkpoint import finite, write_json
 from sedd.config import check_options, resolve_device
 from sedd.data import DataConfig, TokenBlocks, load_blocks, load_text, valid_batches
 from sedd.detokenize import Detokenizer
-from sedd.evaluate import ElboResult, check_figure, elbo, ngram_bits, plot_bound
+from sedd.evaluate import ElboResult, elbo, ngram_bits, plot_bound
+from sedd.figures import check_figure
 from sedd.pretrained import LoadedModel, load_model
 from sedd.progress import console
 from sedd.sources import is_plain_text
 from sedd.tokenizer import count_bytes
+from sedd.unfinished import identity
 
 __all__ = ["TEXTS", "PerplexityOptions", "TextSet", "perplexity"]
 
@@ -114,9 +116,9 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
         table.add_column(column, justify="right", no_wrap=True)
     figures: dict[str, Any] = {}
     notes, parts = [], []
-    names = [Path(name).name for name in options.texts]
-    for name in options.texts or [""]:
-        title = name if names.count(Path(name).name) > 1 else Path(name).resolve().name if name else "validation text"
+    last = [Path(os.path.abspath(name)).name for name in options.texts]
+    titles = [name if last.count(short) > 1 else short for name, short in zip(options.texts, last, strict=True)]
+    for name, title in zip(options.texts or [""], titles or ["validation text"], strict=True):
         blocks, train, rules = _blocks(loaded, name, options)
         unfinished = _unfinished(options.json, title) if options.json else None
         result = _score(loaded, blocks, options, unfinished, out)
@@ -165,8 +167,7 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
 
 def _unfinished(json: str, title: str) -> Path:
     """The file beside another that keeps what is done of a text, by a name that only this text has."""
-    word = hashlib.blake2b(title.encode(), digest_size=4).hexdigest()
-    return Path(f"{json}.{re.sub('[^0-9A-Za-z]+', '-', title)}-{word}.unfinished")
+    return Path(f"{json}.{re.sub('[^0-9A-Za-z]+', '-', title)}-{identity((), title)[:8]}.unfinished")
 
 
 def _blocks(loaded: LoadedModel, name: str, options: PerplexityOptions) -> tuple[TokenBlocks, Any, str]:
@@ -176,9 +177,9 @@ def _blocks(loaded: LoadedModel, name: str, options: PerplexityOptions) -> tuple
         if loaded.config is None:
             known = ", ".join(TEXTS)
             raise ValueError(f"text: {loaded.path} is no run with a text of its own; give one: {known}, a file, ...")
-        for name in ("subset", "split", "text_column", "documents", "detokenizer"):
-            if getattr(options, name) != getattr(PerplexityOptions(), name):
-                raise ValueError(f"{name}: for a text that is named; the run's own is read as it was for training")
+        for option in ("subset", "split", "text_column", "documents", "detokenizer"):
+            if getattr(options, option) != getattr(PerplexityOptions(), option):
+                raise ValueError(f"{option}: for a text that is named; the run's own is read as it was for training")
         data = loaded.config.data
         data = dataclasses.replace(data, cache_dir=options.cache_dir or data.cache_dir)
         splits = load_blocks(data, loaded.tokenizer, length)
