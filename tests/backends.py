@@ -59,6 +59,19 @@ BACKENDS: dict[str, list[Backend]] = {
 """All that this machine has, by kind, the default first."""
 
 current = BACKENDS["cpu"][0]
+"""Where the operators have been told to run."""
+
+
+class Launch(NamedTuple):
+    """A kernel that ran: where, as the kernels' own module says, and where it had been told to."""
+
+    kernel: str
+    ran_on: Backend
+    told: Backend
+
+
+launches: list[Launch] = []
+"""All kernels that ran since the list was cleared; :mod:`conftest` checks it after each test."""
 
 
 @functools.cache
@@ -83,22 +96,61 @@ def emulated_kernels() -> Any:
     return module
 
 
+def check_launches(label: Backend, told: Backend) -> None:
+    """Raises AssertionError unless a test ran where its name says.
+
+    Args:
+        label: the backend in the test's name.
+        told: where the operators had been told to run when the test began.
+
+    The test may also run operators elsewhere, in a ``with running_on(...)`` of its own.
+    """
+    assert told == label, f"the test is called {label}, but its operators were told to run on {told}"
+    stray = next((launch for launch in launches if launch.ran_on != launch.told), None)
+    assert stray is None, f"{stray.kernel} was told to run on {stray.told}, but ran on {stray.ran_on}"
+    assert any(launch.ran_on == label for launch in launches), f"the test is called {label}, but ran no kernel there"
+
+
+def _recorded(launcher: Callable[..., Any], ran_on: Callable[[], Backend]) -> Callable[..., Any]:
+    def launch(kernel: str, *arguments: Any) -> Any:
+        launches.append(Launch(kernel, ran_on(), current))
+        return launcher(kernel, *arguments)
+
+    return launch
+
+
+CPU_LAUNCHER = _recorded(_dispatch.LAUNCHERS["cpu"], lambda: Backend("cpu", _C.isa()))
+_dispatch.LAUNCHERS.update(cpu=CPU_LAUNCHER, cuda=_recorded(_dispatch.LAUNCHERS["cuda"], lambda: Backend("cuda")))
+
+
+@functools.cache
+def _emulated_launcher() -> Callable[..., Any]:
+    kernels = emulated_kernels()
+    return _recorded(
+        functools.partial(_dispatch.launch_cuda, kernels=kernels, stream=0),
+        lambda: Backend("emulated", kernels.schedule()),
+    )
+
+
 @contextmanager
-def running_on(backend: Backend, seed: int = 0) -> Iterator[Backend]:
+def running_on(backend: Backend) -> Iterator[Backend]:
     """The operators of this module run there, and so do sedd_ext's own on CPU tensors, until the end of the block."""
     global current
     before, isa, launcher = current, _C.isa(), _dispatch.LAUNCHERS["cpu"]
+    schedule = before.variant if before.kind == "emulated" else None
     try:
         if backend.kind == "cpu":
             _C.select_isa(backend.variant)
         if backend.kind == "emulated":
-            emulated_kernels().set_schedule(backend.variant, seed)
-            _dispatch.LAUNCHERS["cpu"] = functools.partial(_dispatch.launch_cuda, kernels=emulated_kernels(), stream=0)
+            emulated_kernels().set_schedule(backend.variant, 0)
+        _dispatch.LAUNCHERS["cpu"] = _emulated_launcher() if backend.kind == "emulated" else CPU_LAUNCHER
         current = backend
         yield backend
     finally:
         current, _dispatch.LAUNCHERS["cpu"] = before, launcher
         _C.select_isa(isa)
+        if schedule is not None:
+            emulated_kernels().set_schedule(schedule, 0)
 
 
 def to_device(values: Any) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
+import backends
 import pytest
 import torch
 from backends import BACKENDS, Backend, running_on
@@ -44,7 +45,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         # the CPU's best; of the emulation's schedules one or the other, as the test's name has it
         spread = zlib.crc32(metafunc.definition.name.encode())
         chosen = [variants[0] if variants[0].kind == "cpu" else variants[spread % len(variants)] for variants in kinds]
-    metafunc.fixturenames.insert(0, "backend")
+    metafunc.fixturenames.insert(0, "backend")  # parametrize() wants to see it; see run_on_backend
     metafunc.parametrize("backend", chosen, ids=str, indirect=True, scope="module")
 
 
@@ -53,6 +54,29 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Where the operators run."""
     with running_on(request.param) as backend:
         yield backend
+
+
+@pytest.fixture(autouse=True)
+def run_on_backend(request: pytest.FixtureRequest) -> None:
+    """Runs every test that has a backend in its name there, whether or not the test asks for the fixture.
+
+    pytest drops the name again that pytest_generate_tests adds to the fixtures, and with it the fixture, from tests that
+    do not have it among their arguments.
+    """
+    if "backend" in getattr(getattr(request.node, "callspec", None), "params", {}):
+        request.getfixturevalue("backend")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Fails a test that has a backend in its name and did not run there."""
+    label = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+    told = backends.current
+    backends.launches.clear()
+    result = yield
+    if label is not None:
+        backends.check_launches(label, told)
+    return result
 
 
 @pytest.fixture(params=PROCESSES)

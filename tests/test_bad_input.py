@@ -184,6 +184,7 @@ def test_the_gradient_of_a_bad_row(backend: Backend, argument: str, n: int) -> N
 
 
 def test_x_0_of_another_shape_than_x_t() -> None:
+    assert score_entropy_loss(SCORES, TOKENS, TOKENS, 0.5, Absorbing(6)).shape == (3,)
     with pytest.raises(ValueError, match=r"^x_0: .*\[3\].*\[2\]"):
         score_entropy_loss(SCORES, TOKENS, TOKENS[:2], 0.5, Absorbing(6))
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels against the CPU's: every width and alignment, equal tokens; and the runtime's errors."""
+"""The CUDA kernels against the CPU's: every width and alignment, equal tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from backends import (
     BACKENDS,
-    emulated_kernels,
     euler_probs,
     euler_sample,
     running_on,
@@ -22,7 +21,7 @@ from backends import (
 from explicit import PROCESSES, random_log_score, random_rows
 from torch import Tensor
 
-from sedd_ext import Absorbing, Hybrid, RankOne, Uniform, _dispatch, reference
+from sedd_ext import Absorbing, Hybrid, RankOne, Uniform, reference
 
 pytestmark = pytest.mark.operators("emulated", "cuda")
 CPU = BACKENDS["cpu"][0]
@@ -147,34 +146,3 @@ def test_totals_beyond_float32(n: int, size: float) -> None:
         probs = euler_probs(log_score, x_t, 1.0, graph, denoise=True)
         exact = reference.euler_probs(log_score.double(), x_t, 1.0, graph, denoise=True)
         torch.testing.assert_close(probs.double(), exact, rtol=1e-4, atol=1e-12)
-
-
-# ----------------------------------------------------------------------------------------------------------- errors
-
-
-def test_the_runtimes_errors_have_the_operators_name() -> None:
-    """A row too wide for a block's shared memory, and a device that is not there, in the emulation."""
-    with running_on(BACKENDS["emulated"][0]):
-        log_score = torch.zeros(1, 7_000_000)
-        with pytest.raises(RuntimeError, match=r"^reverse_sample: CUDA: rows too wide"):
-            tweedie_sample(log_score, torch.zeros(1).long(), 0.5, Uniform(7_000_000))
-    out = torch.empty(3, dtype=torch.int64)
-    arguments = (out.data_ptr(), 0, 0, 0, out.data_ptr(), 0, 3, 7, 0, 0)
-    assert emulated_kernels().sample_transition_cuda(*arguments, 0, 0, 99) is not None
-
-
-def test_an_error_of_the_runtime_becomes_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken:
-        sample_transition_workspace = staticmethod(lambda *_: 0)
-        sample_transition_cuda = staticmethod(lambda *_: "an illegal memory access was encountered")
-
-    monkeypatch.setitem(
-        _dispatch.LAUNCHERS,
-        "cpu",
-        lambda *arguments: _dispatch.launch_cuda(*arguments, kernels=Broken, stream=0),
-    )
-    with (
-        running_on(CPU._replace(kind="as it is")),
-        pytest.raises(RuntimeError, match=r"^sample_transition: CUDA: an"),
-    ):
-        sample_transition(torch.zeros(3).long(), 0.5, Uniform(7))

@@ -13,11 +13,14 @@ import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
+from backends import BACKENDS, emulated_kernels, running_on
 from cuda_on_cpu import build
+
+from sedd_ext import Uniform, _dispatch, sample_transition, tweedie_sample
 
 SELFTEST = build.HERE / "selftest"
 SCHEDULES = ("forward", "reverse", "greedy", "random")
@@ -371,3 +374,30 @@ def test_other_compilers(source: Callable[..., Path], monkeypatch: pytest.Monkey
     monkeypatch.setenv("CXX", "false --version-of-what")
     with pytest.raises((RuntimeError, subprocess.CalledProcessError)):
         source("int f() { return 0; }")
+
+
+# ------------------------------------------------------------------------------------- errors of the operators' kernels
+
+
+def test_the_runtimes_errors_have_the_operators_name() -> None:
+    """A row that is too wide for a block's shared memory, and a device that does not exist."""
+    with running_on(BACKENDS["emulated"][0]):
+        log_score = torch.zeros(1, 7_000_000)
+        with pytest.raises(RuntimeError, match=r"^reverse_sample: CUDA: rows too wide"):
+            tweedie_sample(log_score, torch.zeros(1).long(), 0.5, Uniform(7_000_000))
+    out = torch.empty(3, dtype=torch.int64)
+    arguments = (out.data_ptr(), 0, 0, 0, out.data_ptr(), 0, 3, 7, 0, 0)
+    assert emulated_kernels().sample_transition_cuda(*arguments, 0, 0, 99) is not None
+
+
+def test_an_error_of_the_runtime_becomes_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        sample_transition_workspace = staticmethod(lambda *_: 0)
+        sample_transition_cuda = staticmethod(lambda *_: "an illegal memory access was encountered")
+
+    def launch(*arguments: Any) -> Any:
+        return _dispatch.launch_cuda(*arguments, kernels=Broken, stream=0)
+
+    monkeypatch.setitem(_dispatch.LAUNCHERS, "cpu", launch)
+    with pytest.raises(RuntimeError, match=r"^sample_transition: CUDA: an"):
+        sample_transition(torch.zeros(3).long(), 0.5, Uniform(7))

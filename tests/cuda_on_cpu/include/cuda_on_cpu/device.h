@@ -97,6 +97,7 @@ class Device {
 
     static const char* report() { return report_; }
     static void set_schedule(Schedule schedule, uint64_t seed) { schedule_ = schedule, seed_ = seed; }
+    static Schedule schedule() { return schedule_; }
 
     // The rest is for the thread that runs.
 

@@ -81,19 +81,25 @@ extern "C" __attribute__((used, visibility("hidden"))) inline void __ubsan_handl
 }
 #endif
 
+inline constexpr const char* cuda_on_cpu_schedules[] = {"forward", "reverse", "greedy", "random"};
+
 // "forward" and "reverse" go round the block, each thread to its next wait; under "greedy" a thread or at least its
 // warp goes on as long as it can; "random" draws a thread at each wait, from the seed, anew for each launch. 0, or -1
 // for another name.
 extern "C" __attribute__((used, visibility("default"))) inline int cuda_on_cpu_set_schedule(const char* name,
                                                                                             unsigned long long seed) {
-    static constexpr const char* kSchedules[] = {"forward", "reverse", "greedy", "random"};
     for (int i = 0; i < 4; ++i) {
-        if (std::strcmp(name, kSchedules[i]) != 0) continue;
+        if (std::strcmp(name, cuda_on_cpu_schedules[i]) != 0) continue;
         const std::lock_guard<std::mutex> lock(cuda_on_cpu::launching);
         cuda_on_cpu::Device::set_schedule(static_cast<cuda_on_cpu::Schedule>(i), seed);
         return 0;
     }
     return -1;
+}
+
+// The schedule that the next launch obeys.
+extern "C" __attribute__((used, visibility("default"))) inline const char* cuda_on_cpu_schedule() {
+    return cuda_on_cpu_schedules[static_cast<int>(cuda_on_cpu::Device::schedule())];
 }
 
 inline const char* cudaGetErrorName(cudaError_t error) {
