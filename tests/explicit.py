@@ -133,3 +133,17 @@ def chi_square(counts: Tensor, probs: Tensor) -> float:
         bins[-1][1] += expects
     assert len(bins) > 1, "a single bin: nothing to compare"
     return float(stats.chisquare(*zip(*bins, strict=True)).pvalue)
+
+
+RARE = slice(48, 4096)
+
+
+def rare_tokens() -> Tensor:
+    """Weights of 48 tokens of 1e-4, 4,048 of 1.5e-8, and a MASK that mostly stays: float64 [4097]."""
+    return torch.cat([torch.full((48,), 1e-4), torch.full((4048,), 1.5e-8), torch.ones(1)]).double()
+
+
+def rare_or_not(values: Tensor) -> Tensor:
+    """The sum of the values [4097] of the rarest tokens, and of the others."""
+    rare = values[RARE].sum()
+    return torch.stack([rare, values.sum() - rare])

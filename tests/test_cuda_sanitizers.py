@@ -13,6 +13,7 @@ from typing import Literal
 import pytest
 from cuda_on_cpu import build, mutants
 
+pytestmark = pytest.mark.costly("csrc/*.h", "csrc/common", "csrc/cuda", "tests/cuda_on_cpu")
 SOURCES = ("tests/cuda_on_cpu/driver.cpp", *(f"csrc/cuda/{family}.cu" for family in mutants.FAMILIES))
 
 

@@ -11,6 +11,8 @@ from explicit import (
     generator_matrix,
     random_log_score,
     random_rows,
+    rare_or_not,
+    rare_tokens,
     score_entropy_by_terms,
     transition_matrix,
     true_log_score,
@@ -217,3 +219,13 @@ def test_samplers_draw_from_their_probabilities(process: Process) -> None:
                 assert int(counts[probs == 1]) == draws
             else:
                 assert chi_square(counts, probs) > 1e-3
+
+
+@pytest.mark.costly("sedd_ext/reference.py")
+def test_one_stage_gumbel_denies_rare_tokens_their_share(threads: Callable[[int], None]) -> None:
+    """In float32, as the released code draws: a tenth. So the samplers' tests of rare tokens can fail."""
+    threads(1)
+    probs, generator = rare_tokens() / rare_tokens().sum(), torch.Generator().manual_seed(0)
+    rows = probs.float().repeat(250, 1)
+    counts = sum(reference._one_stage_gumbel(rows, generator).bincount(minlength=4097) for _ in range(640))
+    assert chi_square(rare_or_not(counts), rare_or_not(probs)) < 0.01

@@ -17,6 +17,8 @@ from explicit import (
     largest_error,
     random_log_score,
     random_rows,
+    rare_or_not,
+    rare_tokens,
     transition_matrix,
     true_log_score,
 )
@@ -286,6 +288,7 @@ def test_samples_follow_the_probabilities(backend: Backend, process: Process, st
             assert chi_square(counts, probs) > 1e-3
 
 
+@pytest.mark.operators("cpu", "cuda")
 @both_steps
 def test_samples_of_a_large_vocabulary(backend: Backend, process: Process, step: Step) -> None:
     """50,258 tokens whose frequencies fall like 1/rank: 2,000 draws, pooled by how rare the tokens are."""
@@ -301,46 +304,19 @@ def test_samples_of_a_large_vocabulary(backend: Backend, process: Process, step:
     assert chi_square(drawn.bincount(minlength=50258), probs) > 1e-3
 
 
-RARE = slice(48, 4096)
-
-
-def rare_case(step: Step) -> tuple[RankOne, Tensor, float, Tensor]:
-    """A small step from a MASK that mostly stays, to 48 tokens of 1e-4 or 4,048 of 1.5e-8.
-
-    Returns the process, the log-scores of the row, the step's size and its law.
-    """
-    graph, size = Absorbing(4096), 0.002
-    wanted = torch.cat([torch.full((48,), 1e-4), torch.full((4048,), 1.5e-8), torch.ones(1)]).double()
-    log_score = (wanted / (math.expm1(size) if step is TWEEDIE else size)).log().float()
-    return graph, log_score, size, step.reference_probs(log_score.double(), torch.tensor(4096), size, graph)
-
-
-def rare_or_not(values: Tensor) -> Tensor:
-    rare = values[RARE].sum()
-    return torch.stack([rare, values.sum() - rare])
-
-
-def count(draw: Callable[[], Tensor], calls: int) -> Tensor:
-    return torch.cat([draw() for _ in range(calls)]).bincount(minlength=4097)
-
-
 @both_steps
-def test_rare_tokens_get_their_share(backend: Backend, step: Step, threads: Callable[[int], None]) -> None:
+@pytest.mark.operators("cpu", "cuda")  # the emulation draws the CPU's tokens, see test_cuda_kernels.py
+def test_rare_tokens_get_their_share(step: Step, threads: Callable[[int], None]) -> None:
+    """A small step from a MASK that mostly stays. See test_reference.py for a sampler that fails this."""
     threads(1)  # many small calls
-    graph, log_score, size, probs = rare_case(step)
+    graph, size, wanted = Absorbing(4096), 0.002, rare_tokens()
+    log_score = (wanted / (math.expm1(size) if step is TWEEDIE else size)).log().float()
+    probs = step.reference_probs(log_score.double(), torch.tensor(4096), size, graph)
     rows, x, generator = log_score.repeat(250, 1), torch.full((250,), 4096), torch.Generator().manual_seed(0)
-    counts = count(lambda: step.sample(rows, x, size, graph, generator=generator), backend.draws(2400))
+    drawn = [step.sample(rows, x, size, graph, generator=generator) for _ in range(1600)]
+    counts = torch.cat(drawn).bincount(minlength=4097)
     assert chi_square(counts, probs) > 0.01
     assert chi_square(rare_or_not(counts), rare_or_not(probs)) > 0.01
-
-
-def test_one_stage_gumbel_fails_the_same_test(threads: Callable[[int], None]) -> None:
-    """That it can fail: the draw of the released code, in float32, gives the rare tokens a tenth of their share."""
-    threads(1)
-    _, _, _, probs = rare_case(TWEEDIE)
-    rows, generator = probs.float().repeat(25, 1), torch.Generator().manual_seed(0)
-    counts = count(lambda: reference._one_stage_gumbel(rows, generator), 8000)
-    assert chi_square(rare_or_not(counts), rare_or_not(probs)) < 0.01
 
 
 @every_variant
@@ -362,6 +338,7 @@ def test_same_generator_same_tokens(
     assert not torch.equal(results[0][0], results[0][1])
 
 
+@pytest.mark.costly("csrc", "sedd_ext")
 def test_more_than_two_to_the_31_elements() -> None:
     """43,000 rows of which one is masked: the others are never read, so that the system never provides their memory."""
     graph, rows = Absorbing(50257), 43_000
@@ -389,6 +366,7 @@ def test_inputs_are_left_alone(process: Process, step: Step) -> None:
 # --------------------------------------------------------------------------------------------------------- operator
 
 
+@pytest.mark.operators("cpu", "cuda")
 @pytest.mark.parametrize("kind", ["tweedie", "euler"])
 def test_opcheck(process: Process, kind: str) -> None:
     graph = process(27)
@@ -407,6 +385,7 @@ def test_opcheck(process: Process, kind: str) -> None:
     torch.library.opcheck(torch.ops.sedd_ext.reverse_sample, to_device((*arguments, torch.tensor([3]))))
 
 
+@pytest.mark.operators("cpu", "cuda")
 @both_steps
 @pytest.mark.parametrize("name", ["absorbing", "hybrid"])
 def test_compile(step: Step, name: str) -> None:

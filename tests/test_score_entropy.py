@@ -255,6 +255,7 @@ def test_gradients_handed_down(process: Process) -> None:
     torch.testing.assert_close(weighted, weights[:, None] * ones)
 
 
+@pytest.mark.costly("csrc", "sedd_ext")
 def test_more_than_two_to_the_31_elements() -> None:
     """43,000 rows of which one is masked: the others are never read, so that the system never provides their memory."""
     graph, rows = Absorbing(50257), 43_000
@@ -344,6 +345,7 @@ def test_threads_do_not_change_a_bit(process: Process, threads: Callable[[int], 
         assert torch.equal(one, two)
 
 
+@pytest.mark.operators("cpu", "cuda")  # the emulation is no device of torch
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", ["absorbing", "hybrid"])
 def test_compile(name: str, compiler: str) -> None:
@@ -365,6 +367,7 @@ def test_compile(name: str, compiler: str) -> None:
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.operators("cpu", "cuda")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(process: Process, dtype: torch.dtype) -> None:
     graph = process(27)

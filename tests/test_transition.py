@@ -184,6 +184,7 @@ def test_draws_of_an_empty_batch_and_of_one_token() -> None:
 # --------------------------------------------------------------------------------------------------------- operator
 
 
+@pytest.mark.operators("cpu", "cuda")  # the emulation is no device of torch
 def test_opcheck(process: Process) -> None:
     graph = process(27)
     rows = random_rows(graph, 24)
@@ -200,6 +201,7 @@ def test_opcheck(process: Process) -> None:
     )
 
 
+@pytest.mark.operators("cpu", "cuda")
 @pytest.mark.parametrize("name", ["absorbing", "hybrid"])
 def test_compile(name: str) -> None:
     torch.compiler.reset()  # one function compiled for every backend and process meets the limit of recompilations

@@ -4,6 +4,7 @@ Everything lies in ``build/cuda_on_cpu``, under a hash of what it was made from:
 the headers of all folders that it may include from. A change leads to another name, so nothing is ever out of date.
 """
 
+import fcntl
 import hashlib
 import os
 import shlex
@@ -88,7 +89,10 @@ def _made(name: str, command: Sequence[str], key: str) -> Path:
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    with open(folder / f"{name}.lock", "w") as lock, tempfile.TemporaryDirectory(dir=folder) as temporary:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several processes of tests may want the same file
+        if path.exists():
+            return path
         partial = Path(temporary) / name
         run = subprocess.run([*compiler, *command, "-o", str(partial)], capture_output=True, text=True)
         if run.returncode != 0:
