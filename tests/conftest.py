@@ -18,6 +18,7 @@ from hypothesis import settings
 
 from sedd_ext import RankOne
 
+pytest_plugins = ["pytester"]
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "tests" / "passed.json"
 """The sources for which each costly test has passed, as a hash."""

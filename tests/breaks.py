@@ -1,0 +1,374 @@
+"""Mistakes put into the package and into its tests, one at a time, to see that a test notices every one.
+
+``python tests/breaks.py [NAME]...`` prints the table; it exits with 1 if a mistake survives. Each mistake is made in a
+copy of the repository, where the tests named with it are run. Those of ``csrc/cuda`` are in ``cuda_on_cpu/mutants.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pybind11
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Break(NamedTuple):
+    """In ``file``, which has ``text`` once, ``replacement`` takes its place; ``tests`` are pytest's arguments."""
+
+    name: str
+    file: str
+    text: str
+    replacement: str
+    tests: str
+
+
+TRANSITION = "tests/test_transition.py -k shapes_and_dtypes"
+BREAKS = [
+    # ---- where tests run ----
+    Break(
+        "labelled tests do not get their backend",
+        "tests/conftest.py",
+        '        request.getfixturevalue("backend")\n',
+        "        pass\n",
+        TRANSITION,
+    ),
+    Break(
+        "the emulation is never switched on",
+        "tests/backends.py",
+        '_emulated_launcher() if backend.kind == "emulated" else CPU_LAUNCHER',
+        "CPU_LAUNCHER",
+        TRANSITION,
+    ),
+    Break(
+        "an instruction set is never selected",
+        "tests/backends.py",
+        "            _C.select_isa(backend.variant)\n",
+        "            pass\n",
+        "tests/test_score_entropy.py -k test_value_and_gradient",
+    ),
+    Break(
+        "comparisons with the CPU run on the emulation",
+        "tests/backends.py",
+        '_dispatch.LAUNCHERS["cpu"] = _emulated_launcher() if backend.kind == "emulated" else CPU_LAUNCHER',
+        'if backend.kind == "emulated":\n            _dispatch.LAUNCHERS["cpu"] = _emulated_launcher()',
+        "tests/test_cuda_kernels.py -k a_real_vocabulary",
+    ),
+    Break(
+        "the emulation ignores the schedule",
+        "tests/cuda_on_cpu/include/cuda_on_cpu/runtime.h",
+        "cuda_on_cpu::Device::set_schedule(static_cast<cuda_on_cpu::Schedule>(i), seed);",
+        "cuda_on_cpu::Device::set_schedule(cuda_on_cpu::Schedule::forward, seed);",
+        TRANSITION,
+    ),
+    Break(
+        "every_variant runs one variant",
+        "tests/conftest.py",
+        'if "every_variant" in marks:',
+        'if "every_variant" not in marks:',
+        "tests/test_labels.py",
+    ),
+    Break(
+        "a case is left out under all schedules",
+        "tests/conftest.py",
+        "% len(SCHEDULES) == SCHEDULES.index(label.variant)",
+        "% len(SCHEDULES) == SCHEDULES.index(label.variant) + 1",
+        "tests/test_labels.py",
+    ),
+    Break(
+        "costly tests are always left out",
+        "tests/conftest.py",
+        "recorded.get(item.nodeid) == digest:",
+        "recorded:",
+        "tests/test_labels.py",
+    ),
+    Break(
+        "every process is absorbing",
+        "tests/conftest.py",
+        "return PROCESSES[request.param]",
+        'return PROCESSES["absorbing"]',
+        "tests/test_labels.py",
+    ),
+    Break(
+        "threads are not set",
+        "tests/conftest.py",
+        "    yield torch.set_num_threads\n",
+        "    yield lambda count: None\n",
+        "tests/test_labels.py",
+    ),
+    Break(
+        "every log-score is float32",
+        "tests/explicit.py",
+        ").to(dtype)",
+        ").float()",
+        "tests/test_labels.py",
+    ),
+    # ---- sedd_ext ----
+    Break(
+        "kernels run on one thread",
+        "sedd_ext/_dispatch.py",
+        "(*arguments, torch.get_num_threads())",
+        "(*arguments, 1)",
+        "tests/test_labels.py",
+    ),
+    Break(
+        "a generator is ignored",
+        "sedd_ext/_dispatch.py",
+        "torch.randint(2**63 - 1, (1,), generator=generator, device=device)",
+        "torch.randint(2**63 - 1, (1,), device=device)",
+        "tests/test_reverse.py -k same_generator_same_tokens",
+    ),
+    Break(
+        "the row after the bad one is named",
+        "sedd_ext/_dispatch.py",
+        'where = f"at index {_index(row, shape)}"',
+        'where = f"at index {_index(row + 1, shape)}"',
+        "tests/test_bad_input.py -k the_bad_row_is_named",
+    ),
+    Break(
+        "the upstream gradient is ignored",
+        "sedd_ext/score_entropy.py",
+        "grad_loss = grad_loss.to(compute_dtype(log_score.dtype)).contiguous()",
+        "grad_loss = torch.ones_like(grad_loss).to(compute_dtype(log_score.dtype)).contiguous()",
+        "tests/test_score_entropy.py",
+    ),
+    Break(
+        "bad rows do not reach the kernel that reports them",
+        "sedd_ext/linear.py",
+        "rows = (moves | bad).nonzero().squeeze(1)",
+        "rows = moves.nonzero().squeeze(1)",
+        "tests/test_bad_input.py -k linear",
+    ),
+    Break(
+        "refused rows are not drawn again",
+        "sedd_ext/linear_reverse.py",
+        "drawn[again] = draw(rows[again], draws[again], 1)",
+        "drawn[again] = tokens[rows[again]]",
+        "tests/test_linear_reverse.py -k refused",
+    ),
+    Break(
+        "temperature does nothing",
+        "sedd_ext/reverse.py",
+        ".pow(1.0 / temperature)",
+        ".pow(1.0)",
+        "tests/test_linear_reverse.py -k temperature",
+    ),
+    Break(
+        "top_p keeps one token too many",
+        "sedd_ext/reverse.py",
+        "ends - jump < top_p * ends[:, -1:]",
+        "ends - jump <= top_p * ends[:, -1:] + jump",
+        "tests/test_linear_reverse.py -k temperature",
+    ),
+    Break(
+        "the entropy of uniform noise has the wrong sign",
+        "sedd_ext/graph.py",
+        "None, -math.log(n))",
+        "None, math.log(n))",
+        "tests/test_score_entropy.py -k value_and_gradient",
+    ),
+    # ---- csrc ----
+    Break(
+        "one number of an operator's name is drawn with 32 bits",
+        "csrc/common/random.h",
+        "(static_cast<uint64_t>(high) << 21) | (low >> 11)",
+        "(static_cast<uint64_t>(high) << 21) | (low >> 31)",
+        "tests/test_transition.py tests/test_reverse.py -k rare_tokens",
+    ),
+    Break(
+        "1 - exp(-σ) loses small σ",
+        "csrc/common/rank_one.h",
+        "-expm1(-sigma)",
+        "1.0 - exp(-sigma)",
+        "tests/test_transition.py -k against_reference",
+    ),
+    Break(
+        "σ = 0 passes",
+        "csrc/common/rank_one.h",
+        "return sigma > 0.0 &&",
+        "return sigma >= 0.0 &&",
+        "tests/test_bad_input.py -k sigma",
+    ),
+    Break(
+        "no entry is refused",
+        "csrc/reverse.h",
+        "? d.token : kSweepAgain;",
+        "? d.token : d.token;",
+        "tests/test_linear_reverse.py -k 'several_tiles or refused'",
+    ),
+    Break(
+        "the loss lacks its constant",
+        "csrc/score_entropy.h",
+        "scores + row.constant - row.slope * dot",
+        "scores - row.slope * dot",
+        "tests/test_score_entropy.py -k value_and_gradient",
+    ),
+    Break(
+        "one instruction set runs another's kernels",
+        "csrc/cpu/dispatch.cpp",
+        "#isa, isa::score_entropy,",
+        "#isa, baseline::score_entropy,",
+        "tests/test_labels.py",
+    ),
+    # ---- sedd ----
+    Break(
+        "the rate of the log-linear schedule is too small",
+        "python/sedd/schedule.py",
+        "return (1 - self.eps) * slope / (1 - (1 - self.eps) * moved)",
+        "return slope * (1 - self.eps) / (1 - moved + 1)",
+        "tests/test_schedule.py",
+    ),
+    Break(
+        "the loss is not weighted by the noise rate",
+        "python/sedd/objective.py",
+        "loss_weight=rate.unsqueeze(-1),",
+        "loss_weight=torch.full_like(rate, scale).unsqueeze(-1),",
+        "tests/test_objective.py",
+    ),
+    Break(
+        "the last step may return MASK",
+        "python/sedd/sample.py",
+        "positions.tweedie(float(sigma), denoise=True)",
+        "positions.tweedie(float(sigma), denoise=False)",
+        "tests/test_sample.py",
+    ),
+    Break(
+        "given tokens are drawn anew",
+        "python/sedd/sample.py",
+        "        free = ~is_fixed.to(device)\n",
+        "        free = torch.ones_like(free)\n",
+        "tests/test_sample.py",
+    ),
+    Break(
+        "a token that has changed is not shown to the network again",
+        "python/sedd/sample.py",
+        "stale = active & (x != self.seen).any(1)",
+        "stale = active & (x < self.seen).any(1)",
+        "tests/test_sample.py",
+    ),
+    Break(
+        "the optimiser's moments are not resumed",
+        "python/sedd/train.py",
+        '"state": by_index}',
+        '"state": {}}',
+        "tests/test_train.py -k resum",
+    ),
+    Break(
+        "the random numbers are not resumed",
+        "python/sedd/train.py",
+        '        torch.set_rng_state(rng["cpu"])\n',
+        "",
+        "tests/test_train.py -k resum",
+    ),
+    Break(
+        "the order of the data is not resumed",
+        "python/sedd/batches.py",
+        '        self._consumed = state["consumed"]\n',
+        "        self._consumed = 0\n",
+        "tests/test_data.py tests/test_train.py -k resum",
+    ),
+    Break(
+        "the average of the weights lags a step",
+        "python/sedd/train.py",
+        "decay = min(config.ema, (1 + self.step) / (10 + self.step))",
+        "decay = min(config.ema, self.step / (9 + self.step))",
+        "tests/test_train.py",
+    ),
+    Break(
+        "bits per byte are bits per token",
+        "python/sedd/evaluate.py",
+        "self.bits_per_token * self.tokens / self.n_bytes",
+        "self.bits_per_token",
+        "tests/test_evaluate.py tests/test_perplexity.py",
+    ),
+    Break(
+        "the prior term is left out",
+        "python/sedd/evaluate.py",
+        "return 2 * self.sigma * t.double()",
+        "return self.sigma * t.double()",
+        "tests/test_evaluate.py",
+    ),
+    Break(
+        "a pickle may name any function of os",
+        "python/sedd/weights.py",
+        'INERT = re.compile(r"(omegaconf|',
+        'INERT = re.compile(r"(os|posix|omegaconf|',
+        "tests/test_pretrained.py",
+    ),
+]
+
+
+def run(mistake: Break, folder: Path) -> str | None:
+    """The first test that notices the mistake in a copy of the repository; None if all pass."""
+    file = folder / mistake.file
+    text = file.read_text(encoding="utf-8")
+    if text.count(mistake.text) != 1:
+        raise ValueError(f"{mistake.name}: {mistake.file} has the text {text.count(mistake.text)} times, expected once")
+    file.write_text(text.replace(mistake.text, mistake.replacement), encoding="utf-8")
+    try:
+        if mistake.file.startswith("csrc/"):
+            build(folder)
+        return red(mistake.tests, folder)
+    finally:
+        file.write_text(text, encoding="utf-8")
+
+
+def red(tests: str, folder: Path) -> str | None:
+    """The first failing test; None if all pass."""
+    command = f"{sys.executable} -m pytest -q -x --tb=no -p no:cacheprovider --all {tests}"
+    environment = {**os.environ, "PYTHONPATH": f"{folder}:{folder / 'python'}"}
+    result = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
+    if result.returncode == 0:
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE)
+    if failed is None or not re.search(r"\d+ passed|\d+ failed", result.stdout):
+        raise RuntimeError(f"{command}\n{result.stdout}{result.stderr}")
+    return failed[1]
+
+
+def build(folder: Path) -> None:
+    """Compiles the CPU's kernels in place."""
+    binary = folder / "build" / "breaks"
+    if not binary.exists():
+        options = {
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": folder / "sedd_ext",
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "SEDD_CUDA": "off",
+        }
+        defines = [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.run(["cmake", "-G", "Ninja", "-S", folder, "-B", binary, *defines], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", binary, "--target", "_C"], check=True, capture_output=True)
+
+
+def main(names: list[str]) -> int:
+    """Prints what notices each mistake; returns how the command ends."""
+    chosen = [mistake for mistake in BREAKS if not names or any(name in mistake.name for name in names)]
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
+    survivors = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name in [*filter(None, files), *(str(path.relative_to(ROOT)) for path in ROOT.glob("sedd_ext/_C*.so"))]:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+        (folder / "build").mkdir()
+        if (ROOT / "build" / "cuda_on_cpu").exists():
+            shutil.copytree(ROOT / "build" / "cuda_on_cpu", folder / "build" / "cuda_on_cpu")
+        # those that need no compiler first: a broken _C would stay
+        for mistake in sorted(chosen, key=lambda mistake: mistake.file.startswith("csrc/")):
+            noticed = run(mistake, folder)
+            survivors += noticed is None
+            print(f"{mistake.name:60}  {noticed or 'SURVIVES'}", flush=True)
+    print(f"{len(chosen)} mistakes, {survivors} survive")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
