@@ -10,7 +10,7 @@ FLAGS :=
 .PHONY: demo test bench cuda-check gpu-check gpu-check-offline gpu-profile lint format clean help
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
 
 demo: $(VENV)/.train ## train a tiny model on Python's own text for at most 5 minutes, then evaluate, sample and infill
 	rm -rf $(RUN)
