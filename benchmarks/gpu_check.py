@@ -94,7 +94,7 @@ class Plans:
 
     def _beginning(self) -> list[Step]:
         command = [sys.executable, str(HERE / "gpu_build.py"), "--device", self.device]
-        build = Step("build", 0.45, lambda until: command, required=True, first=True)
+        build = Step("build", 0.7, lambda until: command, required=True, first=True)
         about = Step("about", 0.15, self._body("about"), required=True, first=True)
         return [build, about] if self.build else [about]
 
