@@ -132,9 +132,12 @@ def _has(module: str) -> bool:
 
 
 def beside_nvcc(program: str) -> str | None:
+    """Where it lies: on PATH, in CUDA_HOME, or beside the nvcc that is on PATH."""
     nvcc = shutil.which("nvcc")
-    beside = str(Path(nvcc).resolve().parent) if nvcc else None
-    return shutil.which(program) or (beside and shutil.which(program, path=beside))
+    homes = [Path(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders = [*homes, *([Path(nvcc).resolve().parent] if nvcc else [])]
+    found = shutil.which(program)
+    return found if found or not folders else shutil.which(program, path=os.pathsep.join(map(str, folders)))
 
 
 def run_step(step: Step, limit: float, log: Path) -> tuple[Record, list[Record]]:

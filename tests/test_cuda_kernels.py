@@ -152,6 +152,7 @@ def test_totals_beyond_float32(n: int, size: float) -> None:
 # ----------------------------------------------------------------------------------------------------------- errors
 
 
+@pytest.mark.operators("emulated")
 def test_the_runtimes_errors_have_the_operators_name() -> None:
     """A row too wide for a block's shared memory, and a device that is not there, in the emulation."""
     with running_on(BACKENDS["emulated"][0]):

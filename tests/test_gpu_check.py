@@ -253,6 +253,8 @@ def test_the_sanitizer_is_looked_for_beside_nvcc(
     for folder in (toolkit, path):
         folder.mkdir()
     monkeypatch.setenv("PATH", str(path))
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
 
     def sanitizers() -> list[Any]:
         return [step for step in modules.gpu_check.Plans("cuda", False, False).check() if step.name in SANITIZERS]
