@@ -87,20 +87,8 @@ def pip_problem() -> str:
 
 def by_pip() -> list[list[str]]:
     """The commands of an editable install that downloads nothing."""
-    return [
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-v",
-            "--no-build-isolation",
-            "--no-index",
-            "--no-deps",
-            "-e",
-            str(ROOT),
-        ]
-    ]
+    options = "-v --no-build-isolation --no-index --no-deps"
+    return [[sys.executable, "-m", "pip", "install", *options.split(), "-e", str(ROOT)]]
 
 
 def in_place(environment: Mapping[str, str]) -> list[list[str]]:
