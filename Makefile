@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt cmake/cuda.cmake setup.py pyproject.toml constraints.txt
 NATIVE := $(filter csrc/%,$(SOURCES)) $(wildcard tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/include/*.h tests/cuda_on_cpu/include/*/*.h)
 RUN := runs/demo
+FLAGS :=
 
-.PHONY: demo test bench cuda-check gpu-check lint format clean help
+.PHONY: demo test bench cuda-check gpu-check gpu-check-offline gpu-profile lint format clean help
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
 
 demo: $(VENV)/.train ## train a tiny model on Python's own text for at most 5 minutes, then evaluate, sample and infill
 	rm -rf $(RUN)
@@ -31,7 +32,15 @@ cuda-check: $(VENV)/.test ## check nvcc's machine code, without a GPU, and refre
 
 gpu-check: export SEDD_CUDA := on
 gpu-check: $(VENV)/.test ## on a machine with a GPU: tests, compute-sanitizer and timings in ten minutes
-	$(BIN)/python benchmarks/gpu_check.py --out benchmarks/results/gpu-check.json
+	$(BIN)/python benchmarks/gpu_check.py $(FLAGS)
+
+# With the packages of $(PYTHON), whichever those are; OUT= names the folder of the report, and
+# FLAGS="--device cpu --quick" rehearses.
+gpu-check-offline: ## the same without network or .venv, build included
+	$(PYTHON) benchmarks/gpu_check.py --build $(FLAGS)
+
+gpu-profile: ## without network or .venv: ncu's counters of each kernel, and the fused head's tile sizes
+	$(PYTHON) benchmarks/gpu_check.py --build --profile $(FLAGS)
 
 lint: $(VENV)/.dev ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
@@ -23,11 +23,13 @@ from cases import (
     smaller,
 )
 from memory import measure_memory
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from sedd_ext import linear_score_entropy_loss, linear_tweedie_sample, score_entropy_loss, tweedie_sample
 from sedd_ext.reference import dense_score_entropy, released_analytic_step, released_score_entropy
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 
 class Head(NamedTuple):

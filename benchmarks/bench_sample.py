@@ -4,61 +4,64 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from cases import MODEL_LENGTH, Case, Race, Run, compiled, memory_cases, model_cases, sampling, smaller, whole_model
 from memory import measure_memory
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from sedd.sample import T_END, sample
 from sedd.schedule import get_schedule
 from sedd_ext.reference import released_analytic_step
 
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
 SCHEDULE = get_schedule("loglinear")
 STEPS = 4
 
 
-def released(case: Case, model: str, batch: int) -> Run:
+def released(case: Case, model: str, batch: int, length: int) -> Run:
     """The released sampler: all positions of all sequences in every step, in float32 behind the model."""
-    network, graph = whole_model(model, case.smoke)
+    network, graph = whole_model(model, case)
     forward = compiled(network, case) if "compiled" in case.contestant else network
     times = torch.linspace(1.0, T_END, STEPS + 1, dtype=torch.float64)
     sigmas = [*SCHEDULE.total(times).tolist(), 0.0]
 
     @torch.no_grad()
     def run() -> Tensor:
-        x = torch.full((batch, MODEL_LENGTH), graph.dim - 1)
+        x = torch.full((batch, length), graph.dim - 1, device=case.device)
         for now, then in itertools.pairwise(sigmas):
-            log_score = forward(x, torch.full((batch,), now)).flatten(0, 1)
-            dsigma = torch.full((x.numel(),), now - then)
+            log_score = forward(x, torch.full((batch,), now, device=case.device)).flatten(0, 1)
+            dsigma = torch.full((x.numel(),), now - then, device=case.device)
             x = released_analytic_step(log_score, x.flatten(), dsigma, graph, denoise=then == 0.0).view_as(x)
         return x
 
     return run
 
 
-def whole(case: Case, model: str) -> Run:
+def whole(case: Case, model: str, length: int = MODEL_LENGTH) -> Run:
     """Some steps from nothing but MASK, and the denoising step."""
-    batch = max(1, case.rows // MODEL_LENGTH)
+    batch = max(1, case.rows // length)
     dtype = torch.bfloat16 if case.dtype == "bfloat16" else None
     if "released" in case.contestant:
-        theirs = released(case, model, batch)
+        theirs = released(case, model, batch, length)
 
         def run() -> object:
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+            with torch.autocast(case.device, torch.bfloat16, enabled=dtype is not None):
                 return theirs()
 
         return run
-    fused = case.contestant == "kernel"
-    network, graph = whole_model(model, case.smoke)
+    fused = case.contestant.startswith("kernel")
+    network, graph = whole_model(model, case)
     return lambda: sample(
         network,
         graph,
         SCHEDULE,
         batch=batch,
-        length=MODEL_LENGTH,
+        length=length,
         steps=STEPS,
         fused=fused,
         autocast_dtype=dtype,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from cases import MODEL_LENGTH, Case, Race, Run, compiled, memory_cases, model_cases, smaller, training, whole_model
 from memory import measure_memory
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from sedd.objective import sample_times, score_entropy
@@ -17,12 +17,15 @@ from sedd.schedule import get_schedule
 from sedd_ext import sample_transition
 from sedd_ext.reference import released_score_entropy
 
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
 SCHEDULE = get_schedule("loglinear")
 
 
 def released(case: Case, model: str) -> Callable[[Tensor, Tensor], Tensor]:
     """σ(t) Σ L from the log-scores of all positions, which the model returns."""
-    network, graph = whole_model(model, case.smoke)
+    network, graph = whole_model(model, case)
     forward = compiled(network, case) if "compiled" in case.contestant else network
 
     def loss(x_0: Tensor, t: Tensor) -> Tensor:
@@ -33,20 +36,20 @@ def released(case: Case, model: str) -> Callable[[Tensor, Tensor], Tensor]:
     return loss
 
 
-def step(case: Case, model: str) -> Run:
+def step(case: Case, model: str, length: int = MODEL_LENGTH) -> Run:
     """A step on times spread over (0, 1), the same for all."""
-    network, graph = whole_model(model, case.smoke)
-    batch = max(1, case.rows // MODEL_LENGTH)
+    network, graph = whole_model(model, case)
+    batch = max(1, case.rows // length)
     generator = torch.Generator().manual_seed(0)
-    x_0 = torch.randint(graph.dim - 1, (batch, MODEL_LENGTH), generator=generator)
-    times = sample_times(batch, generator=generator)
+    x_0 = torch.randint(graph.dim - 1, (batch, length), generator=generator).to(case.device)
+    times = sample_times(batch, generator=generator).to(case.device)
     scale = 1 / x_0.numel()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
     theirs = released(case, model) if "released" in case.contestant else None
-    fused = case.contestant == "kernel"
+    fused = case.contestant.startswith("kernel")
 
     def run() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "bfloat16"):
+        with torch.autocast(case.device, torch.bfloat16, enabled=case.dtype == "bfloat16"):
             if theirs is not None:
                 loss = scale * theirs(x_0, times)
             else:

@@ -64,17 +64,25 @@ def sampling(model: str) -> str:
     return f"sampling ({model})"
 
 
-def whole_model(name: str, smoke: bool) -> tuple[SEDD, RankOne]:
-    """A model of GPT-2's tokens, as it is before training, and its process; for a smoke run, a tiny one."""
-    return _whole_model(16, 1, 2, SMALL) if smoke else _whole_model(*MODELS[name], LARGE)
+def whole_model(name: str, case: Case) -> tuple[SEDD, RankOne]:
+    """A model of GPT-2's tokens, as it is before training, and its process; for a smoke run, a tiny one.
+
+    Its hidden states come through torch.compile where the contestant is the kernel, compiled.
+    """
+    sizes = (16, 1, 2, SMALL) if case.smoke else (*MODELS[name], LARGE)
+    network, graph = _whole_model(*sizes, case.device)
+    vars(network).pop("hidden", None)  # the last contestant's
+    if case.contestant == "kernel, compiled":
+        network.hidden = compiled(network.hidden, case)  # type: ignore[method-assign]
+    return network, graph
 
 
 @functools.lru_cache(maxsize=1)
-def _whole_model(width: int, blocks: int, heads: int, n: int) -> tuple[SEDD, RankOne]:
+def _whole_model(width: int, blocks: int, heads: int, n: int, device: str) -> tuple[SEDD, RankOne]:
     torch.manual_seed(0)
     config = ModelConfig(hidden_size=width, n_blocks=blocks, n_heads=heads, length=MODEL_LENGTH, dropout=0.0)
     graph = Absorbing(n - 1)
-    return SEDD(config, graph), graph
+    return SEDD(config, graph).to(device), graph
 
 
 def model_cases(*contestants: str) -> list[tuple[str, Case]]:

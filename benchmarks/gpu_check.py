@@ -1,106 +1,161 @@
-"""The day there is a GPU: tests, compute-sanitizer, timings and accuracy in ten minutes, as one table and one JSON.
+"""The day there is a GPU: build, tests, compute-sanitizer, timings and accuracy in ten minutes, without network.
 
-make gpu-check                                      # builds the CUDA kernels, then runs this
-python benchmarks/gpu_check.py --out check.json     # in an environment with the test extra and CUDA kernels
-python benchmarks/gpu_check.py --device cpu --quick # a rehearsal, on any machine
+make gpu-check-offline OUT=results    # on the GPU machine, with the Python that is there: builds, then checks
+make gpu-profile OUT=results          # builds, then counts what the memory and the processors do, by ncu
+python benchmarks/gpu_check.py --device cpu --quick   # a rehearsal, on any machine
 
-Every step is a process of its own with a time limit: one that fails or hangs costs the later ones nothing but time.
+Every step is a process of its own with a time limit: one that fails or hangs costs the later ones nothing but time. The
+report is written anew after each, and what a step prints goes to a file at once, so that nothing is lost where the time
+runs out. The exit status is about the operators alone: a step that only measures may fail, for want of a package too.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from gpu_steps import DEVICES, STOPPED, UNCACHED, Cpu, Cuda, Record
-
-from sedd_ext.__main__ import describe
+import gpu_build
+from gpu_tables import Record, summary, tables
 
 ROOT = Path(__file__).resolve().parent.parent
-BODIES = Path(__file__).with_name("gpu_steps.py")
+HERE = Path(__file__).resolve().parent
 TESTED = ("score_entropy", "reverse", "transition", "linear_score_entropy", "linear_reverse", "bad_input")
-OPERATOR_TESTS = [f"tests/test_{name}.py" for name in TESTED]
+OPERATOR_TESTS = [f"tests/test_{name}.py" for name in (*TESTED, "cuda_kernels")]
+KINDS = ("about", "operators", "accuracy", "tokens", "timings", "models", "launches", "buffers", "counters")
+DEVICES = ("cpu", "cuda")
+UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING"  # every tensor an allocation of its own, whose ends memcheck sees
+FINDINGS = "SUMMARY: [1-9]|========= (Invalid|Uninitialized|Barrier error|Error: Race)"  # of compute-sanitizer
+STOPPED = "stopped here: no time for the rest"
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command with a time limit, or the reason why there is none."""
+    """A command with a time limit, or the reason why there is none.
+
+    Without a ``required`` step that ends well the operators are not known to be right; nothing follows one that is
+    ``first``. Where another step fails, they are wrong if what it printed matches ``wrong``.
+    """
 
     name: str
     share: float  # of the budget, at most
     command: Callable[[float], Sequence[str]] = field(default=lambda until: ())  # of the moment to stop at by itself
     environment: dict[str, str] = field(default_factory=dict)
     skip: str = ""
+    required: bool = False
+    first: bool = False
+    wrong: str = ""
 
 
-def plan(device: Cpu | Cuda, quick: bool) -> list[Step]:
+class Plans:
     """What is run, most telling first: what the budget does not reach is skipped."""
 
-    def tests(*arguments: str) -> Callable[[float], Sequence[str]]:
-        return lambda until: [sys.executable, "-m", "pytest", "-q", "--backend", device.name, *arguments]
+    def __init__(self, device: str, quick: bool, build: bool) -> None:
+        self.device, self.quick, self.build = device, quick, build
 
-    def body(name: str, *prefix: str) -> Callable[[float], Sequence[str]]:
-        command = [*prefix, sys.executable, str(BODIES), name, "--device", device.name]
-        return lambda until: [*command, "--until", str(until), *(["--quick"] if quick else [])]
+    def check(self) -> list[Step]:
+        """Are the operators right, and how fast are they?"""
+        return [
+            *self._beginning(),
+            Step("operators", 0.08, self._body("operators"), required=True),
+            Step("operator tests", 0.35, self._tests(), self._tests_environment(), required=True),
+            Step("accuracy", 0.06, self._body("accuracy"), required=True),
+            Step("tokens", 0.08, self._body("tokens"), required=True),
+            Step("models", 0.12, self._body("models")),
+            Step("timings", 0.18, self._body("timings")),
+            self._sanitizer("memcheck", 0.1),
+            self._sanitizer("racecheck", 0.08),
+            Step("compiled models", 0.12, self._body("compiled_models")),
+            Step("torch.compile", 0.12, self._body("compile_timings")),
+            self._sanitizer("synccheck", 0.06),
+            self._sanitizer("initcheck", 0.06),
+        ]
 
-    def sanitizer(tool: str, share: float) -> Step:
-        found = _compute_sanitizer() if device.name == "cuda" else None
+    def profile(self) -> list[Step]:
+        """What do the kernels do with the machine?"""
+        command = [sys.executable, str(HERE / "gpu_profile.py"), "--device", self.device]
+        why = "" if beside_nvcc("ncu") else "ncu is neither on PATH nor beside nvcc"
+        why = "needs a GPU" if self.device == "cpu" else why
+        return [
+            *self._beginning(),
+            Step("buffers", 0.2, self._body("buffers")),
+            Step("counters", 0.5, lambda until: [*command, "--until", str(until)], skip=why),
+        ]
+
+    def _beginning(self) -> list[Step]:
+        command = [sys.executable, str(HERE / "gpu_build.py"), "--device", self.device]
+        build = Step("build", 0.7, lambda until: command, required=True, first=True)
+        about = Step("about", 0.15, self._body("about"), required=True, first=True)
+        return [build, about] if self.build else [about]
+
+    def _tests(self) -> Callable[[float], Sequence[str]]:
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--maxfail=40", "--backend", self.device]
+        command += ["-n", "8"] if _has("xdist") and not self.quick else []
+        # marked: the other tests of these files do not run on a GPU
+        return lambda until: [*command, "-m", "operators", *OPERATOR_TESTS, *(["-k", "empty"] if self.quick else [])]
+
+    def _tests_environment(self) -> dict[str, str]:
+        return {} if self.quick else {"OMP_NUM_THREADS": "2"}
+
+    def _body(self, name: str, *prefix: str) -> Callable[[float], Sequence[str]]:
+        command = [*prefix, sys.executable, str(HERE / "gpu_steps.py"), name, "--device", self.device]
+        return lambda until: [*command, "--until", str(until), *(["--quick"] if self.quick else [])]
+
+    def _sanitizer(self, tool: str, share: float) -> Step:
+        found = beside_nvcc("compute-sanitizer") if self.device == "cuda" else None
         if not found:
-            why = "compute-sanitizer is neither on PATH nor beside nvcc" if device.name == "cuda" else "needs a GPU"
+            why = "compute-sanitizer is neither on PATH nor beside nvcc" if self.device == "cuda" else "needs a GPU"
             return Step(tool, share, skip=why)
-        prefix = [found, "--tool", tool, "--error-exitcode", "1", "--report-api-errors", "no", "--launch-timeout", "0"]
+        # our kernels alone: torch's, of which there are many more, would take most of the time
+        prefix = [found, "--tool", tool, "--kernel-name", "kernel_substring=sedd", "--error-exitcode", "1"]
+        prefix += ["--report-api-errors", "no", "--launch-timeout", "0"]
         uncached = {UNCACHED: "1"} if tool in ("memcheck", "initcheck") else {}
-        return Step(tool, share, body("operators", *prefix), uncached)
-
-    some = ["-k", "empty"] if quick else []
-    elsewhere = [*OPERATOR_TESTS, "tests/test_gpu_check.py"]
-    others = ["tests/test_graph.py"] if quick else ["tests", *(f"--ignore={name}" for name in elsewhere)]
-    return [
-        Step("operators", 0.08, body("operators")),
-        Step("operator tests", 0.25, tests(*OPERATOR_TESTS, *some)),
-        Step("accuracy", 0.05, body("accuracy")),
-        Step("tokens", 0.07, body("tokens")),
-        Step("timings", 0.18, body("timings")),
-        sanitizer("memcheck", 0.12),
-        sanitizer("racecheck", 0.1),
-        Step("torch.compile", 0.15, body("compile_timings")),
-        sanitizer("synccheck", 0.06),
-        sanitizer("initcheck", 0.06),
-        Step("other tests", 1.0, tests(*others)),
-    ]
+        return Step(tool, share, self._body("launches", *prefix), uncached, wrong=FINDINGS)
 
 
-def _compute_sanitizer() -> str | None:
+def _has(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
+
+
+def beside_nvcc(program: str) -> str | None:
+    """Where it lies: on PATH, in CUDA_HOME, or beside the nvcc that is on PATH."""
     nvcc = shutil.which("nvcc")
-    beside = str(Path(nvcc).resolve().parent) if nvcc else None
-    return shutil.which("compute-sanitizer") or (beside and shutil.which("compute-sanitizer", path=beside))
+    homes = [Path(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders = [*homes, *([Path(nvcc).resolve().parent] if nvcc else [])]
+    found = shutil.which(program)
+    return found if found or not folders else shutil.which(program, path=os.pathsep.join(map(str, folders)))
 
 
-def run_step(step: Step, limit: float) -> tuple[Record, list[Record]]:
+def run_step(step: Step, limit: float, log: Path) -> tuple[Record, list[Record]]:
     """Runs a step, for ``limit`` seconds at most; what became of it, and the records that its body printed."""
-    result: Record = {"name": step.name, "outcome": "skipped", "why": step.skip, "seconds": 0.0}
+    result: Record = {"name": step.name, "outcome": "skipped", "why": step.skip, "seconds": 0.0, "decides": False}
     if step.skip or limit < 1:
-        return result | {"why": step.skip or "no time left"}, []
+        return result | {"why": step.skip or "no time left", "decides": step.required and not step.skip}, []
     begin = time.monotonic()
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+    # the clone's modules, whether they are installed or not
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with log.open("w", encoding="utf-8", errors="replace") as output:
         # not a pipe, which a process that outlives the step would hold open; a session, so that its children go with it
         process = subprocess.Popen(
             step.command(time.time() + 0.7 * limit),
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env={**os.environ, **step.environment},
+            env=gpu_build.tools({**os.environ, "PYTHONPATH": path, **step.environment}),
             start_new_session=True,
         )
         try:
@@ -112,115 +167,90 @@ def run_step(step: Step, limit: float) -> tuple[Record, list[Record]]:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        output.seek(0)
-        lines = [line for line in output.read().splitlines() if line.strip()]
-    records = [json.loads(line) for line in lines if line.startswith('{"kind": ')]
-    said = [line for line in lines if not line.startswith('{"kind": ')]
+    said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    records = [json.loads(line) for line in said if re.fullmatch(r'\{"kind": .*\}', line)]  # a last one may be cut off
+    said = [line for line in said if not line.startswith('{"kind": ')]
     problems = [record["problem"] for record in records if "problem" in record]
     result |= {"outcome": "failed" if why else "ok", "why": why, "seconds": round(time.monotonic() - begin, 2)}
     if why:
         result |= {"why": "; ".join([why, *(problems or said[-1:])[:1]]), "output": said[-60:]}
+        result["decides"] = step.required or bool(step.wrong and re.search(step.wrong, "\n".join(said)))
     elif STOPPED in said:
         result["why"] = STOPPED
     return result | {"said": said[-1] if said else ""}, records
 
 
-def table(timings: list[Record]) -> str:
-    """A line per operation and shape, with the ratios to all rivals that it was timed in turns with."""
-    lines: dict[tuple[Any, ...], Record] = {}
-    for record in timings:
-        key = tuple(record[name] for name in ("operation", "process", "dtype", "rows", "n"))
-        lines.setdefault(key, {**record, "ratios": {}})["ratios"] |= record.get("times_kernel", {})
-    rows = [
-        (
-            "operation",
-            "process",
-            "dtype",
-            "rows x N",
-            "time",
-            "GB/s",
-            "limit",
-            "share",
-            "x eager",
-            "x compile",
-            "x unfused",
-        )
-    ]
-    for (operation, process, dtype, count, n), line in lines.items():
-        ratios, rates = line["ratios"], line.get("gb_per_s", {})
-        spent = _duration(line["seconds"]["kernel"][0]) if "seconds" in line else "failed"
-        speed = [f"{rates[who]:.3g}" if who in rates else "-" for who in ("kernel", "limit")]
-        share = f"{ratios['limit']:.0%}" if "limit" in ratios else "-"
-        factors = [f"{ratios[rival]:.3g}" if rival in ratios else "-" for rival in ("eager", "compile", "unfused")]
-        rows.append((operation, process, dtype, f"{count:,} x {n:,}", spent, *speed, share, *factors))
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+def check(name: str, steps: Sequence[Step], budget: float, out: Path, heading: Record) -> int:
+    """Runs the steps in ``budget`` seconds; writes the report after each one.
 
-
-def _duration(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
-
-
-def summary(report: Record) -> str:
-    """A line on accuracy, one on the samplers, one on what failed."""
-    lines = []
-    for what in ("loss", "gradient") if report["accuracy"] else ():
-        mine, plain = (max(record[who][what] for record in report["accuracy"]) for who in ("kernel", "plain"))
-        lines.append(f"{what}: largest error {mine:.2g} of the terms that are summed; plain PyTorch {plain:.2g}")
-    draws, differing = (sum(record[name] for record in report["tokens"]) for name in ("draws", "differing"))
-    lines.append(f"samplers: {differing:,} of {draws:,} tokens differ from the CPU's for the same seeds")
-    bad = [f"{step['name']} ({step['why']})" for step in report["steps"] if step["outcome"] == "failed"]
-    return "\n".join([*lines, f"failed: {', '.join(bad)}" if bad else "nothing failed"])
-
-
-def check(device: Cpu | Cuda, quick: bool, budget: float, out: Path) -> int:
-    """Runs the plan in ``budget`` seconds; writes the report after each step, so that what is done is kept."""
+    Returns 0 if the operators are right as far as the steps can tell, 1 if not, 2 if there is nothing to check.
+    """
     begin = time.monotonic()
-    about = device.describe()
-    report: Record = {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "device": device.name,
-        "quick": quick,
-        "budget_minutes": budget / 60,
-        "build": describe().splitlines(),
-        "about": about,
-        "clock": device.clock,
-        "steps": [],
-        **{kind: [] for kind in ("operators", "accuracy", "tokens", "timings")},
-    }
-    print(*report["build"], *(f"{name + ':':18}{value}" for name, value in about.items()), sep="\n", flush=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for step in plan(device, quick):
+    report: Record = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **heading, "budget_minutes": budget / 60}
+    report |= {"versions": gpu_build.versions(), "steps": [], **{kind: [] for kind in KINDS}}
+    print(*(f"{what + ':':27}{version}" for what, version in report["versions"].items()), sep="\n", flush=True)
+    logs = out / f"{name}-logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    for number, step in enumerate(steps, 1):
         print(f"{step.name}: ", end="", file=sys.stderr, flush=True)
         left = budget - (time.monotonic() - begin)
-        result, records = run_step(step, min(step.share * budget, left))
+        log = logs / f"{number:02}-{step.name.replace(' ', '-')}.txt"
+        result, records = run_step(step, min(step.share * budget, left), log)
         print(f"{result['outcome']}, {result['seconds']:.0f} s  {result['why']}".rstrip(), file=sys.stderr, flush=True)
         report["steps"].append(result)
         for record in records:
             report[record.pop("kind")].append(record)
         report["seconds"] = round(time.monotonic() - begin, 2)
-        partial = out.with_name(out.name + ".partial")
-        partial.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(out)
-    print("", table(report["timings"]), "", summary(report), f"all of it: {out}", sep="\n")
-    return 1 if any(step["outcome"] == "failed" for step in report["steps"]) else 0
+        _write(out / f"{name}.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        _write(out / f"{name}.txt", text(report))
+        if step.first and result["outcome"] == "failed":
+            break
+    print("", text(report), sep="\n")
+    print(f"all of it: {out / name}.json, {out / name}.txt, {logs}")
+    problem = next((record["problem"] for record in report["about"] if "problem" in record), "")
+    if problem:
+        print(f"gpu-check: {problem}", file=sys.stderr)
+        return 2
+    return 1 if any(step["decides"] for step in report["steps"]) else 0
+
+
+def text(report: Record) -> str:
+    """The report as somebody reads it."""
+    lines = [f"{what + ':':27}{value}" for about in report["about"] for what, value in about.items()]
+    lines += [
+        f"{step['name'] + ':':27}{step['outcome']}, {step['seconds']:.0f} s  {step['why']}" for step in report["steps"]
+    ]
+    return "\n\n".join(part for part in ("\n".join(lines), tables(report), summary(report)) if part) + "\n"
+
+
+def _write(path: Path, content: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(content, encoding="utf-8")
+    partial.replace(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0 if nothing failed, 1 if a step did, 2 if there is nothing to check."""
+    """See :func:`check`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=DEVICES, default="cuda", help="cpu rehearses (default: cuda)")
-    parser.add_argument("--out", type=Path, default=Path("gpu-check.json"), help="the report (default: %(default)s)")
+    parser.add_argument("--profile", action="store_true", help="ncu and tile sizes in place of the check")
+    parser.add_argument("--build", action="store_true", help="build the kernels first, within the budget")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(os.environ.get("OUT") or ROOT / "benchmarks/results"),
+        metavar="FOLDER",
+        help="for the report (default: what OUT names, or benchmarks/results)",
+    )
     parser.add_argument(
         "--budget", type=minutes, default=9.5, metavar="MINUTES", help="for all steps (default: %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="few tests and repeats, and no real torch.compile")
     options = parser.parse_args(arguments)
-    device = DEVICES[options.device]
-    if missing := device.missing():
-        print(f"gpu-check: {missing}", file=sys.stderr)
-        return 2
-    return check(device, options.quick, 60 * options.budget, options.out)
+    plans = Plans(options.device, options.quick, options.build)
+    name, steps = ("gpu-profile", plans.profile()) if options.profile else ("gpu-check", plans.check())
+    heading = {"device": options.device, "quick": options.quick}
+    return check(name, steps, 60 * options.budget, options.out.resolve(), heading)
 
 
 def minutes(text: str) -> float:

@@ -1,6 +1,6 @@
-"""What the steps of gpu_check.py measure, each in a process of its own that prints a JSON record a line.
+"""What the steps of gpu_check.py do, each in a process of its own that prints a JSON record a line.
 
-python benchmarks/gpu_steps.py {operators,accuracy,tokens,timings,compile_timings} [--device cpu] [--quick]
+python benchmarks/gpu_steps.py timings [--device cpu] [--quick]   # or another of BODIES
 """
 
 from __future__ import annotations
@@ -10,330 +10,84 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
-import platform
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
-from bench_linear import head
-from bench_reverse import dense_step
-from bench_transition import dense_probabilities
-from cases import (
-    COLUMN,
-    EULER,
-    FORWARD,
-    GRAPHS,
-    LARGE,
-    ROW,
-    SAMPLE,
-    SMALL,
-    SMALL_ROWS,
-    TWEEDIE,
-    Case,
-    Inputs,
-    Run,
-    compiled,
-    plain_read,
-)
+from cases import FORWARD, GRAPHS, LARGE, SMALL, TWEEDIE, Case, Inputs, Run
+from gpu_check import STOPPED, Record
+from gpu_devices import DEVICES, GRAPH, Device
+from gpu_models import compiled_models, models
+from gpu_operations import OPERATIONS, Operation
 from torch import Tensor
 
 import sedd_ext
 from sedd_ext import RankOne, reference
+from sedd_ext.__main__ import describe
 from sedd_ext._dispatch import stationary_for
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
-UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING"  # every tensor an allocation of its own, whose ends memcheck sees
 ERROR_BOUND = 1e-6  # what the kernel's error may exceed plain PyTorch's by, as in tests/test_score_entropy.py
 DIFFERING_DRAWS = 1e-3  # share of draws that rounding may put on the other side of a boundary between tokens
-GRAPH = "a CUDA graph"
-STOPPED = "stopped here: no time for the rest"
-Record = dict[str, Any]
 
 
-# ---------------------------------------------------------------------------------------------------------- the devices
+def about(device: Device, quick: bool) -> Iterator[Record]:
+    """What runs here, and on what; the problem is that nothing can."""
+    if missing := device.missing():
+        yield {"kind": "about", "problem": missing}
+        return
+    yield {"kind": "about", "build": describe().splitlines(), "clock": device.clock, **device.describe()}
 
 
-class Cpu:
-    """Where everything is rehearsed: the same steps on tiny shapes."""
+def launches(device: Device, quick: bool) -> Iterator[Record]:
+    """Every operator once a process, dtype and N: what a sanitizer, which takes its time, looks at."""
+    for n, graph, dtype in itertools.product((1025, SMALL, LARGE), GRAPHS, ("float32", "bfloat16")):
+        case = Case(graph, n, 5, dtype, "kernel", device=device.name)
+        for operation in OPERATIONS:
+            operation.contestant("kernel", case)()
+        yield {"kind": "launches", **_shape(case)}
 
-    name = "cpu"
-    clock = "time.perf_counter around each call"
-    shapes = ((4, 1025), (64, SMALL))
 
-    def missing(self) -> str:
-        return ""
+def counted(device: Device, quick: bool) -> Iterator[Record]:
+    """Every operator once on the main shape: what a profiler, which runs each kernel several times, counts."""
+    rows, n = device.shapes[-1 if quick else 0]
+    for graph, dtype in itertools.product(GRAPHS, ("float32", "bfloat16")):
+        for operation in OPERATIONS:
+            # a fused head launches the same kernels tile by tile: a part of the rows will do
+            case = Case(graph, n, min(rows, 1024) if operation.waits else rows, dtype, "kernel", device=device.name)
+            if dtype in operation.dtypes:
+                operation.contestant("kernel", case)()
+                yield {"kind": "launches", "operation": operation.name, **_shape(case)}
 
-    def describe(self) -> Record:
-        return {"name": platform.machine(), "cores": os.cpu_count()}
 
-    def seconds(self, run: Run, calls: int) -> list[float]:
-        times = []
-        for _ in range(calls):
-            start = time.perf_counter()
+def buffers(device: Device, quick: bool) -> Iterator[Record]:
+    """The fused head with tiles of several sizes: time, and peak memory."""
+    rows, n = device.shapes[-1 if quick else 0]
+    for dtype, operation in itertools.product(("bfloat16", "float32"), OPERATIONS):
+        if not operation.unfused:
+            continue
+        case = Case("absorbing", n, rows, dtype, "kernel", smoke=quick, device=device.name)
+        for buffer_bytes in device.buffers:
+            function = functools.partial(getattr(sedd_ext, operation.function), buffer_bytes=buffer_bytes)
+            run = functools.partial(operation.call, function, case.inputs)
             run()
-            times.append(time.perf_counter() - start)
-        return times
-
-    def variants(self, run: Callable[[], Tensor]) -> dict[str, Callable[[], Tensor]]:
-        return {"a second call": run}
-
-
-class Cuda:
-    """The GPU that torch calls cuda:0."""
-
-    name = "cuda"
-    clock = "CUDA events around each call; before it 1 GiB is written, which empties L2 and hides the launch"
-
-    @functools.cached_property
-    def shapes(self) -> tuple[tuple[int, int], ...]:
-        rows, free = 8192, torch.cuda.mem_get_info()[0]
-        while rows * LARGE * 96 > free:  # bytes an element that the eager reference and its gradient may take
-            rows //= 2
-        return (rows, LARGE), (128, LARGE), (SMALL_ROWS, SMALL)
-
-    def missing(self) -> str:
-        if not torch.cuda.is_available():
-            return f"no GPU that torch {torch.__version__} can use; --device cpu rehearses without one"
-        if not sedd_ext.has_cuda_kernels:
-            return "sedd_ext was built without CUDA kernels; `make clean gpu-check`, with nvcc on PATH, builds them"
-        return ""
-
-    def describe(self) -> Record:
-        properties = torch.cuda.get_device_properties(0)
-        query = ["--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.max.memory", "--format=csv"]
-        smi = shutil.which("nvidia-smi")
-        said = subprocess.run([smi, *query], capture_output=True, text=True, timeout=30).stdout if smi else ""
-        return {
-            "name": properties.name,
-            "compute_capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-            "l2_bytes": properties.L2_cache_size,
-            "torch_cuda": torch.version.cuda,
-            "nvidia_smi": said.splitlines(),
-        }
-
-    @functools.cached_property
-    def _flush(self) -> Tensor:
-        return torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-
-    def seconds(self, run: Run, calls: int) -> list[float]:
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
-        for start, end in events:
-            self._flush.zero_()
-            start.record()
-            run()
-            end.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in events]
-
-    def variants(self, run: Callable[[], Tensor]) -> dict[str, Callable[[], Tensor]]:
-        def on_another_stream() -> Tensor:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                result = run()
-            torch.cuda.synchronize()
-            return result
-
-        def from_a_graph() -> Tensor:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                result = run()
-            torch.manual_seed(0)  # the replay takes the generator as it is then
-            graph.replay()
-            return result.clone()
-
-        variants = {"a second call": run, "another stream": on_another_stream}
-        # capture allocates from a cached pool
-        return variants if UNCACHED in os.environ else {**variants, GRAPH: from_a_graph}
-
-
-DEVICES: dict[str, Cpu | Cuda] = {"cpu": Cpu(), "cuda": Cuda()}
-
-
-# ------------------------------------------------------------------------------------------------------- the operations
-
-Function = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Limit:
-    """What memory traffic alone costs; and the least bytes that a row moves, given N and an element's size."""
-
-    run: Callable[[Inputs], Run]
-    row_bytes: Callable[[int, int], int]
-
-
-@dataclass(frozen=True)
-class Operation:
-    """An operator: its name in sedd_ext and in the reference, how it is called, and what it is measured against."""
-
-    name: str
-    function: str
-    call: Callable[[Function, Inputs], Tensor]
-    limit: Limit
-    dense: Function | None = None  # what torch.compile gets; absorbing and uniform only
-    unfused: Function | None = None  # the rival of an operator that has the head in it, in place of the reference
-    waits: bool = False  # for the device, to learn a shape: no CUDA graph can hold that
-
-    @property
-    def dtypes(self) -> tuple[str, ...]:
-        """Of the log-scores, if it takes any."""
-        return ("float32",) if self.limit in (WRITE, TOKENS) else ("float32", "bfloat16")
-
-    @property
-    def rival(self) -> str:
-        return "unfused" if self.unfused else "eager"
-
-    def contestant(self, name: str, case: Case) -> Run:
-        if name == "limit":
-            return self.limit.run(case.inputs)
-        if name == "compile":
-            assert self.dense is not None
-            return functools.partial(self.call, compiled(self.dense, case), case.inputs)
-        if name == "unfused":
-            assert self.unfused is not None
-            return functools.partial(self.call, self.unfused, case.inputs)
-        module = {"kernel": sedd_ext, "eager": reference}[name]
-        return functools.partial(self.call, getattr(module, self.function), case.inputs)
-
-
-def _copy(i: Inputs, dtype: torch.dtype) -> Run:
-    out = torch.empty_like(i.log_score, dtype=dtype)
-    return lambda: out.copy_(i.log_score)
-
-
-def _read_and_copy(i: Inputs) -> Run:
-    read, copy = plain_read(i.log_score), _copy(i, i.dtype)
-    return lambda: (read(), copy())
-
-
-def _write(i: Inputs) -> Run:
-    out = torch.empty(len(i.x_0), i.graph.dim, device=i.x_0.device)
-    return lambda: out.fill_(0.5)
-
-
-READ = Limit(lambda i: plain_read(i.log_score), lambda n, size: n * size + 28)
-READ_TWICE_AND_WRITE = Limit(_read_and_copy, lambda n, size: 3 * n * size + 56)
-READ_AND_WRITE_FLOAT32 = Limit(lambda i: _copy(i, torch.float32), lambda n, size: n * (size + 4) + 16)
-WRITE = Limit(_write, lambda n, _: 4 * n + 16)
-TOKENS = Limit(lambda i: i.x_0.clone, lambda *_: 24)
-
-
-def _loss(function: Function, i: Inputs) -> Tensor:
-    return function(i.log_score, i.x_t, i.x_0, i.sigma, i.graph)
-
-
-def _gradient(function: Function, i: Inputs) -> Tensor:
-    x = i.log_score.detach().requires_grad_()
-    return torch.autograd.grad(function(x, i.x_t, i.x_0, i.sigma, i.graph).sum(), x)[0]
-
-
-def _tweedie(function: Function, i: Inputs) -> Tensor:
-    return function(i.log_score, i.x_t, i.step["tweedie"], i.graph)
-
-
-def _euler(function: Function, i: Inputs) -> Tensor:
-    return function(i.log_score, i.x_t, i.step["euler"], i.graph)
-
-
-def _noise(function: Function, i: Inputs) -> Tensor:
-    return function(i.x_0, i.sigma, i.graph)
-
-
-def _dense_step(log_score: Tensor, x_t: Tensor, step: Tensor, graph: RankOne, kind: str) -> Tensor:
-    return dense_step(log_score.float(), x_t, step, graph, kind)
-
-
-# The output head and what comes behind it: of a model's width on a GPU, of a small one where that is rehearsed.
-
-
-@functools.lru_cache(maxsize=2)
-def _head(rows: int, n: int, dtype: str, device: str) -> list[Tensor]:
-    return [tensor.to(device) for tensor in head(768 if device == "cuda" else 16, rows, n, dtype)]
-
-
-def _head_of(i: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states, weight and bias; the bias makes the scores add up to about 1, where that is usual."""
-    dtype = str(i.dtype).removeprefix("torch.")
-    hidden, weight, bias = _head(len(i.x_0), i.graph.dim, dtype, i.x_0.device.type)
-    return hidden, weight, None if i.graph.process == "uniform" else bias
-
-
-def _linear_gradient(function: Function, i: Inputs) -> Tensor:
-    hidden, weight, bias = _head_of(i)
-    leaves = [tensor.detach().requires_grad_() for tensor in (hidden, weight)]
-    loss = function(*leaves, bias, i.x_t, i.x_0, i.sigma, i.graph)
-    return torch.autograd.grad(loss.sum(), leaves)[1]
-
-
-def _linear_tweedie(function: Function, i: Inputs) -> Tensor:
-    return function(*_head_of(i), i.x_t, i.step["tweedie"], i.graph)
-
-
-def _unfused_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    return sedd_ext.score_entropy_loss(F.linear(hidden, weight, bias), *rest)
-
-
-def _unfused_tweedie(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    return sedd_ext.tweedie_sample(F.linear(hidden, weight, bias), *rest)
-
-
-def _products(i: Inputs, *, backward: bool) -> Run:
-    hidden, weight, _ = _head_of(i)
-
-    def run() -> None:
-        log_score = hidden @ weight.T
-        if backward:
-            log_score @ weight
-            log_score.T @ hidden
-
-    return run
-
-
-# The matrix products alone; the weight is shared by all rows, so that a row's bytes are next to none.
-PRODUCT = Limit(functools.partial(_products, backward=False), lambda *_: 24)
-PRODUCTS = Limit(functools.partial(_products, backward=True), lambda *_: 28)
-_dense_loss, _partial = reference.dense_score_entropy, functools.partial
-OPERATIONS = (
-    Operation(FORWARD, "score_entropy_loss", _loss, READ, _dense_loss),
-    Operation(FORWARD + " + backward", "score_entropy_loss", _gradient, READ_TWICE_AND_WRITE, _dense_loss),
-    Operation(TWEEDIE, "tweedie_sample", _tweedie, READ, _partial(_dense_step, kind="tweedie")),
-    Operation(EULER, "euler_sample", _euler, READ, _partial(_dense_step, kind="euler")),
-    Operation("tweedie probs", "tweedie_probs", _tweedie, READ_AND_WRITE_FLOAT32),
-    Operation("euler probs", "euler_probs", _euler, READ_AND_WRITE_FLOAT32),
-    Operation(COLUMN, "transition_column", _noise, WRITE, _partial(dense_probabilities, column=True)),
-    Operation(ROW, "transition_row", _noise, WRITE, _partial(dense_probabilities, column=False)),
-    Operation(SAMPLE, "sample_transition", _noise, TOKENS),
-    Operation(
-        "linear score entropy forward + backward",
-        "linear_score_entropy_loss",
-        _linear_gradient,
-        PRODUCTS,
-        unfused=_unfused_loss,
-        waits=True,
-    ),
-    Operation(
-        "linear tweedie sample", "linear_tweedie_sample", _linear_tweedie, PRODUCT, unfused=_unfused_tweedie, waits=True
-    ),
-)
-
-
-# ----------------------------------------------------------------------------- the bodies: each runs in its own process
-
-
-def operators(device: Cpu | Cuda, quick: bool) -> Iterator[Record]:
+            times = device.seconds(run, 2 if quick else 10)
+            yield {
+                "kind": "buffers",
+                "operation": operation.name,
+                **_shape(case),
+                "buffer_bytes": buffer_bytes,
+                "seconds": [statistics.median(times), min(times), max(times)],
+                "peak_bytes": device.peak_bytes(run),
+            }
+
+
+def operators(device: Device, quick: bool) -> Iterator[Record]:
     """Every operator once a process, dtype and N, and again in other ways, which must give the same bits."""
     for n, graph, dtype in itertools.product((1025, LARGE, SMALL), GRAPHS, ("float32", "bfloat16")):
         case = Case(graph, n, 5, dtype, "kernel", device=device.name)
@@ -347,7 +101,7 @@ def operators(device: Cpu | Cuda, quick: bool) -> Iterator[Record]:
                 yield record | {"problem": str(error)}
 
 
-def _ways_that_differ(device: Cpu | Cuda, run: Callable[[], Tensor], waits: bool) -> list[str]:
+def _ways_that_differ(device: Device, run: Callable[[], Tensor], waits: bool) -> list[str]:
     def seeded(way: Callable[[], Tensor]) -> Tensor:
         torch.manual_seed(0)
         return way()
@@ -357,7 +111,7 @@ def _ways_that_differ(device: Cpu | Cuda, run: Callable[[], Tensor], waits: bool
     return [name for name, way in ways.items() if not torch.equal(seeded(way), first)]
 
 
-def accuracy(device: Cpu | Cuda, quick: bool) -> Iterator[Record]:
+def accuracy(device: Device, quick: bool) -> Iterator[Record]:
     """The loss and its gradient against float64, beside plain PyTorch in the same dtype on the same device."""
     sys.path.insert(0, str(TESTS))
     from explicit import PROCESSES, Rows, largest_error, random_log_score, random_rows, term_scales
@@ -384,7 +138,7 @@ def accuracy(device: Cpu | Cuda, quick: bool) -> Iterator[Record]:
         yield record | ({} if good else {"problem": "less accurate than plain PyTorch"})
 
 
-def tokens(device: Cpu | Cuda, quick: bool) -> Iterator[Record]:
+def tokens(device: Device, quick: bool) -> Iterator[Record]:
     """The samplers' tokens beside those of the CPU for the same seeds; a step at which most rows move."""
     shapes = [(1025, 10_000, 10), (LARGE, 500, 20), (SMALL, 10_000, 10)]  # N, rows, seeds
     for (n, rows, seeds), graph, dtype in itertools.product(shapes, GRAPHS, ("float32", "bfloat16")):
@@ -415,36 +169,43 @@ def _draw(sampler: str, i: Inputs, seed: int) -> Tensor:
     return result
 
 
-def timings(device: Cpu | Cuda, quick: bool) -> Iterator[Record]:
+def timings(device: Device, quick: bool) -> Iterator[Record]:
     """Each operator beside its limit and the eager reference, or what it fuses."""
-    for case in _timed_cases(device, quick, list(GRAPHS)):
+    shapes = device.shapes[-1:] if quick else device.shapes
+    for (rows, n), graph, dtype in itertools.product(shapes, GRAPHS, ("float32", "bfloat16")):
+        case = Case(graph, n, rows, dtype, "kernel", smoke=quick, device=device.name)
         for operation in OPERATIONS:
             if case.dtype in operation.dtypes:
                 yield _race(device, operation, case, ("kernel", operation.rival, "limit"))
 
 
-def compile_timings(device: Cpu | Cuda, quick: bool) -> Iterator[Record]:
-    """Each operator beside plain PyTorch under torch.compile: apart, as compiling takes long and may not end."""
-    for case in _timed_cases(device, quick, ["absorbing", "uniform"]):
+def compile_timings(device: Device, quick: bool) -> Iterator[Record]:
+    """The loss and a sampler beside plain PyTorch under torch.compile: apart, as compiling takes long and may not end.
+
+    On the main shape, where it matters; each compilation takes a good part of a minute.
+    """
+    (rows, n), told = device.shapes[-1 if quick else 0], (FORWARD + " + backward", TWEEDIE)
+    for graph, dtype in (("absorbing", "bfloat16"), ("absorbing", "float32"), ("uniform", "bfloat16")):
+        case = Case(graph, n, rows, dtype, "kernel", smoke=quick, device=device.name)
         for operation in OPERATIONS:
-            if operation.dense and case.dtype in operation.dtypes:
+            if operation.name in told and not (graph == "uniform" and operation.name == TWEEDIE):
                 yield _race(device, operation, case, ("kernel", "compile"))
 
 
-BODIES = {body.__name__: body for body in (operators, accuracy, tokens, timings, compile_timings)}
-
-
-def _timed_cases(device: Cpu | Cuda, quick: bool, graphs: list[str]) -> Iterator[Case]:
-    shapes = device.shapes[-1:] if quick else device.shapes
-    for graph, (rows, n), dtype in itertools.product(graphs, shapes, ("float32", "bfloat16")):
-        yield Case(graph, n, rows, dtype, "kernel", smoke=quick, device=device.name)
+BODIES = {
+    body.__name__: body
+    for body in (
+        *(about, operators, accuracy, tokens, timings, models, compiled_models, compile_timings),
+        *(launches, counted, buffers),
+    )
+}
 
 
 def _shape(case: Case) -> Record:
     return {"process": case.graph, "rows": case.rows, "n": case.n, "dtype": case.dtype}
 
 
-def _race(device: Cpu | Cuda, operation: Operation, case: Case, contestants: Sequence[str]) -> Record:
+def _race(device: Device, operation: Operation, case: Case, contestants: Sequence[str]) -> Record:
     """Median and range of each contestant's times, taken in turns; a rival that fails is noted and left out."""
     runs: dict[str, tuple[Run, int]] = {}
     record: Record = {"kind": "timings", "operation": operation.name, **_shape(case), "failed": {}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -158,6 +159,8 @@ def launch_cuda(
 ) -> Status:
     """Starts a kernel on the current stream of ``out``'s device and does not wait: bad rows show in ``out``.
 
+    The caller's current device is the same afterwards, and has no context that it did not have before.
+
     Args:
         kernel: its name in the extension, without the device.
         out: the tensor that the kernel writes.
@@ -167,12 +170,30 @@ def launch_cuda(
         stream: a cudaStream_t, in place of the current one.
     """
     workspace = out.new_empty(getattr(kernels, f"{kernel}_workspace")(*sizes), dtype=torch.uint8)
+    device = out.device.index or 0
+    guard: AbstractContextManager[Any] = nullcontext()
     if stream is None:
-        stream = torch.cuda.current_stream(out.device).cuda_stream
-    error = getattr(kernels, f"{kernel}_cuda")(*arguments, address(workspace), stream, max(out.get_device(), 0))
+        # what torch.compile's code calls: torch.cuda.current_stream takes microseconds to make an object
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        if device != torch.cuda.current_device():
+            guard = torch.cuda.device(device)
+    with guard:
+        error = getattr(kernels, f"{kernel}_cuda")(*arguments, address(workspace), stream, device)
     if error is not None:
         raise RuntimeError(f"{kernel}: CUDA: {error}")
     return 0, -1
+
+
+def empty_beside(log_score: Tensor, dtype: torch.dtype) -> Tensor:
+    """A new tensor of ``log_score``'s shape; on a GPU it starts as far behind a 16-byte boundary as ``log_score`` does.
+
+    The CUDA kernels read a row in vectors of 16 bytes from boundary to boundary, and write it in vectors only where the
+    output's boundaries are at the same entries. A view such as ``log_score[1:]`` may start between two.
+    """
+    apart = log_score.device.type != "cpu" and log_score.is_contiguous()
+    before = log_score.storage_offset() % (16 // dtype.itemsize) if apart else 0
+    out = log_score.new_empty(before + log_score.numel(), dtype=dtype)
+    return out[before:].view(log_score.shape)
 
 
 LAUNCHERS: dict[str, Callable[[str, Tensor, tuple[Any, ...], tuple[int, int, int]], Status]] = {

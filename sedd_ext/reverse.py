@@ -19,6 +19,7 @@ from sedd_ext._dispatch import (
     compute_dtype,
     define,
     draw_seed,
+    empty_beside,
     fresh,
     launch,
     per_row,
@@ -61,7 +62,7 @@ def _launch(
 
 
 def _probs_fake(log_score: Tensor, *_: Any) -> Tensor:
-    return log_score.new_empty(log_score.shape, dtype=compute_dtype(log_score.dtype))
+    return empty_beside(log_score, compute_dtype(log_score.dtype))
 
 
 def _probs(log_score: Tensor, *rest: Any) -> Tensor:

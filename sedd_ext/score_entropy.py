@@ -18,6 +18,7 @@ from sedd_ext._dispatch import (
     check_tokens,
     compute_dtype,
     define,
+    empty_beside,
     fresh,
     launch,
     per_row,
@@ -66,7 +67,7 @@ def _forward(log_score: Tensor, x_t: Tensor, *rest: Any) -> Tensor:
 
 
 def _backward_fake(grad_loss: Tensor, log_score: Tensor, *_: Any) -> Tensor:
-    return log_score.new_empty(log_score.shape)
+    return empty_beside(log_score, log_score.dtype)
 
 
 def _backward(grad_loss: Tensor, log_score: Tensor, *rest: Any) -> Tensor:

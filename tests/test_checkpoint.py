@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("jsonargparse")
+
 import torch
 
 import sedd.checkpoint

@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("jsonargparse")
+pytest.importorskip("rich")
+
 import torch
 
 import sedd.commands

@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("jsonargparse")
+pytest.importorskip("rich")
+pytest.importorskip("transformers")
+
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("jsonargparse")
+pytest.importorskip("lm_eval")
+pytest.importorskip("rich")
+
 import torch
 import yaml
 from lm_eval.api.instance import Instance

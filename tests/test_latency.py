@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("jsonargparse")
+pytest.importorskip("rich")
+pytest.importorskip("transformers")
+
 import torch
 
 import sedd.latency

@@ -7,7 +7,6 @@ import pytest
 import released
 import torch
 
-from sedd.checkpoint import load_weights
 from sedd.model import PRESETS, SEDD, ModelConfig, device_of
 from sedd_ext import Absorbing, Hybrid, Uniform
 
@@ -118,6 +117,9 @@ def test_matches_an_independent_statement_of_the_network():
     ids=["small-absorbing", "small-uniform", "medium-absorbing"],
 )
 def test_log_scores_are_those_of_the_released_model(preset, graph, length):
+    pytest.importorskip("jsonargparse")
+    from sedd.checkpoint import load_weights
+
     sizes = PRESETS[preset]
     weights = released.random_weights(sizes.hidden_size, sizes.n_blocks, sizes.n_heads, graph.dim)
     with torch.device("meta"):

@@ -7,8 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+
+pytest.importorskip("datasets")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("rich")
+
+import datasets
 import torch
 
 import sedd.data

@@ -13,9 +13,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+pytest.importorskip("jsonargparse")
+pytest.importorskip("omegaconf")
+pytest.importorskip("rich")
+
 import huggingface_hub
 import omegaconf
-import pytest
 import released
 import torch
 import yaml

@@ -10,8 +10,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import matplotlib.image
 import pytest
+
+pytest.importorskip("jsonargparse")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+import matplotlib.image
 import torch
 
 from sedd.checkpoint import read_state

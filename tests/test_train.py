@@ -16,6 +16,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+pytest.importorskip("jsonargparse")
+pytest.importorskip("rich")
+pytest.importorskip("tensorboard")
+
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -1,5 +1,5 @@
-// How a kernel is launched: on the caller's device and stream, without waiting for it, and with the runtime's word on
-// whether it could start.
+// How a kernel is launched: on its tensors' device and the caller's stream, without waiting for it, and with the
+// runtime's word on whether it could start.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,29 +18,17 @@
 
 namespace sedd {
 
-// The launch's device while it lives, the caller's again afterwards.
-class OnDevice {
-  public:
-    explicit OnDevice(int device) {
-        error_ = cudaGetDevice(&before_);
-        if (error_ == cudaSuccess && before_ != device) {
-            error_ = cudaSetDevice(device);
-            changed_ = error_ == cudaSuccess;
-        }
-    }
-    ~OnDevice() {
-        if (changed_) cudaSetDevice(before_);
-    }
-    // null, or why it is not: nothing may be launched then.
-    const char* error() const { return error_ == cudaSuccess ? nullptr : cudaGetErrorString(error_); }
-    OnDevice(const OnDevice&) = delete;
-    OnDevice& operator=(const OnDevice&) = delete;
-
-  private:
-    cudaError_t error_;
-    int before_ = 0;
-    bool changed_ = false;
-};
+// Makes the launch's device the calling thread's, if it is another: null, or why that failed. It is not put back here:
+// cudaSetDevice would make a context on a GPU that the caller may never have used, which takes its memory.
+// sedd_ext/_dispatch.py lets torch put the caller's device back, which knows where there is a context.
+static inline const char* use_device(int device) {
+    int current = 0;
+    cudaError_t error = cudaGetDevice(&current);
+    if (error == cudaSuccess && current != device) error = cudaSetDevice(device);
+    if (error == cudaSuccess) return nullptr;
+    cudaGetLastError();  // or the next launch would report it
+    return cudaGetErrorString(error);
+}
 
 // null, or what the runtime says of the launches since it was last asked.
 static inline const char* launch_error() {

@@ -99,8 +99,7 @@ const char* with_process(Process process, F f) {
 template <class Params, class F>
 const char* on_device(const Params& p, const CudaLaunch& launch, F f) {
     if (p.rows == 0) return nullptr;
-    const OnDevice device(launch.device);
-    if (device.error() != nullptr) return device.error();
+    if (const char* why = use_device(launch.device)) return why;
     return with_type(
         p.dtype, [&](auto* type) { return with_process(p.process, [&](auto process) { return f(process, type); }); });
 }

@@ -62,8 +62,7 @@ const char* launch_typed(const TransitionParams& p, const CudaLaunch& launch) {
     const Tiling tiling = tile(p.dim, p.dtype);
     const int64_t blocks = tile_blocks(tiling, p.rows);
     if (const char* why = too_large(p.rows, p.dim, blocks)) return why;
-    const OnDevice device(launch.device);
-    if (device.error() != nullptr) return device.error();
+    if (const char* why = use_device(launch.device)) return why;
     auto* numbers = static_cast<RowNumbers<Real>*>(launch.workspace);
     SEDD_LAUNCH((numbers_kernel<kColumn, Real>), blocks_for(p.rows, kRowThreads), kRowThreads, 0, stream_of(launch), p,
                 numbers);
@@ -98,8 +97,7 @@ const char* transition_row_cuda(const TransitionParams& p, const CudaLaunch& lau
 const char* sample_transition_cuda(const TransitionParams& p, const CudaLaunch& launch) {
     if (p.rows == 0) return nullptr;
     if (const char* why = too_large(p.rows, 1, 1)) return why;
-    const OnDevice device(launch.device);
-    if (device.error() != nullptr) return device.error();
+    if (const char* why = use_device(launch.device)) return why;
     SEDD_LAUNCH(sample_kernel, blocks_for(p.rows, kRowThreads), kRowThreads, 0, stream_of(launch), p);
     return launch_error();
 }

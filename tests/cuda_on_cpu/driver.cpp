@@ -22,6 +22,8 @@
 #include "transition.h"
 
 extern "C" int cuda_on_cpu_set_schedule(const char* name, unsigned long long seed);
+extern "C" int cuda_on_cpu_launch_device();
+extern "C" unsigned cuda_on_cpu_contexts();
 
 namespace {
 
@@ -827,6 +829,46 @@ std::string run_far_row() {
     return out.back() == right ? "" : "token " + std::to_string(out.back()) + ", not " + std::to_string(right);
 }
 
+// A launch of the family's on a device: what went wrong.
+std::string run_on(const std::string& family, int device) {
+    const std::vector<float> log_score(3);
+    const std::vector<int64_t> x = {1}, seed = {1};
+    const std::vector<double> noise = {0.5};
+    int64_t out = 0;
+    float workspace[2];
+    const sedd::CudaLaunch where{workspace, nullptr, device};
+    const char* error = nullptr;
+    if (family == "reverse") {
+        error = sedd::reverse_sample_cuda({log_score.data(), x.data(), noise.data(), nullptr, nullptr, &out,
+                                           seed.data(), 1, 3, -1, DType::float32, Process::uniform, Step::euler},
+                                          where);
+    } else if (family == "score_entropy") {
+        error = sedd::score_entropy_cuda({log_score.data(), x.data(), x.data(), noise.data(), nullptr, nullptr, nullptr,
+                                          &out, -std::log(3.0), 1, 3, DType::float32, Process::uniform},
+                                         where);
+    } else {
+        error = sedd::sample_transition_cuda(
+            {x.data(), noise.data(), nullptr, nullptr, &out, seed.data(), 1, 3, DType::float32, Process::uniform},
+            where);
+    }
+    if (error != nullptr) return error;
+    const int ran_on = cuda_on_cpu_launch_device();
+    return ran_on == device ? "" : "ran on device " + std::to_string(ran_on) + ", not " + std::to_string(device);
+}
+
+// From a thread on device 0, which nobody has used yet: launches on device 1, and then on 0. The first make no context
+// on device 0.
+std::string run_on_both(const std::string& only) {
+    for (const int device : {1, 0}) {
+        for (const char* family : {"reverse", "score_entropy", "transition"}) {
+            const std::string what = only.empty() || only == family ? run_on(family, device) : "";
+            if (!what.empty()) return family + (": " + what);
+        }
+        if (device == 1 && cuda_on_cpu_contexts() != 1u << device) return "a context on a device without tensors";
+    }
+    return "";
+}
+
 }  // namespace
 
 // driver [--quick] [--in-turn] [--only score_entropy|transition|reverse] [SCHEDULE]...
@@ -850,7 +892,9 @@ int main(int count, char** words) {
         }
     }
     if (schedules.empty()) schedules.assign(std::begin(kSchedules), std::end(kSchedules));
-    int cases = 0, differences = 0;
+    const std::string devices = run_on_both(only);  // before anything else
+    if (!devices.empty()) std::printf("devices: %s\n", devices.c_str());
+    int cases = 1, differences = !devices.empty();
     if (only.empty() || only == "reverse") {
         const std::string what = run_far_row();
         if (!what.empty()) std::printf("euler_sample of a row beyond 2^31 elements: %s\n", what.c_str());

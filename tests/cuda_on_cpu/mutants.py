@@ -158,6 +158,20 @@ MUTANTS = [
         "SampleState& state = states[0]",
     ),
     Mutant("shared memory for one row", "reverse.cu", "sizeof(Real)) * block_rows *", "sizeof(Real)) *", "address"),
+    # ---- Devices ----
+    Mutant(
+        "launches go to the caller's device",
+        "launch.cuh",
+        "current != device) error = cudaSetDevice(device);",
+        "current != device) error = cudaSuccess;",
+    ),
+    Mutant(
+        "device 0 is put back",
+        "launch.cuh",
+        "    const cudaError_t error = cudaGetLastError();\n",
+        "    const cudaError_t error = cudaGetLastError();\n    cudaSetDevice(0);\n",
+        family="transition",
+    ),
     # ---- Shuffles ----
     Mutant(
         "warp_sum without its first step",

@@ -1,6 +1,7 @@
 // Launches, and what the host asks of the runtime.
 #pragma once
 
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <string>
@@ -17,6 +18,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 #pragma GCC visibility push(hidden)
 namespace cuda_on_cpu {
 
+constexpr int kDevices = 2;  // alike, and with the same memory
 constexpr int kMultiProcessors = 4;
 constexpr int kSharedBytes = 48 << 10, kMaxSharedBytes = 99 << 10;  // of a block: unasked, and on demand (sm_86's)
 
@@ -34,7 +36,10 @@ constexpr struct {
 
 inline thread_local cudaError_t last_error, last_reported;
 inline thread_local std::string last_report;
-inline std::mutex launching;  // there is one device: launches of several host threads run one after the other
+inline thread_local int current_device = 0;
+inline thread_local int launch_device = -1;  // of this host thread's last launch
+inline std::atomic<unsigned> contexts{0};    // a bit for each device that has one
+inline std::mutex launching;                 // launches of several host threads run one after the other
 inline std::map<const void*, size_t> shared_limits;
 
 template <class... Parameters, class... Arguments>
@@ -49,6 +54,8 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
     };
     const Call call{kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...)};
     const std::lock_guard<std::mutex> lock(launching);
+    launch_device = current_device;
+    contexts |= 1u << current_device;
     const auto limit = shared_limits.find(reinterpret_cast<const void*>(kernel));
     const size_t most = limit == shared_limits.end() ? static_cast<size_t>(kSharedBytes) : limit->second;
     const cudaError_t error = Device::run({name, Call::run, &call, grid, block, shared_bytes, most});
@@ -102,6 +109,14 @@ extern "C" __attribute__((used, visibility("default"))) inline const char* cuda_
     return cuda_on_cpu_schedules[static_cast<int>(cuda_on_cpu::Device::schedule())];
 }
 
+// Where this host thread's last launch ran (-1: none yet), and a bit for each device that has a context.
+extern "C" __attribute__((used, visibility("default"))) inline int cuda_on_cpu_launch_device() {
+    return cuda_on_cpu::launch_device;
+}
+extern "C" __attribute__((used, visibility("default"))) inline unsigned cuda_on_cpu_contexts() {
+    return cuda_on_cpu::contexts;
+}
+
 inline const char* cudaGetErrorName(cudaError_t error) {
     for (const auto& known : cuda_on_cpu::kErrors) {
         if (known.error == error) return known.name;
@@ -120,13 +135,19 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 inline cudaError_t cudaPeekAtLastError() { return cuda_on_cpu::last_error; }
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::last_error, cudaSuccess); }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+// Makes no context, unlike cudaSetDevice.
+inline cudaError_t cudaGetDevice(int* device) { return *device = cuda_on_cpu::current_device, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+    if (device < 0 || device >= cuda_on_cpu::kDevices) return cuda_on_cpu::last_error = cudaErrorInvalidDevice;
+    cuda_on_cpu::contexts |= 1u << device;
+    cuda_on_cpu::current_device = device;
+    return cudaSuccess;
+}
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-    if (device != 0) return cudaErrorInvalidDevice;
+    if (device < 0 || device >= cuda_on_cpu::kDevices) return cudaErrorInvalidDevice;
     *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::kMultiProcessors : cuda_on_cpu::kMaxSharedBytes;
     return cudaSuccess;
 }
