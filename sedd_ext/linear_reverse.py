@@ -40,7 +40,7 @@ _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor x_t, Tensor step, Tensor? log_score_shift, "
     "Tensor? stationary, str process, str kind, int forbidden, ScalarType dtype, int buffer_bytes, Tensor seed"
 )
-_DRAW = 5  # numbers of eight bytes in a ReverseDraw
+_DRAW = 6  # numbers of eight bytes in a ReverseDraw
 _SWEEP_AGAIN = -2
 
 
