@@ -2,7 +2,8 @@
 //
 // Up to a factor of the row, which the normalisation drops, both have the form
 //   w(y) = max(0, s_y - drain π_y S) for y ≠ x,   w(x) = max(0, stay - leave Σ_{y≠x} s_y),   S = 1 + Σ_{y≠x} s_y
-// Euler divided by Δt σ π_x; Tweedie by (e^Δ - 1) π_x, so that no Δ overflows. Tweedie's w(x) is `stay` (1 - drain π_x S).
+// Euler divided by Δt σ π_x; Tweedie by (e^Δ - 1) π_x, so that no Δ overflows. Tweedie's w(x) is `stay` (1 - drain π_x
+// S).
 #pragma once
 
 #include "common/random.h"
@@ -82,8 +83,8 @@ template <class Params>
 SEDD_HD double reverse_stay(const Params& p, const ReverseRow& row, double others, double pi_x, bool forbidden) {
     const double all = 1.0 + others;
     const double amount = p.process == Process::uniform ? all / static_cast<double>(p.dim) : all * pi_x;
-    const double w = p.kind == Step::euler ? row.stay - others
-                                           : row.stay * drained(1.0, drain_of<double>(row, amount), 1.0);
+    const double w =
+        p.kind == Step::euler ? row.stay - others : row.stay * drained(1.0, drain_of<double>(row, amount), 1.0);
     return forbidden || !(w > 0.0) ? 0.0 : w;
 }
 

@@ -422,7 +422,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3) tile_kernel(ReverseTileParam
     const int width = static_cast<int>(p.width), skip = 0 <= x_here && x_here < p.width ? static_cast<int>(x_here) : -1;
     const T* log_score = static_cast<const T*>(p.log_score) + (task.moves() ? task.row * p.width : 0);
     const Real* stationary = static_cast<const Real*>(p.stationary);
-    Weights<P, Real> weights{P == Process::rank_one ? stationary + p.first : nullptr, task.shift, {},
+    Weights<P, Real> weights{P == Process::rank_one ? stationary + p.first : nullptr,
+                             task.shift,
+                             {},
                              p.sweep != 0 ? static_cast<int>(p.forbidden - p.first) : -1};
     if (task.moves()) {
         if (p.sweep == 0) {
