@@ -10,19 +10,18 @@ from torch import Tensor
 from sedd_ext._dispatch import (
     DTYPES,
     PROCESSES,
-    address,
+    addresses,
     check_graph,
     check_reduction,
-    check_same_device,
     check_tokens,
     compute_dtype,
-    define,
     fresh,
     launch,
     per_row,
     raise_fault,
     stationary_for,
 )
+from sedd_ext._operators import define
 from sedd_ext.graph import RankOne
 from sedd_ext.linear import (
     BUFFER_BYTES,
@@ -91,6 +90,7 @@ def _forward(
     flags = (grad_hidden, grad_weight, grad_bias)
     loss, *gradients = _fake(hidden, weight, bias, x_t, dtype, buffer_bytes, *flags)
     dim, d = weight.shape
+    stationary = None if stationary is None else stationary.contiguous()
     bad = ~(is_token(x_t, dim) & is_token(x_0, dim) & is_noise(sigma)).reshape(-1)
     rows = live_rows(x_t.reshape(-1), bad, stationary, process, dim)
 
@@ -126,7 +126,7 @@ def _forward(
         for begin in range(0, count, part):
             at = slice(begin, begin + part)
             tile = log_score_tile(h[at], w, b, buffer)
-            tensors = (
+            tensors = addresses(
                 tile,
                 tokens[at],
                 clean[at],
@@ -139,7 +139,7 @@ def _forward(
             )
             numbers = (neg_entropy, *tile.shape, first, dim, DTYPES[dtype], PROCESSES[process])
             sizes = (tile.shape[0], tile.shape[1], DTYPES[dtype])
-            fault, row = launch("score_entropy_tile", losses, (*map(address, tensors), *numbers), sizes)
+            fault, row = launch("score_entropy_tile", losses, (*tensors, *numbers), sizes)
             if fault:
                 row = begin + row if rows is None else int(rows[begin + row])
                 raise_fault((fault, row), {"x_t": x_t, "x_0": x_0}, dim, ("sigma", sigma))
@@ -303,7 +303,6 @@ def linear_score_entropy_loss(
     hidden, weight, bias, dtype = check_linear(hidden, weight, bias, graph, buffer_bytes)
     batch, device = hidden.shape[:-1], hidden.device
     x_t, x_0 = check_tokens("x_t", x_t, batch, "hidden"), check_tokens("x_0", x_0, batch, "hidden")
-    check_same_device(hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}), x_t=x_t, x_0=x_0)
     check_reduction(reduction)
     if reduction == "mean":
         scale = 1.0 / max(1, batch.numel())
