@@ -60,6 +60,23 @@ RULES: dict[str, list[Rule]] = {
         ("{0}.dtype not in DTYPES", TypeError, _ANY_FLOAT),
         ("{0}.shape != (dim,)", ValueError, "shape [{dim}]"),
     ],
+    **{
+        f"{name}_gradient": [
+            (
+                f"{{0}}.dtype is not {name}.dtype or {{0}}.shape not in ({name}.shape, (0,))",
+                ValueError,
+                f"{name}'s dtype and shape, or nothing",
+            )
+        ]
+        for name in ("hidden", "weight")
+    },
+    "bias_gradient": [
+        (
+            "{0}.dtype is not (weight if bias is None else bias).dtype or {0}.shape not in ((dim,), (0,))",
+            ValueError,
+            "bias's dtype and shape, or nothing",
+        )
+    ],
     "process": [("{0} not in PROCESSES", ValueError, "'absorbing', 'uniform' or 'rank_one'")],
     "kind": [("{0} not in STEPS", ValueError, "'tweedie' or 'euler'")],
     "dim": [("{0} < 1", ValueError, "a positive number of tokens")],
@@ -100,23 +117,31 @@ def checked(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     tokens = next(name for name in ("x_t", "x_0", "x") if name in arguments)
     scores = next((name for name in ("log_score", "weight") if name in arguments), None)
     dtype = "dtype" if "dtype" in arguments else f"{scores}.dtype"
+    known = [f"rows = {tokens}.numel()"]
+    if scores is not None:
+        known += [f"shape = {scores}.shape", f"dim = shape[{0 if scores == 'weight' else -1}] if shape else -1"]
+        known += [f"exact = EXACT.get({dtype})"]
+    elif "stationary" in arguments:
+        known += ["exact = dtype"]
     source = f"""
 def check({", ".join(arguments)}):
-    rows = {tokens}.numel()
-    {"" if scores is None else f"shape = {scores}.shape"}
-    {"" if scores is None else f"dim = shape[{0 if scores == 'weight' else -1}] if shape else -1"}
-    {"" if "stationary" not in arguments else f"exact = EXACT.get({dtype})"}
-    if {" or ".join(f"({wrong})" for _, wrong, _, _ in rules)}:
+    try:
+        {"; ".join(known)}
+        wrong = {" or ".join(f"({wrong})" for _, wrong, _, _ in rules)}
+    except AttributeError:  # of None
+        wrong = True
+    if wrong:
         refuse(locals())
     return function({", ".join(arguments)})
 """
+    tensors = [(name, f"{name} is None", TypeError, "a tensor") for name in arguments if arguments[name] == "Tensor"]
     # out of a transition come probabilities
     dtypes = [torch.float32, torch.float64] if scores is None else list(DTYPES)
     space: dict[str, Any] = {
         **_KNOWN,
         "dtypes": dtypes,
         "function": function,
-        "refuse": functools.partial(_refuse, rules, dtypes),
+        "refuse": functools.partial(_refuse, [*tensors, *rules], dtypes),
     }
     exec(source, space)
     result: Callable[..., Any] = space["check"]
