@@ -2,7 +2,8 @@
 //
 // Up to a factor of the row, which the normalisation drops, both have the form
 //   w(y) = max(0, s_y - drain π_y S) for y ≠ x,   w(x) = max(0, stay - leave Σ_{y≠x} s_y),   S = 1 + Σ_{y≠x} s_y
-// Euler divided by Δt σ π_x; Tweedie by (e^Δ - 1) π_x, so that no Δ overflows.
+// Euler divided by Δt σ π_x; Tweedie by (e^Δ - 1) π_x, so that no Δ overflows. Tweedie's w(x) is `stay` (1 - drain π_x
+// S).
 #pragma once
 
 #include "common/random.h"
@@ -30,26 +31,60 @@ struct ReverseParams {
 
 struct ReverseRow {
     double drain;
+    double kept;  // 1 - drain, to full precision
     double stay;
-    double leave;
 };
 
 // For π_x > 0; a token with π_x = 0 stays.
 SEDD_HD ReverseRow reverse_row(Step kind, double step, double pi_x) {
-    if (kind == Step::euler) return {0.0, 1.0 / (step * pi_x), 1.0};
+    if (kind == Step::euler) return {0.0, 1.0, 1.0 / (step * pi_x)};
     const Decay d = decay(step);
     const double self = d.a + d.b * pi_x;  // p(x_t = x | x_{t-Δt} = x)
-    return {d.b, self * (d.a + d.b * (1.0 - pi_x)) / (d.b * pi_x), self};
+    // Where all scores are equal every weight is proportional to a, which float32 holds up to Δ = 80; beyond it, a is
+    // nothing beside any difference of scores.
+    return {d.b, d.a > 1e-35 ? d.a : 1e-35, self / (d.b * pi_x)};
 }
 
-// What multiplies π_y in max(0, s_y - drain π_y S); a constant π is part of it already.
-SEDD_HD double reverse_drain(Process process, const ReverseRow& row, double others, double pi_x) {
-    return row.drain * (1.0 + others) * (process == Process::uniform ? pi_x : 1.0);
+// drain · amount as high + low: float32 has no number for 1 - e^{-Δ} with Δ > 17, and float64 none with Δ > 37. What
+// remains of a score, (s - high) - low, is then right even where all scores are equal and only e^{-Δ} of them remains.
+template <class Real>
+struct Drain {
+    Real high, low;
+};
+
+template <class Real>
+SEDD_HD Real drained(Real score, const Drain<Real>& drain, Real pi) {
+    return (score - drain.high * pi) - drain.low * pi;
+}
+
+template <class Real>
+SEDD_HD Drain<Real> drain_of(const ReverseRow& row, double amount) {
+    const double product = row.drain * amount;
+    const Real high = static_cast<Real>(product);
+    const double rest = static_cast<double>(high);
+    return {high, static_cast<Real>(row.drain > 0.5 ? (amount - rest) - row.kept * amount : product - rest)};
+}
+
+// From double to float and back, as it was.
+template <class To, class From>
+SEDD_HD Drain<To> converted(const Drain<From>& drain) {
+    return {static_cast<To>(drain.high), static_cast<To>(drain.low)};
+}
+
+// What multiplies π_y in max(0, s_y - drain π_y S), given Σ_{y≠x} s_y; a constant π is part of it already.
+template <class Real, class Params>
+SEDD_HD Drain<Real> reverse_drain(const Params& p, const ReverseRow& row, double others) {
+    const double all = 1.0 + others;
+    return drain_of<Real>(row, p.process == Process::uniform ? all / static_cast<double>(p.dim) : all);
 }
 
 // w(x), given Σ_{y≠x} s_y.
-SEDD_HD double reverse_stay(const ReverseRow& row, double others, bool forbidden) {
-    const double w = row.stay - row.leave * others;
+template <class Params>
+SEDD_HD double reverse_stay(const Params& p, const ReverseRow& row, double others, double pi_x, bool forbidden) {
+    const double all = 1.0 + others;
+    const double amount = p.process == Process::uniform ? all / static_cast<double>(p.dim) : all * pi_x;
+    const double w =
+        p.kind == Step::euler ? row.stay - others : row.stay * drained(1.0, drain_of<double>(row, amount), 1.0);
     return forbidden || !(w > 0.0) ? 0.0 : w;
 }
 
@@ -74,8 +109,8 @@ SEDD_HD bool reverse_weighs(const Params& p, const ReverseRow& row, int64_t x) {
 
 // w_y where s_y is known; for y ≠ x.
 template <class Params>
-SEDD_HD double reverse_weight(const Params& p, double score, double drain, double pi_y, int64_t y) {
-    const double w = score - drain * (p.process == Process::uniform ? 1.0 : pi_y);
+SEDD_HD double reverse_weight(const Params& p, double score, const Drain<double>& drain, double pi_y, int64_t y) {
+    const double w = drained(score, drain, p.process == Process::uniform ? 1.0 : pi_y);
     return y == p.forbidden || !(w > 0.0) ? 0.0 : w;
 }
 
@@ -85,11 +120,11 @@ SEDD_HD double reverse_weight(const Params& p, double score, double drain, doubl
 // probability S / T: after the last tile every entry has had its due.
 
 struct ReverseDraw {
-    double others;  // Σ_{y≠x} s_y, and
-    double drain;   // what multiplies π_y: since the end of the first sweep
-    double total;   // of the tiles seen in this sweep
-    double score;   // s_y of the entry drawn
-    int64_t token;  // the entry
+    double others;        // Σ_{y≠x} s_y, and
+    Drain<double> drain;  // what multiplies π_y: since the end of the first sweep
+    double total;         // of the tiles seen in this sweep
+    double score;         // s_y of the entry drawn
+    int64_t token;        // the entry
 };
 
 struct ReverseTileParams {
@@ -123,14 +158,15 @@ SEDD_HD double tile_target(const ReverseTileParams& p, int64_t row, double total
 
 // The row's token after the last tile; -1 if it has no distribution. Leaves what a second sweep needs to know. For π_x
 // > 0; pi_y is that of the entry drawn.
+template <class Real>
 SEDD_HD int64_t finish_draw(const ReverseTileParams& p, int64_t row, const ReverseRow& r, ReverseDraw& d, double pi_x,
                             double pi_y) {
     const int64_t x = p.x_t[row];
     if (p.sweep == 0) {
         d.others = d.total;
-        d.drain = reverse_drain(p.process, r, d.others, pi_x);
+        d.drain = converted<double>(reverse_drain<Real>(p, r, d.others));
     }
-    const double self = reverse_stay(r, d.others, x == p.forbidden), total = self + d.total;
+    const double self = reverse_stay(p, r, d.others, pi_x, x == p.forbidden), total = self + d.total;
     if (!valid_total(1.0 + d.others)) return -1;
     const Uniforms u = row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(p.places[row]),
                                     static_cast<uint64_t>(2 + p.sweep) << 32);

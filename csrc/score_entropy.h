@@ -26,38 +26,36 @@ struct ScoreEntropyParams {
     Process process;
 };
 
-// The numbers of one row.
+// The numbers of one row, π_x multiplied in: c and a/D alone grow like 1/π_x.
 struct ScoreEntropyRow {
     double weight;    // π_x: the rate x -> y, the same for every y
-    double slope;     // c: what multiplies Σ π_y ℓ_y
-    double pull;      // a/D if x ≠ x0, else 0: what multiplies ℓ_{x0}
-    double constant;  // C
+    double slope;     // π_x c: what multiplies Σ π_y ℓ_y
+    double pull;      // π_x a/D if x ≠ x0, else 0: what multiplies ℓ_{x0}
+    double constant;  // π_x C
 };
 
 SEDD_HD ScoreEntropyRow score_entropy_row(double sigma, double pi_x, double pi_x0, bool same, double neg_entropy) {
     const Decay d = decay(sigma);
-    const double moved = same ? d.a + d.b * pi_x : d.b * pi_x;  // D = p(x_t | x_0)
-    const double c = d.b / moved;
+    const double stayed = d.a + d.b * pi_x;  // D = p(x_t | x_0) where x = x0; else D = b π_x
+    const double c = same ? d.b / stayed : 1.0 / pi_x;
     ScoreEntropyRow row;
     row.weight = pi_x;
-    row.slope = c;
-    row.pull = same ? 0.0 : d.a / moved;
+    row.slope = same ? d.b * pi_x / stayed : 1.0;
+    row.pull = same ? 0.0 : d.a / d.b;
     // K(r) = r (log r - 1) summed over y ≠ x with r_y = c π_y, and once r = (a + b π_x0)/D at y = x0 ≠ x.
     const double mass = same ? 1.0 - pi_x : 1.0 - pi_x - pi_x0;
     const double entropy = neg_entropy - x_log_x(pi_x) - (same ? 0.0 : x_log_x(pi_x0));
-    row.constant = c * ((log(c) - 1.0) * mass + entropy);
-    if (!same) {
-        const double ratio = (d.a + d.b * pi_x0) / moved;
-        row.constant += x_log_x(ratio) - ratio;
-    }
+    row.constant = row.slope * ((log(c) - 1.0) * mass + entropy);
+    const double ratio = same ? 0.0 : d.a / d.b + pi_x0;  // π_x r
+    if (ratio > 0.0) row.constant += ratio * (log(ratio / pi_x) - 1.0);
     return row;
 }
 
 // L from Σ_{y≠x} s_y, Σ_{y≠x} π_y ℓ_y and ℓ_{x0}.
 SEDD_HD double score_entropy_value(const ScoreEntropyRow& row, double scores, double dot, double log_score_x_0) {
-    double value = scores + row.constant - row.slope * dot;
+    double value = row.weight * scores + row.constant - row.slope * dot;
     if (row.pull != 0.0) value -= row.pull * log_score_x_0;  // at -∞, no pull is none
-    return row.weight * value;
+    return value;
 }
 
 // ∂L/∂ℓ_y, times what comes down from above: factor s_y - offset π_y, 0 at y = x, at_x_0 at y = x0 ≠ x.
@@ -69,8 +67,8 @@ struct ScoreEntropyGradient {
 
 SEDD_HD ScoreEntropyGradient score_entropy_gradient(const ScoreEntropyRow& row, double grad_loss, double log_score_x_0,
                                                     double pi_x0) {
-    const double factor = grad_loss * row.weight;
-    return {factor, factor * row.slope, factor * (exp(log_score_x_0) - row.slope * pi_x0 - row.pull)};
+    return {grad_loss * row.weight, grad_loss * row.slope,
+            grad_loss * (row.weight * exp(log_score_x_0) - row.slope * pi_x0 - row.pull)};
 }
 
 // ---- rows that come in tiles of the vocabulary, from left to right, as the head's matrix product makes them ----

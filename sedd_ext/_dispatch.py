@@ -14,15 +14,14 @@ from sedd_ext.graph import RankOne
 
 __all__: list[str] = []
 
-LIBRARY = torch.library.Library("sedd_ext", "DEF")
-
 # As in csrc/common/types.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 PROCESSES = {"absorbing": 0, "uniform": 1, "rank_one": 2}
 STEPS = {"euler": 0, "tweedie": 1}
 _HUGE_BYTES = 1 << 24
 # torch calls AMD's devices "cuda" too
-_CUDA = ("cuda",) if _C.cuda and torch.version.hip is None else ()
+CUDA = ("cuda",) if _C.cuda and torch.version.hip is None else ()
+LEAST_NOISE = 1e-250  # as in csrc/common/rank_one.h
 _FAULT_X_T, _FAULT_X_0, _FAULT_SIGMA, _FAULT_TOTAL = 1, 2, 3, 4
 
 
@@ -67,8 +66,8 @@ def check_log_score(value: object, graph: RankOne) -> Tensor:
 
 def check_device(name: str, device: torch.device) -> None:
     """There are kernels for the device."""
-    if device.type not in ("cpu", "meta", *_CUDA):
-        kinds = "CUDA devices and the CPU" if _CUDA else "the CPU"
+    if device.type not in ("cpu", "meta", *CUDA):
+        kinds = "CUDA devices and the CPU" if CUDA else "the CPU"
         raise NotImplementedError(
             f"{name}: this build has kernels for {kinds} only, got a tensor on {device}; "
             "sedd_ext.reference computes the same on any device"
@@ -99,7 +98,7 @@ def per_row(name: str, value: object, batch: torch.Size, device: torch.device) -
         raise TypeError(f"{name}: expected a number or a floating-point tensor, got {kind_of(value)}")
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: expected no requires_grad, since it gets no gradient; detach() it")
-    if value.device != device and value.dim() > 0:
+    if value.device != device and (value.dim() > 0 or value.is_meta):
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
     try:
         rows = value.to(device=device, dtype=torch.float64).expand(batch)
@@ -138,6 +137,11 @@ def fresh(tensor: Tensor) -> Tensor:
 def address(tensor: Tensor | None) -> int:
     """Where a contiguous tensor's data lies; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def addresses(*tensors: Tensor | None) -> list[int]:
+    """:func:`address` of each."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 Status = tuple[int, int]
@@ -229,7 +233,9 @@ def raise_fault(
         raise ValueError(f"{name}: expected tokens in [0, {dim}), got {int(values.reshape(-1)[row])} {where}")
     if fault == _FAULT_SIGMA:
         name, values = sigma
-        raise ValueError(f"{name}: expected finite numbers above 0, got {float(values.reshape(-1)[row])} {where}")
+        value = float(values.reshape(-1)[row])
+        wanted = f"numbers of at least {LEAST_NOISE}" if 0 < value < LEAST_NOISE else "finite numbers above 0"
+        raise ValueError(f"{name}: expected {wanted}, got {value} {where}")
     assert fault == _FAULT_TOTAL
     raise ValueError(
         f"{scores}: expected scores whose probabilities have a finite sum above 0, got a row without "
@@ -243,12 +249,3 @@ def _index(row: int, shape: torch.Size) -> list[int]:
         index.insert(0, row % size)
         row //= size
     return index
-
-
-def define(schema: str, implementation: Any, fake: Any) -> None:
-    """Registers an operator: its schema, its implementation on all devices, and what it does to shapes and dtypes."""
-    name = schema.split("(", 1)[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CPU", *(device.upper() for device in _CUDA)):
-        LIBRARY.impl(name, implementation, key)
-    torch.library.register_fake(f"sedd_ext::{name}", fake, lib=LIBRARY)

@@ -17,18 +17,21 @@ from torch import Tensor
 __all__ = ["Absorbing", "Hybrid", "RankOne", "Uniform"]
 
 Process = Literal["absorbing", "uniform", "rank_one"]
+_MOST_TOKENS = 2**53  # whose places float64 tells apart
+_LEAST = torch.finfo(torch.float32).tiny  # the kernels hold π in float32, with full precision from here on
 
 
 class RankOne:
     """A diffusion process ``Q = π 1ᵀ - I`` over tokens 0..N-1, given by its stationary distribution π.
 
     Args:
-        stationary: probability vector π, [N], any floating dtype; entries ≥ 0 that sum to 1. Kept in float64.
+        stationary: probability vector π, [N], any floating dtype; entries that are 0 or at least 1.2e-38, float32's
+            smallest normal number, and sum to 1. Kept in float64.
         mask_id: the token that means "not yet known", if π has one. The last, denoising reverse step never returns it.
 
     Raises:
-        TypeError: ``stationary`` is not a floating-point tensor.
-        ValueError: ``stationary`` is not a probability vector, or ``mask_id`` is not a token.
+        TypeError: ``stationary`` is not a floating-point tensor, or ``mask_id`` not an int.
+        ValueError: ``stationary`` is not such a vector, or ``mask_id`` is not a token.
 
     Attributes:
         dim: N, the length of the vocabulary axis.
@@ -51,6 +54,8 @@ class RankOne:
             raise TypeError(f"stationary: expected a floating-point tensor [N], got {given}")
         if stationary.dim() != 1 or stationary.numel() == 0:
             raise ValueError(f"stationary: expected a non-empty vector [N], got shape {list(stationary.shape)}")
+        if stationary.is_meta:
+            raise ValueError("stationary: expected a tensor with values, got one on the meta device")
         vector = stationary.detach().double().contiguous().clone()
         total = float(vector.sum())
         # not(...) so that NaN fails too; float32 vectors of 50k entries sum to 1 within a few 1e-5
@@ -60,7 +65,15 @@ class RankOne:
                 f"and sum {total:.9g}"
             )
         vector /= total
+        small = ((vector > 0) & (vector < _LEAST)).nonzero()
+        if len(small):
+            raise ValueError(
+                f"stationary: expected probabilities that are 0 or at least {_LEAST:.3g}, float32's smallest normal "
+                f"number, got {float(vector[small[0]]):.3g} at index {int(small[0])}; set it to 0 or raise it"
+            )
         dim = vector.numel()
+        if mask_id is not None and (isinstance(mask_id, bool) or not isinstance(mask_id, int)):
+            raise TypeError(f"mask_id: expected an int, got {type(mask_id).__name__}")
         if mask_id is not None and not 0 <= mask_id < dim:
             raise ValueError(f"mask_id: expected a token in [0, {dim}), got {mask_id}")
         self._set("rank_one", dim, mask_id, float(torch.xlogy(vector, vector).sum()))
@@ -100,6 +113,11 @@ class RankOne:
         key = (name, dtype, device)
         copy = self._copies.get(key)
         if copy is None:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"graph: {self} has no copy of its {name} vector in {dtype} on {device} yet, and none can be made "
+                    "while a CUDA graph is captured; call the operator once before, with tensors of the same dtype"
+                )
             with torch.inference_mode(False):  # what is kept may be saved for a backward pass later
                 copy = getattr(self, name).to(device=device, dtype=dtype)
             if type(copy) is Tensor and not torch.compiler.is_compiling():  # a traced one must not stay
@@ -144,6 +162,8 @@ def _positive(name: str, value: int) -> int:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name}: expected a positive number of tokens, got {value}")
+    if value > _MOST_TOKENS:
+        raise ValueError(f"{name}: expected at most {_MOST_TOKENS} tokens, got {value}")
     return value
 
 
@@ -157,7 +177,7 @@ def Absorbing(num_tokens: int) -> RankOne:  # noqa: N802 - named like the proces
         A process with ``dim = n + 1`` and ``mask_id = n``.
 
     Raises:
-        TypeError, ValueError: ``num_tokens`` is not a positive int.
+        TypeError, ValueError: ``num_tokens`` is not a positive int up to 2^53.
     """
     n = _positive("num_tokens", num_tokens)
     return RankOne._closed_form("absorbing", n + 1, n, 0.0)
@@ -173,7 +193,7 @@ def Uniform(num_tokens: int) -> RankOne:  # noqa: N802
         A process with ``dim = N`` and no MASK. Its Q is the paper's Q_uniform times 1/N, as in the released code.
 
     Raises:
-        TypeError, ValueError: ``num_tokens`` is not a positive int.
+        TypeError, ValueError: ``num_tokens`` is not a positive int up to 2^53.
     """
     n = _positive("num_tokens", num_tokens)
     return RankOne._closed_form("uniform", n, None, -math.log(n))
@@ -190,11 +210,13 @@ def Hybrid(num_tokens: int, uniform_fraction: float) -> RankOne:  # noqa: N802
         A process with ``dim = n + 1`` and ``mask_id = n``.
 
     Raises:
-        TypeError, ValueError: ``num_tokens`` is not a positive int, or λ lies outside [0, 1].
+        TypeError, ValueError: ``num_tokens`` is not a positive int up to 2^53, or λ is no number in [0, 1].
 
     Source: generalised interpolating diffusion (GIDD), with constant λ.
     """
     n = _positive("num_tokens", num_tokens)
+    if not isinstance(uniform_fraction, (int, float)):
+        raise TypeError(f"uniform_fraction: expected a number, got {type(uniform_fraction).__name__}")
     if not 0.0 <= uniform_fraction <= 1.0:
         raise ValueError(f"uniform_fraction: expected a number in [0, 1], got {uniform_fraction}")
     vector = torch.full((n + 1,), uniform_fraction / n, dtype=torch.float64)

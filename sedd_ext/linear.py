@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sedd_ext._dispatch import DTYPES, check_device, kind_of
+from sedd_ext._dispatch import DTYPES, LEAST_NOISE, check_device, kind_of
 from sedd_ext.graph import RankOne
 
 __all__: list[str] = []
@@ -58,8 +58,8 @@ def is_token(x: Tensor, dim: int) -> Tensor:
 
 
 def is_noise(sigma: Tensor) -> Tensor:
-    """Where noise is above 0 and finite."""
-    return (sigma > 0) & sigma.isfinite()
+    """Where noise is what the kernels take."""
+    return (sigma >= LEAST_NOISE) & sigma.isfinite()
 
 
 def check_linear(
@@ -87,8 +87,9 @@ def check_linear(
     if not isinstance(buffer_bytes, int) or isinstance(buffer_bytes, bool) or buffer_bytes < 1:
         raise ValueError(f"buffer_bytes: expected a positive int, got {buffer_bytes!r}")
     dtype = weight.dtype
-    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
-        return hidden, weight, bias, torch.get_autocast_dtype(hidden.device.type)
+    kind = hidden.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        return hidden, weight, bias, torch.get_autocast_dtype(kind)
     for name, tensor in (("hidden", hidden), ("bias", bias)):
         if tensor is not None and tensor.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype} as weight has, outside autocast, got {tensor.dtype}")

@@ -11,17 +11,17 @@ from sedd_ext._dispatch import (
     DTYPES,
     PROCESSES,
     STEPS,
-    address,
+    addresses,
     check_graph,
     check_same_device,
     check_tokens,
-    define,
     draw_seed,
     launch,
     per_row,
     raise_fault,
     stationary_for,
 )
+from sedd_ext._operators import define
 from sedd_ext.graph import RankOne
 from sedd_ext.linear import (
     BUFFER_BYTES,
@@ -40,7 +40,7 @@ _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor x_t, Tensor step, Tensor? log_score_shift, "
     "Tensor? stationary, str process, str kind, int forbidden, ScalarType dtype, int buffer_bytes, Tensor seed"
 )
-_DRAW = 5  # numbers of eight bytes in a ReverseDraw
+_DRAW = 6  # numbers of eight bytes in a ReverseDraw
 _SWEEP_AGAIN = -2
 
 
@@ -65,6 +65,7 @@ def _sample(
     seed: Tensor,
 ) -> Tensor:
     dim, d = weight.shape
+    stationary = None if stationary is None else stationary.contiguous()
     h, tokens, steps = hidden.reshape(-1, d), x_t.reshape(-1), step.reshape(-1)
     shift = None if log_score_shift is None else log_score_shift.reshape(-1)
     codes = (DTYPES[dtype], PROCESSES[process], STEPS[kind])
@@ -82,7 +83,7 @@ def _sample(
             for begin in range(0, len(rows), part):
                 at = slice(begin, begin + part)
                 tile = log_score_tile(states[at], w, b, buffer)
-                tensors = (
+                tensors = addresses(
                     tile,
                     here[at],
                     steps_here[at],
@@ -95,7 +96,7 @@ def _sample(
                 )
                 numbers = (*tile.shape, first, dim, forbidden, *codes, sweep)
                 sizes = (tile.shape[0], tile.shape[1], DTYPES[dtype])
-                fault, row = launch("reverse_tile", out, (*map(address, tensors), *numbers), sizes)
+                fault, row = launch("reverse_tile", out, (*tensors, *numbers), sizes)
                 if fault:
                     found = (fault, int(rows[begin + row]))
                     raise_fault(found, {"x_t": x_t}, dim, (STEP_NAME[kind], step), scores="hidden")
@@ -191,6 +192,8 @@ def _step(
         dtype,
         buffer_bytes,
     )
+    if device.type == "meta":
+        return x_t.new_empty(x_t.shape)
     with torch.autocast(device.type, enabled=False):
         if tempered:
             return _tempered(*arguments, temperature, top_p, generator)

@@ -10,19 +10,18 @@ from torch import Tensor
 from sedd_ext._dispatch import (
     DTYPES,
     PROCESSES,
-    address,
+    addresses,
     check_graph,
     check_reduction,
-    check_same_device,
     check_tokens,
     compute_dtype,
-    define,
     fresh,
     launch,
     per_row,
     raise_fault,
     stationary_for,
 )
+from sedd_ext._operators import define
 from sedd_ext.graph import RankOne
 from sedd_ext.linear import (
     BUFFER_BYTES,
@@ -58,15 +57,45 @@ def _fake(
     )
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total = a @ b for the first, total += a @ b for the others; 16-bit products are added up in float32."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool, unit: Tensor | None) -> None:
+    """total = a @ b for the first, total += a @ b for the others; 16-bit products are added up in float32.
+
+    ``unit`` is what the product is in units of, if that is not 1.
+    """
     if total.dtype != a.dtype:
         product = torch.mm(a, b)
+        if unit is not None:
+            product = product.to(total.dtype) * unit
         total.copy_(product) if first else total.add_(product)
     elif first:  # addmm with beta = 0 takes 1.4 times as long
         torch.mm(a, b, out=total)
     else:
         torch.addmm(total, a, b, out=total)
+
+
+def _largest(values: Tensor) -> Tensor:
+    """The largest finite magnitude, at least 1e-30."""
+    finite = torch.where(values.isfinite(), values, 0.0).abs()
+    return torch.cat([finite.double().flatten(), finite.new_full((1,), 1e-30, dtype=torch.float64)]).amax()
+
+
+def _unit(
+    tile: Tensor, w: Tensor, h: Tensor, first: int, x_t: Tensor, weights: Tensor, sigma: Tensor, pi_x: Tensor
+) -> Tensor:
+    """A power of two that the gradients of a float16 tile are made in units of, as a float64 number on the device.
+
+    With it, neither a gradient nor a product of gradients with w or h exceeds float16's range, and small ones lose as
+    few digits as that allows. Entry x, which has no gradient, becomes -inf in the tile. No gradient exceeds
+    ``weight (π_x s + 1 + a/b)``.
+    """
+    place = (x_t - first)[:, None]
+    here = (place >= 0) & (place < tile.shape[1])
+    at = place.clamp(0, tile.shape[1] - 1)
+    tile.scatter_(1, at, torch.where(here, -torch.inf, tile.gather(1, at)))
+    bound = weights.abs() * (pi_x * tile.amax(1).double().exp() + 1 + 1 / torch.expm1(sigma))
+    bound = torch.where(bound < 1e38, bound, 0.0)  # beyond it, float32 has no gradient either
+    room = 2.0**14 / torch.maximum(tile.shape[1] * _largest(w), tile.shape[0] * _largest(h).clamp(min=1.0))
+    return (_largest(bound) / room.clamp(max=2.0**14)).log2().ceil().exp2()
 
 
 @torch.no_grad()
@@ -91,6 +120,7 @@ def _forward(
     flags = (grad_hidden, grad_weight, grad_bias)
     loss, *gradients = _fake(hidden, weight, bias, x_t, dtype, buffer_bytes, *flags)
     dim, d = weight.shape
+    stationary = None if stationary is None else stationary.contiguous()
     bad = ~(is_token(x_t, dim) & is_token(x_0, dim) & is_noise(sigma)).reshape(-1)
     rows = live_rows(x_t.reshape(-1), bad, stationary, process, dim)
 
@@ -102,15 +132,16 @@ def _forward(
     tokens, clean, noise = live(x_t), live(x_0), live(sigma)
     shift = None if log_score_shift is None else live(log_score_shift)
     factor = torch.ones_like(noise) if loss_weight is None else live(loss_weight)
-    # float16 has little room for gradients: they are made with the largest factor near 1, and sized when added up
-    unit = factor.new_ones(())
-    if dtype == torch.float16 and len(factor):
-        unit = factor.abs().amax().clamp(min=1e-30).log2().floor().exp2()
+    unit: Tensor | None = None
+    if dtype == torch.float16:
+        if stationary is None:
+            pi_x = torch.full_like(noise, 1.0 / dim if process == "uniform" else 1.0)
+        else:
+            pi_x = stationary[tokens.clamp(0, dim - 1)].double()
     count = h.shape[0]
     losses = loss.new_zeros(count)
     sweeps = noise.new_empty(count, _SWEEP)
     exact = loss.dtype  # that gradients are added up in
-    weights = factor / unit
     h_grad = h.new_zeros(h.shape if grad_hidden else (0,), dtype=exact)
     for gradient in gradients[1:]:
         fresh(gradient) if count else gradient.zero_()
@@ -126,36 +157,37 @@ def _forward(
         for begin in range(0, count, part):
             at = slice(begin, begin + part)
             tile = log_score_tile(h[at], w, b, buffer)
-            tensors = (
+            weights = factor[at] if any(flags) else None
+            if dtype == torch.float16 and weights is not None:
+                scale = torch.exp(-shift[at]) if shift is not None else 1.0
+                unit = _unit(tile, w, h[at], first, tokens[at], weights, noise[at], pi_x[at] * scale)
+                weights = weights / unit
+            tensors = addresses(
                 tile,
                 tokens[at],
                 clean[at],
                 noise[at],
                 None if shift is None else shift[at],
                 stationary,
-                weights[at] if any(flags) else None,
+                weights,
                 sweeps[at],
                 losses[at],
             )
             numbers = (neg_entropy, *tile.shape, first, dim, DTYPES[dtype], PROCESSES[process])
             sizes = (tile.shape[0], tile.shape[1], DTYPES[dtype])
-            fault, row = launch("score_entropy_tile", losses, (*map(address, tensors), *numbers), sizes)
+            fault, row = launch("score_entropy_tile", losses, (*tensors, *numbers), sizes)
             if fault:
                 row = begin + row if rows is None else int(rows[begin + row])
                 raise_fault((fault, row), {"x_t": x_t, "x_0": x_0}, dim, ("sigma", sigma))
             if grad_hidden:
-                _add_product(h_grad[at], tile, w, first == 0)
+                _add_product(h_grad[at], tile, w, first == 0, unit)
             if grad_weight:
-                _add_product(w_grad, tile.T, h[at], begin == 0)
+                _add_product(w_grad, tile.T, h[at], begin == 0, unit)
             if grad_bias:
-                _add_product(b_grad.unsqueeze(0), ones[:, : len(tile)], tile, begin == 0)
+                _add_product(b_grad.unsqueeze(0), ones[:, : len(tile)], tile, begin == 0, unit)
         for gradient, total in zip(gradients[1:], (w_grad, b_grad), strict=True):
-            if dtype == torch.float16:
-                total *= unit
             if gradient.dtype != exact:
                 gradient[entries] = total
-    if dtype == torch.float16:
-        h_grad *= unit
     if loss_weight is not None:
         losses *= factor.to(exact)
     if rows is None:
@@ -303,7 +335,6 @@ def linear_score_entropy_loss(
     hidden, weight, bias, dtype = check_linear(hidden, weight, bias, graph, buffer_bytes)
     batch, device = hidden.shape[:-1], hidden.device
     x_t, x_0 = check_tokens("x_t", x_t, batch, "hidden"), check_tokens("x_0", x_0, batch, "hidden")
-    check_same_device(hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}), x_t=x_t, x_0=x_0)
     check_reduction(reduction)
     if reduction == "mean":
         scale = 1.0 / max(1, batch.numel())

@@ -11,13 +11,11 @@ from sedd_ext._dispatch import (
     DTYPES,
     PROCESSES,
     STEPS,
-    address,
+    addresses,
     check_graph,
     check_log_score,
-    check_same_device,
     check_tokens,
     compute_dtype,
-    define,
     draw_seed,
     empty_beside,
     fresh,
@@ -26,6 +24,7 @@ from sedd_ext._dispatch import (
     raise_fault,
     stationary_for,
 )
+from sedd_ext._operators import define
 from sedd_ext.graph import RankOne
 
 __all__ = ["euler_probs", "euler_sample", "tweedie_probs", "tweedie_sample"]
@@ -51,12 +50,13 @@ def _launch(
     kind: str,
     forbidden: int,
 ) -> Tensor:
-    log_score, x_t, step = (tensor.contiguous() for tensor in (log_score, x_t, step))
+    log_score, x_t, step = log_score.contiguous(), x_t.contiguous(), step.contiguous()
     shift = None if log_score_shift is None else log_score_shift.contiguous()
+    stationary = None if stationary is None else stationary.contiguous()
     rows, dim, dtype = sizes = (x_t.numel(), log_score.shape[-1], DTYPES[log_score.dtype])
-    tensors = (log_score, x_t, step, shift, stationary, out, seed)
+    tensors = addresses(log_score, x_t, step, shift, stationary, out, seed)
     codes = (dtype, PROCESSES[process], STEPS[kind])
-    status = launch(kernel, out, (*map(address, tensors), rows, dim, forbidden, *codes), sizes)
+    status = launch(kernel, out, (*tensors, rows, dim, forbidden, *codes), sizes)
     raise_fault(status, {"x_t": x_t}, log_score.shape[-1], (STEP_NAME[kind], step))
     return out
 
@@ -144,7 +144,6 @@ def _arguments(
     log_score = check_log_score(log_score, graph)
     batch, device = log_score.shape[:-1], log_score.device
     x_t = check_tokens("x_t", x_t, batch)
-    check_same_device(log_score=log_score, x_t=x_t)
     return (
         log_score.detach(),
         x_t,

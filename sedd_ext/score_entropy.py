@@ -10,14 +10,12 @@ from torch import Tensor
 from sedd_ext._dispatch import (
     DTYPES,
     PROCESSES,
-    address,
+    addresses,
     check_graph,
     check_log_score,
     check_reduction,
-    check_same_device,
     check_tokens,
     compute_dtype,
-    define,
     empty_beside,
     fresh,
     launch,
@@ -25,6 +23,7 @@ from sedd_ext._dispatch import (
     raise_fault,
     stationary_for,
 )
+from sedd_ext._operators import define
 from sedd_ext.graph import RankOne
 
 __all__ = ["score_entropy_loss"]
@@ -49,11 +48,12 @@ def _launch(
     neg_entropy: float,
 ) -> Tensor:
     # the names keep what .contiguous() may have made alive until the kernel is done
-    log_score, x_t, x_0, sigma = (tensor.contiguous() for tensor in (log_score, x_t, x_0, sigma))
+    log_score, x_t, x_0, sigma = log_score.contiguous(), x_t.contiguous(), x_0.contiguous(), sigma.contiguous()
     shift = None if log_score_shift is None else log_score_shift.contiguous()
+    stationary = None if stationary is None else stationary.contiguous()
     sizes = (x_t.numel(), log_score.shape[-1], DTYPES[log_score.dtype])
-    tensors = (log_score, x_t, x_0, sigma, shift, stationary, grad_loss, out)
-    status = launch(kernel, out, (*map(address, tensors), neg_entropy, *sizes, PROCESSES[process]), sizes)
+    tensors = addresses(log_score, x_t, x_0, sigma, shift, stationary, grad_loss, out)
+    status = launch(kernel, out, (*tensors, neg_entropy, *sizes, PROCESSES[process]), sizes)
     raise_fault(status, {"x_t": x_t, "x_0": x_0}, log_score.shape[-1], ("sigma", sigma))
     return out
 
@@ -168,7 +168,6 @@ def score_entropy_loss(
     log_score = check_log_score(log_score, graph)
     batch = log_score.shape[:-1]
     x_t, x_0 = check_tokens("x_t", x_t, batch), check_tokens("x_0", x_0, batch)
-    check_same_device(log_score=log_score, x_t=x_t, x_0=x_0)
     check_reduction(reduction)
     device = log_score.device
     loss: Tensor = _ScoreEntropy.apply(  # type: ignore[no-untyped-call]

@@ -10,10 +10,9 @@ from torch import Tensor
 from sedd_ext._dispatch import (
     DTYPES,
     PROCESSES,
-    address,
+    addresses,
     check_graph,
     check_tokens,
-    define,
     draw_seed,
     fresh,
     launch,
@@ -21,6 +20,7 @@ from sedd_ext._dispatch import (
     raise_fault,
     stationary_for,
 )
+from sedd_ext._operators import define
 from sedd_ext.graph import RankOne
 
 __all__ = ["sample_transition", "transition_column", "transition_row"]
@@ -39,9 +39,11 @@ def _launch(
     dim: int,
 ) -> Tensor:
     x, sigma = x.contiguous(), sigma.contiguous()
+    stationary = None if stationary is None else stationary.contiguous()
+    cumulative = None if cumulative is None else cumulative.contiguous()
     sizes = (x.numel(), dim, DTYPES.get(out.dtype, 0))
-    tensors = (x, sigma, stationary, cumulative, out, seed)
-    status = launch(kernel, out, (*map(address, tensors), *sizes, PROCESSES[process]), sizes)
+    tensors = addresses(x, sigma, stationary, cumulative, out, seed)
+    status = launch(kernel, out, (*tensors, *sizes, PROCESSES[process]), sizes)
     raise_fault(status, {name: x}, dim, ("sigma", sigma))
     return out
 

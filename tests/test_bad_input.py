@@ -67,6 +67,7 @@ WRONG_SIGMA = [
     (-0.5, BadRows([0, 1, 2]), r"-0\.5"),
     (NAN, BadRows([0, 1, 2]), "nan"),
     (INF, BadRows([0, 1, 2]), "inf"),
+    (5e-324, BadRows([0, 1, 2]), r"at least 1e-250, got 5e-324"),
     (torch.tensor([0.5, 0.0, 0.5]), BadRows([1]), r"\b0"),
     (torch.tensor([0.5, 0.5, NAN]), BadRows([2]), "nan"),
     (torch.ones(2), ValueError, r"\[2\]"),

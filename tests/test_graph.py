@@ -82,6 +82,10 @@ NAN, INF = float("nan"), float("inf")
         (lambda: Uniform(-3), ValueError, r"num_tokens: .* -3"),
         (lambda: Uniform(2.0), TypeError, r"num_tokens: .* float"),
         (lambda: Absorbing(True), TypeError, r"num_tokens: .* bool"),
+        (lambda: Uniform(10**30), ValueError, r"num_tokens: .* 9007199254740992 tokens, got 10{30}$"),
+        (lambda: Absorbing(10**30), ValueError, r"num_tokens: .* 9007199254740992 tokens, got 10{30}$"),
+        (lambda: Hybrid(10**30, 0.5), ValueError, r"num_tokens: .* 9007199254740992 tokens, got 10{30}$"),
+        (lambda: Hybrid(4, "0.5"), TypeError, r"uniform_fraction: .* str"),
         (lambda: Hybrid(4, 1.5), ValueError, r"uniform_fraction: .* 1\.5"),
         (lambda: Hybrid(4, NAN), ValueError, r"uniform_fraction: .* nan"),
         (lambda: RankOne([0.5, 0.5]), TypeError, r"stationary: .* list"),
@@ -92,9 +96,29 @@ NAN, INF = float("nan"), float("inf")
         (lambda: RankOne(torch.tensor([1.5, -0.5])), ValueError, r"stationary: .* minimum -0\.5"),
         (lambda: RankOne(torch.tensor([NAN, 1.0])), ValueError, r"stationary: .* nan"),
         (lambda: RankOne(torch.tensor([INF, 0.0])), ValueError, r"stationary: .* inf"),
+        (lambda: RankOne(torch.ones(2, device="meta")), ValueError, r"stationary: .* meta"),
+        (lambda: RankOne(torch.tensor([1.0, 1e-40])), ValueError, r"stationary: .*1\.18e-38.*1e-40 at index 1"),
+        (
+            lambda: RankOne(torch.tensor([1e-50, 1.0], dtype=torch.float64)),
+            ValueError,
+            r"stationary: .*1e-50 at index 0",
+        ),
+        (lambda: RankOne(torch.ones(2) / 2, mask_id=1.5), TypeError, r"mask_id: .* float"),
+        (lambda: RankOne(torch.ones(2) / 2, mask_id=True), TypeError, r"mask_id: .* bool"),
         (lambda: RankOne(torch.ones(2) / 2, mask_id=2), ValueError, r"mask_id: .* \[0, 2\), got 2"),
     ],
 )
 def test_bad_input(make: Callable[[], RankOne], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_no_copy_is_made_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first use there cannot work: the error says what to do. Later uses take the copy that is there."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    graph, device = Hybrid(4, 0.5), torch.device("cuda", 0)
+    with pytest.raises(RuntimeError, match=r"graph: .*stationary.*float32 on cuda:0.*call the operator once before"):
+        graph._copy("stationary", torch.float32, device)
+    graph._copies["stationary", torch.float32, device] = made = graph.stationary.float()
+    assert graph._copy("stationary", torch.float32, device) is made
+    graph._copy("stationary", torch.float32, torch.device("cpu"))

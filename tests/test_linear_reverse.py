@@ -117,6 +117,14 @@ def test_rows_that_are_refused_are_drawn_again(backend: Backend, sweeps: list[tu
     assert again[0] > 0.2 * draws
 
 
+def test_samples_of_equal_scores(backend: Backend) -> None:
+    """At Δ = 40 of 1 - e^{-Δ} nothing is left but 1 in float64, and every entry is refused in the first sweep."""
+    graph, draws = Uniform(2500), backend.draws(12_000)
+    weight, bias = torch.zeros(2500, 4), torch.zeros(2500)
+    drawn = draw(TWEEDIE, torch.zeros(4), draws, 7, weight, bias, 40.0, graph)
+    assert chi_square((drawn // 25).bincount(minlength=100), torch.full((100,), 0.01)) > 1e-3
+
+
 @both_steps
 @pytest.mark.operators("cpu", "cuda")  # the emulation draws the CPU's tokens, see below
 def test_rare_tokens_get_their_share(step: Step) -> None:

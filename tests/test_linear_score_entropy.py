@@ -95,6 +95,26 @@ def test_shift_weight_and_no_bias(process: Process, dtype: torch.dtype) -> None:
         check_accuracy(head, rows, graph, upstream, log_score_shift=shift, loss_weight=factor)
 
 
+@pytest.mark.parametrize("largest", [8.0, 12.0])
+def test_float16_means_are_finite(process: Process, largest: float) -> None:
+    """e^12 is beyond float16, and a fourteenth of it is not: what the mean of the unfused loss has as its gradient."""
+    graph, rows = process(2100), random_rows(process(2100), 14)._replace(sigma=torch.full((14,), 0.3).double())
+    rows = rows._replace(x_t=torch.full((14,), 2099), x_0=torch.full((14,), 7))
+    head = random_head(14, 2100, torch.float16)
+    head.hidden[:, 0], head.weight[:, 0] = 0.0, 0.0
+    head.hidden[3, 0] = head.weight[5, 0] = largest**0.5
+    assert head.bias is not None
+    head.bias[2099] = 60000.0  # not in any gradient: entry x
+    exact_head = Head(*(None if tensor is None else tensor.double() for tensor in head))
+    arguments = {"upstream": torch.ones(()), "reduction": "mean"}
+    exact = results(plain, exact_head, *rows, graph, **arguments)
+    same_dtype = results(plain, head, *rows, graph, **arguments)
+    fused = results(linear_score_entropy_loss, head, *rows, graph, **arguments)
+    for value, other, true in zip(fused, same_dtype, exact, strict=True):
+        assert bool(other.isfinite().all())
+        assert distance(value, true) <= distance(other, true) + 2 * BOUND[torch.float16]
+
+
 def test_one_buffer_or_many_rows_at_once(process: Process) -> None:
     graph, rows = process(2100), random_rows(process(2100), 30)
     head, up = random_head(30, 2100, torch.float64), torch.linspace(0.0, 1.0, 30).double()

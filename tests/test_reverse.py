@@ -134,6 +134,38 @@ def test_tweedie_with_the_true_score_is_the_posterior(name: str, n: int, sigma: 
     torch.testing.assert_close(probs, posterior, rtol=1e-9, atol=1e-12)
 
 
+EQUAL = {
+    "256": Uniform(256),
+    "300": Uniform(300),
+    "50258": Uniform(50258),
+    "vector": RankOne(torch.tensor([0.5, 0.25, 0.125, 0.125])),
+}
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", EQUAL)
+def test_equal_scores(name: str, dtype: torch.dtype) -> None:
+    """Data that have reached π: p(y) = p(y | x), of weights that are e^{-Δ} of the terms they are differences of."""
+    graph = EQUAL[name]
+    dsigma = torch.tensor([1e-3, 1.0, 10.0, 17.0, 18.0, 40.0, 100.0, 800.0], dtype=torch.float64)
+    x = torch.arange(8) % graph.dim
+    log_score = (graph.stationary.log() - graph.stationary[x].log()[:, None]).to(dtype)
+    # log 2 has no exact number: at steps beyond these its rounding is more than e^{-Δ}
+    exact = 3 if dtype in (torch.float32, torch.float64) else 1
+    rows = slice(0, exact if name == "vector" else 8)
+    probs = tweedie_probs(log_score[rows], x[rows], dsigma[rows], graph)
+    expected = reference.transition_column(x, dsigma, graph)[rows]
+    torch.testing.assert_close(probs.double(), expected, rtol=5e-3 if name == "vector" else 5e-6, atol=1e-9)
+
+
+def test_samples_of_equal_scores(backend: Backend) -> None:
+    graph, draws = Uniform(300), backend.draws(20_000)
+    log_score, x = torch.zeros(draws, 300), torch.full((draws,), 7)
+    drawn = tweedie_sample(log_score, x, 40.0, graph, generator=torch.Generator().manual_seed(0))
+    assert chi_square(drawn.bincount(minlength=300), graph.stationary) > 1e-3
+
+
 @given(st.sampled_from(sorted(PROCESSES)), st.integers(2, 30), st.floats(1e-6, 1e-4), st.integers(0, 2**31))
 def test_small_steps_agree(name: str, n: int, size: float, seed: int) -> None:
     """Both steps are I + size · (reverse rate) to first order."""

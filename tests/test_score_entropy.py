@@ -310,6 +310,27 @@ def test_no_pull_is_none_at_minus_infinity() -> None:
     assert bool(loss.isfinite().all())
 
 
+@pytest.mark.parametrize("sigma", [1e-250, 1e-30, 700.0, 1e300])
+def test_extreme_noise(process: Process, sigma: float) -> None:
+    """Never NaN: what float64 holds is right, and what float32 does not hold is infinite."""
+    graph, x = process(7), torch.tensor([6, 6, 5])
+    rows = Rows(x, torch.tensor([1, 6, 2]), torch.full((3,), sigma, dtype=torch.float64))
+    log_score = random_log_score((3, 7), torch.float64, spread=20.0)
+    exact = reference.score_entropy_loss(log_score, *rows, graph)
+    torch.testing.assert_close(score_entropy_loss(log_score, *rows, graph), exact, rtol=1e-12, atol=1e-12)
+    single = score_entropy_loss(log_score.float(), *rows, graph)
+    torch.testing.assert_close(single, exact.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_rare_tokens_of_the_stationary_distribution() -> None:
+    """π_x = 1.2e-38, the least that a process takes: 1/π_x is in the loss, and float32's end is not."""
+    graph = RankOne(torch.tensor([1.2e-38, 0.5, 0.5], dtype=torch.float64))
+    rows = Rows(torch.tensor([0]), torch.tensor([1]), torch.tensor([0.5]).double())
+    log_score = torch.tensor([[0.0, 1.0, 2.0]])
+    exact = reference.score_entropy_loss(log_score.double(), *rows, graph)
+    torch.testing.assert_close(score_entropy_loss(log_score, *rows, graph), exact.float(), rtol=1e-5, atol=0)
+
+
 def test_gradcheck(process: Process) -> None:
     graph = process(7)
     rows = random_rows(graph, 9)._replace(sigma=torch.linspace(0.1, 2.0, 9, dtype=torch.float64))

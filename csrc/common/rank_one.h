@@ -15,8 +15,11 @@ struct Decay {
 
 SEDD_HD Decay decay(double sigma) { return {exp(-sigma), -expm1(-sigma)}; }
 
-// NaN, infinite, zero and negative noise are all refused: every one of them makes some formula meaningless.
-SEDD_HD bool valid_sigma(double sigma) { return sigma > 0.0 && sigma <= 1.7976931348623157e308; }
+// NaN, infinite, zero and negative noise are all refused: every one of them makes some formula meaningless. So is noise
+// below kLeastNoise: a/b = 1/σ, divided by π_x ≥ 1e-38 or multiplied by a log-score, would overflow and give NaN.
+// sedd_ext/_dispatch.py has the same number.
+constexpr double kLeastNoise = 1e-250;
+SEDD_HD bool valid_sigma(double sigma) { return sigma >= kLeastNoise && sigma <= 1.7976931348623157e308; }
 
 SEDD_HD bool valid_token(int64_t token, int64_t dim) { return token >= 0 && token < dim; }
 

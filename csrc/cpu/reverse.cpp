@@ -61,14 +61,21 @@ double sum_scores(const T* log_score, int64_t begin, int64_t end, int64_t skip, 
 // Σ w_y over [begin, end) with w_y = max(0, s_y - drain π_y), a constant π being part of the drain already; with kKeep,
 // w takes the place of s.
 template <Process P, bool kKeep, class Real>
-double sum_weights(Real* scores, const Real* stationary, int64_t begin, int64_t end, Real drain) {
+double sum_weights(Real* scores, const Real* stationary, int64_t begin, int64_t end, const Drain<Real>& drain) {
     constexpr int width = Lanes<Real>::width;
     using Vec = typename Lanes<Real>::Vec;
-    const Vec drains = broadcast(drain), zero = {};
+    const Vec high = broadcast(drain.high), low = broadcast(drain.low), zero = {};
     Vec sums[kUnroll] = {};
+    const auto weigh = [&](Vec s, auto load_pi) {
+        if constexpr (P == Process::rank_one) {
+            const Vec pi = load_pi();
+            return max_or_second((s - high * pi) - low * pi, zero);
+        } else {
+            return max_or_second((s - high) - low, zero);
+        }
+    };
     const auto add = [&](int64_t y, Vec& sum) {
-        const Vec drained = P == Process::rank_one ? drains * load(stationary + y) : drains;
-        const Vec w = max_or_second(load(scores + y) - drained, zero);
+        const Vec w = weigh(load(scores + y), [&] { return load(stationary + y); });
         if constexpr (kKeep) store(scores + y, w);
         sum += w;
     };
@@ -79,8 +86,8 @@ double sum_weights(Real* scores, const Real* stationary, int64_t begin, int64_t 
     sweep<width>(
         y, end, [&](int64_t z) { add(z, sums[0]); },
         [&](int64_t z, int64_t n) {
-            const Vec drained = P == Process::rank_one ? drains * load_partial(stationary + z, n, 0.0f) : drains;
-            const Vec w = max_or_second(load_partial(scores + z, n, 0.0f) - drained, zero);
+            const Vec w =
+                weigh(load_partial(scores + z, n, 0.0f), [&] { return load_partial(stationary + z, n, 0.0f); });
             if constexpr (kKeep) store_partial(scores + z, w, n);
             sums[1] += w;  // the lanes behind the end hold max(0, -drain π) = 0
         });
@@ -142,7 +149,7 @@ struct Part {
     double* blocks;  // [reverse_blocks(width)]
     Real* scores;    // [kReverseBlock]
     bool weighted = false;
-    Real drain = Real(0);
+    Drain<Real> drain{};
 
     int64_t size(int64_t block) const {
         const int64_t rest = width - block * kReverseBlock;
@@ -239,14 +246,13 @@ void probs_rows(const ReverseParams& p, int64_t begin, int64_t end, void*, Statu
             report(status, Fault::total, i);
             continue;
         }
-        const double self = reverse_stay(row.numbers, others, row.x == p.forbidden);
+        const double self = reverse_stay(p, row.numbers, others, row.pi_x, row.x == p.forbidden);
         double total = self;
         if (p.forbidden >= 0) out[p.forbidden] = Real(0);
         if constexpr (P == Process::absorbing) {  // π_y = 0: nothing to drain
             total += others;
         } else {
-            const Real drain = static_cast<Real>(reverse_drain(P, row.numbers, others, row.pi_x));
-            total += sum_weights<P, true>(out, stationary, 0, p.dim, drain);
+            total += sum_weights<P, true>(out, stationary, 0, p.dim, reverse_drain<Real>(p, row.numbers, others));
         }
         if (!valid_total(total)) {
             report(status, Fault::total, i);
@@ -276,8 +282,10 @@ void sample_rows(const ReverseParams& p, int64_t begin, int64_t end, void* scrat
         }
         const T* l = static_cast<const T*>(p.log_score) + i * p.dim;
         Part<P, T> part{l, stationary, 0, p.dim, x, p.forbidden, row.shift, blocks, scores};
-        const double others = part.sum(), self = reverse_stay(row.numbers, others, x == p.forbidden);
-        const double drain = reverse_drain(P, row.numbers, others, row.pi_x);
+        const double others = part.sum();
+        const double self = reverse_stay(p, row.numbers, others, row.pi_x, x == p.forbidden);
+        part.drain = reverse_drain<Real>(p, row.numbers, others);
+        const Drain<double> drain = converted<double>(part.drain);
         // The token at a point of [0, 1) on the axis of the sweep's numbers, where x lies first; -1 if there is none.
         const auto draw = [&](double sum, double point, double& score) {
             if (!valid_total(1.0 + others) || !valid_total(self + sum)) return int64_t{-1};
@@ -290,7 +298,6 @@ void sample_rows(const ReverseParams& p, int64_t begin, int64_t end, void* scrat
         if (reverse_weighs(p, row.numbers, x) && y >= 0 && y != x &&
             !(u.second * score < reverse_weight(p, score, drain, stationary_at(P, stationary, p.dim, y), y))) {
             part.weighted = true;
-            part.drain = static_cast<Real>(drain);
             y = draw(part.sum(), row_uniforms(seed, static_cast<uint64_t>(i), 1).first, score);
         }
         if (y < 0) {
@@ -329,14 +336,14 @@ void tile_rows(const ReverseTileParams& p, int64_t begin, int64_t end, void* scr
                               blocks,
                               scores,
                               p.sweep != 0,
-                              p.sweep != 0 ? static_cast<Real>(draw.drain) : Real(0)};
+                              p.sweep != 0 ? converted<Real>(draw.drain) : Drain<Real>{}};
         const double sum = part.sum();
         draw.total += sum;
         const double target = tile_target(p, i, draw.total);
         if (target < sum) draw.token = part.pick(target, draw.score);
         if (!last) continue;
         const double pi_y = draw.token >= 0 ? stationary_at(P, stationary, p.dim, draw.token) : 0.0;
-        p.out[i] = finish_draw(p, i, row.numbers, draw, row.pi_x, pi_y);
+        p.out[i] = finish_draw<Real>(p, i, row.numbers, draw, row.pi_x, pi_y);
         if (p.out[i] == -1) report(status, Fault::total, i);
     }
 }

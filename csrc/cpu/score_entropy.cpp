@@ -290,7 +290,8 @@ void tile_rows(const ScoreEntropyTileParams& p, int64_t begin, int64_t end, void
                 add_sums<P>(sums, l, stationary, from, to, static_cast<Real>(shift));
             } else {
                 const double factor = p.grad_loss[i] * sweep.row.weight;
-                const double offset = factor * sweep.row.slope * (P == Process::uniform ? sweep.row.weight : 1.0);
+                const double offset =
+                    p.grad_loss[i] * sweep.row.slope * (P == Process::uniform ? sweep.row.weight : 1.0);
                 turn<P>(sums, l, stationary, from, to, static_cast<Real>(shift), static_cast<Real>(factor),
                         static_cast<Real>(offset));
             }

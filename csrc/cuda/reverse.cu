@@ -86,14 +86,13 @@ template <Process P, class Real>
 struct Weights {
     const Real* stationary;
     Real shift;
-    Real drain;
+    Drain<Real> drain;
     int forbidden;
 
     __device__ __forceinline__ Real operator()(int y, Real l) const {
         const Real s = exponential(l - shift);
         if constexpr (P == Process::absorbing) return s;
-        const Real drained = P == Process::rank_one ? drain * stationary[y] : drain;
-        const Real w = s - drained;
+        const Real w = drained(s, drain, P == Process::rank_one ? stationary[y] : Real(1));
         return w > Real(0) && y != forbidden ? w : Real(0);
     }
 };
@@ -276,8 +275,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     const T* log_score = static_cast<const T*>(p.log_score) + (moves ? task.row * p.dim : 0);
     Real* sums = all_sums + task.place * segments;
     RowState& state = states[task.place];
-    Weights<P, Real> weights{static_cast<const Real*>(p.stationary), task.shift, Real(0),
-                             static_cast<int>(p.forbidden)};
+    Weights<P, Real> weights{static_cast<const Real*>(p.stationary), task.shift, {}, static_cast<int>(p.forbidden)};
 
     if (moves) {
         if (task.leads() && first_lane) state.numbers = reverse_row(p.kind, p.step[task.row], task.pi_x);
@@ -292,14 +290,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
         const double others = sum_segments(sums, segments);
         if (first_lane) {
             state.others = others;
-            state.self = reverse_stay(state.numbers, others, x == p.forbidden);
+            state.self = reverse_stay(p, state.numbers, others, task.pi_x, x == p.forbidden);
             state.add_up(others);
         }
     }
     if (clamped) {
         __syncthreads();  // the total is there, and the sums have been read
         if (moves) {
-            weights.drain = static_cast<Real>(reverse_drain(P, state.numbers, state.others, task.pi_x));
+            weights.drain = reverse_drain<Real>(p, state.numbers, state.others);
             for (int s = task.first_segment; s < segments; s += row_warps) {
                 const Real sum = segment_weights(log_score, dim, s, x, weights);
                 if (first_lane) sums[s] = sum;
@@ -351,7 +349,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
     const Real* stationary = static_cast<const Real*>(p.stationary);
     Real* sums = all_sums + task.place * segments;
     SampleState& state = states[task.place];
-    Weights<P, Real> weights{stationary, task.shift, Real(0), -1};
+    Weights<P, Real> weights{stationary, task.shift, {}, -1};
 
     if (moves) {
         if (task.leads() && first_lane) state.numbers = reverse_row(p.kind, p.step[task.row], task.pi_x);
@@ -363,7 +361,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
     }
     // A point on the axis of the sweep's sums, where x lies first; -1 if the row has no distribution. By a whole warp.
     const auto draw = [&](double sum, double others, double point) -> int {
-        const double self = reverse_stay(state.numbers, others, x == p.forbidden);
+        const double self = reverse_stay(p, state.numbers, others, task.pi_x, x == p.forbidden);
         if (!valid_total(1.0 + others) || !valid_total(self + sum)) return -1;
         const double target = point * (self + sum) - self;
         if (target < 0.0 || sum == 0.0) return x;
@@ -384,7 +382,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
             bool refused = false;
             if (y >= 0 && y != x) {
                 const double score = static_cast<double>(exponential(Vector<T>::read(log_score + y) - task.shift));
-                const double drain = reverse_drain(P, state.numbers, others, task.pi_x);
+                const Drain<double> drain = converted<double>(reverse_drain<Real>(p, state.numbers, others));
                 refused =
                     !(u.second * score < reverse_weight(p, score, drain, stationary_at(P, stationary, p.dim, y), y));
             }
@@ -398,7 +396,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
         __syncthreads();  // it is known whether the entry was refused, and the sums have been read
         moves = moves && state.refused;
         if (moves) {
-            weights.drain = static_cast<Real>(reverse_drain(P, state.numbers, state.others, task.pi_x));
+            weights.drain = reverse_drain<Real>(p, state.numbers, state.others);
             weights.forbidden = static_cast<int>(p.forbidden);
             for (int s = task.first_segment; s < segments; s += row_warps) {
                 const Real sum = segment_weights(log_score, dim, s, x, weights);
@@ -424,7 +422,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3) tile_kernel(ReverseTileParam
     const int width = static_cast<int>(p.width), skip = 0 <= x_here && x_here < p.width ? static_cast<int>(x_here) : -1;
     const T* log_score = static_cast<const T*>(p.log_score) + (task.moves() ? task.row * p.width : 0);
     const Real* stationary = static_cast<const Real*>(p.stationary);
-    Weights<P, Real> weights{P == Process::rank_one ? stationary + p.first : nullptr, task.shift, Real(0),
+    Weights<P, Real> weights{P == Process::rank_one ? stationary + p.first : nullptr,
+                             task.shift,
+                             {},
                              p.sweep != 0 ? static_cast<int>(p.forbidden - p.first) : -1};
     if (task.moves()) {
         if (p.sweep == 0) {
@@ -433,7 +433,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3) tile_kernel(ReverseTileParam
                 if (first_lane) sums[s] = sum;
             }
         } else {
-            weights.drain = static_cast<Real>(p.draws[task.row].drain);
+            weights.drain = converted<Real>(p.draws[task.row].drain);
             for (int s = task.first_segment; s < segments; s += row_warps) {
                 const Real sum = segment_weights(log_score, width, s, skip, weights);
                 if (first_lane) sums[s] = sum;
@@ -464,7 +464,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3) tile_kernel(ReverseTileParam
     if (p.first + p.width == p.dim) {
         const ReverseRow numbers = reverse_row(p.kind, p.step[task.row], task.pi_x);
         const double pi_y = draw.token >= 0 ? stationary_at(P, stationary, p.dim, draw.token) : 0.0;
-        p.out[task.row] = finish_draw(p, task.row, numbers, draw, task.pi_x, pi_y);
+        p.out[task.row] = finish_draw<Real>(p, task.row, numbers, draw, task.pi_x, pi_y);
     }
     p.draws[task.row] = draw;
 }

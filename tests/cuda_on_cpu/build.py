@@ -45,15 +45,22 @@ def shared_library(
 
 
 def executable(
-    name: str, sources: Iterable[Path | str], *, flags: Sequence[str] = (), include: Iterable[Path | str] = ()
+    name: str,
+    sources: Iterable[Path | str | tuple[Path | str, tuple[str, ...]]],
+    *,
+    flags: Sequence[str] = (),
+    include: Iterable[Path | str] = (),
 ) -> Path:
-    """The path of a program; the arguments are those of :func:`shared_library`."""
+    """The path of a program; the arguments are those of :func:`shared_library`.
+
+    A source may come with flags of its own.
+    """
     return _link(name, sources, flags, include, ())
 
 
 def _link(
     name: str,
-    sources: Iterable[Path | str],
+    sources: Iterable[Path | str | tuple[Path | str, tuple[str, ...]]],
     flags: Sequence[str],
     include: Iterable[Path | str],
     kind: tuple[str, ...],
@@ -61,11 +68,12 @@ def _link(
     folders = [*(ROOT / folder for folder in include), ROOT / "csrc", HERE / "include"]
     headers = _hash(*(_headers(folder) for folder in folders))
 
-    def compiled(source: Path) -> Path:
-        return _object(source, flags, folders, headers)
+    def compiled(source: Path | str | tuple[Path | str, tuple[str, ...]]) -> Path:
+        path, own = source if isinstance(source, tuple) else (source, ())
+        return _object(ROOT / path, (*flags, *own), folders, headers)
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, (ROOT / source for source in sources)))
+        objects = list(pool.map(compiled, sources))
     script = ("-Wl,-T," + str(LINKER_SCRIPT),)
     command = [*kind, *map(str, objects), *flags, *script, "-pthread"]
     return _made(name, command, _hash(*command, LINKER_SCRIPT.read_bytes()))

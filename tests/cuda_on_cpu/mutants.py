@@ -318,8 +318,8 @@ MUTANTS = [
     Mutant(
         "a refused entry's row drains nothing",
         "reverse.cu",
-        "state.others, task.pi_x));\n            weights.forbidden",
-        "0.0, 0.0));\n            weights.forbidden",
+        "weights.drain = reverse_drain<Real>(p, state.numbers, state.others);\n            weights.forbidden",
+        "weights.forbidden",
     ),
     Mutant(
         "a refused entry's row may return MASK",
@@ -432,8 +432,8 @@ MUTANTS = [
     Mutant(
         "the second sweep drains nothing",
         "reverse.cu",
-        "static_cast<Real>(p.draws[task.row].drain);",
-        "Real(0);",
+        "weights.drain = converted<Real>(p.draws[task.row].drain);",
+        "",
     ),
     Mutant(
         "the second sweep forgets the scores' sum",

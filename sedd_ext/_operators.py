@@ -1,0 +1,196 @@
+"""Registers the operators, each behind a check of everything that its kernels read memory by.
+
+The public functions refuse wrong arguments in their users' words. ``torch.ops.sedd_ext`` can be called without them,
+as a program exported with ``torch.export`` does, so the operators themselves check dtypes, sizes, devices and names.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from sedd_ext._dispatch import CUDA, DTYPES, PROCESSES, STEPS, compute_dtype, kind_of
+
+__all__: list[str] = []
+
+LIBRARY = torch.library.Library("sedd_ext", "DEF")
+
+_ANY_FLOAT = "a float32, bfloat16, float16 or float64 tensor"
+Rule = tuple[str, type[Exception], str]
+
+
+def _numbers(dtype: str) -> list[Rule]:
+    return [
+        (f"{{0}}.dtype is not {dtype}", TypeError, f"a tensor of {dtype}"),
+        ("{0}.numel() != rows", ValueError, "{rows} numbers, one a token"),
+    ]
+
+
+def _vector(dtype: str) -> Rule:
+    needed = f"{{0}} is None or {{0}}.dtype is not {dtype} or {{0}}.numel() != dim"
+    wrong = f"({needed}) if process == 'rank_one' else {{0}} is not None"
+    return wrong, ValueError, f"{{dim}} numbers of {{{dtype}}} for a rank_one process, None for any other"
+
+
+RULES: dict[str, list[Rule]] = {
+    **{name: _numbers("int64") for name in ("x_t", "x_0", "x")},
+    **{name: _numbers("float64") for name in ("sigma", "step", "log_score_shift", "loss_weight")},
+    "log_score": [
+        ("exact is None", TypeError, _ANY_FLOAT),
+        ("{0}.numel() != rows * dim", ValueError, "shape [*B, N] for {rows} tokens"),
+    ],
+    "grad_loss": [
+        ("{0}.dtype not in DTYPES", TypeError, _ANY_FLOAT),
+        ("{0}.numel() != rows", ValueError, "{rows} numbers, one a token"),
+    ],
+    "weight": [
+        ("{0}.dtype not in DTYPES", TypeError, _ANY_FLOAT),
+        ("{0}.dim() != 2", ValueError, "shape [N, d]"),
+    ],
+    "hidden": [
+        ("{0}.dtype not in DTYPES", TypeError, _ANY_FLOAT),
+        ("{0}.shape != (*x_t.shape, weight.shape[-1])", ValueError, "x_t's shape and one more axis, weight's last"),
+    ],
+    "bias": [
+        ("{0}.dtype not in DTYPES", TypeError, _ANY_FLOAT),
+        ("{0}.shape != (dim,)", ValueError, "shape [{dim}]"),
+    ],
+    **{
+        f"{name}_gradient": [
+            (
+                f"{{0}}.dtype is not {name}.dtype or {{0}}.shape not in ({name}.shape, (0,))",
+                ValueError,
+                f"{name}'s dtype and shape, or nothing",
+            )
+        ]
+        for name in ("hidden", "weight")
+    },
+    "bias_gradient": [
+        (
+            "{0}.dtype is not (weight if bias is None else bias).dtype or {0}.shape not in ((dim,), (0,))",
+            ValueError,
+            "bias's dtype and shape, or nothing",
+        )
+    ],
+    "process": [("{0} not in PROCESSES", ValueError, "'absorbing', 'uniform' or 'rank_one'")],
+    "kind": [("{0} not in STEPS", ValueError, "'tweedie' or 'euler'")],
+    "dim": [("{0} < 1", ValueError, "a positive number of tokens")],
+    "dtype": [("{0} not in dtypes", TypeError, "one of {dtypes}")],
+    "stationary": [_vector("exact")],
+    "cumulative": [_vector("float64")],
+    "forbidden": [("not -1 <= {0} < dim", ValueError, "a token in [0, {dim}), or -1 for none")],
+    "buffer_bytes": [("{0} < 1", ValueError, "a positive number")],
+    "seed": [("{0}.dtype is not int64 or {0}.numel() != 1", ValueError, "one number of int64")],
+}
+"""By an argument's name in the schema: Python's words for what is wrong with it, the error, and what is expected.
+
+Beside the arguments they know ``rows``, the number of tokens; ``dim``, N; and ``exact``, the dtype of π.
+"""
+
+_KNOWN = {
+    "DTYPES": DTYPES,
+    "PROCESSES": PROCESSES,
+    "STEPS": STEPS,
+    "EXACT": {dtype: compute_dtype(dtype) for dtype in DTYPES},
+    "int64": torch.int64,
+    "float64": torch.float64,
+}
+
+
+def checked(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function behind the rules of the schema's arguments.
+
+    One Python function is made of all rules, as dataclasses make theirs: a loop over the rules takes twice as long as
+    reading the tensors' attributes does, and that is about a microsecond.
+    """
+    arguments = dict(reversed(pair) for pair in re.findall(r"(\w+\??) (\w+)[,)]", schema.split("->")[0]))
+    rules = []
+    for name in (name for name in RULES if name in arguments):
+        optional = arguments[name] == "Tensor?" and name not in ("stationary", "cumulative")
+        given = f"{name} is not None and " if optional else ""
+        rules += [(name, f"{given}({wrong.format(name)})", error, expected) for wrong, error, expected in RULES[name]]
+    tokens = next(name for name in ("x_t", "x_0", "x") if name in arguments)
+    scores = next((name for name in ("log_score", "weight") if name in arguments), None)
+    dtype = "dtype" if "dtype" in arguments else f"{scores}.dtype"
+    known = [f"rows = {tokens}.numel()"]
+    if scores is not None:
+        known += [f"shape = {scores}.shape", f"dim = shape[{0 if scores == 'weight' else -1}] if shape else -1"]
+        known += [f"exact = EXACT.get({dtype})"]
+    elif "stationary" in arguments:
+        known += ["exact = dtype"]
+    source = f"""
+def check({", ".join(arguments)}):
+    try:
+        {"; ".join(known)}
+        wrong = {" or ".join(f"({wrong})" for _, wrong, _, _ in rules)}
+    except AttributeError:  # of None
+        wrong = True
+    if wrong:
+        refuse(locals())
+    return function({", ".join(arguments)})
+"""
+    tensors = [(name, f"{name} is None", TypeError, "a tensor") for name in arguments if arguments[name] == "Tensor"]
+    # out of a transition come probabilities
+    dtypes = [torch.float32, torch.float64] if scores is None else list(DTYPES)
+    space: dict[str, Any] = {
+        **_KNOWN,
+        "dtypes": dtypes,
+        "function": function,
+        "refuse": functools.partial(_refuse, [*tensors, *rules], dtypes),
+    }
+    exec(source, space)
+    result: Callable[..., Any] = space["check"]
+    return result
+
+
+def _refuse(rules: list[tuple[str, str, type[Exception], str]], dtypes: Any, values: dict[str, Any]) -> NoReturn:
+    """Raises the error of the first rule that is broken."""
+    known = {**_KNOWN, "dtypes": dtypes, **values}
+    for name, wrong, error, expected in rules:
+        if eval(wrong, known):
+            value = values[name]
+            got = f"{kind_of(value)} of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise error(f"{name}: expected {expected.format(**known)}, got {got}")
+    raise AssertionError("no rule is broken")
+
+
+def _same_device(names: list[str], arguments: tuple[Any, ...]) -> None:
+    """All tensors lie on the first one's device. Torch itself leads to the CPU only if all are there."""
+    first, *others = ((n, v) for n, v in zip(names, arguments, strict=True) if isinstance(v, Tensor))
+    for name, value in others:
+        if value.device != first[1].device:
+            raise ValueError(
+                f"{name}: expected a tensor on {first[1].device} as {first[0]} is, got one on {value.device}"
+            )
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Registers an operator.
+
+    Args:
+        schema: as torch writes it; the arguments' names say what is checked (:data:`RULES`).
+        implementation: on all devices that have kernels.
+        fake: what it does to shapes and dtypes.
+    """
+    name = schema.split("(", 1)[0]
+    names = re.findall(r"(\w+)[,)]", schema.split("->")[0])
+
+    def on_any_device(function: Callable[..., Any]) -> Callable[..., Any]:
+        behind_rules = checked(schema, function)
+
+        def call(*arguments: Any) -> Any:
+            _same_device(names, arguments)
+            return behind_rules(*arguments)
+
+        return call
+
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, checked(schema, implementation), "CPU")
+    for device in CUDA:
+        LIBRARY.impl(name, on_any_device(implementation), device.upper())
+    torch.library.register_fake(f"sedd_ext::{name}", on_any_device(fake), lib=LIBRARY)

@@ -1,0 +1,130 @@
+// The CPU's launchers under the names of CUDA's, so that tests/cuda_on_cpu/driver.cpp runs them: its schedules are
+// instruction sets here. What CUDA kernels mark bad rows with is put in by hand, as the CPU's report them instead.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "transition.h"
+
+namespace sedd {
+namespace {
+
+int64_t bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+DType compute_type(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
+
+// NaN in all of a row's results.
+void mark(void* out, DType dtype, int64_t row, int64_t count) {
+    char* at = static_cast<char*>(out) + row * count * bytes_of(dtype);
+    for (int64_t i = 0; i < count; ++i, at += bytes_of(dtype)) {
+        const double nan = std::numeric_limits<double>::quiet_NaN();
+        const float single = std::numeric_limits<float>::quiet_NaN();
+        const uint16_t half = 0x7fff;
+        const void* value = dtype == DType::float64   ? static_cast<const void*>(&nan)
+                            : dtype == DType::float32 ? static_cast<const void*>(&single)
+                                                      : static_cast<const void*>(&half);
+        std::memcpy(at, value, static_cast<size_t>(bytes_of(dtype)));
+    }
+}
+
+// Does the row by itself have a fault? Into an output of its own, of exactly its size.
+bool has_fault(const ReverseParams& p, int64_t row, Status (*run)(const ReverseParams&, int)) {
+    ReverseParams one = p;
+    std::vector<char> out(static_cast<size_t>(8 * p.dim));
+    one.log_score = static_cast<const char*>(p.log_score) + row * p.dim * bytes_of(p.dtype);
+    one.x_t += row, one.step += row, one.rows = 1, one.out = out.data();
+    if (p.shift != nullptr) one.shift += row;
+    return run(one, 1).fault != Fault::none;
+}
+
+}  // namespace
+
+const char* score_entropy_cuda(const ScoreEntropyParams& p, const CudaLaunch&) {
+    score_entropy_cpu(p, 1);
+    for (int64_t row = 0; row < p.rows; ++row) {
+        if (score_entropy_fault(p, row) != Fault::none) mark(p.out, compute_type(p.dtype), row, 1);
+    }
+    return nullptr;
+}
+
+const char* score_entropy_backward_cuda(const ScoreEntropyParams& p, const CudaLaunch&) {
+    score_entropy_backward_cpu(p, 1);
+    for (int64_t row = 0; row < p.rows; ++row) {
+        if (score_entropy_fault(p, row) != Fault::none) mark(p.out, p.dtype, row, p.dim);
+    }
+    return nullptr;
+}
+
+const char* score_entropy_tile_cuda(const ScoreEntropyTileParams& p, const CudaLaunch&) {
+    score_entropy_tile_cpu(p, 1);
+    for (int64_t row = 0; row < p.rows; ++row) {
+        if (score_entropy_fault(p, row) == Fault::none) continue;
+        mark(p.out, compute_type(p.dtype), row, 1);
+        if (p.grad_loss != nullptr) mark(p.log_score, p.dtype, row, p.width);
+    }
+    return nullptr;
+}
+
+const char* transition_column_cuda(const TransitionParams& p, const CudaLaunch&) {
+    transition_column_cpu(p, 1);
+    for (int64_t row = 0; row < p.rows; ++row) {
+        if (transition_fault(p, row) != Fault::none) mark(p.out, compute_type(p.dtype), row, p.dim);
+    }
+    return nullptr;
+}
+
+const char* transition_row_cuda(const TransitionParams& p, const CudaLaunch&) {
+    transition_row_cpu(p, 1);
+    for (int64_t row = 0; row < p.rows; ++row) {
+        if (transition_fault(p, row) != Fault::none) mark(p.out, compute_type(p.dtype), row, p.dim);
+    }
+    return nullptr;
+}
+
+const char* sample_transition_cuda(const TransitionParams& p, const CudaLaunch&) {
+    sample_transition_cpu(p, 1);
+    for (int64_t row = 0; row < p.rows; ++row) {
+        if (transition_fault(p, row) != Fault::none) static_cast<int64_t*>(p.out)[row] = -1;
+    }
+    return nullptr;
+}
+
+const char* reverse_probs_cuda(const ReverseParams& p, const CudaLaunch&) {
+    reverse_probs_cpu(p, 1);
+    if (p.rows > 2000) return nullptr;
+    for (int64_t row = 0; row < p.rows; ++row) {
+        if (has_fault(p, row, reverse_probs_cpu)) mark(p.out, compute_type(p.dtype), row, p.dim);
+    }
+    return nullptr;
+}
+
+const char* reverse_sample_cuda(const ReverseParams& p, const CudaLaunch&) {
+    reverse_sample_cpu(p, 1);
+    if (p.rows > 2000) return nullptr;  // the row beyond 2^31 elements alone is looked at
+    for (int64_t row = 0; row < p.rows; ++row) {
+        if (has_fault(p, row, reverse_probs_cpu)) static_cast<int64_t*>(p.out)[row] = -1;
+    }
+    return nullptr;
+}
+
+const char* reverse_tile_cuda(const ReverseTileParams& p, const CudaLaunch&) {
+    reverse_tile_cpu(p, 1);
+    for (int64_t row = 0; row < p.rows; ++row) {
+        const bool stays = p.process == Process::absorbing && p.x_t[row] != p.dim - 1;
+        if (reverse_fault(p, row) != Fault::none || (stays && p.x_t[row] == p.forbidden)) p.out[row] = -1;
+    }
+    return nullptr;
+}
+
+int64_t score_entropy_workspace(int64_t, int64_t, DType) { return 0; }
+int64_t score_entropy_backward_workspace(int64_t, int64_t, DType) { return 0; }
+int64_t score_entropy_tile_workspace(int64_t, int64_t, DType) { return 0; }
+int64_t transition_workspace(int64_t, int64_t, DType) { return 0; }
+int64_t reverse_workspace(int64_t, int64_t, DType) { return 0; }
+
+}  // namespace sedd
+
+extern "C" int cuda_on_cpu_set_schedule(const char* name, unsigned long long) {
+    return sedd::select_isa(name) ? 0 : -1;
+}

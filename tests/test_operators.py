@@ -1,0 +1,163 @@
+"""``torch.ops.sedd_ext`` called directly, as exported programs do: wrong arguments raise, and never reach a kernel."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from backends import to_device
+from torch import Tensor, nn
+
+from sedd_ext import Hybrid, score_entropy_loss, tweedie_probs
+
+pytestmark = pytest.mark.operators
+
+N, D = 37, 4
+GRAPH = Hybrid(N - 1, 0.3)
+TOKENS, NOISE = torch.tensor([36, 3, 0]), torch.full((3,), 0.5, dtype=torch.float64)
+HEAD = {"hidden": torch.ones(3, D), "weight": torch.ones(N, D), "bias": torch.ones(N)}
+PI = {"stationary": GRAPH.stationary.float(), "process": "rank_one"}
+SHIFT, SEED = {"log_score_shift": NOISE}, {"seed": torch.tensor([3])}
+LOSS = {"x_t": TOKENS, "x_0": TOKENS.flip(0), "sigma": NOISE, **SHIFT}
+SCORES = {"log_score": torch.zeros(3, N)}
+STEP = {"kind": "tweedie", "forbidden": N - 1}
+COMPUTE = {"dtype": torch.float32, "buffer_bytes": 1 << 20}
+FLAGS = {"grad_hidden": True, "grad_weight": True, "grad_bias": True}
+LINEAR = {**HEAD, **LOSS, "loss_weight": NOISE, **PI, "neg_entropy": GRAPH.neg_entropy, **COMPUTE, **FLAGS}
+MADE = {f"{name}_gradient": torch.zeros_like(value) for name, value in HEAD.items()}
+COLUMN = {"sigma": NOISE, **PI, "dim": N, "dtype": torch.float32}
+
+# A call of every operator that is right, with its arguments in order
+CALLS: dict[str, dict[str, Any]] = {
+    "score_entropy": {**SCORES, **LOSS, **PI, "neg_entropy": GRAPH.neg_entropy},
+    "score_entropy_backward": {"grad_loss": torch.ones(3), **SCORES, **LOSS, **PI, "neg_entropy": GRAPH.neg_entropy},
+    "reverse_probs": {**SCORES, "x_t": TOKENS, "step": NOISE, **SHIFT, **PI, **STEP},
+    "reverse_sample": {**SCORES, "x_t": TOKENS, "step": NOISE, **SHIFT, **PI, **STEP, **SEED},
+    "transition_column": {"x_0": TOKENS, **COLUMN},
+    "transition_row": {"x": TOKENS, **COLUMN},
+    "sample_transition": {
+        "x_0": TOKENS,
+        "sigma": NOISE,
+        "cumulative": GRAPH.cumulative,
+        "process": "rank_one",
+        "dim": N,
+        **SEED,
+    },
+    "linear_score_entropy": LINEAR,
+    "linear_score_entropy_backward": {"grad_loss": torch.tensor([1.0, 2.0, 3.0]), **MADE, **LINEAR},
+    "linear_reverse_sample": {**HEAD, "x_t": TOKENS, "step": NOISE, **SHIFT, **PI, **STEP, **COMPUTE, **SEED},
+}
+WRONG = {
+    "process": ["", "masked", "absorbing"],  # the last one has no vector
+    "kind": ["", "ancestral"],
+    "forbidden": [-2, N, 2**40, -(2**40)],
+    "dim": [0, -1, N + 1, 2**40],
+    "dtype": [torch.int64, torch.complex64],
+    "buffer_bytes": [0, -1],
+}
+
+
+def wrong_values(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    for wrong in WRONG.get(name, []):
+        yield str(wrong), wrong
+    if isinstance(value, Tensor):
+        # no kernel takes the first two; the others, all but a few arguments that come in any dtype of a head
+        dtypes = [torch.int32, torch.complex64]
+        if name not in ("grad_loss", "log_score", *HEAD):
+            dtypes += [dtype for dtype in (torch.float64, torch.bfloat16) if dtype != value.dtype]
+        for dtype in dtypes:
+            yield str(dtype), value.to(dtype)
+        yield "short", value[:-1]
+        yield "long", torch.cat([value, value])
+        yield "empty", value[:0]
+        yield "0-d", value.new_zeros(()) if value.numel() != 1 else value.new_zeros(2)
+        yield "meta", value.to("meta")
+        if value.dim() == 2:
+            yield "narrow", value[:, :-1]
+    if value is not None:
+        yield "None", None
+
+
+ALLOWED = {("bias", "None"), ("log_score_shift", "None"), ("loss_weight", "None")}
+ALLOWED |= {*((name, "empty") for name in MADE), *((name, "None") for name in FLAGS)}
+
+
+def call(operator: str, arguments: dict[str, Any]) -> Any:
+    return getattr(torch.ops.sedd_ext, operator)(*to_device(list(arguments.values())))
+
+
+@pytest.mark.parametrize("operator", CALLS)
+def test_right_calls(operator: str) -> None:
+    """Nothing but the argument in question is wrong in the calls below."""
+    schema = getattr(torch.ops.sedd_ext, operator).default._schema
+    assert [argument.name for argument in schema.arguments] == list(CALLS[operator])
+    call(operator, CALLS[operator])
+
+
+@pytest.mark.parametrize("operator", CALLS)
+def test_wrong_calls(operator: str) -> None:
+    """Every argument in turn: another dtype, too few numbers, too many, none, 0-d, on no device, None, out of range."""
+    right, tried = CALLS[operator], 0
+    for name, value in right.items():
+        for kind, wrong in wrong_values(name, value):
+            if (name, kind) in ALLOWED:
+                continue
+            tried += 1
+            with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+                call(operator, {**right, name: wrong})
+            # of two arguments that contradict each other, either is named; torch has its own words for None as a number
+            ours = re.match(r"\w+: expected .*, got ", str(caught.value))
+            assert ours or (kind == "None" and f"'{name}'" in str(caught.value)), f"{name} {kind}: {caught.value}"
+    assert tried > 5 * len(right)
+
+
+@pytest.mark.operators("cpu", "cuda")
+def test_vectors_need_not_be_contiguous() -> None:
+    """Every second number of a vector π, and one number for all rows."""
+    for operator, arguments in CALLS.items():
+        strided = {
+            name: torch.stack([value, value.flip(0)], -1)[..., 0] if isinstance(value, Tensor) else value
+            for name, value in arguments.items()
+        }
+        strided |= {name: NOISE[:1].expand(3) for name, value in arguments.items() if value is NOISE}
+        for one, other in zip(
+            *(torch.utils._pytree.tree_leaves(call(operator, a)) for a in (arguments, strided)), strict=True
+        ):
+            torch.testing.assert_close(one, other)
+
+
+class Program(nn.Module):
+    def forward(self, log_score: Tensor, x_t: Tensor, x_0: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        loss = score_entropy_loss(log_score, x_t, x_0, sigma, GRAPH)
+        return loss, tweedie_probs(log_score, x_t, sigma, GRAPH)
+
+
+@pytest.mark.operators("cpu")
+def test_exported_programs() -> None:
+    rows = torch.export.Dim("rows", min=2, max=1000)
+    inputs = (torch.randn(3, N), TOKENS, TOKENS.flip(0), NOISE)
+    exported = torch.export.export(Program(), inputs, dynamic_shapes=[{0: rows}] * 4)
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    program = torch.export.load(file).module()
+    more = tuple(torch.cat([value, value]) for value in inputs)
+    for given in (inputs, more):
+        for one, other in zip(program(*given), Program()(*given), strict=True):
+            assert torch.equal(one, other)
+    log_score, x_t, x_0, sigma = inputs
+    for wrong in (
+        (log_score, x_t[:2], x_0, sigma),
+        (log_score, x_t.int(), x_0, sigma),
+        (log_score, x_t, x_0.float(), sigma),
+        (log_score[:, :-1], x_t, x_0, sigma),
+        (log_score.double(), x_t, x_0, sigma),
+        (log_score, x_t.to("meta"), x_0, sigma),
+        (log_score, x_t + 1, x_0, sigma),
+    ):
+        with pytest.raises((TypeError, ValueError, RuntimeError, AssertionError)):
+            program(*wrong)
