@@ -3,9 +3,9 @@
     python benchmarks/busy.py                                           # all settings, some four minutes
     python benchmarks/busy.py --settings "sedd" "one thread" --rounds 1
 
-One process per setting of OpenMP loads the model and waits; then they are timed in turns. A turn in which other processes
-used more than a tenth of a CPU is thrown away. Prints a table in Markdown for docs/performance.md: medians, and the
-number of turns behind them.
+There is one process for each setting of OpenMP. All load the model first; then they are timed in turns. A turn in which
+other processes used more than a tenth of a CPU is thrown away. Prints a table in Markdown for docs/performance.md:
+medians, and the number of turns behind each.
 """
 
 from __future__ import annotations
@@ -62,11 +62,13 @@ def main() -> None:
     try:
         for _ in range(options.rounds):
             for busy in (False, True):
-                neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+                neighbour = start_neighbour() if busy else None
                 try:
                     for work in options.work:
                         for name, worker in workers.items():
                             speed, foreign = timed(worker, neighbour, work, options.seconds)
+                            where = "busy" if busy else "idle"
+                            print(f"{name}; {work}; {where}; {speed:,.0f}; others {foreign:.2f}", file=sys.stderr)
                             if foreign < FOREIGN:
                                 speeds[name, work, busy].append(speed)
                 finally:
@@ -91,6 +93,11 @@ def start(environment: dict[str, str]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         bufsize=1,
     )
+
+
+def start_neighbour() -> subprocess.Popen[bytes]:
+    """A process that keeps a CPU busy; of another session, as Linux shares CPUs between sessions first."""
+    return subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
 
 
 def answer(worker: subprocess.Popen[str]) -> str:

@@ -15,9 +15,9 @@ namespace sedd {
 
 // Calls work(begin, end, scratch, status) on pieces of [0, rows), each piece about `cost` elements a row; every thread
 // has `scratch_bytes` of its own. What is computed for a row must not depend on the pieces. Returns the first fault.
-// A thread takes the next piece when it has finished one, so where another process holds a core, the others do its work.
-// The team is one thread or all of `threads`, as in torch: for a team of another size than the last, libgomp ends
-// threads of its pool and torch's next operator has to start them again.
+// A thread takes a piece whenever it has finished one: where another process holds a core, the other threads do the
+// work. The team is one thread or all of `threads`, as in torch: given a smaller team than the last, libgomp ends
+// threads of its pool, and torch's next operator has to start them again.
 template <class Work>
 Status parallel_rows(int64_t rows, int64_t cost, int64_t scratch_bytes, int threads, const Work& work) {
     constexpr int64_t piece_elements = 1 << 15;  // some 10 µs: enough to hide what taking a piece costs

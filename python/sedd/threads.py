@@ -1,8 +1,8 @@
-"""Threads of the commands, decided before torch is loaded: how many there are, and how long one that waits keeps its core.
+"""Threads of the commands, decided before torch is loaded: their number, and how long one that waits keeps its core.
 
-torch's threads are OpenMP's. Between two operators they wait in a loop, which costs nothing while every thread has a
-core, and much where another process takes one: GCC's runtime gives up after 300,000 turns, several milliseconds, and
-the thread that has work to do may be the one that waits for a core. ``docs/performance.md`` has the figures.
+torch's threads are OpenMP's. Between two operators they wait in a loop. That costs nothing while every thread has a
+core, but where another process takes one, threads in the loop hold the cores that the thread with work to do needs.
+GCC's runtime leaves the loop after 300,000 turns, which is several milliseconds. ``docs/performance.md`` has figures.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pathlib import Path
 
 __all__ = ["cpu_quota", "set_defaults"]
 
-# Some 50 microseconds: longer than threads that all have a core wait for each other. On x86 a turn contains PAUSE (25 to
-# 50 ns); elsewhere GCC's loop has nothing like it, and the number is an estimate.
+# Turns of the loop, some 50 microseconds: longer than threads that all have a core wait for each other. On x86 a turn
+# contains PAUSE (25 ns on an AMD EPYC of Zen 3); elsewhere the loop has nothing like it, and the number is an estimate.
 _SPINS = 2_000 if platform.machine() in ("x86_64", "AMD64") else 50_000
 
 
 def set_defaults(environ: MutableMapping[str, str] = os.environ) -> None:
     """Sets OpenMP's environment variables for this process, unless it is too late or the user has set them.
 
-    ``GOMP_SPINCOUNT`` bounds the time a thread waits in a loop; it stays as it is where one of ``OMP_WAIT_POLICY``,
-    ``GOMP_SPINCOUNT`` and ``KMP_*`` (of Intel's and LLVM's runtime) is set. ``OMP_NUM_THREADS`` becomes the CPU quota of
-    the container, rounded down, where that is smaller than the number of CPUs the process may run on.
+    ``GOMP_SPINCOUNT`` bounds the time that a thread waits in a loop. It is set unless one of ``OMP_WAIT_POLICY``,
+    ``GOMP_SPINCOUNT`` and ``KMP_*`` (Intel's and LLVM's runtime) is. ``OMP_NUM_THREADS`` becomes the CPU quota of the
+    container, rounded down, if that is smaller than the number of CPUs that the process may run on.
 
     Args:
         environ: what to change. The runtime reads the process's own when torch is imported, and never again.
@@ -62,7 +62,7 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/se
             continue
         mount = root / "cpu" if controllers else root
         group = mount / path.lstrip("/")
-        # In a container the path may be that of the host, of which only the mount's own folder is there.
+        # in a container the path may be the host's, of which only the mount itself is visible
         for folder in (group, *group.parents):
             quota = _quota(folder, version=1 if controllers else 2)
             if quota is not None:
@@ -78,5 +78,5 @@ def _quota(folder: Path, version: int) -> float | None:
     try:
         quota, period = " ".join((folder / name).read_text() for name in files).split()
         return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError, ZeroDivisionError):  # no such group, or "max"
+    except (OSError, ValueError, ZeroDivisionError):  # no such group, or no limit: "max"
         return None
