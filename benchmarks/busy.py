@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import argparse
 import collections
-import io
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
 
@@ -87,7 +84,7 @@ def start(environment: dict[str, str]) -> subprocess.Popen[str]:
     plain = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "KMP_"))}
     return subprocess.Popen(
         [sys.executable, __file__, "--child"],
-        env=plain | {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"} | environment,
+        env=plain | environment,
         text=True,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -130,47 +127,50 @@ def serve() -> None:
     from sedd.threads import set_defaults
 
     set_defaults()
-    with tempfile.TemporaryDirectory() as folder:
-        calls = prepare(Path(folder))
-        print("ready", flush=True)
-        for line in sys.stdin:
-            seconds, _, work = line.strip().partition(" ")
-            name, units = WORK[work]
-            call = calls[name]
+    calls = prepare()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        seconds, _, work = line.strip().partition(" ")
+        name, units = WORK[work]
+        call = calls[name]
+        call()
+        count, began = 0, time.monotonic()
+        while (passed := time.monotonic() - began) < float(seconds):
             call()
-            count, began = 0, time.monotonic()
-            while (passed := time.monotonic() - began) < float(seconds):
-                call()
-                count += 1
-            print(units * count / passed, flush=True)
+            count += 1
+        print(units * count / passed, flush=True)
 
 
-def prepare(folder: Path) -> dict[str, Callable[[], object]]:
+def prepare() -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
     import torch
-    from rich.console import Console
 
-    from sedd.config import TrainConfig
-    from sedd.data import DataConfig
-    from sedd.train import Trainer
+    from sedd.model import PRESETS, SEDD
+    from sedd.objective import sample_times, score_entropy
+    from sedd.schedule import get_schedule
     from sedd_ext import Absorbing, sample_transition, score_entropy_loss
 
-    text = folder / "text.txt"
-    text.write_text(Path(argparse.__file__).read_text())
-    data = DataConfig(source=str(text), cache_dir=str(folder / "cache"))
-    trainer = Trainer(TrainConfig(run_dir=str(folder / "run"), data=data), console=Console(file=io.StringIO()))
+    letters, words, schedule = Absorbing(256), Absorbing(50257), get_schedule("loglinear")
+    model = SEDD(PRESETS["tiny"], letters, schedule, "bytes")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    text, tokens = torch.randint(256, (8, 128)), torch.randint(50257, (8, 1024))
+
+    def training() -> None:
+        score_entropy(model, text, sample_times(8), letters, schedule, scale=1 / text.numel()).sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     def loss(rows: int, n: int) -> Callable[[], object]:
         graph = Absorbing(n - 1)
         log_score, x_t, x_0 = torch.randn(rows, n), torch.full((rows,), graph.mask_id), torch.zeros(rows).long()
         return lambda: score_entropy_loss(log_score, x_t, x_0, 1.0, graph)
 
-    graph, tokens = Absorbing(50257), torch.randint(50257, (8, 1024))
     return {
-        "training": trainer.train_step,
+        "training": training,
         "small loss": loss(64, 28),
         "large loss": loss(1024, 50258),
-        "noising": lambda: sample_transition(tokens, 1.0, graph),
+        "noising": lambda: sample_transition(tokens, 1.0, words),
     }
 
 
