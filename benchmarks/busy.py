@@ -93,8 +93,9 @@ def start(environment: dict[str, str]) -> subprocess.Popen[str]:
 
 
 def start_neighbour() -> subprocess.Popen[bytes]:
-    """A process that keeps a CPU busy; of another session, as Linux shares CPUs between sessions first."""
-    return subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
+    """A process that keeps a CPU busy while this one lives: in another session, since Linux shares CPUs by session."""
+    code = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+    return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
 
 
 def answer(worker: subprocess.Popen[str]) -> str:
