@@ -2,9 +2,12 @@
 
 import sys
 
+from sedd.threads import set_defaults
+
 
 def main() -> int:
     """Runs the command line; returns the exit code."""
+    set_defaults()
     try:
         from sedd.cli import main as run
     except ModuleNotFoundError as error:

@@ -43,6 +43,10 @@ Without options a small model learns from the sources and documentation of this 
 holds everything: config.json, metrics.jsonl, TensorBoard scalars and checkpoints. Ctrl-C and SIGTERM save and stop;
 --resume goes on, bit for bit as if there had been no break.
 
+Without a GPU, all CPUs that the process may use take part, within the CPU quota of a container. If other processes use
+them too, set OMP_NUM_THREADS to the number of free ones. So that a waiting thread keeps its CPU for at most 50
+microseconds or so, sedd sets GOMP_SPINCOUNT, unless you set it, OMP_WAIT_POLICY or a KMP_ variable.
+
 examples:
   sedd train
   sedd train --data.source book.txt --run_dir runs/book --max_minutes 30
