@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from sedd.schedule import Schedule
 from sedd.unfinished import Unfinished, identity
 from sedd_ext import RankOne
 
-__all__ = ["ElboResult", "elbo", "ngram_bits", "plot_bound", "prior_kl"]
+__all__ = ["ElboResult", "elbo", "joined", "ngram_bits", "plot_bound", "prior_kl"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,24 @@ class ElboResult:
     def perplexity_mean_of_exp(self) -> float:
         """The SEDD paper's averaging: the mean over sequences of exp(nats per token). Never below ``perplexity``."""
         return float((self.sequences / self.length).exp().mean())
+
+
+def joined(results: Sequence[ElboResult]) -> ElboResult:
+    """One result for the sequences of several, which all have the same length, draws and schedule."""
+
+    def together(name: str) -> Tensor:
+        return torch.cat([getattr(result, name) for result in results])
+
+    first, counts = results[0], [len(result.sequences) for result in results]
+    return ElboResult(
+        sequences=together("sequences"),
+        length=first.length,
+        times=together("times"),
+        integrand=together("integrand"),
+        prior=sum(result.prior * count for result, count in zip(results, counts, strict=True)) / sum(counts),
+        n_bytes=None if first.n_bytes is None else sum(result.n_bytes or 0 for result in results),
+        onset=None if first.onset is None else together("onset"),
+    )
 
 
 class Onset(Schedule):

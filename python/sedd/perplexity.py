@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,15 +14,16 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from sedd.checkpoint import finite, write_json
 from sedd.config import check_options, resolve_device
 from sedd.data import DataConfig, TokenBlocks, load_blocks, load_text, valid_batches
 from sedd.detokenize import Detokenizer
-from sedd.evaluate import ElboResult, elbo, ngram_bits, plot_bound
+from sedd.evaluate import ElboResult, elbo, joined, ngram_bits, plot_bound
 from sedd.figures import check_figure
 from sedd.pretrained import LoadedModel, load_model
-from sedd.progress import console
+from sedd.progress import console, track
 from sedd.sources import is_plain_text
 from sedd.tokenizer import count_bytes
 from sedd.unfinished import identity
@@ -78,7 +80,10 @@ class PerplexityOptions:
     """How spaces before punctuation, which corpora of separated words have, are taken out of files and hub data sets.
     The texts known by name bring their own."""
     blocks: int | None = None
-    """Score only so many blocks of a text: always the same ones, spread over all of it."""
+    """Score only this many blocks of a text: always the same ones, spread evenly over it."""
+    max_minutes: float | None = None
+    """Stop after this many minutes for each text. The bound is then that of the blocks scored so far, the same ones
+    that `blocks` takes, and the output says how many they are. Such an evaluation is not resumed by `json`."""
     draws: int = 8
     """Noise levels drawn for each block, one from each of so many equal parts of the time. The papers draw 1,000."""
     seed: int = 0
@@ -98,6 +103,8 @@ class PerplexityOptions:
     def __post_init__(self) -> None:
         """Checks the values."""
         check_options(self, positive=("blocks", "draws", "batch_size"), outputs=("json", "plot"))
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"max_minutes: expected a positive number, got {self.max_minutes}")
 
 
 def perplexity(run: str, options: PerplexityOptions) -> int:
@@ -120,8 +127,10 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
     titles = [name if last.count(short) > 1 else short for name, short in zip(options.texts, last, strict=True)]
     for name, title in zip(options.texts or [""], titles or ["validation text"], strict=True):
         blocks, train, rules = _blocks(loaded, name, options)
-        unfinished = _unfinished(options.json, title) if options.json else None
-        result = _score(loaded, blocks, options, unfinished, out)
+        unfinished = _unfinished(options.json, title) if options.json and options.max_minutes is None else None
+        wanted = torch.cat(list(valid_batches(blocks, 4096, options.blocks)))
+        result = _score(loaded, wanted, options, unfinished, out)
+        scored = wanted[: len(result.sequences)]
         if math.isnan(result.nats_per_token):
             bad = int(result.sequences.isnan().sum())
             raise ValueError(
@@ -138,14 +147,15 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
             f"{result.perplexity_mean_of_exp:.{'2f' if result.perplexity_mean_of_exp < 1e6 else '2e'}}",
             f"{result.bits_per_byte:.4f}",
         )
+        stopped = len(scored) < len(wanted)
         notes.append(
-            f"{title}: {rules}; {result.tokens:,} of {blocks.n_tokens:,} tokens, in {len(result.sequences):,} blocks "
-            f"of {result.length}. ± {result.standard_error:.4f} nats/token is for all text like this, "
+            f"{title}: {rules}; {result.tokens:,} of {blocks.n_tokens:,} tokens, in {len(scored):,} blocks of "
+            f"{result.length}{f', after {options.max_minutes:g} minutes' if stopped else ''}. "
+            f"± {result.standard_error:.4f} nats/token is for all text like this, "
             f"± {result.monte_carlo_error:.4f} for these blocks; {result.prior:.4f} is the prior term."
         )
         if isinstance(train, TokenBlocks):  # a stream would have to be read to its end
             counted = torch.cat(list(valid_batches(train, 4096, NGRAM_TOKENS // train.length)))
-            scored = torch.cat(list(valid_batches(blocks, 4096, options.blocks)))
             for order, other in ((1, "unigram"), (2, "bigram")):
                 nats = ngram_bits(counted, scored, loaded.tokenizer.vocab_size, order) * math.log(2)
                 bits = nats / math.log(2) * result.tokens / n_bytes
@@ -215,23 +225,37 @@ def _data(name: str, options: PerplexityOptions) -> DataConfig:
 
 
 def _score(
-    loaded: LoadedModel, blocks: TokenBlocks, options: PerplexityOptions, unfinished: Path | None, out: Console
+    loaded: LoadedModel, blocks: Tensor, options: PerplexityOptions, unfinished: Path | None, out: Console
 ) -> ElboResult:
-    scored = torch.cat(list(valid_batches(blocks, 4096, options.blocks)))
+    """The bound of blocks [S, L]; with ``max_minutes``, of the first of them that it has time for."""
     device = next(loaded.model.parameters()).device
-    return elbo(
-        loaded.model,
-        scored,
-        loaded.graph,
-        loaded.schedule,
-        draws=options.draws,
-        n_bytes=count_bytes(scored, loaded.tokenizer),
-        batch_size=options.batch_size,
-        generator=torch.Generator(device).manual_seed(options.seed),
-        autocast_dtype=loaded.autocast_dtype,
-        unfinished=unfinished,
-        progress=out.is_terminal,
-    )
+    generator = torch.Generator(device).manual_seed(options.seed)
+
+    def score(part: Tensor, progress: bool) -> ElboResult:
+        return elbo(
+            loaded.model,
+            part,
+            loaded.graph,
+            loaded.schedule,
+            draws=options.draws,
+            n_bytes=count_bytes(part, loaded.tokenizer),
+            batch_size=options.batch_size,
+            generator=generator,
+            autocast_dtype=loaded.autocast_dtype,
+            unfinished=unfinished,
+            progress=progress,
+        )
+
+    if options.max_minutes is None:
+        return score(blocks, out.is_terminal)
+    deadline = time.monotonic() + 60 * options.max_minutes
+    size = max(1, min(options.batch_size, 8 * options.batch_size // options.draws))  # some 8 calls of the model
+    results = []
+    for part in track(blocks.split(size), "likelihood", out.is_terminal):
+        results.append(score(part, False))
+        if time.monotonic() >= deadline:
+            break
+    return joined(results)
 
 
 def _figures(result: ElboResult, blocks: TokenBlocks, rules: str, options: PerplexityOptions) -> dict[str, Any]:
