@@ -208,7 +208,9 @@ def test_an_evaluation_bounded_in_time_says_how_much_it_scored(
     monkeypatch.setattr(sedd.perplexity.time, "monotonic", lambda: clock)
     arguments = [str(text), "--draws", "16", "--batch_size", "4"]
     bounded = evaluate(model, *arguments, "--max_minutes", "4.6")["text.txt"]
-    assert (bounded["blocks"], bounded["tokens"], bounded["bytes"]) == (20, 160, 160), "10 rounds of 2 blocks, 30 s each"
+    assert (bounded["blocks"], bounded["tokens"], bounded["bytes"]) == (20, 160, 160), (
+        "10 rounds of 2 blocks, 30 s each"
+    )
     assert "160 of 417 tokens, in 20 blocks of 8, after 4.6 minutes." in capsys.readouterr().out
     same = evaluate(model, *arguments, "--blocks", "20")["text.txt"]
     assert bounded["nats_per_token"] == pytest.approx(same["nats_per_token"], abs=5 * same["monte_carlo_error"])
