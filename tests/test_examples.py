@@ -125,6 +125,15 @@ def test_the_demo_ends_with_what_its_figures_mean(bits: float, verdict: str, tmp
     assert f"train --run_dir {tmp_path} --resume --max_minutes 30" in printed
 
 
+def test_the_page_has_the_marks_between_which_make_bench_writes() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    for script in ("report.py", "profiles.py"):
+        source = (ROOT / "benchmarks" / script).read_text(encoding="utf-8")
+        marks = re.findall(r'"(<!-- [^"]+ -->)"', source)
+        assert len(marks) == 2
+        assert [page.count(mark) for mark in marks] == [1, 1]
+
+
 @pytest.mark.parametrize("name", ["text27.sh", "wikitext.sh"])
 def test_a_script_without_arguments_says_what_it_wants(name: str) -> None:
     done = subprocess.run(["bash", str(ROOT / "examples" / name)], capture_output=True, text=True)
