@@ -1,4 +1,4 @@
-"""``sedd eval perplexity``: the likelihood bound of a model on texts, those of the papers by name or any others."""
+"""``sedd eval perplexity``: the likelihood bound of a model on the papers' test sets or on any other text."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ NGRAM_TOKENS = 20_000_000  # training tokens that the n-gram models count
 
 @dataclass(frozen=True)
 class TextSet:
-    """A text that papers report: where it is on the Hugging Face hub, and how it is read.
+    """A test set of the papers: where it is on the Hugging Face hub, and how it is read.
 
     Attributes:
         data: source, subset, split (as ``train_split``), column and detokeniser.
-        joined: the rows are lines of one document; else each row is a document, closed with end-of-text.
+        joined: all rows together are one document. Otherwise each row is a document and closed with end-of-text.
     """
 
     data: DataConfig
@@ -59,7 +59,7 @@ TEXTS = {
     "lm1b": _hub("billion-word-benchmark/lm1b", "lm1b", revision=_PARQUET),
     "ptb": _hub("ptb-text-only/ptb_text_only", "ptb", revision=_PARQUET, text_column="sentence"),
 }
-"""The papers' test sets by name: those of SEDD's tables 1 to 3."""
+"""The test sets of tables 1 to 3 of the SEDD paper, by name."""
 
 
 @dataclass
@@ -69,36 +69,37 @@ class PerplexityOptions:
     texts: list[str] = field(default_factory=list)
     """Names of :data:`TEXTS`, files, folders or hub data sets; none: the run's validation text."""
     subset: str | None = None
-    """Of a data set on the hub: its configuration."""
+    """Configuration of a data set on the hub."""
     split: str | None = None
-    """Of a data set on the hub: its split; null: test."""
+    """Split of a data set on the hub; null: test."""
     text_column: str = "text"
-    """Column (JSON key) that holds the text."""
+    """Column (JSON key) that contains the text."""
     documents: Literal["file", "paragraph", "line"] = "file"
-    """What one document of a text file is; each is closed with end-of-text before all are cut into blocks."""
+    """What counts as one document in a text file. Each document is closed with end-of-text; all are then joined and cut
+    into blocks."""
     detokenizer: Literal["none", "wikitext", "ptb", "lm1b", "lambada"] = "none"
-    """How spaces before punctuation, which corpora of separated words have, are taken out of files and hub data sets.
-    The texts known by name bring their own."""
+    """Rules that remove the spaces which some corpora have around punctuation, for files and hub data sets. The test
+    sets known by name have their own."""
     blocks: int | None = None
     """Score only this many blocks of a text: always the same ones, spread evenly over it."""
     max_minutes: float | None = None
     """Stop after this many minutes for each text. The bound is then that of the blocks scored so far, the same ones
     that `blocks` takes, and the output says how many they are. Such an evaluation is not resumed by `json`."""
     draws: int = 8
-    """Noise levels drawn for each block, one from each of so many equal parts of the time. The papers draw 1,000."""
+    """Noise levels drawn for each block, one from each of this many equal parts of the time. The papers draw 1,000."""
     seed: int = 0
-    """Seed of noise levels and noise."""
+    """Seed of the noise levels and the noise."""
     batch_size: int = 32
-    """Blocks scored at a time."""
+    """Blocks in a call of the model."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if there is one and the CUDA kernels are built."""
     cache_dir: str | None = None
-    """Folder for downloads and prepared text; null: that of the package datasets."""
+    """Folder for downloads and prepared text; null: the default of the package datasets."""
     json: str | None = None
-    """Write the figures to this file too. What is done so far is kept beside it, and an interrupted evaluation goes on
-    from there when it is called again."""
+    """Also write the figures to this file. Partial results are kept beside it: an interrupted evaluation that is called
+    again continues from them."""
     plot: str | None = None
-    """Draw what each noise level adds to the bound, as a picture (needs the extra `eval`); for one text."""
+    """Plot how much each noise level contributes to the bound, to this file (needs the extra `eval`; one text only)."""
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -176,12 +177,12 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
 
 
 def _unfinished(json: str, title: str) -> Path:
-    """The file beside another that keeps what is done of a text, by a name that only this text has."""
+    """The file of partial results for a text, beside the JSON file, with a name that is unique to the text."""
     return Path(f"{json}.{re.sub('[^0-9A-Za-z]+', '-', title)}-{identity((), title)[:8]}.unfinished")
 
 
 def _blocks(loaded: LoadedModel, name: str, options: PerplexityOptions) -> tuple[TokenBlocks, Any, str]:
-    """The blocks of a text, the training text they are held out from if it is known, and how the text was read."""
+    """The blocks of a text, the training text that they are held out from (or None), and how the text was read."""
     length = loaded.model.config.length
     if not name:
         if loaded.config is None:
