@@ -6,18 +6,24 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt cmake/cuda.cmake setup
 NATIVE := $(filter csrc/%,$(SOURCES)) $(wildcard tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/include/*.h tests/cuda_on_cpu/include/*/*.h)
 RUN := runs/demo
 FLAGS :=
+MINUTES ?= 5
 
 .PHONY: demo test bench cuda-check gpu-check gpu-check-offline gpu-profile lint format clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
 
-demo: $(VENV)/.train ## train a tiny model on Python's own text for at most 5 minutes, then evaluate, sample and infill
-	rm -rf $(RUN)
-	$(BIN)/sedd train --run_dir $(RUN) --max_minutes 5
-	$(BIN)/sedd eval perplexity $(RUN)
+demo: $(VENV)/.train ## train a tiny model on Python's own text for 5 minutes (MINUTES=5), then evaluate, sample and infill
+	@rm -rf $(RUN)
+	@printf '\n== 1 of 4: training on the sources and documentation of this Python, $(MINUTES) minutes\n'
+	$(BIN)/sedd train --run_dir $(RUN) --max_minutes $(MINUTES)
+	@printf '\n== 2 of 4: measuring bits per byte on text held out from training, at most half a minute\n'
+	$(BIN)/sedd eval perplexity $(RUN) --max_minutes 0.5 --json $(RUN)/eval/perplexity.json
+	@printf '\n== 3 of 4: three samples, a few seconds\n'
 	$(BIN)/sedd sample $(RUN) --num 3 --seed 1
+	@printf '\n== 4 of 4: filling the gaps of a text, a few seconds\n'
 	$(BIN)/sedd infill $(RUN) 'def {{10}}(self):{{40}}return {{12}}' --seed 1
+	@$(BIN)/python examples/demo_summary.py $(RUN)
 
 test: $(VENV)/.test ## run the tests
 	$(BIN)/python -m pytest -q
@@ -63,9 +69,10 @@ $(VENV)/.%: $(SOURCES)
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: Python's venv module is missing: install python3-venv"; exit 1; }
 	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "make: Python.h is missing: install python3-dev"; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null || { echo "make: no C++ compiler found: install g++ or clang, or set CXX="; exit 1; }
-	@echo "setting up $(VENV): packages are downloaded and the kernels built, which takes a few minutes"
+	@printf '== Setting up $(VENV) with %s\n' "$$($(PYTHON) --version)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@printf '== pip downloads PyTorch and the other packages, builds the kernels (about 1 minute), and installs everything\n'
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@# setuptools warns at length of editable installs
-	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$*]"
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -c constraints.txt -e ".[$*]"
 	@touch $@

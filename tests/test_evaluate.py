@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy import VOCABULARY, JointScore, TrueScore
 
-from sedd.evaluate import ElboResult, elbo, ngram_bits, plot_bound, prior_kl
+from sedd.evaluate import ElboResult, elbo, joined, ngram_bits, plot_bound, prior_kl
 from sedd.model import ModelConfig
 from sedd.schedule import get_schedule
 from sedd_ext import Absorbing, Hybrid, RankOne, Uniform, transition_column
@@ -267,6 +267,25 @@ def test_result_arithmetic():
     onset = ElboResult(sequences, 2, torch.zeros(2, 2), integrand, 0.0, onset=integrand / 2)
     assert onset.monte_carlo_error == pytest.approx(math.sqrt(1.25) * result.monte_carlo_error)
     assert ElboResult(1e4 * sequences, 2, torch.zeros(2, 2), integrand, 0.0).perplexity == math.inf
+
+
+@pytest.mark.parametrize("schedule", ["loglinear", "geometric"])
+def test_results_are_joined_by_sequence(schedule):
+    graph = RankOne(torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1], dtype=torch.float64))
+    schedule = get_schedule(schedule, **({"sigma_max": 2.0} if schedule == "geometric" else {}))
+    model, generator = TrueScore(graph), seeded(1)
+    blocks = model.draw((7, 6), generator)
+    parts = [
+        elbo(model, part, graph, schedule, draws=4, n_bytes=part.numel(), generator=generator)
+        for part in blocks.split([2, 5])
+    ]
+    whole = joined(parts)
+    assert torch.equal(whole.sequences, torch.cat([part.sequences for part in parts]))
+    assert (whole.tokens, whole.n_bytes, tuple(whole.times.shape)) == (42, 42, (7, 4))
+    assert whole.nats_per_token == pytest.approx((2 * parts[0].nats_per_token + 5 * parts[1].nats_per_token) / 7)
+    drawn = whole.integrand.mean(1) + (0 if whole.onset is None else whole.onset.mean(1))
+    assert whole.prior == pytest.approx(float((whole.sequences - drawn).mean()) / 6)
+    assert parts[0].prior != pytest.approx(parts[1].prior, rel=1e-6), "or the weights of the parts would not show"
 
 
 def test_same_seed_same_bound_whatever_the_mode_and_mode_is_restored():

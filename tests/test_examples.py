@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import re
 import runpy
@@ -9,54 +10,131 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 
-from sedd_ext import Absorbing, linear_score_entropy_loss, score_entropy_loss
+from sedd_ext import Absorbing, RankOne, Uniform, score_entropy_loss, transition_column
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_own_trainer_learns() -> None:
-    example = runpy.run_path(str(ROOT / "examples" / "own_trainer.py"))
-    first, last = example["train"](steps=300)
-    # the bound cannot fall below the entropy of the tokens, 1.208 nats, but for the noise of 50 steps
-    assert last < first
-    assert last == pytest.approx(1.208, abs=0.06)
+def test_bert_learns_from_the_first_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bert.py", "--steps", "1"])
+    names = runpy.run_path(str(ROOT / "examples" / "bert.py"), run_name="__main__")
+    (printed,) = re.findall(r"^step    1: ([\d.]+) nats per token", capsys.readouterr().out, re.MULTILINE)
+    torch.manual_seed(0)
+    model = names["make_model"]()
+    losses = names["train"](model, names["read_bytes"](50_000), 12)
+    assert losses[0] == pytest.approx(math.log(256), abs=0.8)
+    assert float(printed) == pytest.approx(math.log(256), abs=0.8)
+    assert sum(losses[-3:]) / 3 < 0.8 * losses[0]
+    written = names["sample"](model, num=2, steps=3)
+    assert written.shape == (2, names["LENGTH"])
+    assert int(written.max()) < 256, "no MASK is left"
 
 
-def test_readme_shows_the_example() -> None:
-    source = (ROOT / "examples" / "own_trainer.py").read_text(encoding="utf-8")
-    shown = source.split("# [five lines]\n")[1].split("        # [/five lines]")[0]
-    lines = [line.removeprefix("        ") for line in shown.splitlines()]
-    assert len(lines) == 5
-    assert "\n".join(lines) in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_readme_without_the_log_scores() -> None:
-    """The snippet of the fused head runs as it stands, and gives the unfused gradients."""
+def snippets(word: str) -> str:
+    """The Python of the README's section on trainers, up to the block that contains a word."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (snippet,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "body(" in block)
+    section = readme.split("## Use the loss in your own trainer")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    (last,) = (i for i, block in enumerate(blocks) if word in block)
+    text = "".join(blocks[: last + 1])
+    assert "Absorbing(50257)" in text
+    return text.replace("Absorbing(50257)", "Absorbing(6)")  # a small vocabulary, where N is not nearly N - 1
+
+
+def readme_names() -> dict[str, Any]:
+    """What the README takes as given: a network, a batch of text and its times."""
     generator = torch.Generator().manual_seed(0)
-    batch, length, d, n = 2, 5, 8, 11
-    graph = Absorbing(n)
-    states = torch.randn(batch, length, d, generator=generator, requires_grad=True)
-    head = torch.nn.Linear(d, graph.dim)
-    sigma_bar, sigma = torch.tensor([0.3, 1.5]), torch.tensor([0.7, 2.0])
-    x_0 = torch.randint(n, (batch, length), generator=generator)
-    x_t = torch.where(torch.rand(batch, length, generator=generator) < 0.6, n, x_0)
-    names = {
-        "linear_score_entropy_loss": linear_score_entropy_loss,
-        "body": lambda x_t, sigma_bar: states,
-        **{"head": head, "x_t": x_t, "x_0": x_0, "sigma_bar": sigma_bar, "sigma": sigma, "graph": graph},
+    torch.manual_seed(1)
+    head = torch.nn.Linear(8, 7)
+    states = torch.randn(2, 5, 8, generator=generator, requires_grad=True)
+    return {
+        **{"head": head, "body": lambda x_t: states, "model": lambda x_t: head(states), "states": states},
+        **{"x_0": torch.randint(6, (2, 5), generator=generator), "t": torch.tensor([0.4, 0.8])},
     }
-    exec(snippet, names)
-    leaves = (states, head.weight, head.bias)
-    fused = [leaf.grad for leaf in leaves]
-    loss = (sigma[:, None] * score_entropy_loss(head(states), x_t, x_0, sigma_bar[:, None], graph)).sum()
-    torch.testing.assert_close(names["loss"], loss)
-    torch.testing.assert_close(fused, list(torch.autograd.grad(loss, leaves)))
+
+
+def test_readme_scales_the_output_so_that_zeros_mean_equal_probabilities() -> None:
+    """By hand: the loss of a masked position is then log(N - 1) / (e^σ̄ - 1), that of the others 0."""
+    output = torch.zeros(2, 5, 7, requires_grad=True)
+    names = {**readme_names(), "model": lambda x_t: output}
+    torch.manual_seed(0)
+    exec(snippets("model("), names)
+    masked = names["x_t"] == 6
+    assert masked.any()
+    expected = torch.where(masked, math.log(6) / names["sigma_bar"].expm1()[:, None], 0.0)
+    torch.testing.assert_close(names["loss"], expected)
+    assert output.grad is not None
+    assert bool(output.grad[masked].any(-1).all())
+
+
+@pytest.mark.parametrize(("graph", "shifted"), [(Absorbing(7), True), (Uniform(7), False)])
+def test_the_loss_starts_at_log_n(graph: RankOne, shifted: bool) -> None:
+    """The README's claim for outputs of 0, by an integral over t and the sum over x_t."""
+    nodes, weights = (torch.tensor(part) for part in numpy.polynomial.legendre.leggauss(500))
+    t = (1 + nodes) / 2
+    sigma_bar, sigma = -torch.log1p(-0.999 * t), 0.999 / (1 - 0.999 * t)
+    shift = torch.log(torch.expm1(sigma_bar)) + math.log(graph.dim - 1) if shifted else torch.zeros_like(t)
+    x_0 = torch.zeros(len(t), graph.dim, dtype=torch.int64)
+    x_t = torch.arange(graph.dim).expand_as(x_0)
+    output = torch.zeros(*x_t.shape, graph.dim, dtype=torch.float64)
+    loss = score_entropy_loss(output, x_t, x_0, sigma_bar[:, None], graph, log_score_shift=shift[:, None])
+    probability = transition_column(x_0[:, 0], sigma_bar, graph)
+    total = float((weights / 2 * sigma * (probability * loss).sum(-1)).sum())
+    assert total == pytest.approx(math.log(7), abs=0.01)
+
+
+def test_readme_without_a_tensor_of_log_scores() -> None:
+    """The snippet of the fused head runs as it stands, and gives the gradients of the snippet before it."""
+    gradients = []
+    for word in ("model(", "body("):
+        names = readme_names()
+        torch.manual_seed(0)
+        exec(snippets(word), names)
+        leaves = (names["states"], names["head"].weight, names["head"].bias)
+        gradients.append([leaf.grad for leaf in leaves])
+    unfused, both = gradients
+    # the second run holds the first snippet too: its gradients are added up
+    torch.testing.assert_close(both, [2 * gradient for gradient in unfused])
+
+
+@pytest.mark.parametrize(
+    ("bits", "verdict"),
+    [(2.7312, "more context than the byte before"), (4.0, "table of pairs"), (4.6, "not yet learnt how frequent")],
+)
+def test_the_demo_ends_with_what_its_figures_mean(bits: float, verdict: str, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoints" / "step_00001200"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"step": 1200, "elapsed": 300.4}))
+    (tmp_path / "eval").mkdir()
+    texts = {
+        "validation text": {"bits_per_byte": bits, "blocks": 3339, "bytes": 427392},
+        "unigram": {"bits_per_byte": 4.49},
+        "bigram": {"bits_per_byte": 3.491},
+    }
+    (tmp_path / "eval" / "perplexity.json").write_text(json.dumps({"model": str(checkpoint), "texts": texts}))
+    command = [sys.executable, str(ROOT / "examples" / "demo_summary.py"), str(tmp_path)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    words = printed.replace("\n", " ")
+    assert f"After 1,200 steps (5.0 minutes) the model needs at most {bits:.2f} bits per byte" in words
+    assert "3,339 blocks (427,392 bytes)" in words
+    assert verdict in words
+    assert words.count("So the model") == 1
+    assert f"train --run_dir {tmp_path} --resume --max_minutes 30" in printed
+
+
+def test_the_page_has_the_marks_between_which_make_bench_writes() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    for script in ("report.py", "profiles.py"):
+        source = (ROOT / "benchmarks" / script).read_text(encoding="utf-8")
+        marks = re.findall(r'"(<!-- [^"]+ -->)"', source)
+        assert len(marks) == 2
+        assert [page.count(mark) for mark in marks] == [1, 1]
 
 
 @pytest.mark.parametrize("name", ["text27.sh", "wikitext.sh"])

@@ -18,6 +18,7 @@ import torch
 
 import sedd.data
 import sedd.evaluate
+import sedd.perplexity
 from sedd.cli import main
 from sedd.data import DataConfig
 from sedd.model import SEDD, ModelConfig
@@ -194,6 +195,36 @@ def test_texts_are_told_apart_and_none_is_scored_twice(
     assert evaluate(model, *arguments) == whole
     assert calls == 5, "only the one call that was interrupted is made again"
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_an_evaluation_bounded_in_time_says_how_much_it_scored(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i:07d}\n" for i in range(52)))
+    clock, scored = 0.0, sedd.perplexity.elbo
+
+    def half_a_minute_later(*args: Any, **kwargs: Any) -> Any:
+        nonlocal clock
+        clock += 30.0
+        return scored(*args, **kwargs)
+
+    monkeypatch.setattr(sedd.perplexity, "elbo", half_a_minute_later)
+    monkeypatch.setattr(sedd.perplexity.time, "monotonic", lambda: clock)
+    arguments = [str(text), "--draws", "16", "--batch_size", "4"]
+    bounded = evaluate(model, *arguments, "--max_minutes", "4.6")["text.txt"]
+    assert (bounded["blocks"], bounded["tokens"], bounded["bytes"]) == (20, 160, 160), (
+        "10 rounds of 2 blocks, 30 s each"
+    )
+    assert "160 of 417 tokens, in 20 blocks of 8, after 4.6 minutes." in capsys.readouterr().out
+    same = evaluate(model, *arguments, "--blocks", "20")["text.txt"]
+    assert bounded["nats_per_token"] == pytest.approx(same["nats_per_token"], abs=5 * same["monte_carlo_error"])
+    whole = evaluate(model, *arguments, "--max_minutes", "1e9")["text.txt"]
+    assert whole["blocks"] == 52
+    assert "minutes" not in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.unfinished"))
+    assert main(["eval", "perplexity", str(model), str(text), "--max_minutes", "0"]) == 2
+    assert "max_minutes: expected a positive number, got 0.0" in capsys.readouterr().err
 
 
 def test_mistakes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,9 @@
-"""Likelihood: the evidence bound of a score model, n-gram models to compare it with, and a picture of the bound."""
+"""Likelihood: the evidence bound of a score model, n-gram models to compare it with, and a plot of the bound."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,22 @@ from sedd.schedule import Schedule
 from sedd.unfinished import Unfinished, identity
 from sedd_ext import RankOne
 
-__all__ = ["ElboResult", "elbo", "ngram_bits", "plot_bound", "prior_kl"]
+__all__ = ["ElboResult", "elbo", "joined", "ngram_bits", "plot_bound", "prior_kl"]
 
 
 @dataclass(frozen=True)
 class ElboResult:
-    """An estimate of the bound -log p(text) ≤ ∫ σ(t) Σ L dt + prior term, and what went into it.
+    """An estimate of the bound -log p(text) ≤ ∫ σ(t) Σ L dt + prior term, with the draws it was made from.
 
     Attributes:
-        sequences: nats of each sequence [S], float64: its draws' mean plus its prior term. Estimates of upper bounds.
+        sequences: estimated upper bound of each sequence in nats [S], float64: the mean of its draws plus its prior
+            term.
         length: tokens in each sequence.
         times: t of each draw [S, draws], float64.
-        integrand: σ(t) Σ_i L of each draw [S, draws], float64: nats per sequence and unit of time.
-        onset: of a schedule with σ̄(0) > 0, the same for draws [S, D] of the noise before t = 0; else None.
-        prior: the prior term's part, nats per token.
-        n_bytes: bytes of the text scored, if told.
+        integrand: σ(t) Σ_i L of each draw [S, draws], float64, in nats per sequence and unit of time.
+        onset: for a schedule with σ̄(0) > 0, the integrand of the noise from 0 to σ̄(0) [S, D]; else None.
+        prior: the contribution of the prior term in nats per token.
+        n_bytes: number of bytes of the scored text, if known.
     """
 
     sequences: Tensor
@@ -55,23 +57,22 @@ class ElboResult:
 
     @property
     def standard_error(self) -> float:
-        """Standard error of ``nats_per_token`` as an estimate for all text like this; NaN for one sequence.
+        """Standard error of ``nats_per_token`` as an estimate for all text of this kind; NaN for one sequence.
 
-        The sequences are taken as the independent unit: the standard deviation of their values / √S. That counts the
-        spread between texts as well as the Monte Carlo noise, and knows nothing of the even spread of the times over
-        the sequences, so it errs on the large side.
+        It is the standard deviation over sequences / √S, and includes both the differences between texts and the Monte
+        Carlo noise. It is a little too large, because it ignores that the times are spread evenly over the sequences.
         """
         count = self.sequences.numel()
         return float(self.sequences.std()) / math.sqrt(count) / self.length if count > 1 else math.nan
 
     @property
     def monte_carlo_error(self) -> float:
-        """Standard error of ``nats_per_token`` as an estimate of the bound of just these sequences; NaN for one draw.
+        """Standard error of ``nats_per_token`` as an estimate of the bound of these very sequences; NaN for one draw.
 
-        The draws of a sequence are stratified in t, so the noise within the strata is judged from the differences of
-        neighbours: half their sum of squares is Σ_k Var_k, but for the trend over t, which it takes for noise, and the
-        first and last stratum, which it sees only once and which are therefore counted again. The sequences are added
-        as if independent. More draws make the error smaller.
+        The draws of a sequence are stratified in t. The variances within the strata, Σ_k Var_k, are estimated by half
+        the sum of squared differences between neighbouring draws. The first and the last draw have only one neighbour,
+        so their squares are added once more. The trend over t counts as noise, which makes the error a little too
+        large. The sequences are treated as independent. More draws make the error smaller.
         """
         parts = [self.integrand] if self.onset is None else [self.integrand, self.onset]
         if min(part.shape[1] for part in parts) < 2:
@@ -85,12 +86,12 @@ class ElboResult:
 
     @property
     def bits_per_token(self) -> float:
-        """``nats_per_token`` in bits (for character-level tokens: bits per character)."""
+        """``nats_per_token`` in bits (bits per character if the tokens are characters)."""
         return self.nats_per_token / math.log(2)
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Bits per byte of the text; None if its number of bytes was not told."""
+        """Bits per byte of the text; None if its number of bytes is not known."""
         return None if self.n_bytes is None else self.bits_per_token * self.tokens / self.n_bytes
 
     @property
@@ -100,15 +101,33 @@ class ElboResult:
 
     @property
     def perplexity_mean_of_exp(self) -> float:
-        """The SEDD paper's averaging: the mean over sequences of exp(nats per token). Never below ``perplexity``."""
+        """The mean over sequences of exp(nats per token), as the SEDD paper averages. Never below ``perplexity``."""
         return float((self.sequences / self.length).exp().mean())
 
 
-class Onset(Schedule):
-    """Noise from 0 to the σ̄(0) > 0 at which another schedule starts, as σ̄(0) t².
+def joined(results: Sequence[ElboResult]) -> ElboResult:
+    """One result for the sequences of several, which all have the same length, draws and schedule."""
 
-    A token differs from the text with a probability near σ̄, and then its loss goes as 1/σ̄. Times drawn evenly in σ̄
-    would give the estimate no finite variance; drawn evenly in t they do.
+    def together(name: str) -> Tensor:
+        return torch.cat([getattr(result, name) for result in results])
+
+    first, counts = results[0], [len(result.sequences) for result in results]
+    return ElboResult(
+        sequences=together("sequences"),
+        length=first.length,
+        times=together("times"),
+        integrand=together("integrand"),
+        prior=sum(result.prior * count for result, count in zip(results, counts, strict=True)) / sum(counts),
+        n_bytes=None if first.n_bytes is None else sum(result.n_bytes or 0 for result in results),
+        onset=None if first.onset is None else together("onset"),
+    )
+
+
+class Onset(Schedule):
+    """The noise from 0 to the σ̄(0) > 0 at which another schedule starts, as σ̄(0) t².
+
+    For small σ̄ a token is changed with probability σ̄, and its loss is then proportional to 1/σ̄. With times drawn evenly
+    in σ̄ the estimate would have infinite variance; drawn evenly in t, it is finite.
     """
 
     def __init__(self, sigma: float) -> None:
@@ -140,28 +159,28 @@ def elbo(
 
     ``-log p(x_0) ≤ ∫₀¹ E[σ(t) Σ_i L(x_t^i, x_0^i)] dt + D_KL(p_{1|0}(·|x_0) ‖ p_base)``
 
-    The integral runs over all of (0, 1]: nothing near t = 0 is left out, although training starts at a small ε. A
-    schedule that starts with noise on the text, σ̄(0) > 0 (geometric), leaves out the noise from 0 to σ̄(0); that part is
-    integrated over σ̄ instead, with an eighth as many draws more (two at least), so that the bound is always one for the
-    clean text.
+    The integral covers all of (0, 1], although training starts at a small ε. A schedule with σ̄(0) > 0 (geometric)
+    leaves out the noise from 0 to σ̄(0). That part is integrated separately, with an eighth as many additional draws,
+    but at least two. The bound is therefore always one for the clean text.
 
-    Times are stratified: the k-th draw of a sequence lies in [k/draws, (k+1)/draws), evenly spread over the sequences
-    within. Each is uniform there, so the estimate has no bias, and a few draws per sequence do where there are many.
+    Times are stratified: the k-th draw of a sequence lies in [k/draws, (k+1)/draws), and the k-th draws of all
+    sequences are spread evenly there. Each draw is uniform within its part, so the estimate has no bias. For many
+    sequences a few draws each are enough.
 
     Args:
-        model: the score model. Used in evaluation mode and left in the mode it was in.
+        model: the score model. It is put into evaluation mode, and back into its own mode at the end.
         blocks: text [S, L], int64, without MASK tokens.
         graph: the forward process the model was trained for.
         schedule: its noise schedule.
         draws: times drawn per sequence.
-        n_bytes: how many bytes of text the blocks hold, for ``bits_per_byte``.
-        batch_size: sequences the model sees at once.
+        n_bytes: number of bytes of text in the blocks, for ``bits_per_byte``.
+        batch_size: sequences in a call of the model.
         generator: random number generator, on ``device``; torch's default one if None.
         device: where to compute; the model's device if None.
         autocast_dtype: run the model under autocast in this dtype, e.g. torch.bfloat16.
-        unfinished: a file that keeps what is computed, every half minute and when the work is interrupted. Called again
-            with the same arguments, the evaluation goes on from there, to the same result. The caller removes it when
-            the result is where it belongs.
+        unfinished: a file for partial results, written every half minute and when the evaluation is interrupted. Called
+            again with the same arguments, the evaluation continues from it and gives the same result. The caller
+            deletes the file once it has saved the result.
         progress: show a progress bar.
 
     Returns:
@@ -169,8 +188,8 @@ def elbo(
 
     Raises:
         TypeError: ``blocks`` is not int64.
-        ValueError: ``blocks`` is empty, not [S, L], or holds MASK or a token outside the vocabulary; a count below 1;
-            ``unfinished`` without a generator, or a file of that name that belongs to something else.
+        ValueError: ``blocks`` is empty, not [S, L], or contains MASK or a token outside the vocabulary; a count is
+            below 1; ``unfinished`` is given without a generator, or is a file of another evaluation.
         OSError: ``unfinished`` cannot be written.
         ImportError: ``progress`` without rich, ``unfinished`` without safetensors.
 
@@ -246,7 +265,7 @@ def elbo(
 
 
 def _stratified(n_sequences: int, draws: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Times [S, draws] in (0, 1] (at 0 there is no noise to score), the k-th of each in its own part of the time."""
+    """Times [S, draws] in (0, 1], column k in the k-th of ``draws`` equal parts. 0 has no noise and is left out."""
     # the place within its stratum of every (sequence, draw): a random order of S evenly spread points, moved as a whole
     uniform = torch.rand(n_sequences + 1, draws, generator=generator, dtype=torch.float64, device=device)
     place = (uniform[:-1].argsort(dim=0) + uniform[-1]) / n_sequences
@@ -254,12 +273,13 @@ def _stratified(n_sequences: int, draws: int, generator: torch.Generator | None,
 
 
 def prior_kl(x_0: Tensor, sigma: float, graph: RankOne) -> Tensor:
-    """The bound's prior term D_KL(p_{T|0}(·|x_0) ‖ p_base) of every token, in closed form.
+    """The prior term of the bound, D_KL(p_{T|0}(·|x_0) ‖ p_base), for each token in closed form.
 
-    With ``a = exp(-σ̄(T))``, ``p_{T|0} = a δ_{x_0} + (1-a) π``. The base is what a uniformly random token becomes by T:
-    ``p_base = a u + (1-a) π``, u uniform over all tokens but MASK. For the uniform process that is π itself, the
-    paper's choice. For the absorbing one π would make the term infinite, since a fraction a of the text is still there
-    at T, where π has MASK alone; published figures leave the term out. With this base it costs a·log n nats per token.
+    With ``a = exp(-σ̄(T))``, ``p_{T|0} = a δ_{x_0} + (1-a) π``. The base is the distribution of a uniformly random token
+    after the noise up to T: ``p_base = a u + (1-a) π``, with u uniform over all tokens but MASK. For the uniform
+    process it equals π, the paper's choice. For the absorbing process the base π would make the term infinite, because
+    a fraction a of the text is still there at T; published figures leave the term out. With this base it is a·log n
+    nats per token.
 
     Args:
         x_0: tokens, any shape, int64, none of them MASK.
@@ -295,12 +315,12 @@ def _check_blocks(blocks: Tensor, graph: RankOne) -> None:
 
 
 def ngram_bits(train_tokens: Tensor, valid_tokens: Tensor, dim: int, order: int) -> float:
-    """What a unigram or bigram model needs to code text: the yardsticks for a small language model.
+    """Bits per token of a unigram or bigram model, to compare a small language model with.
 
-    The unigram model counts tokens, adding one to each count. The bigram model interpolates the counts of pairs with
-    the unigram (Witten-Bell smoothing): ``p(y|x) = (c(xy) + k(x) p(y)) / (c(x) + k(x))``, k(x) the number of
-    different tokens seen after x. The rows of a two-dimensional input are texts of their own, as to a diffusion model
-    trained on blocks: the first token of each is scored by the unigram.
+    The unigram model counts tokens and adds one to each count. The bigram model interpolates the counts of pairs with
+    the unigram (Witten-Bell smoothing): ``p(y|x) = (c(xy) + k(x) p(y)) / (c(x) + k(x))``, where k(x) is the number of
+    different tokens seen after x. Each row of a two-dimensional input is a separate text, as for a diffusion model
+    trained on blocks: its first token is scored by the unigram.
 
     Args:
         train_tokens: text to count, [T] or [S, L], int64.
@@ -340,12 +360,12 @@ def ngram_bits(train_tokens: Tensor, valid_tokens: Tensor, dim: int, order: int)
 
 
 def plot_bound(result: ElboResult, path: str | Path, bins: int = 20) -> None:
-    """Draws the bound's integrand over time: where in t the nats of a token are lost.
+    """Plots the integrand of the bound against t: how much each noise level contributes.
 
     Args:
         result: what :func:`elbo` returned.
-        path: the picture to write; its ending gives the format (.png, .svg, .pdf).
-        bins: intervals of [0, 1] over which draws are averaged.
+        path: the file to write; its suffix gives the format (.png, .svg, .pdf).
+        bins: number of intervals of [0, 1] in which draws are averaged.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""``sedd eval generative``: what a model writes, judged by another model, by its diversity, and by MAUVE.
+"""``sedd eval generative``: samples of a model, measured by another model's perplexity, by diversity and by MAUVE.
 
 The measures are those of SEDD (figure 1) and of "Promises, Outlooks and Challenges of Diffusion Language Modeling"
 (Deschenaux & Gulcehre 2024, tables 4 and 5).
@@ -42,41 +42,41 @@ class GenerativeOptions:
     """Evaluation"""
 
     steps: list[int] = field(default_factory=lambda: [16, 32, 64, 128, 256])
-    """Numbers of reverse steps to write with, for example --steps [64,1024]."""
+    """Numbers of reverse steps to sample with, for example --steps [64,1024]."""
     samplers: list[str] = field(default_factory=lambda: ["tweedie", "euler"])
-    """Samplers to write with."""
+    """Samplers to use."""
     num: int = 32
-    """Texts written with each; the papers write about 1,000."""
+    """Texts for each sampler and number of steps; the papers write about 1,000."""
     length: int | None = None
     """Tokens in a text; null: as many as in a training block."""
     judge: str = "openai-community/gpt2-large"
-    """A causal language model that gives the perplexity of what is written: any that transformers loads, by its name on
-    the Hugging Face hub, its folder, or a .gguf file. Figures of different judges cannot be compared."""
+    """The causal language model that measures the perplexity of the samples: any that transformers loads, by its name
+    on the Hugging Face hub, its folder, or a .gguf file. Figures of different judges cannot be compared."""
     text: str | None = None
-    """A file of real text, to be measured beside the model and compared with by MAUVE; null: the run's validation text
-    if there is one."""
+    """A file of real text, which is measured too, and which MAUVE compares with; null: the run's validation text if it
+    has one."""
     mauve: list[str] = field(default_factory=list)
-    """Compare with real text by MAUVE, with the judge's states as features: any of unconditional, prefix (a text is
-    given to its `given`-th token) and infill (half as many tokens are given at either end)."""
+    """Compare with real text by MAUVE, with the judge's hidden states as features: any of unconditional, prefix (the
+    first `given` tokens of a real text are given) and infill (half of them are given at each end)."""
     given: int = 50
     """For prefix and infill: how many tokens of a real text the model is given."""
     compared: int = 100
-    """MAUVE compares the first so many tokens of each text."""
+    """MAUVE compares this many tokens from the start of each text."""
     temperature: float = 1.0
-    """Below 1, likelier tokens are preferred; 1 is what the model was trained for."""
+    """Below 1, likelier tokens are preferred; 1 is the distribution that the model was trained for."""
     top_p: float = 1.0
-    """Write only the likeliest tokens that hold this much of the probability."""
+    """Draw only from the likeliest tokens that together have this probability."""
     seed: int = 0
-    """The same seed writes the same texts."""
+    """The same seed gives the same texts."""
     batch_size: int = 8
-    """Texts written and judged at a time."""
+    """Texts that are sampled and judged at a time."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if there is one and the CUDA kernels are built."""
     json: str | None = None
-    """Write figures and texts to this file, after each number of steps. Called again, what is there is not redone but
-    shown with the rest."""
+    """Write figures and texts to this file after each number of steps. Called again, the command keeps what the file
+    already has and computes only the rest."""
     plot: str | None = None
-    """Draw perplexity and entropy against steps, as a picture."""
+    """Plot perplexity and entropy against the number of steps, to this file."""
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -102,16 +102,16 @@ class GenerativeOptions:
 
 
 def diversity(tokens: Tensor, window: int = 100) -> dict[str, Tensor]:
-    """How varied texts are, each by itself.
+    """The diversity of tokens within each text.
 
     Args:
         tokens: texts [n, L], int64.
-        window: how far back a repetition counts.
+        window: how far back a token counts as repeated.
 
     Returns:
-        Each [n], float64: ``entropy``, of the text's own token frequencies, in nats; ``unique``, the fraction of its
-        tokens that are different ones (distinct tokens / L); ``repetition``, the fraction of its tokens that stand
-        among the ``window`` tokens before them.
+        Each [n], float64: ``entropy``, of the token frequencies within the text, in nats; ``unique``, the number of
+        distinct tokens / L; ``repetition``, the fraction of tokens that also occur among the ``window`` tokens before
+        them.
 
     Source: Deschenaux & Gulcehre 2024, table 4.
     """
@@ -132,7 +132,7 @@ def diversity(tokens: Tensor, window: int = 100) -> dict[str, Tensor]:
 
 
 def _mauve(real: Tensor, written: Tensor) -> float:
-    """MAUVE of two sets of features, the mean over its random clusterings."""
+    """MAUVE of two sets of features, averaged over several random clusterings."""
     import mauve
 
     values = [
@@ -145,7 +145,7 @@ def _mauve(real: Tensor, written: Tensor) -> float:
 
 
 def _measure(tokens: Tensor, loaded: LoadedModel, judge: Judge, batch_size: int, progress: bool) -> dict[str, Any]:
-    """All that is measured of texts [n, L] by themselves."""
+    """The measures of texts [n, L] that need no real text."""
     nats, counts = judge.read(_texts(tokens, loaded, judge), batch_size, progress)
     if not counts.sum():
         raise ValueError(
@@ -172,7 +172,7 @@ def _measure(tokens: Tensor, loaded: LoadedModel, judge: Judge, batch_size: int,
 
 
 def _texts(tokens: Tensor, loaded: LoadedModel, judge: Judge) -> list[str]:
-    """Texts of tokens [n, L]; end-of-text as the judge has it, else as a paragraph's end."""
+    """Texts of tokens [n, L]. End-of-text stays if the judge has that token; otherwise it becomes an empty line."""
     end = EOT_TEXT if EOT_TEXT in judge.tokenizer.get_vocab() else "\n\n"
     return [loaded.tokenizer.decode(row.tolist()).replace(EOT_TEXT, end) for row in tokens]
 
@@ -181,7 +181,7 @@ def _texts(tokens: Tensor, loaded: LoadedModel, judge: Judge) -> list[str]:
 
 
 def generative(run: str, options: GenerativeOptions) -> int:
-    """Writes texts with each sampler and number of steps, and measures them."""
+    """Samples texts with each sampler and number of steps, and measures them."""
     if options.mauve:
         try:
             import mauve  # noqa: F401
@@ -227,7 +227,7 @@ _FREE = ("samplers", "steps", "json", "plot", "device")  # a row does not depend
 
 
 def _known(options: GenerativeOptions, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows that earlier calls with the same settings have written."""
+    """The rows that earlier calls with the same settings wrote."""
     if not options.json or not Path(options.json).exists():
         return []
     try:
@@ -244,7 +244,7 @@ def _known(options: GenerativeOptions, settings: dict[str, Any]) -> list[dict[st
 
 
 def _real(loaded: LoadedModel, length: int, options: GenerativeOptions) -> Tensor | None:
-    """As many real texts [num, length] as are written; None if there is no real text."""
+    """As many real texts [num, length] as there are samples; None if there is no real text."""
     if options.text is not None:
         blocks = load_text(DataConfig(options.text), loaded.tokenizer, length)
     elif loaded.config is not None and (length == loaded.model.config.length or options.mauve):
@@ -269,7 +269,7 @@ Writer = Callable[[str, int, "tuple[Tensor, Tensor] | None"], Tensor]
 
 def _writer(loaded: LoadedModel, length: int, options: GenerativeOptions, progress: bool) -> Writer:
     def write(sampler: str, steps: int, fixed: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Texts [num, length]; ``fixed`` are tokens [num, length] and where they are given [length]."""
+        """Texts [num, length]. ``fixed``: tokens [num, length], and a mask [length] of the positions that are given."""
         device = next(loaded.model.parameters()).device
         generator = torch.Generator(device).manual_seed(options.seed)
         parts = []
@@ -306,7 +306,7 @@ def _row(
     judge: Judge,
     options: GenerativeOptions,
 ) -> dict[str, Any]:
-    """What one sampler writes in so many steps, and its measures."""
+    """Texts of one sampler and number of steps, with their measures."""
     started = time.perf_counter()
     written = write(sampler, steps, None)
     seconds = (time.perf_counter() - started) / options.num
@@ -357,11 +357,11 @@ def _table(report: dict[str, Any]) -> Table:
 
 
 def plot_generative(report: dict[str, Any], path: str | Path) -> None:
-    """Draws the judge's perplexity and the entropy against the number of steps, a line for each sampler.
+    """Plots the judge's perplexity and the entropy against the number of steps, with a line for each sampler.
 
     Args:
         report: what ``sedd eval generative --json`` writes.
-        path: the picture to write; its ending gives the format (.png, .svg, .pdf).
+        path: the file to write; its suffix gives the format (.png, .svg, .pdf).
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -1,7 +1,7 @@
-"""``sedd eval harness``: tasks of EleutherAI's lm-evaluation-harness, and the two measures that they ask for.
+"""``sedd eval harness``: tasks of EleutherAI's lm-evaluation-harness, and the two measures that they need.
 
-A task asks how likely a continuation is after a context, or whether greedy decoding would write it. The context keeps
-its clean tokens and the continuation alone is noised, as in infilling. :mod:`sedd.lm_eval_model` is the class that the
+A task asks how likely a continuation is after a context, or whether greedy decoding would produce it. The context stays
+clean and only the continuation is noised, as in infilling. :mod:`sedd.lm_eval_model` contains the class that the
 harness calls.
 """
 
@@ -33,26 +33,26 @@ class HarnessOptions:
     """Evaluation"""
 
     tasks: list[str]
-    """Names of tasks: those of the harness, such as lambada_openai, hellaswag, piqa, arc_easy, winogrande, or those of
-    --include_path."""
+    """Names of tasks: those of the harness, such as lambada_openai, hellaswag, piqa, arc_easy, winogrande, or those in
+    the folder --include_path."""
     include_path: str | None = None
-    """A folder with tasks of your own, as YAML files."""
+    """A folder with your own tasks, as YAML files."""
     limit: int | None = None
-    """Ask only so many questions of each task."""
+    """Use only this many questions of each task."""
     num_fewshot: int | None = None
-    """Put so many solved examples before each question; null: as the task has it."""
+    """Put this many solved examples before each question; null: as the task defines."""
     draws: int = 128
     """Noise levels for the likelihood of each answer."""
     steps: int = 64
-    """Reverse steps where a task has text written."""
+    """Reverse steps for tasks that generate text."""
     seed: int = 0
     """Seed of noise levels, noise and samples."""
     batch_size: int = 32
-    """Sequences that the model sees at once."""
+    """Sequences in a call of the model."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if there is one and the CUDA kernels are built."""
     json: str | None = None
-    """Write the results to this file too."""
+    """Also write the results to this file."""
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -64,7 +64,7 @@ class HarnessOptions:
 
 
 def harness(run: str, options: HarnessOptions) -> int:
-    """Runs tasks of the harness on a model and prints the harness's own table."""
+    """Runs tasks of the harness on a model and prints the harness's table."""
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -118,30 +118,30 @@ def continuation_bound(
 ) -> Tensor:
     """Estimates of the bound -log p(continuation | context) ≤ ∫ σ(t) Σ L dt + prior term, one for each noise level.
 
-    The diffusion is that of the continuation alone: its tokens are noised, those of the context stay clean, and only
-    its scores are looked at. For the score of that conditional process it is theorem 3.6 as it stands; a model trained
-    on whole noised texts knows it as far as it can infill. The k-th of the times lies in [k/draws, (k+1)/draws).
+    Only the continuation diffuses: its tokens are noised and scored, and those of the context stay clean. For the exact
+    score of this conditional process, this is theorem 3.6 unchanged. A model trained on whole noised texts approximates
+    that score as well as it can infill. The k-th time lies in [k/draws, (k+1)/draws).
 
-    Times and noise follow from the seed, the context and the place in the text, not from the continuation: answers to
-    one question are compared under the same times and, with an absorbing process, the same masks (common random
-    numbers), so that their differences have far less noise than they themselves.
+    Times and noise depend on the seed, the context and the position in the text, but not on the continuation. Answers
+    to one question therefore see the same times and, with an absorbing process, the same masks (common random numbers),
+    and their differences have much less noise than the bounds themselves.
 
     Args:
         model: the score model, in evaluation mode.
-        context: tokens before; there may be none.
+        context: the tokens before the continuation, possibly none.
         continuation: tokens to score, at least one.
         graph: the forward process.
         schedule: the noise schedule.
         draws: number of noise levels.
-        length: the longest text the model takes; context and continuation together are no longer.
-        seed: of the random numbers.
-        batch_size: sequences the model sees at once.
+        length: the most tokens that the model takes; context and continuation together must fit.
+        seed: seed of the random numbers.
+        batch_size: sequences in a call of the model.
 
     Returns:
-        Nats [draws], float64, on the CPU: their mean is the estimate.
+        Nats [draws], float64, on the CPU. Their mean is the estimate.
 
     Raises:
-        ValueError: nothing to score, or more tokens than ``length``.
+        ValueError: the continuation is empty, or there are more tokens than ``length``.
     """
     n, total = len(continuation), len(context) + len(continuation)
     if not 1 <= n <= total <= length:
@@ -173,25 +173,25 @@ def continuation_bound(
 def greedy_continuation(
     model: ScoreModel, context: Sequence[int], n: int, graph: RankOne, schedule: Schedule, *, seed: int = 0
 ) -> list[int]:
-    """What greedy decoding writes after a context: the likeliest token where the model is surest, one after the other.
+    """Greedy decoding after a context: step by step, the most probable token at the position where the model is surest.
 
-    All n positions begin as noise of the process (MASK; random tokens, which follow from the seed and the context, for
-    one that is not absorbing). In each of n steps, at the times 1, 1 - 1/n, ..., 1/n, the model's law of the clean
-    token is looked at in every open position, and the most probable token of all is written for good. That is greedy
-    decoding for absorbing noise; where noise looks like text, a model near t = 1 takes the context for noise too.
+    All n positions start as noise of the process: MASK if it is absorbing, otherwise random tokens that depend on the
+    seed and the context. There are n steps, at the times 1, 1 - 1/n, ..., 1/n. Each computes the distribution of the
+    clean token at every open position, and fixes the single most probable token. This suits absorbing noise. Where
+    noise looks like text, a model near t = 1 takes the context for noise too.
 
     Args:
         model: the score model, in evaluation mode.
-        context: tokens before; there may be none.
-        n: how many to write, at least 1.
+        context: the tokens before the continuation, possibly none.
+        n: number of tokens to write, at least 1.
         graph: the forward process.
         schedule: the noise schedule.
-        seed: of the noise.
+        seed: seed of the noise.
 
     Returns:
         n tokens.
 
-    Source: Deschenaux & Gulcehre 2024, appendix A.2, says greedy decoding; the order is ours.
+    Source: Deschenaux & Gulcehre 2024, appendix A.2, for greedy decoding; they do not define the order, which is ours.
     """
     written = dict(_greedy(model, context, n, graph, schedule, seed))
     return [written[place] for place in range(n)]
@@ -206,7 +206,7 @@ def is_greedy(
     *,
     seed: int = 0,
 ) -> bool:
-    """Whether :func:`greedy_continuation` writes these very tokens. It stops at the first that is another one."""
+    """Whether :func:`greedy_continuation` gives exactly these tokens. Stops at the first difference."""
     steps = _greedy(model, context, len(continuation), graph, schedule, seed)
     return all(continuation[place] == token for place, token in steps)
 
@@ -215,7 +215,7 @@ def is_greedy(
 def _greedy(
     model: ScoreModel, context: Sequence[int], n: int, graph: RankOne, schedule: Schedule, seed: int
 ) -> Iterator[tuple[int, int]]:
-    """The places and tokens of :func:`greedy_continuation` in the order in which they are written."""
+    """Positions and tokens of :func:`greedy_continuation` in the order in which they are written."""
     device = device_of(model)
     x = graph.sample_limit((n,), generator=_generator(seed, context, device), device=device)
     start = torch.tensor(context, dtype=torch.int64, device=device)
@@ -237,6 +237,6 @@ def _generator(seed: int, context: Sequence[int], device: torch.device) -> torch
 
 
 def seed_of(seed: int, tokens: Sequence[int]) -> int:
-    """A seed that follows from a seed and a text."""
+    """A seed that depends on another seed and a text."""
     word = hashlib.blake2b(f"{seed} {list(tokens)}".encode(), digest_size=8).digest()
     return int.from_bytes(word, "big") >> 1

@@ -1,4 +1,4 @@
-"""A judge: a causal language model of ``transformers`` that reads what a diffusion model writes."""
+"""A judge: a causal language model of ``transformers`` that measures the samples of a diffusion model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["Judge", "load_judge"]
 
 @dataclass(frozen=True)
 class Judge:
-    """A causal language model that reads texts.
+    """A causal language model that measures texts.
 
     Attributes:
-        name: what figures are labelled with.
-        model: of transformers.
-        tokenizer: of transformers.
+        name: the label of its figures.
+        model: a model of transformers.
+        tokenizer: its tokeniser, of transformers.
     """
 
     name: str
@@ -32,8 +32,8 @@ class Judge:
     def read(self, texts: Sequence[str], batch_size: int, progress: bool = False) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood and number of scored tokens of each text.
 
-        The first token of a text is not scored, as nothing comes before it. Texts longer than what the judge can take
-        are cut.
+        The first token of a text is not scored, because nothing comes before it. Texts that are too long for the judge
+        are truncated.
 
         Returns:
             Nats [n], float64, and tokens [n], int64, on the CPU.
@@ -50,7 +50,7 @@ class Judge:
         return torch.cat(nats), torch.cat(counts)
 
     def features(self, texts: Sequence[str], batch_size: int) -> Tensor:
-        """The last layer's state at the last token of each text [n, d], float32: what MAUVE compares."""
+        """The last hidden state of the last token of each text [n, d], float32, which MAUVE compares."""
         states = []
         for first in range(0, len(texts), batch_size):
             ids, mask = self._encode(texts[first : first + batch_size])
@@ -74,13 +74,13 @@ def load_judge(name: str, device: torch.device | str = "cpu") -> Judge:
 
     Args:
         name: a name on the Hugging Face hub, a folder, or a .gguf file.
-        device: where it reads.
+        device: the device of the model.
 
     Raises:
-        ImportError: transformers is not installed, or gguf for such a file.
-        FileNotFoundError: there is no such file, folder or model.
-        ConnectionError: it must be on the hub, and the hub cannot be reached.
-        ValueError: the folder or file is there, but does not hold the whole of a causal language model.
+        ImportError: transformers is not installed, or gguf is needed for the file and not installed.
+        FileNotFoundError: there is no such file or folder.
+        ConnectionError: the name is not a folder here, and the model could not be loaded from the hub.
+        ValueError: the folder or file does not contain a complete causal language model.
     """
     try:
         import transformers

@@ -1,7 +1,7 @@
-"""``sedd eval latency``: the time a sample takes, against an autoregressive transformer of the same shape.
+"""``sedd eval latency``: the time of a sample, compared with an autoregressive transformer of the same shape.
 
 The comparison is that of Deschenaux & Gulcehre 2024 (figure 1, table 7): a GPT-2 of the same width, depth and
-vocabulary, which writes one token after the other with a key-value cache, against reverse steps of the whole text.
+vocabulary that writes token by token with a key-value cache, against reverse steps over the whole text.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sedd_ext import Absorbing
 
 __all__ = ["LatencyOptions", "crossing", "latency", "make_twin", "plot_latency"]
 
-TOKENS = 50_257  # of an untrained preset: GPT-2's vocabulary
+TOKENS = 50_257  # GPT-2's vocabulary, for untrained presets
 
 
 @dataclass
@@ -42,19 +42,20 @@ class LatencyOptions:
     steps: list[int] = field(default_factory=lambda: [16, 32, 64, 128, 256])
     """Numbers of reverse steps to measure, for example --steps [64,1024]."""
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
-    """Texts written at a time."""
+    """Numbers of texts that are sampled at a time."""
     length: int | None = None
     """Tokens in a text; null: as many as in a training block."""
     sampler: str = "tweedie"
     """How a reverse step is drawn: tweedie or euler."""
     repeats: int = 3
-    """How often each time is taken; the median is told, with the fastest and the slowest."""
+    """How often each time is measured; the table shows the median, the fastest and the slowest."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if there is one and the CUDA kernels are built."""
     json: str | None = None
-    """Write the times to this file too."""
+    """Also write the times to this file."""
     plot: str | None = None
-    """Draw seconds against steps, and where diffusion takes as long as the autoregressive model, as a picture."""
+    """Plot seconds against steps, with the points where diffusion takes as long as the autoregressive model, to this
+    file."""
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -69,11 +70,12 @@ class LatencyOptions:
 
 
 def make_twin(model: SEDD, length: int) -> Any:
-    """A GPT-2 with the width, depth, heads and vocabulary of a model, and random weights: time does not depend on them.
+    """A GPT-2 with the width, depth, heads and vocabulary of a model. Its weights are random: they do not affect the
+    time.
 
     Args:
         model: the diffusion model.
-        length: the most tokens it can write.
+        length: the most tokens that the GPT-2 can write.
 
     Raises:
         ImportError: transformers is not installed.
@@ -98,7 +100,7 @@ def make_twin(model: SEDD, length: int) -> Any:
 
 
 def write_with_twin(twin: Any, batch: int, length: int) -> torch.Tensor:
-    """Texts [batch, length] of the twin, sampled token by token from its whole law, with a key-value cache."""
+    """Texts [batch, length] of the twin, sampled token by token from its full distribution, with a key-value cache."""
     start = torch.zeros(batch, 1, dtype=torch.int64, device=twin.device)
     written: torch.Tensor = twin.generate(
         start,
@@ -115,8 +117,8 @@ def write_with_twin(twin: Any, batch: int, length: int) -> torch.Tensor:
 def crossing(steps: Sequence[int], seconds: Sequence[float], twin: float) -> tuple[float, bool]:
     """The number of steps at which diffusion takes as long as its twin.
 
-    Between two measured numbers of steps the time is taken for a straight line; beyond them, for the line through the
-    two outermost.
+    The time is interpolated linearly between measured numbers of steps, and extrapolated along the line through the two
+    outermost ones.
 
     Args:
         steps: numbers of steps, ascending.
@@ -124,8 +126,8 @@ def crossing(steps: Sequence[int], seconds: Sequence[float], twin: float) -> tup
         twin: the twin's time.
 
     Returns:
-        The steps, 0 if any number of them takes longer than the twin, NaN if the times do not tell, being but one or
-        not ascending; and whether they lie within what was measured.
+        The number of steps, and whether it lies within the measured range. It is 0 if every number of steps takes
+        longer than the twin, and NaN if it cannot be computed, because there is only one time or they do not increase.
     """
     points = list(zip(steps, seconds, strict=True))
     for (a, start), (b, end) in pairwise(points):
@@ -140,7 +142,7 @@ def crossing(steps: Sequence[int], seconds: Sequence[float], twin: float) -> tup
 
 
 def latency(run: str, options: LatencyOptions) -> int:
-    """Takes the times and shows them."""
+    """Measures the times and prints them."""
     if options.plot:
         check_figure(options.plot)
     device = resolve_device(options.device)
@@ -272,11 +274,11 @@ def _table(report: dict[str, Any]) -> Table:
 
 
 def plot_latency(report: dict[str, Any], path: str | Path) -> None:
-    """Draws seconds against steps, log-log: a line for each batch size, dashed for the autoregressive model.
+    """Plots seconds against steps on log-log axes: a line per batch size, dashed for the autoregressive model.
 
     Args:
         report: what ``sedd eval latency --json`` writes.
-        path: the picture to write; its ending gives the format.
+        path: the file to write; its suffix gives the format.
 
     Raises:
         ImportError: matplotlib is not installed.

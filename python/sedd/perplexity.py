@@ -1,4 +1,4 @@
-"""``sedd eval perplexity``: the likelihood bound of a model on texts, those of the papers by name or any others."""
+"""``sedd eval perplexity``: the likelihood bound of a model on the papers' test sets or on any other text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,15 +14,16 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from sedd.checkpoint import finite, write_json
 from sedd.config import check_options, resolve_device
 from sedd.data import DataConfig, TokenBlocks, load_blocks, load_text, valid_batches
 from sedd.detokenize import Detokenizer
-from sedd.evaluate import ElboResult, elbo, ngram_bits, plot_bound
+from sedd.evaluate import ElboResult, elbo, joined, ngram_bits, plot_bound
 from sedd.figures import check_figure
 from sedd.pretrained import LoadedModel, load_model
-from sedd.progress import console
+from sedd.progress import console, track
 from sedd.sources import is_plain_text
 from sedd.tokenizer import count_bytes
 from sedd.unfinished import identity
@@ -33,11 +35,11 @@ NGRAM_TOKENS = 20_000_000  # training tokens that the n-gram models count
 
 @dataclass(frozen=True)
 class TextSet:
-    """A text that papers report: where it is on the Hugging Face hub, and how it is read.
+    """A test set of the papers: where it is on the Hugging Face hub, and how it is read.
 
     Attributes:
         data: source, subset, split (as ``train_split``), column and detokeniser.
-        joined: the rows are lines of one document; else each row is a document, closed with end-of-text.
+        joined: all rows together are one document. Otherwise each row is a document and closed with end-of-text.
     """
 
     data: DataConfig
@@ -57,7 +59,7 @@ TEXTS = {
     "lm1b": _hub("billion-word-benchmark/lm1b", "lm1b", revision=_PARQUET),
     "ptb": _hub("ptb-text-only/ptb_text_only", "ptb", revision=_PARQUET, text_column="sentence"),
 }
-"""The papers' test sets by name: those of SEDD's tables 1 to 3."""
+"""The test sets of tables 1 to 3 of the SEDD paper, by name."""
 
 
 @dataclass
@@ -67,37 +69,43 @@ class PerplexityOptions:
     texts: list[str] = field(default_factory=list)
     """Names of :data:`TEXTS`, files, folders or hub data sets; none: the run's validation text."""
     subset: str | None = None
-    """Of a data set on the hub: its configuration."""
+    """Configuration of a data set on the hub."""
     split: str | None = None
-    """Of a data set on the hub: its split; null: test."""
+    """Split of a data set on the hub; null: test."""
     text_column: str = "text"
-    """Column (JSON key) that holds the text."""
+    """Column (JSON key) that contains the text."""
     documents: Literal["file", "paragraph", "line"] = "file"
-    """What one document of a text file is; each is closed with end-of-text before all are cut into blocks."""
+    """What counts as one document in a text file. Each document is closed with end-of-text; all are then joined and cut
+    into blocks."""
     detokenizer: Literal["none", "wikitext", "ptb", "lm1b", "lambada"] = "none"
-    """How spaces before punctuation, which corpora of separated words have, are taken out of files and hub data sets.
-    The texts known by name bring their own."""
+    """Rules that remove the spaces which some corpora have around punctuation, for files and hub data sets. The test
+    sets known by name have their own."""
     blocks: int | None = None
-    """Score only so many blocks of a text: always the same ones, spread over all of it."""
+    """Score only this many blocks of a text: always the same ones, spread evenly over it."""
+    max_minutes: float | None = None
+    """Stop after this many minutes for each text. The bound is then that of the blocks scored so far, the same ones
+    that `blocks` takes, and the output says how many they are. Such an evaluation is not resumed by `json`."""
     draws: int = 8
-    """Noise levels drawn for each block, one from each of so many equal parts of the time. The papers draw 1,000."""
+    """Noise levels drawn for each block, one from each of this many equal parts of the time. The papers draw 1,000."""
     seed: int = 0
-    """Seed of noise levels and noise."""
+    """Seed of the noise levels and the noise."""
     batch_size: int = 32
-    """Blocks scored at a time."""
+    """Blocks in a call of the model."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if there is one and the CUDA kernels are built."""
     cache_dir: str | None = None
-    """Folder for downloads and prepared text; null: that of the package datasets."""
+    """Folder for downloads and prepared text; null: the default of the package datasets."""
     json: str | None = None
-    """Write the figures to this file too. What is done so far is kept beside it, and an interrupted evaluation goes on
-    from there when it is called again."""
+    """Also write the figures to this file. Partial results are kept beside it: an interrupted evaluation that is called
+    again continues from them."""
     plot: str | None = None
-    """Draw what each noise level adds to the bound, as a picture (needs the extra `eval`); for one text."""
+    """Plot how much each noise level contributes to the bound, to this file (needs the extra `eval`; one text only)."""
 
     def __post_init__(self) -> None:
         """Checks the values."""
         check_options(self, positive=("blocks", "draws", "batch_size"), outputs=("json", "plot"))
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"max_minutes: expected a positive number, got {self.max_minutes}")
 
 
 def perplexity(run: str, options: PerplexityOptions) -> int:
@@ -120,8 +128,10 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
     titles = [name if last.count(short) > 1 else short for name, short in zip(options.texts, last, strict=True)]
     for name, title in zip(options.texts or [""], titles or ["validation text"], strict=True):
         blocks, train, rules = _blocks(loaded, name, options)
-        unfinished = _unfinished(options.json, title) if options.json else None
-        result = _score(loaded, blocks, options, unfinished, out)
+        unfinished = _unfinished(options.json, title) if options.json and options.max_minutes is None else None
+        wanted = torch.cat(list(valid_batches(blocks, 4096, options.blocks)))
+        result = _score(loaded, wanted, options, unfinished, out)
+        scored = wanted[: len(result.sequences)]
         if math.isnan(result.nats_per_token):
             bad = int(result.sequences.isnan().sum())
             raise ValueError(
@@ -138,14 +148,15 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
             f"{result.perplexity_mean_of_exp:.{'2f' if result.perplexity_mean_of_exp < 1e6 else '2e'}}",
             f"{result.bits_per_byte:.4f}",
         )
+        stopped = len(scored) < len(wanted)
         notes.append(
-            f"{title}: {rules}; {result.tokens:,} of {blocks.n_tokens:,} tokens, in {len(result.sequences):,} blocks "
-            f"of {result.length}. ± {result.standard_error:.4f} nats/token is for all text like this, "
+            f"{title}: {rules}; {result.tokens:,} of {blocks.n_tokens:,} tokens, in {len(scored):,} blocks of "
+            f"{result.length}{f', after {options.max_minutes:g} minutes' if stopped else ''}. "
+            f"± {result.standard_error:.4f} nats/token is for all text like this, "
             f"± {result.monte_carlo_error:.4f} for these blocks; {result.prior:.4f} is the prior term."
         )
         if isinstance(train, TokenBlocks):  # a stream would have to be read to its end
             counted = torch.cat(list(valid_batches(train, 4096, NGRAM_TOKENS // train.length)))
-            scored = torch.cat(list(valid_batches(blocks, 4096, options.blocks)))
             for order, other in ((1, "unigram"), (2, "bigram")):
                 nats = ngram_bits(counted, scored, loaded.tokenizer.vocab_size, order) * math.log(2)
                 bits = nats / math.log(2) * result.tokens / n_bytes
@@ -166,12 +177,12 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
 
 
 def _unfinished(json: str, title: str) -> Path:
-    """The file beside another that keeps what is done of a text, by a name that only this text has."""
+    """The file of partial results for a text, beside the JSON file, with a name that is unique to the text."""
     return Path(f"{json}.{re.sub('[^0-9A-Za-z]+', '-', title)}-{identity((), title)[:8]}.unfinished")
 
 
 def _blocks(loaded: LoadedModel, name: str, options: PerplexityOptions) -> tuple[TokenBlocks, Any, str]:
-    """The blocks of a text, the training text they are held out from if it is known, and how the text was read."""
+    """The blocks of a text, the training text that they are held out from (or None), and how the text was read."""
     length = loaded.model.config.length
     if not name:
         if loaded.config is None:
@@ -215,23 +226,37 @@ def _data(name: str, options: PerplexityOptions) -> DataConfig:
 
 
 def _score(
-    loaded: LoadedModel, blocks: TokenBlocks, options: PerplexityOptions, unfinished: Path | None, out: Console
+    loaded: LoadedModel, blocks: Tensor, options: PerplexityOptions, unfinished: Path | None, out: Console
 ) -> ElboResult:
-    scored = torch.cat(list(valid_batches(blocks, 4096, options.blocks)))
+    """The bound of blocks [S, L]; with ``max_minutes``, of the first of them that it has time for."""
     device = next(loaded.model.parameters()).device
-    return elbo(
-        loaded.model,
-        scored,
-        loaded.graph,
-        loaded.schedule,
-        draws=options.draws,
-        n_bytes=count_bytes(scored, loaded.tokenizer),
-        batch_size=options.batch_size,
-        generator=torch.Generator(device).manual_seed(options.seed),
-        autocast_dtype=loaded.autocast_dtype,
-        unfinished=unfinished,
-        progress=out.is_terminal,
-    )
+    generator = torch.Generator(device).manual_seed(options.seed)
+
+    def score(part: Tensor, progress: bool) -> ElboResult:
+        return elbo(
+            loaded.model,
+            part,
+            loaded.graph,
+            loaded.schedule,
+            draws=options.draws,
+            n_bytes=count_bytes(part, loaded.tokenizer),
+            batch_size=options.batch_size,
+            generator=generator,
+            autocast_dtype=loaded.autocast_dtype,
+            unfinished=unfinished,
+            progress=progress,
+        )
+
+    if options.max_minutes is None:
+        return score(blocks, out.is_terminal)
+    deadline = time.monotonic() + 60 * options.max_minutes
+    size = max(1, min(options.batch_size, 8 * options.batch_size // options.draws))  # some 8 calls of the model
+    results = []
+    for part in track(blocks.split(size), "likelihood", out.is_terminal):
+        results.append(score(part, False))
+        if time.monotonic() >= deadline:
+            break
+    return joined(results)
 
 
 def _figures(result: ElboResult, blocks: TokenBlocks, rules: str, options: PerplexityOptions) -> dict[str, Any]:
