@@ -8,7 +8,7 @@ RUN := runs/demo
 FLAGS :=
 MINUTES ?= 5
 
-.PHONY: demo test bench cuda-check gpu-check gpu-check-offline gpu-profile lint format clean help
+.PHONY: demo test test-all breaks bench cuda-check gpu-check gpu-check-offline gpu-profile lint format clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -25,19 +25,28 @@ demo: $(VENV)/.train ## train a tiny model on Python's own text for 5 minutes (M
 	$(BIN)/sedd infill $(RUN) 'def {{10}}(self):{{40}}return {{12}}' --seed 1
 	@$(BIN)/python examples/demo_summary.py $(RUN)
 
-test: $(VENV)/.test ## run the tests
-	$(BIN)/python -m pytest -q
+# Processes of one thread each: two of them test faster than one of two threads.
+test: export OMP_NUM_THREADS := 1
+test: $(VENV)/.dev ## run the tests, but for costly ones of what has not changed
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
-bench: $(VENV)/.test ## run the benchmarks, draw the picture and refresh the table in docs/performance.md
+test-all: export OMP_NUM_THREADS := 1
+test-all: $(VENV)/.dev ## run all tests, under all schedules of the emulation, and note that the costly ones passed
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --all --record
+
+breaks: $(VENV)/.dev ## break the package and its tests on purpose, to see that a test notices
+	$(BIN)/python tests/breaks.py
+
+bench: $(VENV)/.dev ## run the benchmarks, draw the picture and refresh the table in docs/performance.md
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only -q --benchmark-json=benchmarks/results/latest.json
 	$(BIN)/python benchmarks/report.py benchmarks/results/latest.json
 	$(BIN)/python benchmarks/profiles.py
 
-cuda-check: $(VENV)/.test ## check nvcc's machine code, without a GPU, and refresh the table in docs/kernels.md
+cuda-check: $(VENV)/.dev ## check nvcc's machine code, without a GPU, and refresh the table in docs/kernels.md
 	$(BIN)/python benchmarks/cuda_check.py --docs docs/kernels.md
 
 gpu-check: export SEDD_CUDA := on
-gpu-check: $(VENV)/.test ## on a machine with a GPU: tests, compute-sanitizer and timings in ten minutes
+gpu-check: $(VENV)/.dev ## on a machine with a GPU: tests, compute-sanitizer and timings in ten minutes
 	$(BIN)/python benchmarks/gpu_check.py $(FLAGS)
 
 # With the packages of $(PYTHON), whichever those are; OUT= names the folder of the report, and

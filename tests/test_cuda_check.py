@@ -330,11 +330,23 @@ def test_unknown_architecture(check: ModuleType, capsys: pytest.CaptureFixture[s
     assert "--archs: expected some of 80,90,100,120, got 90,42" in capsys.readouterr().err
 
 
-def test_real_kernels(check: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """That the tools are understood; whether the rules hold is for make cuda-check."""
-    nvcc = check.find_tool("nvcc")
-    if nvcc is None or check.find_tool("cuobjdump", beside=nvcc) is None:
+@pytest.fixture
+def nvcc(check: Any) -> str:
+    found = check.find_tool("nvcc")
+    if found is None or check.find_tool("cuobjdump", beside=found) is None:
         pytest.skip("needs nvcc and cuobjdump")
+    return found
+
+
+@pytest.mark.usefixtures("nvcc")
+@pytest.mark.costly("csrc/*.h", "csrc/common", "csrc/cuda", "benchmarks/cuda_check.py")
+def test_the_rules_hold_on_all_gpus(check: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check.main(["--check-only"]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("nvcc")
+def test_real_kernels(check: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tools' output is understood."""
     out = tmp_path / "check.json"
     source = ROOT / "csrc" / "cuda" / "transition.cu"
     status = check.main([str(source), "--archs", "90", "--json", str(out), "--docs", str(tmp_path / "none.md")])
