@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_bert_learns_from_the_first_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
     monkeypatch.setattr(sys, "argv", ["bert.py", "--steps", "1"])
     names = runpy.run_path(str(ROOT / "examples" / "bert.py"), run_name="__main__")
     (printed,) = re.findall(r"^step    1: ([\d.]+) nats per token", capsys.readouterr().out, re.MULTILINE)
