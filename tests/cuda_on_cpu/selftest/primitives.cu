@@ -451,7 +451,12 @@ CASE(more_shared_memory_on_demand) {
 CASE(the_runtime) {
     int device = 7, multiprocessors = 0;
     CHECK(cudaGetDevice(&device) == cudaSuccess && device == 0);
-    CHECK(cudaSetDevice(0) == cudaSuccess && cudaSetDevice(1) == cudaErrorInvalidDevice);
+    CHECK(cudaSetDevice(2) == cudaErrorInvalidDevice && cudaGetLastError() == cudaErrorInvalidDevice);
+    CHECK(cudaSetDevice(1) == cudaSuccess && (cuda_on_cpu_contexts() & 2) != 0);
+    int out = 7;
+    SEDD_LAUNCH(nothing_kernel, 1, 1, 0, nullptr, &out);
+    CHECK(cudaGetDevice(&device) == cudaSuccess && device == 1 && cuda_on_cpu_launch_device() == 1);
+    CHECK(cudaSetDevice(0) == cudaSuccess && cuda_on_cpu_launch_device() == 1);
     CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0) == cudaSuccess);
     CHECK(multiprocessors > 0);
     unsigned char from[8], to[8] = {};
