@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt cmake/cuda.cmake setup.py pyproject.toml constraints.txt
-NATIVE := $(filter csrc/%,$(SOURCES)) $(wildcard tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/include/*.h tests/cuda_on_cpu/include/*/*.h)
+NATIVE := $(filter csrc/%,$(SOURCES)) $(wildcard tests/cpu_kernels/*.cpp tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/include/*.h tests/cuda_on_cpu/include/*/*.h)
 RUN := runs/demo
 
 .PHONY: demo test bench cuda-check gpu-check lint format clean help
