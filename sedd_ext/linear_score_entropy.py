@@ -210,6 +210,10 @@ def _backward(
     grad_loss: Tensor, hidden_gradient: Tensor, weight_gradient: Tensor, bias_gradient: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     gradients = (hidden_gradient, weight_gradient, bias_gradient)
+    _, grad_weight, grad_bias = arguments[-3:]
+    if not grad_weight and not grad_bias:  # a row's gradient is proportional to what comes down for it
+        factors = grad_loss.unsqueeze(-1).to(hidden_gradient.dtype)
+        return hidden_gradient * factors if arguments[-3] else hidden_gradient.clone(), *map(torch.clone, gradients[1:])
     factor = _common(grad_loss)
     if factor is not None:
         return tuple(gradient * factor.to(gradient.dtype) for gradient in gradients)
@@ -221,12 +225,17 @@ def _backward(
 
 
 def _common(grad_loss: Tensor) -> Tensor | None:
-    """What comes down from above, if it is one number for all rows: the usual case. Looking may wait for the device."""
+    """What comes down from above, if it is one number for all rows: the usual case.
+
+    Memory of stride 0, which sums hand down, says so itself. To look at other numbers waits for the device.
+    """
     if grad_loss.numel() == 0:
         return grad_loss.new_ones(())
     first = grad_loss[(0,) * grad_loss.dim()]
     if all(stride == 0 or size == 1 for stride, size in zip(grad_loss.stride(), grad_loss.shape, strict=True)):
         return first
+    if grad_loss.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None  # nothing can be waited for: the gradients are made anew, which is right for all numbers
     return first if bool((grad_loss == first).all()) else None
 
 
@@ -301,7 +310,9 @@ def linear_score_entropy_loss(
     head at all; to know how many are left waits for a GPU. The gradients are made in the forward pass, tile by tile,
     as if each position's loss had the same weight in what is differentiated (as in sums and means, of any scale); where
     the backward pass finds that they have not, it makes them anew, at the cost of one more matrix product. So weights
-    that are known beforehand are better given as ``loss_weight``. Under autocast the matrix products run in its dtype;
+    that are known beforehand are better given as ``loss_weight``. The backward pass of ``reduction="mean"``, of
+    ``"sum"`` and of ``loss.sum()`` knows without looking; that of ``loss.mean()`` has to look at the numbers that come
+    down, which waits for a GPU, unless the head is frozen. Under autocast the matrix products run in its dtype;
     the sums, and the gradients over tiles and rows, are added up in float32 (float64 for float64).
 
     Args:

@@ -234,6 +234,42 @@ def test_one_number_from_above_costs_no_second_product(launches: list[tuple[int,
     assert len(launches) == 5
 
 
+@pytest.mark.parametrize("reduce", [torch.sum, lambda v: v.sum(-1).sum() / 6, "mean", "sum"])
+def test_sums_and_means_do_not_look_at_what_comes_down(monkeypatch: pytest.MonkeyPatch, reduce: Any) -> None:
+    """To look at numbers waits for a GPU."""
+    graph, rows = Uniform(27), random_rows(Uniform(27), 6)
+    head = [v.requires_grad_() for v in random_head(6, 27, torch.float32)]
+    reduction = reduce if isinstance(reduce, str) else "none"
+    loss = linear_score_entropy_loss(
+        head[0].view(2, 3, -1), *head[1:], *(v.view(2, 3) for v in rows), graph, reduction=reduction
+    )
+    looked = []
+    monkeypatch.setattr(Tensor, "__bool__", lambda tensor: looked.append(tensor) or bool(tensor.item()))
+    monkeypatch.setattr(module._LinearScoreEntropyGradient, "forward", forward_as_on_a_gpu)
+    torch.autograd.grad(loss if isinstance(reduce, str) else reduce(loss), head)
+    assert looked == []
+
+
+def forward_as_on_a_gpu(ctx: Any, grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Without the CPU's look at whether all numbers are 1, which costs nothing there."""
+    result: tuple[Tensor, ...] = torch.ops.sedd_ext.linear_score_entropy_backward(grad_loss, *arguments)
+    return result
+
+
+def test_a_frozen_head_does_not_look_either(launches: list[tuple[int, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of a row's hidden state is what comes down for it times what has been made."""
+    graph, rows = Uniform(27), random_rows(Uniform(27), 6)
+    head, upstream = random_head(6, 27, torch.float64), torch.rand(6).double()
+    exact = results(plain, head, *rows, graph, upstream=upstream)
+    launches.clear()
+    hidden = head.hidden.clone().requires_grad_()
+    loss = linear_score_entropy_loss(hidden, head.weight, head.bias, *rows, graph)
+    monkeypatch.setattr(module, "_common", lambda _: pytest.fail("looked"))
+    (gradient,) = torch.autograd.grad(loss, hidden, upstream)
+    torch.testing.assert_close(gradient, exact[1])
+    assert len(launches) == 1
+
+
 # --------------------------------------------------------------------------------------------------------- manners
 
 
