@@ -20,9 +20,9 @@ from sedd.checkpoint import (
     read_state,
     read_tensors,
     save_checkpoint,
-    write_json,
 )
 from sedd.config import ModelOptions, TrainConfig
+from sedd.files import write_json
 from sedd.model import SEDD
 from sedd.pretrained import load_model
 
@@ -55,7 +55,8 @@ def save(config: TrainConfig, weights: dict[str, torch.Tensor], tmp_path: Path) 
             },
             "rng": {"cpu": torch.get_rng_state()},
         }
-        return save_checkpoint(tmp_path, step, tensors, {"valid": valid, "elapsed": 1.5, "data": {"seen": 3}}, config)
+        state = {"valid": valid, "elapsed": 1.5, "device": "cpu", "data": {"consumed": 3}}
+        return save_checkpoint(tmp_path, step, tensors, state, config)
 
     return save_step
 
@@ -73,7 +74,7 @@ def test_round_trip(save: Callable[..., Path], config: TrainConfig, weights: dic
         "state.json",
     }
     state = read_state(path)
-    assert (state["step"], state["valid"], state["elapsed"], state["data"]) == (500, 1.25, 1.5, {"seen": 3})
+    assert (state["step"], state["valid"], state["elapsed"], state["data"]) == (500, 1.25, 1.5, {"consumed": 3})
     loaded = load_model(path)
     assert loaded.config.model.build() == config.model.build()
     assert (loaded.tokenizer.name, loaded.graph.dim) == ("text8", 28)
@@ -136,7 +137,7 @@ def test_a_file_that_fits_neither_the_model_nor_the_list_is_named(save: Callable
     write_json(path / "config.json", options)
     state = read_state(path)
     state["files"]["config.json"] = sedd.checkpoint._fingerprint(path / "config.json")
-    write_json(path / "state.json", state)
+    write_json(path / "state.json", sedd.checkpoint._sealed(state))
     with pytest.raises(ValueError, match=r"ema\.safetensors: .* 16 misshapen .*norm1\.weight \[8\] instead of \[16\]"):
         load_model(path)
     with pytest.raises(ValueError, match=r"other\.safetensors: not listed in state\.json"):

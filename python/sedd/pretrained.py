@@ -19,7 +19,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sedd.checkpoint import best_checkpoint, list_checkpoints, load_weights, read_config, read_state, read_tensors
+from sedd.checkpoint import (
+    DamagedError,
+    best_checkpoint,
+    last_whole_checkpoint,
+    list_checkpoints,
+    load_weights,
+    read_config,
+    read_state,
+    read_tensors,
+)
 from sedd.config import TrainConfig, autocast_dtype
 from sedd.model import SEDD, ModelConfig, device_of
 from sedd.schedule import SCHEDULES, Schedule, get_schedule
@@ -84,15 +94,20 @@ def load_model(name_or_path: Path | str, device: torch.device | str = "cpu") -> 
     """
     path = _find(name_or_path)
     checkpoint = _checkpoint(path)
-    if checkpoint is None:
-        model = load_pretrained(path, device=device)
-        assert model.schedule is not None
-        if model.tokenizer is None:
-            raise ValueError(
-                f"{path}: a model of {model.graph.dim} tokens that does not say how text becomes tokens; its "
-                f"config.json may say so: tokenizer, one of {', '.join(TOKENIZERS)}"
-            )
-        return LoadedModel(path, model, model.graph, model.schedule, get_tokenizer(model.tokenizer))
+    if checkpoint is not None:
+        with _offering_another(checkpoint.parent.parent):
+            return _load_checkpoint(checkpoint, device)
+    model = load_pretrained(path, device=device)
+    assert model.schedule is not None
+    if model.tokenizer is None:
+        raise ValueError(
+            f"{path}: a model of {model.graph.dim} tokens that does not say how text becomes tokens; its "
+            f"config.json may say so: tokenizer, one of {', '.join(TOKENIZERS)}"
+        )
+    return LoadedModel(path, model, model.graph, model.schedule, get_tokenizer(model.tokenizer))
+
+
+def _load_checkpoint(checkpoint: Path, device: torch.device | str) -> LoadedModel:
     state, config = read_state(checkpoint), read_config(checkpoint)
     tokenizer = get_tokenizer(config.tokenizer)
     graph = config.make_graph(tokenizer.vocab_size)
@@ -100,6 +115,18 @@ def load_model(name_or_path: Path | str, device: torch.device | str = "cpu") -> 
     model = _build(config.model.build(), graph, schedule, config.tokenizer)
     load_weights(model, read_tensors(checkpoint, "ema", state), checkpoint / "ema.safetensors")
     return LoadedModel(checkpoint, model.to(device).eval(), graph, schedule, tokenizer, config, state)
+
+
+@contextmanager
+def _offering_another(run_dir: Path) -> Iterator[None]:
+    """Adds to the errors of a damaged checkpoint which other one of the run is whole."""
+    try:
+        yield
+    except (FileNotFoundError, DamagedError) as error:
+        whole = last_whole_checkpoint(run_dir)
+        if whole is None:
+            raise
+        raise type(error)(f"{error}; the last checkpoint that is whole is {whole}: give that one") from error
 
 
 def load_pretrained(
@@ -312,7 +339,8 @@ def _checkpoint(path: Path) -> Path | None:
     if path.is_dir() and (re.fullmatch(r"step_\d+", path.name) or (path / "state.json").exists()):
         return Path(os.path.abspath(path))  # its run is two folders above, which a relative name need not reach
     if checkpoints := list_checkpoints(path):
-        return best_checkpoint(path) or checkpoints[-1]
+        with _offering_another(path):
+            return best_checkpoint(path) or checkpoints[-1]
     if path.is_file() or (path / ".hydra").is_dir() or any((path / name).exists() for name in WEIGHTS):
         return None
     raise FileNotFoundError(
