@@ -156,7 +156,8 @@ class Trainer:
             self._restore(checkpoint)
         elif resume:
             self._say(f"{self.run_dir} has no checkpoint yet: starting at step 0")
-        (self.run_dir / "eval").mkdir(parents=True, exist_ok=True)
+        with naming(self.run_dir):
+            (self.run_dir / "eval").mkdir(exist_ok=True)
         write_json(self.run_dir / "config.json", config.to_dict())
 
     # -- one step ------------------------------------------------------------------------------------------------------
@@ -344,9 +345,14 @@ class Trainer:
 
     def _save(self, log: Log) -> None:
         """Writes the checkpoint of this step, if it does not exist yet, and deletes those no longer kept."""
-        if self.step in (0, self.saved_step):
+        if self.step == 0:
             return
         self.lock.check()
+        if self.step != self.saved_step:
+            self._write_checkpoint(log)
+        prune(self.run_dir, self.config.keep_last)
+
+    def _write_checkpoint(self, log: Log) -> None:
         log.flush()
         rng = {"cpu": torch.get_rng_state(), "generator": self.generator.get_state()}
         if self.device.type == "cuda":
@@ -365,7 +371,6 @@ class Trainer:
         }
         save_checkpoint(self.run_dir, self.step, tensors, state, self.config)
         self.saved_step = self.step
-        prune(self.run_dir, self.config.keep_last)
 
     def _last_checkpoint(self) -> Path | None:
         """The checkpoint to go on from, None if there is none; says what is damaged, and which options have changed."""
@@ -431,7 +436,8 @@ class Log:
             if path.exists():
                 with open(path, encoding="utf-8", errors="replace") as old:
                     kept.writelines(line for line in old if _is_before(line, step))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        with naming(path):
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
         self._curves = run_dir / "tensorboard"
         with naming(self._curves):
             self._writer = SummaryWriter(str(self._curves), purge_step=step + 1)
