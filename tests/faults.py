@@ -16,7 +16,7 @@ import safetensors.torch
 
 import sedd.checkpoint
 
-KINDS = ("broken", "full", "memory", "power")
+KINDS = ("broken", "full", "memory")
 GROWING = {"open", "write", "mkdir", "tensors"}
 """What needs space."""
 
