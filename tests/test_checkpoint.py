@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import sedd.checkpoint
 from sedd.checkpoint import (
+    DamagedError,
     best_checkpoint,
     list_checkpoints,
     prune,
     read_state,
     read_tensors,
     save_checkpoint,
+    set_damaged_aside,
+    verify,
 )
 from sedd.config import ModelOptions, TrainConfig
 from sedd.files import write_json
 from sedd.model import SEDD
-from sedd.pretrained import load_model
+from sedd.pretrained import load_model, load_pretrained
 
 TENSORS = ("model", "ema", "optimizer", "rng")
 
@@ -128,6 +133,104 @@ def test_damage_is_named(save: Callable[..., Path], name: str, damage: Callable[
 
     with pytest.raises((ValueError, FileNotFoundError), match=rf"{name}: (missing|truncated|damaged)"):
         read_all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": 300}, r"step: 300, but the folder is step_00000400"),
+        ({"step": True}, r"step: expected an int of at least 1, got True"),
+        ({"step": None}, r"step: missing"),
+        ({"valid": "1"}, r"valid: expected a finite number or null"),
+        ({"valid": float("nan")}, r"valid: expected a finite number or null"),
+        ({"elapsed": -1.0}, r"elapsed: expected a number of at least 0, got -1\.0"),
+        ({"device": "tpu"}, r"device: expected cpu or cuda"),
+        ({"data": [1]}, r"data: expected an object"),
+        ({"data": None}, r"data: missing"),
+        ({"files": {"config.json": "abc"}}, r"files: expected an object with bytes and sha256"),
+        ({"stop": 400}, r"unknown entries stop and no sha256"),
+    ],
+    ids=str,
+)
+def test_a_state_that_is_not_one_is_refused(save: Callable[..., Path], change: dict[str, Any], message: str) -> None:
+    """Also where no digest tells of it, as in the checkpoints of earlier versions."""
+    path = save(400, 1.0)
+    state = {**json.loads((path / "state.json").read_text()), **change}
+    state = {key: value for key, value in state.items() if value is not None}
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(DamagedError, match=r"state\.json: damaged.*\(SHA-256\)"):
+        read_state(path)
+    del state["sha256"]
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(DamagedError, match=rf"state\.json: damaged, not the state of a checkpoint: {message}"):
+        read_state(path)
+
+
+def test_a_checkpoint_of_an_earlier_version_loads(save: Callable[..., Path]) -> None:
+    path = save(400, 1.0)
+    state = read_state(path)
+    del state["sha256"]
+    write_json(path / "state.json", state)
+    assert load_model(path).state == state
+    verify(path)
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, "[]", '{"step": 1', "\x00" * 100, '{"step": ' + "9" * 9999 + "}"], ids=len
+)
+def test_what_is_no_state_at_all_is_refused(save: Callable[..., Path], content: str) -> None:
+    path = save(1)
+    (path / "state.json").write_text(content)
+    with pytest.raises(DamagedError, match=r"state\.json: damaged"):
+        read_state(path)
+
+
+def test_another_checkpoint_is_offered_in_place_of_a_damaged_one(save: Callable[..., Path], tmp_path: Path) -> None:
+    save(1, 2.0), save(2, 3.0), save(3, 1.0)
+    first, second, third = list_checkpoints(tmp_path)
+    flip_last_byte(third / "ema.safetensors")
+    for path in (tmp_path, third):
+        with pytest.raises(DamagedError, match=rf"ema\.safetensors: damaged: .*; .* whole is {second}: give that one"):
+            load_model(path)
+    flip_last_byte(third / "state.json")
+    (second / "optimizer.safetensors").unlink()
+    with pytest.raises(DamagedError, match=rf"state\.json: damaged.*; .* whole is {first}: give that one"):
+        load_pretrained(tmp_path)
+
+
+def test_damaged_checkpoints_are_set_aside_and_kept_until_there_is_a_newer_one(
+    save: Callable[..., Path], tmp_path: Path
+) -> None:
+    save(1, 2.0), save(2, 1.0), save(3, 3.0), save(4)
+    damaged = list_checkpoints(tmp_path)
+    truncate(damaged[3] / "model.safetensors")
+    flip_last_byte(damaged[1] / "state.json")
+    contents = everything_in(damaged[3])
+    prune(tmp_path, keep_last=1)
+    assert list_checkpoints(tmp_path)[0].name == "step_00000001"
+    last, lines = set_damaged_aside(tmp_path)
+    assert last is not None
+    assert last.name == "step_00000001"
+    assert re.search(
+        r"step_00000004/model\.safetensors: truncated .* from step_00000001; .* damaged_step_00000004", lines[0]
+    )
+    aside = tmp_path / "checkpoints" / "damaged_step_00000004"
+    assert everything_in(aside) == contents
+    prune(tmp_path, keep_last=1)
+    save(3)
+    prune(tmp_path, keep_last=1)
+    assert everything_in(aside) == contents
+    save(4)
+    prune(tmp_path, keep_last=1)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step_00000001", "step_00000004"]
+    for path in list_checkpoints(tmp_path):
+        truncate(path / "rng.safetensors")
+    before = everything_in(tmp_path)
+    with pytest.raises(
+        DamagedError, match=r"step_00000004/rng\.safetensors: .*no checkpoint of .* is whole.*--run_dir"
+    ):
+        set_damaged_aside(tmp_path)
+    assert everything_in(tmp_path) == before
 
 
 def test_a_file_that_fits_neither_the_model_nor_the_list_is_named(save: Callable[..., Path]) -> None:
