@@ -6,17 +6,20 @@ import dataclasses
 import json
 import math
 import os
+import pty
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sedd.train
@@ -225,6 +228,29 @@ def test_a_signal_saves_and_stops(
     assert (outcome.step, outcome.signum) == (5, signum)
     assert [path.name for path in list_checkpoints(Path(config.run_dir))] == ["step_00000004", "step_00000005"]
     assert signal.getsignal(signum) == before
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_terminal_that_closes_does_not_take_the_run_with_it(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, is_told: bool
+) -> None:
+    """Told by SIGHUP, it saves and stops; a disowned job is not told, and goes on in silence."""
+    take_step = Trainer.train_step
+    terminal, end = pty.openpty()
+    config = make_config()
+
+    def step_and_close(self: Trainer) -> None:
+        take_step(self)
+        if self.step == 3:
+            os.close(terminal)
+            if is_told:
+                os.kill(os.getpid(), signal.SIGHUP)
+
+    monkeypatch.setattr(Trainer, "train_step", step_and_close)
+    with suppress(OSError), open(end, "w") as file:  # Python may not have flushed all that is lost
+        outcome = Trainer(config, console=Console(file=file)).run()
+    assert outcome.step == (3 if is_told else 8)
+    assert list_checkpoints(Path(config.run_dir))[-1].name == f"step_0000000{outcome.step}"
 
 
 def test_nohup_is_obeyed(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -329,12 +329,14 @@ class RunLock:
 
     def release(self) -> None:
         """Lets others in. Folders that were made for the lock, and hold nothing else, are removed."""
-        if self._close.alive and self._is_there() and os.listdir(self.path.parent) == [self.path.name]:
-            self.path.unlink()
-            for folder in self._made:
-                with suppress(OSError):  # it holds something else
-                    folder.rmdir()
-        self._close()
+        try:
+            if self._close.alive and self._is_there() and os.listdir(self.path.parent) == [self.path.name]:
+                self.path.unlink()
+                for folder in self._made:
+                    with suppress(OSError):  # it holds something else
+                        folder.rmdir()
+        finally:
+            self._close()
 
     def __enter__(self) -> RunLock:
         return self

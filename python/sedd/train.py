@@ -308,7 +308,10 @@ class Trainer:
         return better
 
     def _say(self, message: str) -> None:
-        self.console.print(message, highlight=False, soft_wrap=True, markup=False)
+        try:
+            self.console.print(message, highlight=False, soft_wrap=True, markup=False)
+        except OSError:  # the terminal is gone, which is no reason to lose the run
+            self.console.quiet = True
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -323,6 +326,8 @@ class Trainer:
         if previous[signal.SIGHUP] == signal.SIG_IGN:  # nohup
             del previous[signal.SIGHUP]
 
+        on_terminal = self.console.is_terminal  # a terminal that is gone says that it is none
+
         def restore() -> None:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -331,8 +336,8 @@ class Trainer:
             self.signum = signum
             restore()
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
-            if signum == signal.SIGHUP and self.console.is_terminal:
-                self.console.quiet = True  # the terminal is gone, and writing to it an error
+            if signum == signal.SIGHUP and on_terminal:
+                self.console.quiet = True  # writing to it would be an error
 
         for number in previous:
             signal.signal(number, stop)
