@@ -258,10 +258,12 @@ def _from_config(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SE
             sizes[name] = value
     graph = _graph(config, dim)
     tokens = dim - (graph.mask_id is not None)
-    if config.get("tokens", tokens) != tokens:
+    if config.get("tokens", tokens) != tokens or isinstance(config.get("tokens"), bool):
         raise ValueError(f"tokens: {config['tokens']}, but the embedding has {dim} rows, MASK counted")
     tokenizer = config.get("tokenizer") or VOCABULARIES.get(tokens)
-    if tokenizer is not None and (tokenizer not in TOKENIZERS or TOKENIZERS[tokenizer].vocab_size != tokens):
+    if tokenizer is not None and (
+        not isinstance(tokenizer, str) or tokenizer not in TOKENIZERS or TOKENIZERS[tokenizer].vocab_size != tokens
+    ):
         raise ValueError(f"tokenizer: {tokenizer!r} is not a tokeniser of {tokens} tokens")
     return _build(ModelConfig(**sizes), graph, _schedule(config), tokenizer)
 
@@ -276,25 +278,38 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _graph(config: Mapping[str, Any], dim: int) -> RankOne:
     section = _section(config, "graph")
     name = section.get("type") or config.get("diffusion")
-    kind = GRAPHS.get(str(name), name)
+    kind = GRAPHS.get(str(name), str(name))
     if kind == "absorbing":
         return Absorbing(dim - 1)
     if kind == "uniform":
         return Uniform(dim)
     if kind == "hybrid":
-        return Hybrid(dim - 1, float(section.get("uniform_fraction", math.nan)))
+        return Hybrid(dim - 1, _number(section, "graph.uniform_fraction"))
     raise ValueError(f"graph.type: {'missing' if name is None else repr(name)}, wanted absorb, uniform or hybrid")
 
 
 def _schedule(config: Mapping[str, Any]) -> Schedule:
     section = _section(config, "noise")
     name = section.get("type")
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         given = "missing" if name is None else repr(name)
         raise ValueError(f"noise.type: {given}, wanted one of {', '.join(SCHEDULES)}")
     # the released configurations have sigma_min and sigma_max for every schedule, log-linear too, which has neither
     known = [field.name for field in dataclasses.fields(SCHEDULES[name])]  # type: ignore[arg-type]
-    return get_schedule(name, **{key: float(section[key]) for key in known if section.get(key) is not None})
+    return get_schedule(
+        name, **{key: _number(section, f"noise.{key}") for key in known if section.get(key) is not None}
+    )
+
+
+def _number(section: Mapping[str, Any], name: str) -> float:
+    value = section.get(name.rpartition(".")[2])
+    try:
+        number = math.nan if value is None or isinstance(value, bool) else float(value)  # YAML has 1e-4 as a string
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: {'missing' if value is None else repr(value)}, wanted a finite number")
+    return number
 
 
 def _build(config: ModelConfig, graph: RankOne, schedule: Schedule, tokenizer: str | None) -> SEDD:
