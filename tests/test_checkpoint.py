@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,17 +19,20 @@ import torch
 
 import sedd.checkpoint
 from sedd.checkpoint import (
+    DamagedError,
     best_checkpoint,
     list_checkpoints,
     prune,
     read_state,
     read_tensors,
     save_checkpoint,
-    write_json,
+    set_damaged_aside,
+    verify,
 )
 from sedd.config import ModelOptions, TrainConfig
+from sedd.files import write_json
 from sedd.model import SEDD
-from sedd.pretrained import load_model
+from sedd.pretrained import load_model, load_pretrained
 
 TENSORS = ("model", "ema", "optimizer", "rng")
 
@@ -58,7 +63,8 @@ def save(config: TrainConfig, weights: dict[str, torch.Tensor], tmp_path: Path) 
             },
             "rng": {"cpu": torch.get_rng_state()},
         }
-        return save_checkpoint(tmp_path, step, tensors, {"valid": valid, "elapsed": 1.5, "data": {"seen": 3}}, config)
+        state = {"valid": valid, "elapsed": 1.5, "device": "cpu", "data": {"consumed": 3}}
+        return save_checkpoint(tmp_path, step, tensors, state, config)
 
     return save_step
 
@@ -76,7 +82,7 @@ def test_round_trip(save: Callable[..., Path], config: TrainConfig, weights: dic
         "state.json",
     }
     state = read_state(path)
-    assert (state["step"], state["valid"], state["elapsed"], state["data"]) == (500, 1.25, 1.5, {"seen": 3})
+    assert (state["step"], state["valid"], state["elapsed"], state["data"]) == (500, 1.25, 1.5, {"consumed": 3})
     loaded = load_model(path)
     assert loaded.config.model.build() == config.model.build()
     assert (loaded.tokenizer.name, loaded.graph.dim) == ("text8", 28)
@@ -132,6 +138,104 @@ def test_damage_is_named(save: Callable[..., Path], name: str, damage: Callable[
         read_all()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": 300}, r"step: 300, but the folder is step_00000400"),
+        ({"step": True}, r"step: expected an int of at least 1, got True"),
+        ({"step": None}, r"step: missing"),
+        ({"valid": "1"}, r"valid: expected a finite number or null"),
+        ({"valid": float("nan")}, r"valid: expected a finite number or null"),
+        ({"elapsed": -1.0}, r"elapsed: expected a number of at least 0, got -1\.0"),
+        ({"device": "tpu"}, r"device: expected cpu or cuda"),
+        ({"data": [1]}, r"data: expected an object"),
+        ({"data": None}, r"data: missing"),
+        ({"files": {"config.json": "abc"}}, r"files: expected an object with bytes and sha256"),
+        ({"stop": 400}, r"unknown entries stop and no sha256"),
+    ],
+    ids=str,
+)
+def test_a_state_that_is_not_one_is_refused(save: Callable[..., Path], change: dict[str, Any], message: str) -> None:
+    """Also where no digest tells of it, as in the checkpoints of earlier versions."""
+    path = save(400, 1.0)
+    state = {**json.loads((path / "state.json").read_text()), **change}
+    state = {key: value for key, value in state.items() if value is not None}
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(DamagedError, match=r"state\.json: damaged.*\(SHA-256\)"):
+        read_state(path)
+    del state["sha256"]
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(DamagedError, match=rf"state\.json: damaged, not the state of a checkpoint: {message}"):
+        read_state(path)
+
+
+def test_a_checkpoint_of_an_earlier_version_loads(save: Callable[..., Path]) -> None:
+    path = save(400, 1.0)
+    state = read_state(path)
+    del state["sha256"]
+    write_json(path / "state.json", state)
+    assert load_model(path).state == state
+    verify(path)
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, "[]", '{"step": 1', "\x00" * 100, '{"step": ' + "9" * 9999 + "}"], ids=len
+)
+def test_what_is_no_state_at_all_is_refused(save: Callable[..., Path], content: str) -> None:
+    path = save(1)
+    (path / "state.json").write_text(content)
+    with pytest.raises(DamagedError, match=r"state\.json: damaged"):
+        read_state(path)
+
+
+def test_another_checkpoint_is_offered_in_place_of_a_damaged_one(save: Callable[..., Path], tmp_path: Path) -> None:
+    save(1, 2.0), save(2, 3.0), save(3, 1.0)
+    first, second, third = list_checkpoints(tmp_path)
+    flip_last_byte(third / "ema.safetensors")
+    for path in (tmp_path, third):
+        with pytest.raises(DamagedError, match=rf"ema\.safetensors: damaged: .*; .* whole is {second}: give that one"):
+            load_model(path)
+    flip_last_byte(third / "state.json")
+    (second / "optimizer.safetensors").unlink()
+    with pytest.raises(DamagedError, match=rf"state\.json: damaged.*; .* whole is {first}: give that one"):
+        load_pretrained(tmp_path)
+
+
+def test_damaged_checkpoints_are_set_aside_and_kept_until_there_is_a_newer_one(
+    save: Callable[..., Path], tmp_path: Path
+) -> None:
+    save(1, 2.0), save(2, 1.0), save(3, 3.0), save(4)
+    damaged = list_checkpoints(tmp_path)
+    truncate(damaged[3] / "model.safetensors")
+    flip_last_byte(damaged[1] / "state.json")
+    contents = everything_in(damaged[3])
+    prune(tmp_path, keep_last=1)
+    assert list_checkpoints(tmp_path)[0].name == "step_00000001"
+    last, lines = set_damaged_aside(tmp_path)
+    assert last is not None
+    assert last.name == "step_00000001"
+    assert re.search(
+        r"step_00000004/model\.safetensors: truncated .* from step_00000001; .* damaged_step_00000004", lines[0]
+    )
+    aside = tmp_path / "checkpoints" / "damaged_step_00000004"
+    assert everything_in(aside) == contents
+    prune(tmp_path, keep_last=1)
+    save(3)
+    prune(tmp_path, keep_last=1)
+    assert everything_in(aside) == contents
+    save(4)
+    prune(tmp_path, keep_last=1)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step_00000001", "step_00000004"]
+    for path in list_checkpoints(tmp_path):
+        truncate(path / "rng.safetensors")
+    before = everything_in(tmp_path)
+    with pytest.raises(
+        DamagedError, match=r"step_00000004/rng\.safetensors: .*no checkpoint of .* is whole.*--run_dir"
+    ):
+        set_damaged_aside(tmp_path)
+    assert everything_in(tmp_path) == before
+
+
 def test_a_file_that_fits_neither_the_model_nor_the_list_is_named(save: Callable[..., Path]) -> None:
     path = save(1)
     options = json.loads((path / "config.json").read_text())
@@ -139,7 +243,7 @@ def test_a_file_that_fits_neither_the_model_nor_the_list_is_named(save: Callable
     write_json(path / "config.json", options)
     state = read_state(path)
     state["files"]["config.json"] = sedd.checkpoint._fingerprint(path / "config.json")
-    write_json(path / "state.json", state)
+    write_json(path / "state.json", sedd.checkpoint._sealed(state))
     with pytest.raises(ValueError, match=r"ema\.safetensors: .* 16 misshapen .*norm1\.weight \[8\] instead of \[16\]"):
         load_model(path)
     with pytest.raises(ValueError, match=r"other\.safetensors: not listed in state\.json"):

@@ -151,7 +151,9 @@ def test_an_unfinished_evaluation_of_something_else_is_not_taken(tmp_path):
     ):
         options = {"model": model, "graph": graph, "schedule": schedule, "blocks": blocks} | other
         options = {"draws": 2, "batch_size": 3, "generator": seeded()} | options
-        with pytest.raises(ValueError, match=r"of another model, text or options lies here; delete it .*unfinished"):
+        with pytest.raises(
+            ValueError, match=r"of another model, text, options or version lies here; delete it .*unfinished"
+        ):
             elbo(unfinished=file, **options)
     assert file.read_bytes() == before
     file.write_bytes(before[:-9])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -275,6 +276,15 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named(tmp_path: Path) 
         ({"graph": "absorb"}, "graph: 'absorb', wanted an object"),
         ({"noise": {"type": "linear"}}, "noise.type: 'linear', wanted one of loglinear, geometric"),
         ({"noise": {"type": "geometric", "sigma_min": -1.0}}, "sigma_min: expected a positive number"),
+        ({"noise": {"type": ["geometric"]}}, "noise.type: ['geometric'], wanted one of"),
+        ({"noise": {"type": "loglinear", "eps": math.nan}}, "noise.eps: nan, wanted a finite number"),
+        ({"noise": {"type": "loglinear", "eps": [1]}}, "noise.eps: [1], wanted a finite number"),
+        ({"noise": {"type": "loglinear", "eps": True}}, "noise.eps: True, wanted a finite number"),
+        ({"graph": {"type": "hybrid"}}, "graph.uniform_fraction: missing, wanted a finite number"),
+        ({"graph": {"type": "hybrid", "uniform_fraction": "much"}}, "graph.uniform_fraction: 'much', wanted a finite"),
+        ({"graph": {"type": ["absorb"]}}, "graph.type: ['absorb'], wanted absorb, uniform or hybrid"),
+        ({"tokenizer": ["bytes"]}, "tokenizer: ['bytes'] is not a tokeniser of 257 tokens"),
+        ({"tokens": True}, "tokens: True, but the embedding has 258 rows"),
         ({"tokens": 258}, "tokens: 258, but the embedding has 258 rows, MASK counted"),
         ({"tokenizer": "gpt2"}, "tokenizer: 'gpt2' is not a tokeniser of 257 tokens"),
         ({"model": {"n_blocks": 10**9}}, "model.n_blocks: 1000000000, but the tensors are those of 2"),

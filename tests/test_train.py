@@ -6,11 +6,13 @@ import dataclasses
 import json
 import math
 import os
+import pty
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +24,7 @@ pytest.importorskip("rich")
 pytest.importorskip("tensorboard")
 
 import torch
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sedd.train
@@ -30,6 +33,7 @@ from sedd.cli import main
 from sedd.config import ModelOptions, TrainConfig
 from sedd.data import DataConfig
 from sedd.objective import OBJECTIVES
+from sedd.pretrained import load_model
 from sedd.train import NonFiniteError, Trainer
 
 MakeConfig = Callable[..., TrainConfig]
@@ -179,6 +183,9 @@ def test_kill_and_sigterm_and_resume_equal_one_run(make_config: MakeConfig, tmp_
 
     with start() as killed:
         wait_for(killed, passed(8))
+        with pytest.raises(BlockingIOError, match=rf"in use by process {killed.pid} on .*--run_dir"):
+            Trainer(config, resume=True)
+        load_model(run)  # reading is no reason to wait
         time.sleep(0.02)  # somewhere behind a checkpoint
         killed.kill()
     with start("--resume") as ended:
@@ -207,7 +214,7 @@ def test_kill_and_sigterm_and_resume_equal_one_run(make_config: MakeConfig, tmp_
     assert steps == list(range(1, last + 7)), "TensorBoard has each step once"
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_stops(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
 ) -> None:
@@ -218,6 +225,7 @@ def test_a_signal_saves_and_stops(
         take_step(self)
         if self.step == 5:
             os.kill(os.getpid(), signum)
+            os.kill(os.getpid(), signal.SIGHUP)  # as a terminal that closes sends after all, and twice
 
     monkeypatch.setattr(Trainer, "train_step", step_and_signal)
     before = signal.getsignal(signum)
@@ -225,6 +233,125 @@ def test_a_signal_saves_and_stops(
     assert (outcome.step, outcome.signum) == (5, signum)
     assert [path.name for path in list_checkpoints(Path(config.run_dir))] == ["step_00000004", "step_00000005"]
     assert signal.getsignal(signum) == before
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_terminal_that_closes_does_not_take_the_run_with_it(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, is_told: bool
+) -> None:
+    """Told by SIGHUP, it saves and stops; a disowned job is not told, and goes on in silence."""
+    take_step = Trainer.train_step
+    terminal, end = pty.openpty()
+    config = make_config()
+
+    def step_and_close(self: Trainer) -> None:
+        take_step(self)
+        if self.step == 3:
+            os.close(terminal)
+            if is_told:
+                os.kill(os.getpid(), signal.SIGHUP)
+
+    monkeypatch.setattr(Trainer, "train_step", step_and_close)
+    with suppress(OSError), open(end, "w") as file:  # Python may not have flushed all that is lost
+        outcome = Trainer(config, console=Console(file=file)).run()
+    assert outcome.step == (3 if is_told else 8)
+    assert list_checkpoints(Path(config.run_dir))[-1].name == f"step_0000000{outcome.step}"
+
+
+def test_nohup_is_obeyed(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_step = Trainer.train_step
+
+    def step_and_signal(self: Trainer) -> None:
+        take_step(self)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    monkeypatch.setattr(Trainer, "train_step", step_and_signal)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert Trainer(make_config(steps=2)).run().signum is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_damaged_last_checkpoint_costs_the_steps_since_the_one_before(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(keep_last=3)
+    run = Path(config.run_dir)
+    Trainer(config).run()
+    wanted = (run / "metrics.jsonl").read_bytes()
+    last = list_checkpoints(run)[-1]
+    tensors = read_tensors(last, "model", None)
+    content = (last / "optimizer.safetensors").read_bytes()
+    (last / "optimizer.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    trainer = Trainer(config, resume=True)
+    assert trainer.step == 4
+    said = capsys.readouterr().err
+    assert "step_00000008/optimizer.safetensors: damaged" in said
+    assert "Going on from step_00000004" in said
+    assert (last.parent / "damaged_step_00000008").is_dir()
+    trainer.run()
+    assert (run / "metrics.jsonl").read_bytes() == wanted
+    again = read_tensors(last, "model", read_state(last))
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    assert not (last.parent / "damaged_step_00000008").exists()
+
+
+@pytest.mark.parametrize(
+    ("consumed", "message"), [(-5, "got -5"), (None, "got None"), ("7", "got '7'"), (True, "got True")]
+)
+def test_a_position_in_the_data_that_is_none_is_refused(make_config: MakeConfig, consumed: Any, message: str) -> None:
+    """In a checkpoint of an earlier version, which has no digest to tell of it."""
+    config = make_config(steps=4)
+    Trainer(config).run()
+    (last,) = list_checkpoints(Path(config.run_dir))
+    state = read_state(last)
+    del state["sha256"]
+    state["data"]["consumed"] = consumed
+    (last / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=rf"state\.json: data: consumed: expected an int of at least 0, {message}"):
+        Trainer(config, resume=True)
+
+
+def test_records_are_on_the_disk_before_a_checkpoint_refers_to_them(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync, save = {}, os.fsync, sedd.train.save_checkpoint
+
+    def recorded(descriptor: int) -> None:
+        fsync(descriptor)
+        synced[os.readlink(f"/proc/self/fd/{descriptor}")] = os.fstat(descriptor).st_size
+
+    def checked(run_dir: Path, step: int, *args: Any) -> Path:
+        records = (run_dir / "metrics.jsonl").resolve()
+        assert len(losses(run_dir)) == step
+        assert synced[str(records)] == records.stat().st_size
+        return save(run_dir, step, *args)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(sedd.train, "save_checkpoint", checked)
+    assert Trainer(make_config()).run().step == 8
+
+
+def test_all_files_of_a_run_have_the_permissions_of_new_files(make_config: MakeConfig) -> None:
+    config = make_config(steps=4)
+    before = os.umask(0o027)
+    try:
+        Trainer(config).run()
+    finally:
+        os.umask(before)
+    files = [path for path in Path(config.run_dir).rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+
+
+def test_an_option_that_a_resumed_run_changes_is_said(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(steps=4)
+    Trainer(config).run()
+    capsys.readouterr()
+    Trainer(dataclasses.replace(config, lr=3e-2), resume=True)
+    assert "lr: 0.03 from here on, 0.01 until now" in capsys.readouterr().err
 
 
 def test_training_stops_when_the_minutes_are_used_up(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

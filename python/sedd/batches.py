@@ -225,7 +225,7 @@ class _BlockBatches:
         return {**self._identity, "consumed": self._consumed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        _check_state(state, self._identity)
+        _check_state(state, self._identity, ("consumed",))
         self._consumed = state["consumed"]
 
 
@@ -302,14 +302,22 @@ class _StreamBatches:
         return {**self._identity, **copy.deepcopy(self._group), "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        _check_state(state, self._identity)
+        _check_state(state, self._identity, ("epoch", "group", "position"))
+        if not isinstance(state.get("rows"), dict):
+            raise ValueError(f"rows: expected an object, got {state.get('rows')!r}")
+        left_over = state.get("left_over")
+        if not isinstance(left_over, list) or not all(type(x) is int and 0 <= x < 2**16 for x in left_over):
+            raise ValueError("left_over: expected a list of tokens")
         self._restart(copy.deepcopy({key: state[key] for key in self._group}), state["position"])
 
 
-def _check_state(state: dict[str, Any], identity: dict[str, Any]) -> None:
+def _check_state(state: dict[str, Any], identity: dict[str, Any], counts: tuple[str, ...]) -> None:
     for key, mine in identity.items():
         if state.get(key) != mine:
             raise ValueError(
                 f"state: saved with {key} = {state.get(key)!r}, but here {key} = {mine!r}; a run goes on only with the "
                 "data, the block length and the seed that it began with"
             )
+    for key in counts:
+        if type(state.get(key)) is not int or state[key] < 0:
+            raise ValueError(f"{key}: expected an int of at least 0, got {state.get(key)!r}")

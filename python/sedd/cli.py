@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from sedd import commands
 from sedd.config import TrainConfig, explain, from_options, train_parser
+from sedd.files import RunLock
 from sedd.generative import GenerativeOptions, generative
 from sedd.harness import HarnessOptions, harness
 from sedd.latency import LatencyOptions, latency
@@ -40,8 +41,8 @@ SEDD_DEBUG=1 in the environment shows the traceback of an error.
 TRAIN = """Train a model on text.
 
 Without options a small model learns from the sources and documentation of this Python installation. The run folder
-holds everything: config.json, metrics.jsonl, TensorBoard scalars and checkpoints. Ctrl-C and SIGTERM save and stop;
---resume goes on, bit for bit as if there had been no break.
+holds everything: config.json, metrics.jsonl, TensorBoard scalars and checkpoints. Ctrl-C, SIGTERM and SIGHUP save and
+stop; --resume goes on, bit for bit as if there had been no break. One process at a time may train in a run folder.
 
 Without a GPU, all CPUs that the process may use take part, within the CPU quota of a container. If other processes use
 them too, set OMP_NUM_THREADS to the number of free ones. So that a waiting thread keeps its CPU for at most 50
@@ -242,14 +243,15 @@ def _run(argv: list[str]) -> int:
     parsed = parser.parse_args(argv)
     given = parser.instantiate(parsed)[parsed.command]
     if parsed.command == "train":
-        if given.resume:
-            saved = Path(given.run_dir) / "config.json"
-            if not saved.is_file():
-                raise FileNotFoundError(f"run_dir: nothing to resume in {given.run_dir}: it has no config.json")
-            # the options of the run come first, and what was given now changes them
-            argv = ["train", "--config", str(saved), *argv[1:], "--run_dir", given.run_dir]
-            given = parser.instantiate(parser.parse_args(argv)).train
-        return commands.train(from_options(TrainConfig, given), given.resume)
+        saved = Path(given.run_dir) / "config.json"
+        if given.resume and not saved.is_file():
+            raise FileNotFoundError(f"run_dir: nothing to resume in {given.run_dir}: it has no config.json")
+        with RunLock(Path(given.run_dir)) as lock:
+            if given.resume:
+                # the options of the run come first, and what was given now changes them
+                argv = ["train", "--config", str(saved), *argv[1:], "--run_dir", given.run_dir]
+                given = parser.instantiate(parser.parse_args(argv)).train
+            return commands.train(from_options(TrainConfig, given), given.resume, lock)
     if parsed.command == "sample":
         return commands.sample(given.run, from_options(commands.SampleOptions, given), given.live)
     if parsed.command == "infill":

@@ -21,8 +21,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from sedd.checkpoint import best_checkpoint, list_checkpoints, read_state, write_json
+from sedd.checkpoint import best_checkpoint, list_checkpoints, read_state
 from sedd.config import GraphName, TrainConfig, check_choice, check_options, resolve_device
+from sedd.files import RunLock, write_json
 from sedd.model import PRESETS, compile_network
 from sedd.objective import OBJECTIVES
 from sedd.pretrained import LoadedModel, load_model, load_pretrained, model_card, read_mapping, to_config
@@ -84,10 +85,10 @@ class SampleOptions(SamplingOptions):
         check_options(self, positive=("length",))
 
 
-def train(config: TrainConfig, resume: bool) -> int:
+def train(config: TrainConfig, resume: bool, lock: RunLock) -> int:
     """Trains; returns 0, or 128 + the number of the signal that stopped it."""
     out = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    trainer = Trainer(config, resume=resume, console=out)
+    trainer = Trainer(config, resume=resume, console=out, lock=lock)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     out.print(
         f"{config.model.preset} model, {parameters / 1e6:.2f} M parameters, {config.graph} noise, "

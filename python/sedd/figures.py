@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sedd.files import whole_file
+
 __all__ = ["check_figure", "write_figure"]
 
 
@@ -36,16 +38,12 @@ def write_figure(path: str | Path, size: tuple[float, float], draw: Callable[[An
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: matplotlib has no format of that ending.
+        OSError: it cannot be written; the one from before stays.
     """
     check_figure(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     draw(figure)
-    path = Path(path)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        figure.savefig(partial, dpi=150)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(Path(path)) as temporary:
+        figure.savefig(temporary, dpi=150)

@@ -20,10 +20,10 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from sedd.checkpoint import finite, write_json
 from sedd.config import check_choice, check_options, resolve_device
 from sedd.data import DataConfig, load_blocks, load_text, valid_batches
 from sedd.figures import check_figure, write_figure
+from sedd.files import finite, write_json
 from sedd.judge import Judge, load_judge
 from sedd.pretrained import LoadedModel, load_model, to_config
 from sedd.progress import console

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sedd.checkpoint import write_json
 from sedd.config import check_options
 from sedd.evaluate import Onset, prior_kl
+from sedd.files import write_json
 from sedd.model import ScoreModel, device_of
 from sedd.objective import noised_score_entropy
 from sedd.progress import console

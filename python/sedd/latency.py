@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from sedd.checkpoint import write_json
 from sedd.config import autocast_dtype, check_options, resolve_device
 from sedd.figures import check_figure, write_figure
+from sedd.files import write_json
 from sedd.model import PRESETS, SEDD
 from sedd.pretrained import load_model
 from sedd.progress import console, track

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import copymode
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -358,9 +357,10 @@ class SEDD(
         model_card_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> str | None:
-        """Writes ``config.json``, ``model.safetensors`` and a model card into a folder, each whole or not at all.
+        """Writes ``config.json``, ``model.safetensors`` and a model card into a folder, all of them or none.
 
-        A model card that is there already stays as it is. :meth:`push_to_hub` uploads the same files.
+        A model card that is there already stays as it is. The metadata of ``model.safetensors`` hold a digest of it,
+        which is checked on loading. :meth:`push_to_hub` uploads the same files.
 
         Args:
             save_directory: the folder; made if it is not there.
@@ -380,37 +380,32 @@ class SEDD(
         """
         if not hasattr(super(), "save_pretrained"):
             raise ImportError('saving models needs huggingface_hub: pip install "sedd_ext[train]"')
-        from safetensors import SafetensorError
+        from sedd.files import TEMPORARY, flush_folder, move_all, naming
 
         folder = Path(save_directory)
-        if (folder / "checkpoints").exists() or (folder / "state.json").exists():
+        if any((folder / name).exists() for name in ("checkpoints", "state.json", ".lock")):
             raise ValueError(f"{folder}: a run of sedd train is here, which this would destroy; give another folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with TemporaryDirectory(prefix=".writing-", dir=folder.parent) as temporary:
-                super().save_pretrained(temporary, model_card_kwargs=model_card_kwargs)
-                folder.mkdir(exist_ok=True)
-                for file in Path(temporary).iterdir():
-                    if file.name != "README.md" or not (folder / file.name).exists():
-                        file.replace(folder / file.name)
-        except (OSError, SafetensorError) as error:
-            raise OSError(f"{folder}: could not be written; what was there stays: {error}") from error
+        with naming(folder, "could not be written; what was there stays"):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(prefix=TEMPORARY, dir=folder.parent) as temporary:
+                new = Path(temporary, "new")
+                new.mkdir()
+                super().save_pretrained(new, model_card_kwargs=model_card_kwargs)
+                if (folder / "README.md").exists():
+                    (new / "README.md").unlink()
+                flush_folder(new)
+                move_all(new, folder, last="model.safetensors")
         if push_to_hub:
             address: str = self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **kwargs)
             return address
         return None
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        from safetensors.torch import save_file
-
-        from sedd.checkpoint import write_json
+        from sedd.files import save_tensors, write_json
         from sedd.pretrained import to_config
 
         write_json(save_directory / "config.json", to_config(self))
-        tensors = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
-        save_file(tensors, save_directory / "model.safetensors", metadata={"format": "pt"})
-        # safetensors lets nobody else read it
-        copymode(save_directory / "config.json", save_directory / "model.safetensors")
+        save_tensors(save_directory / "model.safetensors", self.state_dict(), {"format": "pt"})
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
         """The model card, from :data:`CARD` and :func:`sedd.pretrained.model_card`."""

@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sedd.checkpoint import finite, write_json
 from sedd.config import check_options, resolve_device
 from sedd.data import DataConfig, TokenBlocks, load_blocks, load_text, valid_batches
 from sedd.detokenize import Detokenizer
 from sedd.evaluate import ElboResult, elbo, joined, ngram_bits, plot_bound
 from sedd.figures import check_figure
+from sedd.files import finite, write_json
 from sedd.pretrained import LoadedModel, load_model
 from sedd.progress import console, track
 from sedd.sources import is_plain_text

@@ -19,7 +19,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sedd.checkpoint import best_checkpoint, list_checkpoints, load_weights, read_config, read_state, read_tensors
+from sedd.checkpoint import (
+    DamagedError,
+    best_checkpoint,
+    last_whole_checkpoint,
+    list_checkpoints,
+    load_weights,
+    read_config,
+    read_state,
+    read_tensors,
+)
 from sedd.config import TrainConfig, autocast_dtype
 from sedd.model import SEDD, ModelConfig, device_of
 from sedd.schedule import SCHEDULES, Schedule, get_schedule
@@ -84,15 +94,20 @@ def load_model(name_or_path: Path | str, device: torch.device | str = "cpu") -> 
     """
     path = _find(name_or_path)
     checkpoint = _checkpoint(path)
-    if checkpoint is None:
-        model = load_pretrained(path, device=device)
-        assert model.schedule is not None
-        if model.tokenizer is None:
-            raise ValueError(
-                f"{path}: a model of {model.graph.dim} tokens that does not say how text becomes tokens; its "
-                f"config.json may say so: tokenizer, one of {', '.join(TOKENIZERS)}"
-            )
-        return LoadedModel(path, model, model.graph, model.schedule, get_tokenizer(model.tokenizer))
+    if checkpoint is not None:
+        with _offering_another(checkpoint.parent.parent):
+            return _load_checkpoint(checkpoint, device)
+    model = load_pretrained(path, device=device)
+    assert model.schedule is not None
+    if model.tokenizer is None:
+        raise ValueError(
+            f"{path}: a model of {model.graph.dim} tokens that does not say how text becomes tokens; its "
+            f"config.json may say so: tokenizer, one of {', '.join(TOKENIZERS)}"
+        )
+    return LoadedModel(path, model, model.graph, model.schedule, get_tokenizer(model.tokenizer))
+
+
+def _load_checkpoint(checkpoint: Path, device: torch.device | str) -> LoadedModel:
     state, config = read_state(checkpoint), read_config(checkpoint)
     tokenizer = get_tokenizer(config.tokenizer)
     graph = config.make_graph(tokenizer.vocab_size)
@@ -100,6 +115,18 @@ def load_model(name_or_path: Path | str, device: torch.device | str = "cpu") -> 
     model = _build(config.model.build(), graph, schedule, config.tokenizer)
     load_weights(model, read_tensors(checkpoint, "ema", state), checkpoint / "ema.safetensors")
     return LoadedModel(checkpoint, model.to(device).eval(), graph, schedule, tokenizer, config, state)
+
+
+@contextmanager
+def _offering_another(run_dir: Path) -> Iterator[None]:
+    """Adds to the errors of a damaged checkpoint which other one of the run is whole."""
+    try:
+        yield
+    except (FileNotFoundError, DamagedError) as error:
+        whole = last_whole_checkpoint(run_dir)
+        if whole is None:
+            raise
+        raise type(error)(f"{error}; the last checkpoint that is whole is {whole}: give that one") from error
 
 
 def load_pretrained(
@@ -231,10 +258,12 @@ def _from_config(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SE
             sizes[name] = value
     graph = _graph(config, dim)
     tokens = dim - (graph.mask_id is not None)
-    if config.get("tokens", tokens) != tokens:
+    if config.get("tokens", tokens) != tokens or isinstance(config.get("tokens"), bool):
         raise ValueError(f"tokens: {config['tokens']}, but the embedding has {dim} rows, MASK counted")
     tokenizer = config.get("tokenizer") or VOCABULARIES.get(tokens)
-    if tokenizer is not None and (tokenizer not in TOKENIZERS or TOKENIZERS[tokenizer].vocab_size != tokens):
+    if tokenizer is not None and (
+        not isinstance(tokenizer, str) or tokenizer not in TOKENIZERS or TOKENIZERS[tokenizer].vocab_size != tokens
+    ):
         raise ValueError(f"tokenizer: {tokenizer!r} is not a tokeniser of {tokens} tokens")
     return _build(ModelConfig(**sizes), graph, _schedule(config), tokenizer)
 
@@ -249,25 +278,38 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _graph(config: Mapping[str, Any], dim: int) -> RankOne:
     section = _section(config, "graph")
     name = section.get("type") or config.get("diffusion")
-    kind = GRAPHS.get(str(name), name)
+    kind = GRAPHS.get(str(name), str(name))
     if kind == "absorbing":
         return Absorbing(dim - 1)
     if kind == "uniform":
         return Uniform(dim)
     if kind == "hybrid":
-        return Hybrid(dim - 1, float(section.get("uniform_fraction", math.nan)))
+        return Hybrid(dim - 1, _number(section, "graph.uniform_fraction"))
     raise ValueError(f"graph.type: {'missing' if name is None else repr(name)}, wanted absorb, uniform or hybrid")
 
 
 def _schedule(config: Mapping[str, Any]) -> Schedule:
     section = _section(config, "noise")
     name = section.get("type")
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         given = "missing" if name is None else repr(name)
         raise ValueError(f"noise.type: {given}, wanted one of {', '.join(SCHEDULES)}")
     # the released configurations have sigma_min and sigma_max for every schedule, log-linear too, which has neither
     known = [field.name for field in dataclasses.fields(SCHEDULES[name])]  # type: ignore[arg-type]
-    return get_schedule(name, **{key: float(section[key]) for key in known if section.get(key) is not None})
+    return get_schedule(
+        name, **{key: _number(section, f"noise.{key}") for key in known if section.get(key) is not None}
+    )
+
+
+def _number(section: Mapping[str, Any], name: str) -> float:
+    value = section.get(name.rpartition(".")[2])
+    try:
+        number = math.nan if value is None or isinstance(value, bool) else float(value)  # YAML has 1e-4 as a string
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: {'missing' if value is None else repr(value)}, wanted a finite number")
+    return number
 
 
 def _build(config: ModelConfig, graph: RankOne, schedule: Schedule, tokenizer: str | None) -> SEDD:
@@ -312,7 +354,8 @@ def _checkpoint(path: Path) -> Path | None:
     if path.is_dir() and (re.fullmatch(r"step_\d+", path.name) or (path / "state.json").exists()):
         return Path(os.path.abspath(path))  # its run is two folders above, which a relative name need not reach
     if checkpoints := list_checkpoints(path):
-        return best_checkpoint(path) or checkpoints[-1]
+        with _offering_another(path):
+            return best_checkpoint(path) or checkpoints[-1]
     if path.is_file() or (path / ".hydra").is_dir() or any((path / name).exists() for name in WEIGHTS):
         return None
     raise FileNotFoundError(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sedd.config import check_options, resolve_device
+from sedd.files import write_text
 from sedd.pretrained import LoadedModel, load_model
 from sedd.progress import console
 from sedd.sample import SAMPLERS, sample
@@ -93,12 +94,7 @@ def report(run: str, options: ReportOptions) -> int:
         script_hash=f"sha256-{digest}",
     )
     out = Path(options.out) if options.out else folder / "report.html"
-    temporary = out.with_name(f".writing-{out.name}")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(out, page)
     console().print(f"{out}: open it in a browser")
     return 0
 

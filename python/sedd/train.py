@@ -11,8 +11,10 @@ of every validation; no clock times, so two runs can be compared with ``cmp``), 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -30,7 +32,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sedd.checkpoint import (
     best_checkpoint,
-    finite,
     list_checkpoints,
     load_weights,
     prune,
@@ -38,11 +39,12 @@ from sedd.checkpoint import (
     read_state,
     read_tensors,
     save_checkpoint,
-    write_json,
+    set_damaged_aside,
 )
 from sedd.config import TrainConfig, autocast_dtype, resolve_device
 from sedd.data import batches, load_blocks, valid_batches
 from sedd.evaluate import elbo
+from sedd.files import RunLock, finite, naming, whole_file, write_json
 from sedd.model import SEDD, compile_network
 from sedd.objective import OBJECTIVES, sample_times
 from sedd.schedule import get_schedule
@@ -69,37 +71,54 @@ class Outcome:
 
 
 class Trainer:
-    """Trains one model in one run folder.
+    """Trains one model in one run folder, which no other process may write to until :meth:`run` has ended.
 
     Args:
         config: options of the run.
         resume: go on from the last checkpoint of ``config.run_dir``. The steps that follow are bit for bit those that
-            the run would have taken without a break (on the same machine and number of threads).
+            the run would have taken without a break (on the same machine and number of threads). If the last
+            checkpoint is damaged, the one before it is taken.
         console: where progress and messages go; standard error if None.
+        lock: the lock of ``config.run_dir`` if the caller has it already.
 
     Raises:
+        BlockingIOError: another process trains in the run folder.
         FileExistsError: the run folder holds checkpoints and ``resume`` is False.
-        FileNotFoundError: nothing to resume, or a file of the checkpoint is missing.
-        ValueError: an option, the data or the checkpoint is bad, or an option was changed that a resumed run must keep.
+        FileNotFoundError: nothing to resume.
+        ValueError: an option or the data is bad, an option was changed that a resumed run must keep, or no checkpoint
+            is whole.
+        OSError: the run folder cannot be written to.
     """
 
-    def __init__(self, config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        resume: bool = False,
+        console: Console | None = None,
+        lock: RunLock | None = None,
+    ) -> None:
         self.config = config
         self.console = console or Console(stderr=True)
         self.run_dir = Path(config.run_dir)
+        if resume and not (self.run_dir / "config.json").exists():
+            raise FileNotFoundError(f"run_dir: nothing to resume in {self.run_dir}: it has no config.json")
+        self.lock = lock or RunLock(self.run_dir)
+        try:
+            self._set_up(resume)
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _set_up(self, resume: bool) -> None:
+        config = self.config
         found = list_checkpoints(self.run_dir)
         if found and not resume:
             raise FileExistsError(
                 f"run_dir: {self.run_dir} already holds a run (at {found[-1].name}); go on with it by --resume, "
                 "or start another with --run_dir NEW"
             )
-        if resume and not (self.run_dir / "config.json").exists():
-            raise FileNotFoundError(f"run_dir: nothing to resume in {self.run_dir}: it has no config.json")
-        if found:
-            changed = config.differences(read_config(found[-1]))
-            if changed:
-                name, (now, then) = next(iter(changed.items()))
-                raise ValueError(f"{name}: {self.run_dir} was trained with {then!r} and cannot be resumed with {now!r}")
+        checkpoint = self._last_checkpoint()
         self.device = resolve_device(config.device)
         self.autocast_dtype = autocast_dtype(config.precision, self.device)
 
@@ -133,11 +152,12 @@ class Trainer:
         self.saved_step: int | None = None
         self.signum: int | None = None
         self.pending: list[Tensor] = []  # (loss, gradient norm) of the steps not yet written
-        if found:
-            self._restore(found[-1])
+        if checkpoint is not None:
+            self._restore(checkpoint)
         elif resume:
             self._say(f"{self.run_dir} has no checkpoint yet: starting at step 0")
-        (self.run_dir / "eval").mkdir(parents=True, exist_ok=True)
+        with naming(self.run_dir):
+            (self.run_dir / "eval").mkdir(exist_ok=True)
         write_json(self.run_dir / "config.json", config.to_dict())
 
     # -- one step ------------------------------------------------------------------------------------------------------
@@ -185,7 +205,7 @@ class Trainer:
     # -- the run -------------------------------------------------------------------------------------------------------
 
     def run(self) -> Outcome:
-        """Trains until the steps or the minutes are used up, or SIGTERM or Ctrl-C; the last state is saved each time.
+        """Trains until the steps or the minutes are used up, or SIGTERM, SIGHUP or Ctrl-C; the last state is saved.
 
         Raises:
             NonFiniteError: the loss or the gradient of a step is not finite. Nothing is saved after the last good
@@ -196,7 +216,12 @@ class Trainer:
         started, before = time.monotonic(), self.elapsed
         first_share = self._share()
         columns = (BarColumn(10), TextColumn("{task.description}"))
-        with self._signals(), Log(self.run_dir, self.step) as log, Progress(*columns, console=self.console) as progress:
+        with (
+            self.lock,
+            self._signals(),
+            Log(self.run_dir, self.step) as log,
+            Progress(*columns, console=self.console) as progress,
+        ):
             task = progress.add_task("training", total=1.0)
             logged_at, logged_step = started, self.step
             while True:
@@ -283,15 +308,25 @@ class Trainer:
         return better
 
     def _say(self, message: str) -> None:
-        self.console.print(message, highlight=False, soft_wrap=True, markup=False)
+        try:
+            self.console.print(message, highlight=False, soft_wrap=True, markup=False)
+        except OSError:  # the terminal is gone, which is no reason to lose the run
+            self.console.quiet = True
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Turns the first SIGTERM or Ctrl-C into a clean stop; the second one acts as ever."""
+        """Turns the first SIGTERM, SIGHUP or Ctrl-C into a clean stop; the second one acts as ever.
+
+        But for SIGHUP: when a terminal closes, the kernel and the shell may both send it.
+        """
         if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
             yield
             return
-        previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        if previous[signal.SIGHUP] == signal.SIG_IGN:  # nohup
+            del previous[signal.SIGHUP]
+
+        on_terminal = self.console.is_terminal  # a terminal that is gone says that it is none
 
         def restore() -> None:
             for number, handler in previous.items():
@@ -300,6 +335,9 @@ class Trainer:
         def stop(signum: int, frame: object) -> None:
             self.signum = signum
             restore()
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            if signum == signal.SIGHUP and on_terminal:
+                self.console.quiet = True  # writing to it would be an error
 
         for number in previous:
             signal.signal(number, stop)
@@ -312,8 +350,14 @@ class Trainer:
 
     def _save(self, log: Log) -> None:
         """Writes the checkpoint of this step, if it does not exist yet, and deletes those no longer kept."""
-        if self.step in (0, self.saved_step):
+        if self.step == 0:
             return
+        self.lock.check()
+        if self.step != self.saved_step:
+            self._write_checkpoint(log)
+        prune(self.run_dir, self.config.keep_last)
+
+    def _write_checkpoint(self, log: Log) -> None:
         log.flush()
         rng = {"cpu": torch.get_rng_state(), "generator": self.generator.get_state()}
         if self.device.type == "cuda":
@@ -332,20 +376,36 @@ class Trainer:
         }
         save_checkpoint(self.run_dir, self.step, tensors, state, self.config)
         self.saved_step = self.step
-        prune(self.run_dir, self.config.keep_last)
+
+    def _last_checkpoint(self) -> Path | None:
+        """The checkpoint to go on from, None if there is none; says what is damaged, and which options have changed."""
+        checkpoint, damaged = set_damaged_aside(self.run_dir)
+        for line in damaged:
+            self._say(line)
+        if checkpoint is None:
+            return None
+        before = read_config(checkpoint)
+        if changed := self.config.differences(before):
+            name, (now, then) = next(iter(changed.items()))
+            raise ValueError(f"{name}: {self.run_dir} was trained with {then!r} and cannot be resumed with {now!r}")
+        for option in dataclasses.fields(TrainConfig):
+            now, then = (getattr(config, option.name) for config in (self.config.resolved(), before))
+            if now != then and option.name not in ("run_dir", "data"):
+                self._say(f"{option.name}: {now!r} from here on, {then!r} until now")
+        return checkpoint
 
     def _restore(self, checkpoint: Path) -> None:
         state = read_state(checkpoint)
         for module, name in ((self.model, "model"), (self.ema, "ema")):
-            load_weights(module, read_tensors(checkpoint, name, state, self.device), checkpoint / f"{name}.safetensors")
-        moments = read_tensors(checkpoint, "optimizer", state, self.device)
+            load_weights(module, read_tensors(checkpoint, name, None, self.device), checkpoint / f"{name}.safetensors")
+        moments = read_tensors(checkpoint, "optimizer", None, self.device)
         indices = {name: index for index, (name, _) in enumerate(self.model.named_parameters())}
         by_index: dict[int, dict[str, Tensor]] = {}
         for key, value in moments.items():
             name, _, moment = key.rpartition("/")
             by_index.setdefault(indices[name], {})[moment] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": by_index})
-        rng = read_tensors(checkpoint, "rng", state)
+        rng = read_tensors(checkpoint, "rng", None)
         torch.set_rng_state(rng["cpu"])
         if state["device"] == self.device.type:
             self.generator.set_state(rng["generator"])
@@ -354,7 +414,10 @@ class Trainer:
         else:  # generators of different devices have nothing in common
             self.generator.manual_seed(self.config.seed + state["step"])
             self._say(f"was trained on {state['device']}: goes on with other random numbers")
-        self.batches.load_state_dict(state["data"])
+        try:
+            self.batches.load_state_dict(state["data"])
+        except ValueError as error:
+            raise ValueError(f"{checkpoint / 'state.json'}: data: {error}") from error
         self.step = self.saved_step = state["step"]
         self.elapsed, self.valid = state["elapsed"], state["valid"]
         if (best := best_checkpoint(self.run_dir)) is not None:
@@ -373,39 +436,50 @@ class Log:
     def __init__(self, run_dir: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        path = run_dir / "metrics.jsonl"
-        if path.exists():
-            with open(path, encoding="utf-8") as old, open(path.with_suffix(".tmp"), "w", encoding="utf-8") as kept:
-                kept.writelines(line for line in old if _is_before(line, step))
-            path.with_suffix(".tmp").replace(path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        path = self._path = run_dir / "metrics.jsonl"
+        with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as kept:
+            if path.exists():
+                with open(path, encoding="utf-8", errors="replace") as old:
+                    kept.writelines(line for line in old if _is_before(line, step))
+        with naming(path):
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        self._curves = run_dir / "tensorboard"
+        with naming(self._curves):
+            self._writer = SummaryWriter(str(self._curves), purge_step=step + 1)
 
     def metrics(self, row: dict[str, Any]) -> None:
         """Adds a line to ``metrics.jsonl``."""
-        self._file.write(json.dumps(row) + "\n")
+        with naming(self._path):
+            self._file.write(json.dumps(row) + "\n")
 
     def curves(self, step: int, values: dict[str, float | None]) -> None:
         """Adds a point to curves of TensorBoard."""
-        self._file.flush()
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        with naming(self._path):
+            self._file.flush()
+        with naming(self._curves):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Writes what is buffered: a checkpoint must not be ahead of its records."""
-        self._file.flush()
-        self._writer.flush()
+        """Waits until all lines are on the disk: a checkpoint must not be ahead of its records."""
+        with naming(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        with naming(self._curves):
+            self._writer.flush()
 
     def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._writer.close()
+        with naming(self._curves):
+            self._writer.close()
+        with naming(self._path):
+            self._file.close()
 
 
 def _is_before(line: str, step: int) -> bool:
     try:
         return bool(json.loads(line)["step"] <= step)
-    except ValueError:  # the line that a killed process was writing
+    except (ValueError, KeyError, TypeError):  # the line that a killed process was writing
         return False

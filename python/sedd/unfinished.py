@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sedd.files import load_tensors, save_tensors
+
 __all__ = ["Unfinished", "identity"]
 
 
@@ -34,21 +36,19 @@ class Unfinished:
     """
 
     def __init__(self, path: Path, identity: str, seconds: float = 30.0) -> None:
-        from safetensors import SafetensorError, safe_open
-
         self.path, self.identity, self.seconds = path, identity, seconds
         self.found: dict[str, Tensor] = {}
         self._written = time.monotonic()
         if path.exists():
             advice = f"delete it to begin anew, or give the same options as before: {path}"
             try:
-                with safe_open(path, framework="pt") as file:
-                    same = (file.metadata() or {}).get("identity") == identity
-                    self.found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            except SafetensorError as error:
+                self.found, metadata = load_tensors(path)
+            except ValueError as error:
                 raise ValueError(f"an unfinished evaluation lies here and is damaged ({error}); {advice}") from error
-            if not same:
-                raise ValueError(f"an unfinished evaluation of another model, text or options lies here; {advice}")
+            if metadata.get("identity") != identity or "sha256" not in metadata:
+                raise ValueError(
+                    f"an unfinished evaluation of another model, text, options or version lies here; {advice}"
+                )
 
     def resume(self, values: Tensor, generator: torch.Generator) -> int:
         """Fills in the values that are known, sets the generator to where it was, and returns how many they are."""
@@ -71,17 +71,6 @@ class Unfinished:
         Raises:
             OSError: the file cannot be written; the one from before stays.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        if not self.found:
-            return
-        partial = self.path.with_name(f".writing-{self.path.name}")
-        try:
-            save_file({name: value.cpu() for name, value in self.found.items()}, partial, {"identity": self.identity})
-            partial.replace(self.path)
-        except (OSError, SafetensorError) as error:
-            raise OSError(f"{self.path}: could not be written: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
-        self._written = time.monotonic()
+        if self.found:
+            save_tensors(self.path, self.found, {"identity": self.identity})
+            self._written = time.monotonic()

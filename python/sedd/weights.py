@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sedd.files import load_tensors
+
 __all__ = ["PICKLES", "read_weights"]
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -63,13 +65,7 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ValueError: the file is damaged, holds objects that are not data, no tensors, or averages that do not fit.
     """
     if file.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(file), {}
-        except SafetensorError as error:
-            raise ValueError(f"{file}: damaged, not a whole safetensors file: {error}") from error
+        return load_tensors(file)[0], {}
     found = _unpickle(file)
     state = next((found[key] for key in ("state_dict", "model") if isinstance(found.get(key), dict)), found)
     weights = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}

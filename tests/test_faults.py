@@ -1,0 +1,208 @@
+"""Every write, fsync, rename and allocation of a save fails once: nothing is lost, and a run goes on bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.utils.tensorboard
+from faults import KINDS, Faults, PowerCut, summary
+from rich.console import Console
+
+import sedd.checkpoint
+import sedd.train
+from sedd.batches import TokenBlocks
+from sedd.checkpoint import list_checkpoints, verify
+from sedd.config import ModelOptions, TrainConfig
+from sedd.files import write_json
+from sedd.model import SEDD, ModelConfig
+from sedd.pretrained import load_pretrained
+from sedd.schedule import Geometric, LogLinear
+from sedd.train import Trainer
+from sedd.unfinished import Unfinished
+from sedd_ext import RankOne, Uniform
+
+SIZES = {"hidden_size": 8, "n_blocks": 1, "n_heads": 1, "cond_dim": 4, "length": 8}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: Callable[[int], None]) -> None:
+    threads(1)
+
+
+def every_fault(folder: Path, prepare: Callable[[], Any], work: Callable[[], Any]) -> Iterator[tuple[str | None, str]]:
+    """Does some work again and again, each time with another fault, and gives control after each.
+
+    Every point has its power cut and one of the other faults, in turn.
+
+    Args:
+        folder: where faults happen; made anew each time.
+        prepare: brings the folder to the state in which the work begins.
+        work: what is done.
+
+    Yields:
+        The kind of the fault, None first, after the work was done without one; and what it was that failed.
+    """
+    counted: list[str] = []
+    faults_survived = 0
+    for turn in range(3):
+        for at in range(1, 1 + len(counted)) if turn else [0]:
+            kind = (None, "power", KINDS[at % len(KINDS)])[turn]
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            prepare()
+            with Faults(folder, kind, at) as faults:
+                error = happens(work)
+            if kind is None:
+                assert error is None
+                counted = faults.seen
+            elif isinstance(error, OSError):
+                assert kind in ("broken", "full")
+                assert str(folder) in str(error), f"the file is not named: {faults.seen[at - 1]}"
+                assert kind == "broken" or "No space left on device; free some space" in str(error)
+            yield kind, faults.seen[at - 1]
+            faults_survived += kind is not None
+    print(f"{summary(counted)}; {faults_survived} faults survived")
+
+
+def happens(work: Callable[[], Any]) -> BaseException | None:
+    try:
+        work()
+    except (OSError, MemoryError, PowerCut) as error:
+        return error.with_traceback(None)  # which would keep the trainer and its files alive
+    return None
+
+
+class Toy(torch.nn.Module):
+    """A score model of few tensors, with dropout, which draws from torch's own generator."""
+
+    time_conditioning = False
+
+    def __init__(self, config: ModelConfig, graph: RankOne, *_: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = torch.nn.Embedding(graph.dim, config.hidden_size)
+        self.linear = torch.nn.Linear(config.hidden_size, graph.dim)
+
+    def hidden(self, x_t: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(self.embedding(x_t), 0.1, self.training)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.linear(hidden)
+
+    def head_parameters(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.linear.weight, self.linear.bias
+
+    def log_score_shift(self, sigma: torch.Tensor) -> None:
+        return None
+
+
+class NoCurves:
+    """TensorBoard writes in a thread of its own, to files that nothing reads back."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    add_scalar = flush = close = __init__
+
+
+def test_a_run_goes_on_bit_for_bit_after_every_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = np.random.default_rng(0).integers(0, 27, 4000).astype(np.uint16)
+    splits = SimpleNamespace(train=TokenBlocks([tokens[400:]], 8), valid=TokenBlocks([tokens[:400]], 8))
+    monkeypatch.setattr(torch.utils.tensorboard, "SummaryWriter", NoCurves)
+    monkeypatch.setattr(sedd.train, "load_blocks", lambda *_: splits)
+    monkeypatch.setattr(sedd.train, "SEDD", Toy)
+    run, begun = tmp_path / "disk" / "run", tmp_path / "begun"
+    config = TrainConfig(run_dir=str(run), tokenizer="text8", model=ModelOptions(**SIZES), batch_size=2, steps=4)
+    # making its parser takes longer than all the rest
+    monkeypatch.setattr(sedd.checkpoint, "load_config", lambda _: config.resolved())
+    often = {"log_every": 1, "valid_every": 2, "valid_blocks": 2, "valid_draws": 1, "checkpoint_every": 1}
+    config = dataclasses.replace(config, **often, keep_last=1, warmup=1, lr=0.5, precision="fp32")
+
+    take_step = Trainer.train_step
+
+    def train(resume: bool, until: int = 4) -> None:
+        def step_or_stop(trainer: Trainer) -> None:
+            if trainer.step == until:
+                raise KeyboardInterrupt
+            take_step(trainer)
+
+        monkeypatch.setattr(Trainer, "train_step", step_or_stop)
+        with suppress(KeyboardInterrupt):
+            Trainer(config, console=Console(quiet=True), resume=resume).run()
+
+    def outcome() -> dict[str, bytes]:
+        """All that is in the folder, but for how long it took."""
+        files = {str(path.relative_to(run)): path for path in run.rglob("*") if path.is_file()}
+        return {name: path.read_bytes() for name, path in files.items() if path.name not in ("state.json", ".lock")}
+
+    train(resume=False)
+    wanted = outcome()
+    assert len(list_checkpoints(run)) == 2, "the last one and the best"
+    shutil.rmtree(run)
+    train(resume=False, until=3)
+    run.rename(begun)
+
+    for kind, _ in every_fault(run.parent, lambda: shutil.copytree(begun, run), lambda: train(resume=True)):
+        checkpoints = list_checkpoints(run)
+        assert checkpoints, "nothing is lost"
+        for checkpoint in checkpoints:
+            verify(checkpoint)
+        if kind is not None:
+            train(resume=True)
+        assert outcome() == wanted
+    # from nothing, too
+    for kind, _ in every_fault(run.parent, lambda: None, lambda: train(resume=False, until=1)):
+        if kind is not None:
+            train(resume=(run / "config.json").exists())
+            assert outcome() == wanted
+
+
+def test_an_export_is_the_old_one_or_the_new_one_after_every_fault(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    old = SEDD(ModelConfig(**SIZES), Uniform(27), LogLinear(), tokenizer="text8")
+    new = SEDD(ModelConfig(**SIZES), Uniform(27), Geometric(), tokenizer="text8")
+    folder = tmp_path / "disk" / "model"
+
+    def describe(model: SEDD) -> tuple[str, bytes]:
+        return str(model.schedule), b"".join(value.numpy().tobytes() for value in model.state_dict().values())
+
+    both = [describe(old), describe(new)]
+    for kind, what in every_fault(
+        folder.parent, lambda: old.save_pretrained(folder), lambda: new.save_pretrained(folder)
+    ):
+        if kind == "power" and not (folder / "model.safetensors").exists():
+            with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+                load_pretrained(folder)
+            (kept,) = folder.parent.glob(".writing-*/new/old")
+            assert (kept / "model.safetensors").exists(), "the old weights are not lost"
+            continue
+        assert describe(load_pretrained(folder)) in both
+        if kind != "power" and what not in ("unlink", "rmdir"):
+            assert len(list(folder.parent.iterdir())) == 1, "nothing else is left"
+
+
+def test_an_unfinished_evaluation_and_json_after_every_fault(tmp_path: Path) -> None:
+    folder = tmp_path / "disk"
+    generator = torch.Generator().get_state()
+
+    def write(count: int) -> None:
+        unfinished = Unfinished(folder / "bound.unfinished", "this", seconds=1e9)
+        unfinished.update(torch.arange(float(count)), generator)
+        unfinished.write()
+        write_json(folder / "bound.json", [0] * count)
+
+    for _ in every_fault(folder, lambda: write(3), lambda: write(7)):
+        values = torch.zeros(10)
+        done = Unfinished(folder / "bound.unfinished", "this").resume(values, torch.Generator())
+        assert done in (3, 7)
+        assert torch.equal(values[:done], torch.arange(float(done)))
+        assert (folder / "bound.json").read_text().count("0") in (3, 7)
