@@ -185,7 +185,10 @@ def read_config(checkpoint: Path) -> TrainConfig:
         ValueError: a file is damaged, or has options that this version does not know.
     """
     _verify(checkpoint / "config.json", read_state(checkpoint))
-    return load_config(checkpoint / "config.json")
+    config = load_config(checkpoint / "config.json")
+    if config.model.hybrid_shift is None:  # a run that began before the option existed was trained without it
+        config.model.hybrid_shift = False
+    return config
 
 
 def read_tensors(

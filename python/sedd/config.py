@@ -91,6 +91,8 @@ class ModelOptions:
     """Divide the scores by exp(total noise) - 1 (absorbing process only), as the released models do."""
     time_conditioning: bool | None = None
     """Tell the network how much noise there is. Without, sampling calls it only where a token has changed."""
+    hybrid_shift: bool | None = None
+    """Start a hybrid process from the scores of unknown text, as scale_by_sigma does for an absorbing one."""
 
     def __post_init__(self) -> None:
         """Checks that the sizes fit together."""

@@ -230,6 +230,8 @@ def _from_config(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SE
                 raise ValueError(f"model.{name}: {value}, but the tensors are those of {sizes[name]}")
             sizes[name] = value
     graph = _graph(config, dim)
+    if graph.process == "rank_one":  # a model that was saved before the shift existed was trained without it
+        sizes.setdefault("hybrid_shift", False)
     tokens = dim - (graph.mask_id is not None)
     if config.get("tokens", tokens) != tokens:
         raise ValueError(f"tokens: {config['tokens']}, but the embedding has {dim} rows, MASK counted")

@@ -11,6 +11,7 @@ of every validation; no clock times, so two runs can be compared with ``cmp``), 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import signal
@@ -96,7 +97,9 @@ class Trainer:
         if resume and not (self.run_dir / "config.json").exists():
             raise FileNotFoundError(f"run_dir: nothing to resume in {self.run_dir}: it has no config.json")
         if found:
-            changed = config.differences(read_config(found[-1]))
+            saved = read_config(found[-1])
+            config = self.config = _with_sizes_of(config, saved)
+            changed = config.differences(saved)
             if changed:
                 name, (now, then) = next(iter(changed.items()))
                 raise ValueError(f"{name}: {self.run_dir} was trained with {then!r} and cannot be resumed with {now!r}")
@@ -402,6 +405,12 @@ class Log:
     def __exit__(self, *_: object) -> None:
         self._file.close()
         self._writer.close()
+
+
+def _with_sizes_of(config: TrainConfig, saved: TrainConfig) -> TrainConfig:
+    """Options of a run to be resumed: sizes of the model that are not given are those of its checkpoint."""
+    given = {name: value for name, value in dataclasses.asdict(config.model).items() if value is not None}
+    return dataclasses.replace(config, model=dataclasses.replace(saved.model, **given))
 
 
 def _is_before(line: str, step: int) -> bool:
