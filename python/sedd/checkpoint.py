@@ -4,7 +4,8 @@
 
 * ``model.safetensors``, ``ema.safetensors``: the weights and their moving average, by parameter name;
 * ``optimizer.safetensors``: AdamW's moments as ``<parameter>/<moment>``; ``rng.safetensors``: generator states;
-* ``config.json``: the options of the run;
+* ``config.json``: the options of the run; ``tokenizer.json`` and ``tokenizer_config.json``: its tokeniser, unless that
+  is one known by name;
 * ``state.json``: step, position in the data, validation bound, elapsed time, and size and SHA-256 of the files above.
 
 Nothing in it is a pickle. A checkpoint is written to a folder with a temporary name, flushed to the disk and
@@ -29,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sedd.config import TrainConfig, load_config
+from sedd.tokenizer import TOKENIZER_FILES, TOKENIZERS, Tokenizer, get_tokenizer
 
 __all__ = [
     "best_checkpoint",
@@ -39,8 +41,10 @@ __all__ = [
     "read_config",
     "read_state",
     "read_tensors",
+    "read_tokenizer",
     "save_checkpoint",
     "write_json",
+    "write_text",
 ]
 
 _TEMPORARY = ".writing-"
@@ -48,9 +52,14 @@ _TEMPORARY = ".writing-"
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file that is either the old one or the new one, whatever happens."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is either the old one or the new one, whatever happens."""
     temporary = path.with_name(_TEMPORARY + path.name)
     try:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         _flush(temporary)
         temporary.replace(path)
     except BaseException:
@@ -82,7 +91,12 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], config: TrainConfig
+    run_dir: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    config: TrainConfig,
+    texts: Mapping[str, str],
 ) -> Path:
     """Writes the checkpoint of a step.
 
@@ -92,6 +106,7 @@ def save_checkpoint(
         tensors: per file (``"model"`` makes ``model.safetensors``) the tensors by name.
         state: what else a resumed run needs, JSON-ready; ``"valid"`` is the validation bound at this step, or None.
         config: options of the run.
+        texts: the content of each further file, such as those of the tokeniser.
 
     Returns:
         The new folder.
@@ -110,6 +125,8 @@ def save_checkpoint(
                 {key: value.detach().contiguous() for key, value in content.items()}, temporary / f"{name}.safetensors"
             )
         write_json(temporary / "config.json", config.resolved().to_dict())
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
         files = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
         write_json(temporary / "state.json", {"step": step, **state, "files": files})
         for file in temporary.iterdir():
@@ -189,6 +206,21 @@ def read_config(checkpoint: Path) -> TrainConfig:
     if config.model.hybrid_shift is None:  # a run that began before the option existed was trained without it
         config.model.hybrid_shift = False
     return config
+
+
+def read_tokenizer(checkpoint: Path, config: TrainConfig) -> Tokenizer:
+    """Returns the tokeniser that a checkpoint was trained with: one known by name, or the verified files beside it.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged.
+    """
+    if config.tokenizer in TOKENIZERS:
+        return get_tokenizer(config.tokenizer)
+    state = read_state(checkpoint)
+    for name in TOKENIZER_FILES:
+        _verify(checkpoint / name, state)
+    return get_tokenizer(str(checkpoint / TOKENIZER_FILES[0]))
 
 
 def read_tensors(

@@ -20,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from sedd.schedule import LogLinear, Schedule
+from sedd.tokenizer import Tokenizer
 from sedd_ext import RankOne
 
 if TYPE_CHECKING:
@@ -315,7 +316,7 @@ class SEDD(
         config: the sizes, or the name of one of :data:`PRESETS`.
         graph: the forward process the model belongs to; its ``dim`` is the size of embedding and head.
         schedule: the noise schedule it is trained with: not used by the network, but saved with it.
-        tokenizer: name of the tokeniser of its text, saved with it.
+        tokenizer: the tokeniser of its text, or the name of one that is known by name; saved with it.
 
     Raises:
         ValueError: no preset of that name.
@@ -328,7 +329,7 @@ class SEDD(
         config: ModelConfig | str,
         graph: RankOne,
         schedule: Schedule | None = None,
-        tokenizer: str | None = None,
+        tokenizer: str | Tokenizer | None = None,
     ) -> None:
         super().__init__()
         if isinstance(config, str):
@@ -338,6 +339,9 @@ class SEDD(
         self.config = config
         self.graph = graph
         self.schedule = schedule
+        # those without files are known by name, and are loaded when they are needed
+        if isinstance(tokenizer, Tokenizer) and not tokenizer.files():
+            tokenizer = tokenizer.name
         self.tokenizer = tokenizer
         self.dim = graph.dim
         self.scale_by_sigma = config.scale_by_sigma and graph.process == "absorbing"
@@ -383,6 +387,8 @@ class SEDD(
         **kwargs: Any,
     ) -> str | None:
         """Writes ``config.json``, ``model.safetensors`` and a model card into a folder, each whole or not at all.
+
+        The files of its tokeniser are written too, unless that is one known by name.
 
         A model card that is there already stays as it is. :meth:`push_to_hub` uploads the same files.
 
@@ -431,6 +437,9 @@ class SEDD(
         from sedd.pretrained import to_config
 
         write_json(save_directory / "config.json", to_config(self))
+        if isinstance(self.tokenizer, Tokenizer):
+            for name, text in self.tokenizer.files().items():
+                (save_directory / name).write_text(text, encoding="utf-8")
         tensors = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
         save_file(tensors, save_directory / "model.safetensors", metadata={"format": "pt"})
         # safetensors lets nobody else read it
