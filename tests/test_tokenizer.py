@@ -211,7 +211,7 @@ def test_json_is_the_same_wherever_it_lies(tmp_path):
     assert Hasher.hash(one) == Hasher.hash(two), "the cache of datasets knows it by its content"
     assert Hasher.hash(one) != Hasher.hash(get_tokenizer(str(saved(tokenizers_made_here.metaspace(), tmp_path / "c"))))
     shutil.rmtree(tmp_path / "a")
-    assert pickle.loads(pickle.dumps(one)) is one
+    assert pickle.loads(pickle.dumps(one)).name == one.name
     assert one.encode("the cat") == two.encode("the cat")
 
 

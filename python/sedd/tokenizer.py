@@ -229,7 +229,7 @@ class JsonTokenizer(Tokenizer):
         try:
             from tokenizers import Tokenizer as Parsed
         except ImportError as error:
-            raise ImportError("reading a tokenizer.json needs tokenizers: pip install tokenizers") from error
+            raise ImportError('reading a tokenizer.json needs tokenizers: pip install "sedd_ext[train]"') from error
         try:
             self._parsed = Parsed.from_str(text)
             parts = json.loads(text)
