@@ -293,6 +293,21 @@ def test_resume_is_exact(modes, mode, stop):
     assert all(map(torch.equal, itertools.islice(resumed, 60 - stop), whole[stop:]))
 
 
+@pytest.mark.parametrize("stop", [40, 80])
+def test_a_stream_resumes_exactly_where_an_epoch_has_just_ended(config, tmp_path, stop):
+    """A text of one group: every group ends with the epoch, and the next begins with the first row."""
+    (tmp_path / "a.txt").write_text("".join(f"line {i} of the text\n" for i in range(100)))
+    (tmp_path / "b.txt").write_text("validation text " * 9)
+    options = {"valid_source": str(tmp_path / "b.txt"), "documents": "line", "streaming": True}
+    whole, resumed = (batches(load_blocks(config(tmp_path / "a.txt", **options), BYTES, 16).train, 4) for _ in range(2))
+    for _ in range(stop):
+        next(whole)
+    state = json.loads(json.dumps(whole.state_dict()))
+    assert state["epoch"] > 0
+    resumed.load_state_dict(state)
+    assert all(map(torch.equal, itertools.islice(whole, 60), itertools.islice(resumed, 60)))
+
+
 def test_an_epoch_has_every_block_once_in_a_new_order(modes):
     split = modes("blocks")
     n = len(split)
@@ -547,3 +562,48 @@ def test_without_datasets_the_extra_is_named(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r'pip install "sedd_ext\[train\]"'):
         load_blocks(config("stdlib"), BYTES, 8)
+
+
+# Folders of save_to_disk
+
+
+def test_a_saved_data_set_is_read_and_left_alone(config, tmp_path):
+    """One Dataset, a DatasetDict with its splits, and both read-only: nothing is written beside the data."""
+    texts = documents(40)
+    one, two = (datasets.Dataset.from_dict({"text": part}) for part in (texts[:30], texts[30:]))
+    one.save_to_disk(str(tmp_path / "one"), num_shards=2)
+    datasets.DatasetDict({"train": one, "validation": two}).save_to_disk(str(tmp_path / "both"))
+    before = sorted(tmp_path.rglob("*"))
+    splits = load_blocks(config(tmp_path / "one"), BYTES, 1)
+    assert sorted(split_documents(splits.train) + split_documents(splits.valid)) == sorted(texts[:30])
+    splits = load_blocks(config(tmp_path / "both"), BYTES, 1)
+    assert sorted(split_documents(splits.train)) == sorted(texts[:30])
+    assert sorted(split_documents(splits.valid)) == sorted(texts[30:])
+    splits = load_blocks(config(tmp_path / "one", valid_source=str(tmp_path / "both" / "validation")), BYTES, 1)
+    assert sorted(split_documents(splits.valid)) == sorted(texts[30:])
+    assert [path for path in sorted(tmp_path.rglob("*")) if "cache" not in path.parts] == before
+    streamed = load_blocks(config(tmp_path / "both", streaming=True), BYTES, 8)
+    assert len(torch.cat(list(itertools.islice(batches(streamed.train, 4), 3)))) == 12
+
+
+def test_a_saved_data_set_that_has_changed_is_noticed(config, tmp_path):
+    datasets.Dataset.from_dict({"text": documents(20)}).save_to_disk(str(tmp_path / "saved"))
+    first = load_blocks(config(tmp_path / "saved"), BYTES, 1)
+    datasets.Dataset.from_dict({"text": documents(30)}).save_to_disk(str(tmp_path / "saved"))
+    assert load_blocks(config(tmp_path / "saved"), BYTES, 1).train.n_tokens > first.train.n_tokens
+
+
+def test_a_saved_data_set_that_will_not_do(config, tmp_path):
+    data = datasets.Dataset.from_dict({"text": documents(20)})
+    data.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"train": data}).save_to_disk(str(tmp_path / "both"))
+    for options, message in (
+        ({"source": "saved", "train_split": "test"}, "train_split: 'test' given, but only hub data sets"),
+        ({"source": "both", "train_split": "test"}, "train_split: .* has no split 'test'; it has 'train'"),
+        ({"source": "saved", "valid_source": str(tmp_path / "both")}, "valid_source: .* holds several splits"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_blocks(config(tmp_path / options.pop("source"), **options), BYTES, 8)
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"source: .*saved could not be read as a folder of save_to_disk"):
+        load_blocks(config(tmp_path / "saved"), BYTES, 8)

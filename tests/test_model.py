@@ -7,8 +7,11 @@ import pytest
 import released
 import torch
 
+from sedd.checkpoint import load_weights
+from sedd.evaluate import elbo
 from sedd.model import PRESETS, SEDD, ModelConfig, device_of
-from sedd_ext import Absorbing, Hybrid, Uniform
+from sedd.schedule import LogLinear
+from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
 
 N_VOCAB = 11
 
@@ -67,7 +70,7 @@ def test_forward_is_hidden_head_and_shift_with_a_zero_at_x_t():
     model = build().eval()
     x, sigma = inputs(model)
     log_score = model(x, sigma)
-    raw = model.head(model.hidden(x, sigma)) - model.log_score_shift(sigma)[:, None, None]
+    raw = model.head(model.hidden(x, sigma)) - model.log_score_shift(sigma, x)[:, None, None]
     at_x_t = torch.nn.functional.one_hot(x, model.dim).bool()
     assert log_score.shape == (3, 8, N_VOCAB + 1)
     assert bool((log_score[at_x_t] == 0).all())
@@ -77,17 +80,46 @@ def test_forward_is_hidden_head_and_shift_with_a_zero_at_x_t():
 def test_shift_formula_and_its_extremes():
     model = build()
     sigma = torch.tensor([1e-12, 1e-5, 0.7, 20.0, 800.0], dtype=torch.float64)
-    shift = model.log_score_shift(sigma)
+    shift = model.log_score_shift(sigma, torch.full((5,), N_VOCAB))
     expected = [math.log(math.expm1(s)) if s < 500 else s for s in sigma.tolist()]
     torch.testing.assert_close(
         shift, torch.tensor(expected, dtype=torch.float64) + math.log(N_VOCAB), rtol=1e-13, atol=0
     )
 
 
-@pytest.mark.parametrize("graph", [Uniform(N_VOCAB), Hybrid(N_VOCAB, 0.2)], ids=["uniform", "hybrid"])
-def test_other_processes_have_no_shift(graph):
-    assert build(graph).log_score_shift(torch.ones(2)) is None
-    assert build(Absorbing(N_VOCAB), scale_by_sigma=False).log_score_shift(torch.ones(2)) is None
+def test_models_without_a_shift():
+    for graph, options in (
+        (Uniform(N_VOCAB), {}),
+        (RankOne(torch.tensor([0.1, 0.2, 0.7]), mask_id=2), {}),
+        (Absorbing(N_VOCAB), {"scale_by_sigma": False}),
+        (Hybrid(N_VOCAB, 0.2), {"hybrid_shift": False}),
+    ):
+        model = build(graph, **options)
+        assert model.log_score_shift(torch.ones(2), torch.zeros(2, dtype=torch.int64)) is None
+
+
+@pytest.mark.parametrize("uniform_fraction", [0.0, 0.1, 0.5, 0.9])
+def test_hybrid_shift_is_the_score_of_unknown_text(uniform_fraction):
+    """At a masked position, p_t(y) / p_t(MASK) for p_0 uniform over the tokens, against exp(σQ) written out."""
+    graph = Hybrid(N_VOCAB, uniform_fraction)
+    model = build(graph)
+    sigma = torch.tensor([1e-6, 1e-3, 0.7, 6.9, 20.0], dtype=torch.float64)
+    x = torch.tensor([N_VOCAB, 3]).expand(5, 2)
+    shift = model.log_score_shift(sigma[:, None], x)
+    a = torch.exp(-sigma)[:, None]
+    p_t = a * torch.tensor([1 / N_VOCAB] * N_VOCAB + [0.0]).double() - torch.expm1(-sigma)[:, None] * graph.stationary
+    torch.testing.assert_close(-shift[:, 0], (p_t[:, 0] / p_t[:, -1]).log(), rtol=1e-6, atol=1e-7)
+    assert not bool(shift[:, 1].any())
+    assert shift.dtype == torch.float64
+
+
+@pytest.mark.parametrize("graph", [Absorbing(256), Uniform(256), Hybrid(256, 0.1), Hybrid(256, 0.5)], ids=repr)
+def test_every_process_starts_at_the_entropy_of_the_vocabulary(graph):
+    """An untrained model knows nothing: its bound is log n, plus what MASK's constant log-score costs at first."""
+    model = SEDD(ModelConfig(16, 1, 2, 8, length=16), graph).eval()
+    text = torch.randint(256, (16, 16), generator=torch.Generator().manual_seed(0))
+    result = elbo(model, text, graph, LogLinear(), draws=64, n_bytes=256, generator=torch.Generator().manual_seed(1))
+    assert math.log(256) - 0.3 < result.nats_per_token < math.log(256) + 0.5
 
 
 def test_sigma_embedding_is_cosines_then_sines_of_256_inputs():
@@ -118,7 +150,6 @@ def test_matches_an_independent_statement_of_the_network():
 )
 def test_log_scores_are_those_of_the_released_model(preset, graph, length):
     pytest.importorskip("jsonargparse")
-    from sedd.checkpoint import load_weights
 
     sizes = PRESETS[preset]
     weights = released.random_weights(sizes.hidden_size, sizes.n_blocks, sizes.n_heads, graph.dim)

@@ -130,7 +130,7 @@ class Counting(TrueScore):
         self.sequences.append(len(x_t))
         return super().hidden(x_t, torch.ones(1))
 
-    def log_score_shift(self, sigma):
+    def log_score_shift(self, sigma, x_t):
         return torch.expm1(sigma).log() - math.log(math.expm1(1.0))
 
 

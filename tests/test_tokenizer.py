@@ -1,11 +1,15 @@
 """Tokenisers: round trips, placeholders, byte counts, errors."""
 
+import json
 import pickle
+import shutil
 import sys
 
 import numpy as np
 import pytest
+import tokenizers_made_here
 import torch
+from datasets.fingerprint import Hasher
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -148,10 +152,121 @@ def test_count_bytes():
 
 def test_registry():
     assert set(TOKENIZERS) == {"gpt2", "bytes", "text8"}
-    with pytest.raises(ValueError, match=r"'gtp2'.*'gpt2', 'bytes', 'text8'"):
-        get_tokenizer("gtp2")
 
 
 @pytest.mark.parametrize("name", ["bytes", "text8"])
 def test_pickles_by_name(name):
     assert pickle.loads(pickle.dumps(get_tokenizer(name))) is get_tokenizer(name)
+
+
+# -- tokenizer.json ----------------------------------------------------------------------------------------------------
+
+
+def saved(made, folder, **config):
+    folder.mkdir(exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("text", [*SAMPLES, "the cat sat on the mats", "<pad>x"])
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+def test_json_round_trip(kind, text, tmp_path):
+    """Equal to the library's own decoding, and bytes are counted as the text has them."""
+    made = getattr(tokenizers_made_here, kind)()
+    tokenizer = get_tokenizer(str(saved(made, tmp_path / "t")))
+    ids = tokenizer.encode(text)
+    space = " " if kind == "metaspace" and text else ""  # it puts one before the first word
+    assert tokenizer.decode(ids) == space + text
+    assert made.decode(ids, skip_special_tokens=False) == text
+    assert tokenizer.eot not in ids
+    assert count_bytes(np.array(ids, np.int64), tokenizer) == len((space + text).encode())
+    assert "".join(tokenizer.pieces([*ids, tokenizer.eot, tokenizer.vocab_size])) == space + text + EOT_TEXT + MASK_TEXT
+
+
+def test_json_word_pieces_lose_spaces_and_unknown_words(tmp_path):
+    tokenizer = get_tokenizer(str(saved(tokenizers_made_here.word_piece(), tmp_path / "t")))
+    ids = tokenizer.encode("The cats, the dog")
+    assert tokenizer.decode(ids) == " the cats , the[UNK]"
+    assert count_bytes(np.array(ids), tokenizer) == len("thecats,the"), "never more than there were"
+    assert (tokenizer.eot, tokenizer.vocab_size) == (1, 7)
+
+
+def test_json_end_of_text_is_that_of_the_configuration(tmp_path):
+    made = tokenizers_made_here.byte_level()
+    plain = get_tokenizer(str(saved(made, tmp_path / "t")))
+    other = get_tokenizer(str(saved(made, tmp_path / "t", eos_token={"content": "<pad>"})))
+    assert (plain.eot, other.eot) == (0, 1)
+    assert plain.name != other.name
+    with pytest.raises(ValueError, match=r"eos_token 'nowhere' is not in its vocabulary .*tokenizer.json"):
+        get_tokenizer(str(saved(made, tmp_path / "t", eos_token="nowhere")))
+
+
+def test_json_is_the_same_wherever_it_lies(tmp_path):
+    made = tokenizers_made_here.byte_level()
+    one, two = (get_tokenizer(str(saved(made, tmp_path / name))) for name in ("a", "b"))
+    file = get_tokenizer(str(tmp_path / "a" / "tokenizer.json"))
+    assert one.name == two.name == file.name
+    assert Hasher.hash(one) == Hasher.hash(two), "the cache of datasets knows it by its content"
+    assert Hasher.hash(one) != Hasher.hash(get_tokenizer(str(saved(tokenizers_made_here.metaspace(), tmp_path / "c"))))
+    shutil.rmtree(tmp_path / "a")
+    assert pickle.loads(pickle.dumps(one)).name == one.name
+    assert one.encode("the cat") == two.encode("the cat")
+
+
+def test_json_of_more_than_65536_tokens(tmp_path):
+    tokenizer = get_tokenizer(str(saved(tokenizers_made_here.wide(), tmp_path / "t")))
+    assert tokenizer.encode_array("w69999 w1").dtype == np.uint32
+    assert tokenizer.encode("w69999 w1") == [69_999, 1]
+    assert get_tokenizer(str(saved(tokenizers_made_here.wide(65_536), tmp_path / "u"))).dtype == np.uint16
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "expected a tokenizer.json"),
+        ("[" * 100_000, "expected a tokenizer.json"),
+        (
+            '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "decoder": {"type": "CTC", '
+            '"pad_token": "a", "word_delimiter_token": "|", "cleanup": true}}',
+            "got CTC",
+        ),
+    ],
+    ids=["cut off", "nested", "decoder"],
+)
+def test_json_that_will_not_do(tmp_path, content, message):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        get_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_folder_cannot_execute_code(tmp_path):
+    """What transformers would import for trust_remote_code, and pickles, are not looked at."""
+    folder = saved(
+        tokenizers_made_here.byte_level(),
+        tmp_path / "t",
+        tokenizer_class="Evil",
+        auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+        eos_token="<|endoftext|>",
+    )
+    canary = f"open({str(tmp_path / 'executed')!r}, 'w')"
+    (folder / "evil.py").write_text(canary)
+    (folder / "tokenizer.pkl").write_bytes(b"cbuiltins\nexec\n(V" + canary.encode() + b"\ntR.")
+    assert get_tokenizer(str(folder)).encode("cat")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer.json.*AutoTokenizer.*save_pretrained"):
+        get_tokenizer(str(folder))
+    assert not (tmp_path / "executed").exists()
+    assert "evil" not in sys.modules
+
+
+def test_sources_that_are_not_there(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"expected gpt2, bytes, text8, a tokenizer.json.*no such file"):
+        get_tokenizer(str(tmp_path / "none"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match=r"got 'gtp2', which is no file or folder here"):
+        get_tokenizer("gtp2")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(tmp_path / "hub"))
+    saved(tokenizers_made_here.byte_level(), tmp_path / "hub")
+    assert get_tokenizer("someone/tokens").eot == 0

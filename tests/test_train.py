@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import io
 import json
 import math
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +22,10 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("jsonargparse")
 pytest.importorskip("rich")
 pytest.importorskip("tensorboard")
 
+import tokenizers_made_here
 import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -33,7 +36,9 @@ from sedd.cli import main
 from sedd.config import ModelOptions, TrainConfig
 from sedd.data import DataConfig
 from sedd.objective import OBJECTIVES
-from sedd.pretrained import load_model
+from sedd.pretrained import load_model, load_pretrained
+from sedd.progress import is_interactive, progress_bar
+from sedd.tokenizer import get_tokenizer
 from sedd.train import NonFiniteError, Trainer
 
 MakeConfig = Callable[..., TrainConfig]
@@ -63,6 +68,7 @@ def make_config(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Mak
             valid_every=4,
             valid_blocks=4,
             valid_draws=2,
+            valid_samples=0,
             checkpoint_every=4,
         )
         return dataclasses.replace(config, **changes)
@@ -368,7 +374,9 @@ def test_training_stops_when_the_minutes_are_used_up(make_config: MakeConfig, mo
     assert state["step"] == outcome.step
     assert state["valid"] is not None, "the last weights are validated"
     assert state["elapsed"] >= 30
-    assert Trainer(config, resume=True).run().step == outcome.step, "no time is left"
+    again = Trainer(config, resume=True).run()
+    assert again.step == outcome.step, "no time is left"
+    assert "the 0.5 minutes are used up (continue with --resume --max_minutes M" in again.ended
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
@@ -469,3 +477,304 @@ def test_a_resumed_run_may_be_made_longer(make_config: MakeConfig) -> None:
     assert Trainer(longer, resume=True).run().step == 6
     Trainer(make_config(run_dir=config.run_dir + "_whole", steps=4)).run()
     assert losses(config.run_dir)[:4] == losses(config.run_dir + "_whole")
+
+
+# -- the learning rate -------------------------------------------------------------------------------------------------
+
+
+def resumed_at(config: TrainConfig, step: int) -> TrainConfig:
+    """The options of a copy of a run, killed after it had saved a step."""
+    copied = Path(config.run_dir + f"_killed_{step}")
+    shutil.copytree(config.run_dir, copied)
+    for path in list_checkpoints(copied):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    return dataclasses.replace(config, run_dir=str(copied))
+
+
+@pytest.mark.parametrize("name", ["linear", "wsd"])
+def test_a_schedule_by_steps_resumes_exactly(make_config: MakeConfig, name: str) -> None:
+    config = make_config(lr_schedule=name, lr_final=0.1, lr_decay=0.75, warmup=2)
+    trainer = Trainer(config)
+    trainer.run()
+    assert 0.1 * config.lr < trainer.lr < 0.4 * config.lr
+    killed = resumed_at(config, 4)
+    Trainer(killed, resume=True).run()
+    assert losses(killed.run_dir) == losses(config.run_dir)
+    ours, theirs = (list_checkpoints(Path(run.run_dir))[-1] for run in (config, killed))
+    for file in ("model", "ema", "optimizer", "rng"):
+        left, right = (read_tensors(path, file, read_state(path)) for path in (ours, theirs))
+        assert all(torch.equal(left[key], right[key]) for key in left), file
+
+
+class Clock:
+    """Time that passes only when it is told to: ``seconds`` a step. Keeps the learning rate of each step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.seconds = 0.0, 1.0
+        self.rates: dict[int, float] = {}
+        monkeypatch.setattr(sedd.train, "time", SimpleNamespace(monotonic=lambda: self.now))
+        take_step = Trainer.train_step
+
+        def timed(trainer: Trainer) -> None:
+            self.now += self.seconds
+            take_step(trainer)
+            self.rates[trainer.step] = trainer.lr
+
+        monkeypatch.setattr(Trainer, "train_step", timed)
+
+
+def test_a_schedule_by_time_ends_with_the_time_and_resumes_exactly(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    rare = {"valid_every": 50, "checkpoint_every": 50, "keep_last": 100, "warmup": 0}
+    config = make_config(steps=10**6, max_minutes=100 / 60, lr_schedule="linear", **rare)
+    assert Trainer(config).run().step == 100, "100 seconds, a step a second"
+    whole = dict(clock.rates)
+    for step in (10, 40, 80):
+        assert whole[step] == pytest.approx(config.lr * (1 - (step - 1) / 100), rel=0.05)
+    assert whole[100] < 0.02 * config.lr
+
+    killed = resumed_at(config, 25)
+    clock.seconds = 3.0  # the machine is slower now
+    assert Trainer(killed, resume=True).run().step == 50
+    following = next(int(p.name[5:]) for p in list_checkpoints(Path(killed.run_dir)) if int(p.name[5:]) > 25)
+    assert following == 27
+    assert all(clock.rates[step] == whole[step] for step in range(26, following + 1))
+    assert losses(killed.run_dir)[:following] == losses(config.run_dir)[:following]
+    assert clock.rates[following + 1] != whole[following + 1], "fitted anew"
+    assert clock.rates[50] < 0.05 * config.lr, "it falls with the time that is left"
+
+
+# -- what is logged and shown ------------------------------------------------------------------------------------------
+
+
+def test_tokens_per_second_are_those_of_training_alone(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of two batches takes a second, a validation 1,000."""
+    clock, real = Clock(monkeypatch), sedd.train.elbo
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        clock.now += 1000
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(sedd.train, "elbo", slow)
+    config = make_config(accumulate=2, log_every=1)
+    Trainer(config).run()
+    curves = EventAccumulator(str(Path(config.run_dir, "tensorboard")))
+    curves.Reload()
+    assert {point.value for point in curves.Scalars("train/tokens_per_second")} == {2 * 4 * 16}
+    assert [point.value for point in curves.Scalars("train/tokens")] == [128 * step for step in range(1, 9)]
+    assert [point.value for point in curves.Scalars("train/nats_per_token")] == pytest.approx(losses(config.run_dir))
+
+
+class FakeWandb:
+    """Stands in for the module wandb: a run that keeps what it is given."""
+
+    class Table:
+        def __init__(self, columns: list[str], data: list[list[Any]]) -> None:
+            self.columns, self.data = columns, data
+
+    def __init__(self) -> None:
+        self.runs: list[dict[str, Any]] = []
+
+    def init(self, **options: Any) -> Any:
+        rows: list[dict[str, Any]] = []
+        self.runs.append({**options, "rows": rows})
+        return SimpleNamespace(log=rows.append, finish=lambda: None, define_metric=lambda *_, **__: None)
+
+
+def test_samples_and_curves_in_tensorboard_and_wandb(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(sedd.train, "SAMPLE_STEPS", 4)
+    config = make_config(log="tensorboard,wandb", valid_samples=2)
+    plain = make_config(log="none", run_dir=config.run_dir + "_plain")
+    Trainer(config).run()
+    Trainer(plain).run()
+    assert losses(config.run_dir) == losses(plain.run_dir), "samples leave training alone"
+    assert not Path(plain.run_dir, "tensorboard").exists()
+
+    curves = EventAccumulator(str(Path(config.run_dir, "tensorboard")))
+    curves.Reload()
+    assert [event.step for event in curves.Tensors("valid/samples/1/text_summary")] == [4, 8]
+    (run,) = wandb.runs
+    tables = [row for row in run["rows"] if "valid/samples" in row]
+    assert [row["step"] for row in tables] == [4, 8]
+    assert [len(row["valid/samples"].data) for row in tables] == [2, 2]
+    rates = {row["step"]: row["train/lr"] for row in run["rows"] if "train/lr" in row}
+    assert rates == {point.step: pytest.approx(point.value) for point in curves.Scalars("train/lr")}
+    assert run["config"]["tokenizer"] == "bytes"
+
+    Trainer(dataclasses.replace(config, steps=9), resume=True).run()
+    Trainer(dataclasses.replace(config, run_dir=config.run_dir + "_other", steps=1)).run()
+    assert wandb.runs[0]["id"] == wandb.runs[1]["id"] != wandb.runs[2]["id"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="pip install wandb"):
+        Trainer(dataclasses.replace(config, steps=10), resume=True).run()
+
+
+def test_plain_lines_without_a_terminal(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sedd.progress.LINE_EVERY", 0.0)
+    plain, terminal = io.StringIO(), io.StringIO()
+    Trainer(make_config(), console=Console(file=plain)).run()
+    assert not set("\x1b\r") & set(plain.getvalue())
+    lines = [line for line in plain.getvalue().splitlines() if "tok/s" in line]
+    assert [line.split("  ")[1] for line in lines] == ["step 3", "step 4", "step 6", "step 8"]
+    other = make_config(run_dir=make_config().run_dir + "2", steps=1)
+    Trainer(other, console=Console(file=terminal, force_terminal=True)).run()
+    assert "\x1b" in terminal.getvalue()
+    assert is_interactive(Console(force_jupyter=True))
+
+
+def test_lines_come_every_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("sedd.progress.time", SimpleNamespace(monotonic=lambda: now))
+    out = io.StringIO()
+    with progress_bar(Console(file=out)) as show:
+        for number in range(100):
+            now = float(number)
+            show(number / 100, f"line {number}")
+    assert out.getvalue().splitlines() == ["  0%  line 0", " 30%  line 30", " 60%  line 60", " 90%  line 90"]
+
+
+def test_finished_and_stopped_are_told_apart(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config()
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert main(["train", "--config", str(tmp_path / "config.json")]) == 0
+    told = capsys.readouterr().err
+    assert "finished at step 8: all 8 steps are taken (continue with --resume --steps N, N above 8)" in told
+    assert "stopped by" not in told
+    assert main(["train", "--run_dir", config.run_dir, "--resume"]) == 0
+    assert "nothing to do, the run was finished before, at step 8: all 8 steps" in capsys.readouterr().err
+
+    take_step = Trainer.train_step
+
+    def interrupted(trainer: Trainer) -> None:
+        take_step(trainer)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    assert main(["train", "--run_dir", config.run_dir, "--resume", "--steps", "20"]) == 128 + signal.SIGINT
+    told = capsys.readouterr().err
+    assert "stopped by SIGINT at step 9 of 20, not finished" in told
+    assert "finished at" not in told
+
+
+# -- tokenisers, and models to start from ------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_its_tokenizer(make_config: MakeConfig, tmp_path: Path) -> None:
+    """The run folder is enough to go on, to load and to convert, although its source is gone or has changed."""
+    source, elsewhere = tmp_path / "theirs", tmp_path / "elsewhere"
+    source.mkdir()
+    tokenizers_made_here.byte_level().save(str(source / "tokenizer.json"))
+    tokenizer = get_tokenizer(str(source))
+    config = make_config(tokenizer=str(source), steps=4)
+    Trainer(config).run()
+
+    source.rename(elsewhere)
+    moved = dataclasses.replace(config, run_dir=str(tmp_path / "moved"))
+    Path(config.run_dir).rename(moved.run_dir)
+    assert Trainer(dataclasses.replace(moved, steps=6), resume=True).run().step == 6
+    Trainer(dataclasses.replace(moved, tokenizer=str(elsewhere)), resume=True)
+    tokenizers_made_here.metaspace().save(str(elsewhere / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"tokenizer: .* was trained with '.*theirs' and cannot be resumed with"):
+        Trainer(dataclasses.replace(moved, tokenizer=str(elsewhere)), resume=True)
+
+    loaded = load_model(moved.run_dir)
+    assert loaded.tokenizer.name == tokenizer.name
+    assert main(["convert", moved.run_dir, str(tmp_path / "model")]) == 0
+    converted = load_model(tmp_path / "model")
+    assert converted.tokenizer.name == tokenizer.name
+    last = list_checkpoints(Path(moved.run_dir))[-1]
+    (last / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer.json: truncated or replaced"):
+        load_model(last)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_vocabulary_wider_than_uint16(make_config: MakeConfig, tmp_path: Path, streaming: bool) -> None:
+    tokenizers_made_here.wide().save(str(tmp_path / "tokenizer.json"))
+    words = [f"w{number}" for number in range(65_500, 65_600)]
+    for name in ("words", "others"):
+        (tmp_path / f"{name}.txt").write_text(" ".join(words * 5) + "\n" + " ".join(words) + "\n")
+    data = DataConfig(
+        source=str(tmp_path / "words.txt"),
+        valid_source=str(tmp_path / "others.txt"),
+        cache_dir=str(tmp_path / "cache"),
+        documents="line",
+        streaming=streaming,
+    )
+    trainer = Trainer(make_config(tokenizer=str(tmp_path / "tokenizer.json"), data=data, steps=1, valid_blocks=37))
+    expected = {0, *range(65_500, 65_600)}
+    assert set(trainer.valid_blocks.flatten().tolist()) == expected
+    seen = {token for _ in range(20) for token in next(trainer.batches).flatten().tolist()}
+    assert seen == expected
+    state = trainer.batches.state_dict()
+    following = next(trainer.batches)
+    trainer.batches.load_state_dict(json.loads(json.dumps(state)))
+    assert torch.equal(next(trainer.batches), following)
+
+
+def test_a_run_starts_from_a_model(make_config: MakeConfig, tmp_path: Path) -> None:
+    first = make_config()
+    Trainer(first).run()
+    begin = load_pretrained(first.run_dir)
+    begin.save_pretrained(tmp_path / "model")
+    for source in (first.run_dir, str(tmp_path / "model")):
+        config = make_config(init=source, model=ModelOptions(length=8), run_dir=source + "_tuned", seed=5)
+        trainer = Trainer(config)
+        for model in (trainer.model, trainer.ema):
+            assert all(map(torch.equal, model.state_dict().values(), begin.state_dict().values()))
+        assert trainer.model.config == dataclasses.replace(begin.config, length=8)
+    trainer.run()
+    assert losses(config.run_dir)[0] < losses(first.run_dir)[0]
+    assert json.loads(Path(config.run_dir, "config.json").read_text())["init"] == source
+    shutil.rmtree(source)
+    assert Trainer(dataclasses.replace(config, steps=9), resume=True).run().step == 9
+    assert load_model(config.run_dir).model.config == trainer.model.config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": ModelOptions(hidden_size=32)}, r"model.hidden_size: .* has 16, and cannot start a model with 32"),
+        ({"model": ModelOptions(preset="small")}, r"model.\w+: .* has .*, and cannot start a model with"),
+        ({"graph": "uniform"}, r"graph: .*absorbing.*uniform.*--graph"),
+        ({"tokenizer": "text8"}, r"tokenizer: .* was trained on bytes tokens"),
+    ],
+)
+def test_a_model_that_cannot_be_started_from(
+    make_config: MakeConfig, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    Trainer(make_config()).model.save_pretrained(tmp_path / "model")
+    options = {"init": str(tmp_path / "model"), "run_dir": str(tmp_path / "new"), "model": ModelOptions(), **changes}
+    with pytest.raises(ValueError, match=message):
+        Trainer(make_config(**options))
+
+
+def test_a_hybrid_run_from_before_the_shift_stays_as_it_was(make_config: MakeConfig) -> None:
+    """Its checkpoints do not name the option: loaded and resumed without the shift."""
+    tiny = dataclasses.replace(make_config().model, hybrid_shift=False)
+    config = make_config(graph="hybrid", steps=4, model=tiny)
+    Trainer(config).run()
+    checkpoint = list_checkpoints(Path(config.run_dir))[-1]
+    options = json.loads((checkpoint / "config.json").read_text())
+    del options["model"]["hybrid_shift"]
+    (checkpoint / "config.json").write_text(json.dumps(options))
+    state = json.loads((checkpoint / "state.json").read_text())
+    written = (checkpoint / "config.json").read_bytes()
+    state["files"]["config.json"] = {"bytes": len(written), "sha256": hashlib.sha256(written).hexdigest()}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    unnamed = dataclasses.replace(config, model=make_config().model, steps=6)
+    again = Trainer(unnamed, resume=True)
+    fresh = Trainer(dataclasses.replace(unnamed, run_dir=config.run_dir + "_new"))
+    masked = torch.ones(1), torch.tensor([257])
+    assert again.model.log_score_shift(*masked) is None
+    assert load_pretrained(config.run_dir).log_score_shift(*masked) is None
+    assert fresh.model.log_score_shift(*masked) is not None

@@ -43,7 +43,7 @@ class TrueScore(nn.Module):
     def head_parameters(self) -> None:
         """The head is no matrix."""
 
-    def log_score_shift(self, sigma: Tensor) -> Tensor | None:
+    def log_score_shift(self, sigma: Tensor, x_t: Tensor) -> Tensor | None:
         return None if self.shift is None else torch.full_like(sigma, self.shift)
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

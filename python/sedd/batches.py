@@ -12,9 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from sedd.detokenize import Detokenizer, detokenize
-from sedd.tokenizer import Tokenizer
-
-Tokens = NDArray[np.uint16]
+from sedd.tokenizer import Tokenizer, Tokens
 
 
 def is_blank(text: str) -> bool:
@@ -25,7 +23,7 @@ def is_blank(text: str) -> bool:
 def encode_document(text: str, tokenizer: Tokenizer) -> Tokens:
     """Tokens of a document, closed with end-of-text, or with a space where the vocabulary has no end-of-text."""
     end = tokenizer.encode(" ")[0] if tokenizer.eot is None else tokenizer.eot
-    return np.append(tokenizer.encode_array(text), np.uint16(end))
+    return np.append(tokenizer.encode_array(text), tokenizer.dtype(end))
 
 
 class TokenBlocks(torch.utils.data.Dataset[torch.Tensor]):
@@ -77,8 +75,8 @@ class TokenBlocks(torch.utils.data.Dataset[torch.Tensor]):
         return torch.from_numpy(self.gather(self.starts[np.asarray(indices, np.int64)]).astype(np.int64))
 
     def gather(self, starts: NDArray[np.int64]) -> Tokens:
-        """The L tokens from each offset of `starts` [B]: [B, L] uint16."""
-        blocks = np.empty((len(starts), self.length), np.uint16)
+        """The L tokens from each offset of `starts` [B]: [B, L], in the type of the chunks (uint16 or uint32)."""
+        blocks = np.empty((len(starts), self.length), self._chunks[0].dtype)
         for block, start, chunk in zip(blocks, starts, np.searchsorted(self._ends, starts, side="right"), strict=True):
             filled = 0
             while filled < self.length:
@@ -90,7 +88,7 @@ class TokenBlocks(torch.utils.data.Dataset[torch.Tensor]):
         return blocks
 
     def tokens(self) -> Tokens:
-        """The tokens of all blocks, one block after the other: [n·L] uint16."""
+        """The tokens of all blocks, one block after the other: [n·L]."""
         return self.gather(self.starts).reshape(-1)
 
     def checksum(self) -> str:
@@ -128,6 +126,7 @@ class TokenStream:
         self.beginning: dict[str, Any] = rows.state_dict()
         self.length = length
         self.shuffle_blocks = shuffle_blocks
+        self.dtype = tokenizer.dtype
         self._column = column
         self._tokenizer = tokenizer
         self._wanted = wanted
@@ -257,11 +256,12 @@ class _StreamBatches:
 
     def _read_group(self) -> Tokens:
         length, wanted = self._stream.length, self._stream.length * self._stream.shuffle_blocks
-        pieces: list[Tokens] = [np.array(self._group["left_over"], np.uint16)]
-        n_tokens, epoch = len(pieces[0]), self._group["epoch"]
+        pieces: list[Tokens] = [np.array(self._group["left_over"], self._stream.dtype)]
+        n_tokens, epoch, at_beginning = len(pieces[0]), self._group["epoch"], False
         while n_tokens < wanted:
             document = next(self._documents, None)
             if document is not None:
+                at_beginning = False
                 pieces.append(document)
                 n_tokens += len(document)
                 continue
@@ -269,6 +269,7 @@ class _StreamBatches:
                 raise ValueError("source: the stream gives no training document; it is empty or all validation text")
             epoch += 1
             self._rewind(self._stream.beginning)
+            at_beginning = True  # which `rows.state_dict` says only once a row has been read
             if n_tokens >= length:
                 break
         tokens = np.concatenate(pieces)
@@ -277,7 +278,7 @@ class _StreamBatches:
         self._after = {
             "epoch": epoch,
             "group": self._group["group"] + 1,
-            "rows": self._stream.rows.state_dict(),
+            "rows": self._stream.beginning if at_beginning else self._stream.rows.state_dict(),
             "left_over": tokens[n_blocks * length :].tolist(),
         }
         return tokens[: n_blocks * length].reshape(n_blocks, length)[order]

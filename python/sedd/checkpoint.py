@@ -4,7 +4,8 @@
 
 * ``model.safetensors``, ``ema.safetensors``: the weights and their moving average, by parameter name;
 * ``optimizer.safetensors``: AdamW's moments as ``<parameter>/<moment>``; ``rng.safetensors``: generator states;
-* ``config.json``: the options of the run;
+* ``config.json``: the options of the run; ``tokenizer.json`` and ``tokenizer_config.json``: its tokeniser, unless that
+  is one known by name;
 * ``state.json``: step, position in the data, validation bound, elapsed time, size and SHA-256 of the files above, and
   as ``sha256`` the SHA-256 of all that (a checkpoint of an earlier version, which has no such entry, loads as well).
 
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from sedd.config import TrainConfig, load_config
 from sedd.files import TEMPORARY, naming, whole_folder
+from sedd.tokenizer import TOKENIZER_FILES, TOKENIZERS, Tokenizer, get_tokenizer
 
 __all__ = [
     "DamagedError",
@@ -41,6 +43,7 @@ __all__ = [
     "read_config",
     "read_state",
     "read_tensors",
+    "read_tokenizer",
     "save_checkpoint",
     "set_damaged_aside",
     "verify",
@@ -72,7 +75,12 @@ def _sealed(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], config: TrainConfig
+    run_dir: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    config: TrainConfig,
+    texts: Mapping[str, str],
 ) -> Path:
     """Writes the checkpoint of a step.
 
@@ -82,6 +90,7 @@ def save_checkpoint(
         tensors: per file (``"model"`` makes ``model.safetensors``) the tensors by name.
         state: what else a resumed run needs, JSON-ready; ``"valid"`` is the validation bound at this step, or None.
         config: options of the run.
+        texts: the content of each further file, such as those of the tokeniser.
 
     Returns:
         The new folder.
@@ -96,6 +105,8 @@ def save_checkpoint(
                 {key: value.detach().contiguous() for key, value in content.items()}, temporary / f"{name}.safetensors"
             )
         (temporary / "config.json").write_text(_json(config.resolved().to_dict()), encoding="utf-8")
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
         files = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
         entries = json.loads(_json({"step": step, **state, "files": files}))  # as they will be read
         (temporary / "state.json").write_text(_json(_sealed(entries)), encoding="utf-8")
@@ -304,7 +315,25 @@ def read_config(checkpoint: Path) -> TrainConfig:
         ValueError: it has options that this version does not know.
     """
     _verify(checkpoint / "config.json", read_state(checkpoint))
-    return load_config(checkpoint / "config.json")
+    config = load_config(checkpoint / "config.json")
+    if config.model.hybrid_shift is None:  # a run that began before the option existed was trained without it
+        config.model.hybrid_shift = False
+    return config
+
+
+def read_tokenizer(checkpoint: Path, config: TrainConfig) -> Tokenizer:
+    """Returns the tokeniser that a checkpoint was trained with: one known by name, or the verified files beside it.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged.
+    """
+    if config.tokenizer in TOKENIZERS:
+        return get_tokenizer(config.tokenizer)
+    state = read_state(checkpoint)
+    for name in TOKENIZER_FILES:
+        _verify(checkpoint / name, state)
+    return get_tokenizer(str(checkpoint / TOKENIZER_FILES[0]))
 
 
 def read_tensors(

@@ -56,6 +56,8 @@ examples:
   sedd train --graph uniform --schedule geometric --schedule_params.sigma_max 20 --run_dir runs/uniform
   sedd train --config runs/book/config.json --lr 1e-3 --run_dir runs/book2
   sedd train --run_dir runs/book --resume --steps 40000
+  sedd train --init runs/book --data.source mine.txt --run_dir runs/mine --lr 3e-4 --lr_schedule linear --steps 5000
+  sedd train --tokenizer tokenizer.json --data.source book.txt --lr_schedule wsd --max_minutes 60 --run_dir runs/pieces
   tensorboard --logdir runs
 """
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import signal
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -95,15 +96,20 @@ def train(config: TrainConfig, resume: bool, lock: RunLock) -> int:
         f"{config.tokenizer} tokens in blocks of {trainer.length}, {trainer.device} "
         f"({str(trainer.autocast_dtype or torch.float32)[6:]}); everything goes to {trainer.run_dir}"
     )
+    first = trainer.step
     outcome = trainer.run()
     best = best_checkpoint(trainer.run_dir)
     kept = list_checkpoints(trainer.run_dir)
-    out.print(
-        f"\nstopped at step {outcome.step:,} of {config.steps:,}; last checkpoint: {kept[-1] if kept else 'none yet'}"
-    )
+    last = f"last checkpoint: {kept[-1] if kept else 'none yet'}"
+    if outcome.signum is None:
+        finished = "nothing to do, the run was finished before," if first == outcome.step else "finished"
+        out.print(f"\n{finished} at step {outcome.step:,}: {outcome.ended}; {last}")
+    else:
+        name = signal.Signals(outcome.signum).name
+        out.print(f"\nstopped by {name} at step {outcome.step:,} of {config.steps:,}, not finished; {last}")
+        out.print(f"  sedd train --run_dir {trainer.run_dir} --resume    goes on")
     if best is not None:
         out.print(f"best checkpoint: {best} ({trainer.best:.4f} nats per token)")
-    out.print(f"  sedd train --run_dir {trainer.run_dir} --resume    goes on (with more --steps or --max_minutes)")
     out.print(f"  sedd sample {trainer.run_dir} --live               writes text")
     out.print(f"  sedd eval perplexity {trainer.run_dir}             measures it")
     return 0 if outcome.signum is None else 128 + outcome.signum

@@ -16,11 +16,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from sedd.curves import WRITERS
 from sedd.data import DataConfig
+from sedd.learning_rate import LR_SCHEDULES
 from sedd.model import PRESETS, ModelConfig
 from sedd.objective import OBJECTIVES
 from sedd.schedule import SCHEDULES, get_schedule
-from sedd.tokenizer import TOKENIZERS
 from sedd_ext import Absorbing, Hybrid, RankOne, Uniform, has_cuda_kernels
 
 __all__ = [
@@ -51,11 +52,16 @@ RESUMABLE = frozenset(
         "steps",
         "max_minutes",
         "lr",
+        "lr_schedule",
+        "lr_final",
+        "lr_decay",
         "clip",
+        "log",
         "log_every",
         "valid_every",
         "valid_blocks",
         "valid_draws",
+        "valid_samples",
         "checkpoint_every",
         "keep_last",
         "data.num_proc",
@@ -91,6 +97,8 @@ class ModelOptions:
     """Divide the scores by exp(total noise) - 1 (absorbing process only), as the released models do."""
     time_conditioning: bool | None = None
     """Tell the network how much noise there is. Without, sampling calls it only where a token has changed."""
+    hybrid_shift: bool | None = None
+    """Start a hybrid process from the scores of unknown text, as scale_by_sigma does for an absorbing one."""
 
     def __post_init__(self) -> None:
         """Checks that the sizes fit together."""
@@ -114,7 +122,12 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """What to train on"""
     tokenizer: str = "bytes"
-    """How text becomes tokens: bytes (256 values), text8 (a-z and space) or gpt2 (50,257 word pieces)."""
+    """How text becomes tokens: bytes (256 values), text8 (a-z and space), gpt2 (50,257 word pieces), or a
+    tokenizer.json of the tokenizers library: the file, a folder or a repository of the Hugging Face hub. The run keeps
+    a copy."""
+    init: str | None = None
+    """Fine-tuning: start from the weights of this model (a run, folder, file or repository, as for sedd sample). The
+    sizes of the model are then its own. --resume does not read it again."""
     model: ModelOptions = field(default_factory=ModelOptions)
     """Size of the model"""
     graph: GraphName = "absorbing"
@@ -140,7 +153,14 @@ class TrainConfig:
     max_minutes: float | None = None
     """Stop cleanly after this many minutes of training, counting those before a --resume."""
     lr: float = 1e-3
-    """Learning rate of AdamW, reached after the warm-up and then held."""
+    """Learning rate of AdamW after the warm-up: the peak of lr_schedule."""
+    lr_schedule: str = "constant"
+    """How the learning rate goes on from its peak to the end of the run (by steps or max_minutes, whichever is nearer):
+    constant; linear or cosine, which fall from the start; or wsd (warm-up, stable, decay), which falls at the end."""
+    lr_final: float = 0.0
+    """Learning rate at the end of the run, as a part of lr (not for lr_schedule constant)."""
+    lr_decay: float = 0.2
+    """For lr_schedule wsd: length of the decay, as a part of the run."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of AdamW's two moments, for example --betas [0.9,0.98]."""
     eps: float = 1e-8
@@ -163,13 +183,18 @@ class TrainConfig:
     seed: int = 0
     """Seed of everything random: initial weights, order of the data, times, noise, dropout."""
     log_every: int = 10
-    """Steps between points of the training curves."""
+    """Optimiser steps between points of the training curves."""
+    log: str = "tensorboard"
+    """Where curves and samples go besides metrics.jsonl: tensorboard, wandb (Weights & Biases, pip install wandb),
+    both as tensorboard,wandb, or none."""
     valid_every: int = 1000
     """Steps between validations."""
     valid_blocks: int = 64
     """Blocks of the validation split that a validation scores, always the same ones."""
     valid_draws: int = 8
     """Noise levels drawn for each of them, always the same ones."""
+    valid_samples: int = 1
+    """Texts that the averaged weights write at each validation, for TensorBoard and Weights & Biases to show."""
     checkpoint_every: int = 1000
     """Steps between checkpoints. A validation better than all before is saved too."""
     keep_last: int = 2
@@ -177,9 +202,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        _choice("tokenizer", self.tokenizer, TOKENIZERS)
         _choice("schedule", self.schedule, SCHEDULES)
         _choice("objective", self.objective, OBJECTIVES)
+        _choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
+        for name in self.log_names():
+            _choice("log", name, [*WRITERS, "none"])
         for name in (
             *("batch_size", "accumulate", "steps", "log_every", "valid_every", "valid_blocks", "valid_draws"),
             *("checkpoint_every", "keep_last"),
@@ -190,7 +217,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name}: expected a positive number, got {value}")
-        for name in ("warmup", "weight_decay", "seed"):
+        for name in ("lr_final", "lr_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "seed", "valid_samples"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         for name, values in (("betas", self.betas), ("ema", (self.ema,))):
@@ -202,6 +232,10 @@ class TrainConfig:
             get_schedule(self.schedule, **self.schedule_params)
         except TypeError as error:
             raise ValueError(f"schedule_params: {error}") from error
+
+    def log_names(self) -> list[str]:
+        """Returns the names in ``log``."""
+        return [name.strip() for name in self.log.split(",")]
 
     def make_graph(self, vocab_size: int) -> RankOne:
         """Returns the forward process over a vocabulary of ``vocab_size`` tokens (MASK not counted)."""

@@ -2,8 +2,9 @@
 
 Text becomes documents (`sources.py`), documents are divided between training and validation, each document is tokenised
 and closed with end-of-text (with a space where the vocabulary has no end-of-text), and each side's documents, joined,
-are cut into blocks of one length (`batches.py`). Tokens are uint16 in memory-mapped Arrow files of the cache of
-`datasets`: memory does not grow with the data, and another block length tokenises nothing anew.
+are cut into blocks of one length (`batches.py`). Tokens are uint16 (uint32 for vocabularies above 65,536) in
+memory-mapped Arrow files of the cache of `datasets`: memory does not grow with the data, and another block length
+tokenises nothing anew.
 
 No text is on both sides. A document's side follows from a hash of its text, before anything is joined or cut, so copies
 of a document are on one side too, and neither the machine nor the seed of training moves a document. A text that is one
@@ -19,10 +20,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sedd.batches import Batches, TokenBlocks, Tokens, TokenStream, batches, encode_document, is_blank, valid_batches
+from sedd.batches import Batches, TokenBlocks, TokenStream, batches, encode_document, is_blank, valid_batches
 from sedd.detokenize import DETOKENIZERS, Detokenizer, detokenize
 from sedd.sources import SAMPLE_BY, import_datasets, open_source
-from sedd.tokenizer import Tokenizer
+from sedd.tokenizer import Tokenizer, Tokens
 
 __all__ = [
     "Batches",
@@ -46,7 +47,7 @@ class DataConfig:
     source: str = "stdlib"
     """Where the text comes from: 'stdlib' (source and documentation of this Python installation: no download), a file
     (.txt, .raw, .json, .jsonl or .parquet, also compressed as .gz, .bz2, .xz or .zst; a name without suffix is
-    text), a folder of such files, or the name of a data set on the Hugging Face hub."""
+    text), a folder of such files, a folder of `save_to_disk`, or the name of a data set on the Hugging Face hub."""
     valid_source: str | None = None
     """A file or folder with the validation text. Without it validation text is `valid_split` or a part of `source`."""
     subset: str | None = None
@@ -54,9 +55,9 @@ class DataConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub data set."""
     train_split: str = "train"
-    """Split of a hub data set to train on."""
+    """Split of a hub data set, or of a folder of `save_to_disk`, to train on."""
     valid_split: str | None = None
-    """Split of a hub data set to validate on. None: 'validation' where there is one, else a part of `train_split`."""
+    """Split to validate on, as `train_split`. None: 'validation' where there is one, else a part of `train_split`."""
     text_column: str = "text"
     """Column (JSON key) that holds the text."""
     documents: Literal["file", "paragraph", "line"] = "file"
@@ -214,7 +215,7 @@ def _tokenize(rows: Any, config: DataConfig, tokenizer: Tokenizer) -> list[Token
         batch_size=100,
         input_columns=[config.text_column],
         remove_columns=rows.column_names,
-        features=datasets.Features({"tokens": datasets.Sequence(datasets.Value("uint16"))}),
+        features=datasets.Features({"tokens": datasets.Sequence(datasets.Value(tokenizer.dtype.__name__))}),
         fn_kwargs={"tokenizer": tokenizer, "detokenizer": config.detokenizer, "version": _CACHE_VERSION},
         num_proc=config.num_proc if config.num_proc > 1 else None,
         desc=f"Tokenising ({tokenizer.name})",
@@ -259,11 +260,13 @@ def _stream(rows: Any, valid_rows: Any, config: DataConfig, tokenizer: Tokenizer
         train, held_out = stream(rows, lambda text: True), stream(valid_rows, lambda text: True)
     wanted = config.stream_valid_blocks * length
     chunks: list[Tokens] = []
+    read = 0
     with import_datasets().utils.tqdm(total=wanted, desc="Reading validation text", unit=" tokens") as bar:
         for document in held_out.documents():
             chunks.append(document)
             bar.update(len(document))
-            if bar.n >= wanted:
+            read += len(document)  # a bar that is not shown does not count
+            if read >= wanted:
                 break
     valid = TokenBlocks([np.concatenate(chunks)[:wanted]] if chunks else [], length, what="validation text")
     return DataSplits(train=train, valid=valid)

@@ -223,7 +223,7 @@ def _greedy(
     for step in range(n):
         sigma = schedule.total(torch.tensor([1 - step / n], dtype=torch.float64)).to(device)
         hidden = model.hidden(torch.cat([start, x]).unsqueeze(0), sigma)[0, len(context) :]
-        shift = model.log_score_shift(sigma)
+        shift = model.log_score_shift(sigma, x)
         probs = tweedie_probs(model.head(hidden).float(), x, float(sigma), graph, log_score_shift=shift, denoise=True)
         best, token = probs.max(-1)
         place = int(torch.where(open_places, best, -1.0).argmax())

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from sedd.schedule import Schedule
+from sedd.schedule import LogLinear, Schedule
+from sedd.tokenizer import Tokenizer
 from sedd_ext import RankOne
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ class ModelConfig:
         length: number of tokens the network is trained on and samples by default. No parameter depends on it.
         dropout: probability of dropping an output of attention or MLP before it joins the residual stream.
         scale_by_sigma: for absorbing processes, subtract ``log expm1(σ̄) + log(N-1)`` from the head's output, which
-            centres the log-scores whatever σ̄ is. Other processes have no such factor and do without.
+            centres the log-scores whatever σ̄ is. It has no effect on other processes.
+        hybrid_shift: the same for hybrid processes: see :meth:`SEDD.log_score_shift`. It has no effect on other
+            processes. Hybrid models that were saved before this option existed load without it.
         time_conditioning: whether the network is told σ̄. Without, it sees the tokens alone (its conditioning is that of
             σ̄ = 0), and a sampler need not call it again while they stay as they are.
 
@@ -66,6 +69,7 @@ class ModelConfig:
     dropout: float = 0.1
     scale_by_sigma: bool = True
     time_conditioning: bool = True
+    hybrid_shift: bool = True
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
@@ -92,7 +96,7 @@ class ScoreModel(Protocol):
     """What training, sampling and evaluation ask of a model: :class:`SEDD`, or any module with these methods.
 
     The log-scores of a state come in three parts, so that the head runs only on the rows that need it and the shift is
-    applied inside the kernels: ``log_score = head(hidden(x_t, sigma)) - log_score_shift(sigma)``.
+    applied inside the kernels: ``log_score = head(hidden(x_t, sigma)) - log_score_shift(sigma, x_t)``.
     """
 
     training: bool
@@ -111,8 +115,16 @@ class ScoreModel(Protocol):
         """Weight [N, d] and bias [N] or None of a head that is linear, to be fused with loss and sampler; else None."""
         ...
 
-    def log_score_shift(self, sigma: Tensor) -> Tensor | None:
-        """What is subtracted from every log-score of a sequence, [B], or None for nothing."""
+    def log_score_shift(self, sigma: Tensor, x_t: Tensor) -> Tensor | None:
+        """What is subtracted from every log-score of a position, or None for nothing.
+
+        Args:
+            sigma: total noise, broadcasts to the shape of x_t.
+            x_t: the tokens of the positions [*B], int64.
+
+        Returns:
+            A tensor that broadcasts to [*B].
+        """
         ...
 
     def train(self, mode: bool = True) -> Any:
@@ -249,6 +261,15 @@ class _OutputLayer(nn.Module):
         return _modulate(self.norm_final(x), shift, scale)
 
 
+def _uniform_fraction(graph: RankOne) -> float | None:
+    """The part λ of a hybrid process's noise that goes to tokens, uniformly; None for other processes."""
+    if graph.process != "rank_one" or graph.mask_id != graph.dim - 1:
+        return None
+    tokens, mask = graph.stationary[:-1], float(graph.stationary[-1])
+    hybrid = mask > 0 and torch.allclose(tokens, tokens.mean().expand_as(tokens), rtol=1e-9, atol=0)
+    return 1 - mask if hybrid else None
+
+
 CARD = """---
 {{ card_data }}
 ---
@@ -294,7 +315,7 @@ class SEDD(
         config: the sizes, or the name of one of :data:`PRESETS`.
         graph: the forward process the model belongs to; its ``dim`` is the size of embedding and head.
         schedule: the noise schedule it is trained with: not used by the network, but saved with it.
-        tokenizer: name of the tokeniser of its text, saved with it.
+        tokenizer: the tokeniser of its text, or the name of one that is known by name; saved with it.
 
     Raises:
         ValueError: no preset of that name.
@@ -307,7 +328,7 @@ class SEDD(
         config: ModelConfig | str,
         graph: RankOne,
         schedule: Schedule | None = None,
-        tokenizer: str | None = None,
+        tokenizer: str | Tokenizer | None = None,
     ) -> None:
         super().__init__()
         if isinstance(config, str):
@@ -317,15 +338,22 @@ class SEDD(
         self.config = config
         self.graph = graph
         self.schedule = schedule
+        # those without files are known by name, and are loaded when they are needed
+        if isinstance(tokenizer, Tokenizer) and not tokenizer.files():
+            tokenizer = tokenizer.name
         self.tokenizer = tokenizer
         self.dim = graph.dim
         self.scale_by_sigma = config.scale_by_sigma and graph.process == "absorbing"
+        self.uniform_fraction = _uniform_fraction(graph) if config.hybrid_shift else None
         self.time_conditioning = config.time_conditioning
         self.vocab_embed = _Embedding(config.hidden_size, graph.dim)
         self.sigma_map = _SigmaEmbedding(config.cond_dim)
         self.rotary_emb = _Rotary(config.hidden_size // config.n_heads)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.n_blocks))
         self.output_layer = _OutputLayer(config, graph.dim)
+        if self.uniform_fraction is not None:
+            with torch.no_grad():
+                self.output_layer.linear.bias[-1] = self._mask_log_score(self.uniform_fraction)
 
     @classmethod
     def from_pretrained(
@@ -359,8 +387,9 @@ class SEDD(
     ) -> str | None:
         """Writes ``config.json``, ``model.safetensors`` and a model card into a folder, all of them or none.
 
-        A model card that is there already stays as it is. The metadata of ``model.safetensors`` hold a digest of it,
-        which is checked on loading. :meth:`push_to_hub` uploads the same files.
+        The files of its tokeniser are written too, unless that is one known by name. A model card that is there already
+        stays as it is. The metadata of ``model.safetensors`` hold a digest of it, which is checked on loading.
+        :meth:`push_to_hub` uploads the same files.
 
         Args:
             save_directory: the folder; made if it is not there.
@@ -405,6 +434,9 @@ class SEDD(
         from sedd.pretrained import to_config
 
         write_json(save_directory / "config.json", to_config(self))
+        if isinstance(self.tokenizer, Tokenizer):
+            for name, text in self.tokenizer.files().items():
+                (save_directory / name).write_text(text, encoding="utf-8")
         save_tensors(save_directory / "model.safetensors", self.state_dict(), {"format": "pt"})
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
@@ -431,9 +463,9 @@ class SEDD(
         """
         log_score = self.head(self.hidden(x_t, sigma))
         log_score = log_score if log_score.dtype == torch.float64 else log_score.float()
-        shift = self.log_score_shift(sigma)
+        shift = self.log_score_shift(sigma.unsqueeze(-1), x_t)
         if shift is not None:
-            log_score = log_score - shift.to(log_score.dtype)[:, None, None]
+            log_score = log_score - shift.to(log_score.dtype).unsqueeze(-1)
         return log_score.scatter(-1, x_t.unsqueeze(-1), 0.0)
 
     def hidden(self, x_t: Tensor, sigma: Tensor) -> Tensor:
@@ -445,7 +477,7 @@ class SEDD(
                 at once.
 
         Returns:
-            States [B, L, d]. Log-scores of any rows of them are ``head(states) - log_score_shift(sigma)``.
+            States [B, L, d]. Log-scores of any rows of them are ``head(states) - log_score_shift(sigma, x_t)``.
 
         Raises:
             TypeError, ValueError: as :meth:`forward`.
@@ -470,16 +502,48 @@ class SEDD(
         linear = self.output_layer.linear
         return linear.weight, linear.bias
 
-    def log_score_shift(self, sigma: Tensor) -> Tensor | None:
-        """What the log-scores of a sequence are lowered by: log expm1(σ̄) + log(N-1), [B] in sigma's dtype.
+    def log_score_shift(self, sigma: Tensor, x_t: Tensor) -> Tensor | None:
+        """What the log-scores of a position are lowered by, so that the head need not know the size of σ̄.
 
-        A masked position's true scores sum to 1/expm1(σ̄), so the head's own output needs no knowledge of σ̄'s size.
-        None unless the process is absorbing and the configuration has ``scale_by_sigma``.
+        It is the log of p_t(MASK) / p_t(y) for a text of which nothing is known, p_0(y) = 1/n for each of n = N - 1
+        tokens: with it, a head whose output is zero gives a masked position the scores of that text. With
+        a = exp(-σ̄), b = 1 - a:
+
+        * absorbing processes, where only masked positions have a loss: log(n b / a) = log expm1(σ̄) + log n at every
+          position;
+        * hybrid processes with uniform fraction λ: log(n b (1-λ) / (a + b λ)) at masked positions. At the others the
+          shift is 0: the scores of that text are 1, except MASK's, for which the head has a bias to start with.
+
+        Args:
+            sigma: total noise σ̄, floating point, broadcasts to the shape of x_t.
+            x_t: the tokens of the positions [*B], int64.
+
+        Returns:
+            A tensor in sigma's dtype that broadcasts to [*B]. None for uniform processes, and for models configured
+            without ``scale_by_sigma`` (absorbing) or ``hybrid_shift`` (hybrid).
         """
-        if not self.scale_by_sigma:
+        if self.scale_by_sigma:
+            # log expm1(σ) = σ + log(1 - e^{-σ}): no overflow at large σ, no cancellation at small σ
+            return sigma + torch.log(-torch.expm1(-sigma)) + math.log(self.dim - 1)
+        if self.uniform_fraction is None:
             return None
-        # log expm1(σ) = σ + log(1 - e^{-σ}): no overflow at large σ, no cancellation at small σ
-        return sigma + torch.log(-torch.expm1(-sigma)) + math.log(self.dim - 1)
+        moved = -torch.expm1(-sigma)
+        ratio = torch.log(moved / (torch.exp(-sigma) + moved * self.uniform_fraction))
+        ratio = ratio + math.log((self.dim - 1) * (1 - self.uniform_fraction))
+        return torch.where(x_t == self.dim - 1, ratio, torch.zeros_like(ratio))
+
+    def _mask_log_score(self, uniform_fraction: float) -> float:
+        """The first bias of MASK in a hybrid process: one log-score for every σ̄ from 0 to that of t = 1.
+
+        The best constant for a text of which nothing is known is the log of n times the mean of p_t(MASK) = b (1-λ)
+        over the mean of n p_t(y) = a + b λ; it costs 0.25 nats a token at λ = 0.1 with the log-linear schedule.
+        """
+        end = LogLinear() if self.schedule is None else self.schedule
+        total = float(end.total(torch.ones((), dtype=torch.float64, device="cpu")))
+        kept = -math.expm1(-total)  # the integrals over σ̄ of a, and of b:
+        moved = total - kept
+        ratio = (1 - uniform_fraction) * moved / (kept + uniform_fraction * moved)
+        return math.log((self.dim - 1) * ratio)
 
     def _check(self, x_t: Tensor, sigma: Tensor) -> None:
         if x_t.dtype != torch.int64:

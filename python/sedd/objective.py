@@ -120,9 +120,9 @@ def noised_score_entropy(
         Nats per sequence times ``scale`` [B], float32, differentiable.
     """
     sigma, rate = schedule.total(t), scale * schedule.rate(t)
-    shift = model.log_score_shift(sigma)
     hidden = model.hidden(x_t, sigma)[:, given:]
     x_0, x_t = x_0[:, given:], x_t[:, given:]
+    shift = model.log_score_shift(sigma.unsqueeze(-1), x_t)
     head = model.head_parameters() if fused else None
     if head is not None:
         loss = linear_score_entropy_loss(
@@ -132,7 +132,7 @@ def noised_score_entropy(
             x_0,
             sigma.unsqueeze(-1),
             graph,
-            log_score_shift=None if shift is None else shift.unsqueeze(-1),
+            log_score_shift=shift,
             loss_weight=rate.unsqueeze(-1),
         )
         return loss.sum(1).float()
@@ -144,7 +144,7 @@ def noised_score_entropy(
         x_0.flatten()[rows],
         sigma[sequence],
         graph,
-        log_score_shift=None if shift is None else shift[sequence],
+        log_score_shift=None if shift is None else shift.expand_as(x_t).flatten()[rows],
     )
     total = loss.new_zeros(x_0.shape[0]).index_add(0, sequence, loss)
     return (rate * total).float()

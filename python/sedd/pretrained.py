@@ -37,11 +37,12 @@ from sedd.checkpoint import (
     read_config,
     read_state,
     read_tensors,
+    read_tokenizer,
 )
 from sedd.config import TrainConfig, autocast_dtype
 from sedd.model import SEDD, ModelConfig, device_of
 from sedd.schedule import SCHEDULES, Schedule, get_schedule
-from sedd.tokenizer import TOKENIZERS, Tokenizer, get_tokenizer
+from sedd.tokenizer import TOKENIZER_FILES, TOKENIZERS, Tokenizer, get_tokenizer
 from sedd.weights import PICKLES, read_weights
 from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
 
@@ -102,17 +103,18 @@ def load_model(name_or_path: Path | str, device: torch.device | str = "cpu") -> 
     if model.tokenizer is None:
         raise ValueError(
             f"{path}: a model of {model.graph.dim} tokens that does not say how text becomes tokens; its "
-            f"config.json may say so: tokenizer, one of {', '.join(TOKENIZERS)}"
+            f"config.json may say so: tokenizer, one of {', '.join(TOKENIZERS)}, or tokenizer.json beside it"
         )
-    return LoadedModel(path, model, model.graph, model.schedule, get_tokenizer(model.tokenizer))
+    tokenizer = model.tokenizer if isinstance(model.tokenizer, Tokenizer) else get_tokenizer(model.tokenizer)
+    return LoadedModel(path, model, model.graph, model.schedule, tokenizer)
 
 
 def _load_checkpoint(checkpoint: Path, device: torch.device | str) -> LoadedModel:
     state, config = read_state(checkpoint), read_config(checkpoint)
-    tokenizer = get_tokenizer(config.tokenizer)
+    tokenizer = read_tokenizer(checkpoint, config)
     graph = config.make_graph(tokenizer.vocab_size)
     schedule = get_schedule(config.schedule, **config.schedule_params)
-    model = _build(config.model.build(), graph, schedule, config.tokenizer)
+    model = _build(config.model.build(), graph, schedule, tokenizer)
     load_weights(model, read_tensors(checkpoint, "ema", state), checkpoint / "ema.safetensors")
     return LoadedModel(checkpoint, model.to(device).eval(), graph, schedule, tokenizer, config, state)
 
@@ -147,8 +149,8 @@ def load_pretrained(
             ``cache_dir``, ``force_download``, ``local_files_only``.
 
     Returns:
-        The model in evaluation mode and float32, with ``graph``, ``schedule`` and ``tokenizer`` (a name, or None where
-        it is unknown) as attributes.
+        The model in evaluation mode and float32, with ``graph``, ``schedule`` and ``tokenizer`` (a name, a tokeniser
+        that was saved with it, or None where it is unknown) as attributes.
 
     Raises:
         FileNotFoundError: there is no such file, folder or repository, or it holds no model.
@@ -167,7 +169,7 @@ def load_pretrained(
     if not found:
         raise ValueError(f"{file}: no configuration in it or beside it; give one (sedd convert --config FILE)")
     try:
-        model = _from_config(found, weights)
+        model = _from_config(found, weights, file.parent)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: its configuration will not do: {error}") from error
     load_weights(model, weights, file)
@@ -181,8 +183,9 @@ def to_config(model: SEDD) -> dict[str, Any]:
     """What ``config.json`` says of a model, with the keys of the released SEDD repositories.
 
     Returns:
-        ``tokens`` (size of the vocabulary without MASK), ``tokenizer`` (a name or None), ``graph`` (``type`` absorb,
-        uniform or hybrid), ``noise`` (``type`` and the parameters of the schedule) and ``model`` (the sizes).
+        ``tokens`` (size of the vocabulary without MASK), ``tokenizer`` (a name, "tokenizer.json" for that file beside
+        it, or None), ``graph`` (``type`` absorb, uniform or hybrid), ``noise`` (``type`` and the parameters of the
+        schedule) and ``model`` (the sizes).
 
     Raises:
         ValueError: the model was made without a schedule, or its process or schedule has no name.
@@ -203,7 +206,7 @@ def to_config(model: SEDD) -> dict[str, Any]:
             raise ValueError("graph: a process with a stationary distribution of its own has no name to be saved by")
     return {
         "tokens": tokens,
-        "tokenizer": model.tokenizer,
+        "tokenizer": TOKENIZER_FILES[0] if isinstance(model.tokenizer, Tokenizer) else model.tokenizer,
         "graph": kind,
         "noise": {"type": names[0], **vars(schedule)},
         "model": dataclasses.asdict(model.config),
@@ -224,7 +227,7 @@ def model_card(model: SEDD) -> dict[str, str]:
     }
 
 
-def _from_config(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SEDD:
+def _from_config(config: Mapping[str, Any], weights: Mapping[str, Tensor], folder: Path) -> SEDD:
     """The model that a configuration with the released keys describes; its tensors say what it leaves out."""
     if config.get("parameterization", "sedd") != "sedd":
         raise ValueError(f"parameterization: {config['parameterization']!r} predicts no scores; wanted 'sedd'")
@@ -257,15 +260,27 @@ def _from_config(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SE
                 raise ValueError(f"model.{name}: {value}, but the tensors are those of {sizes[name]}")
             sizes[name] = value
     graph = _graph(config, dim)
+    if graph.process == "rank_one":  # a model that was saved before the shift existed was trained without it
+        sizes.setdefault("hybrid_shift", False)
     tokens = dim - (graph.mask_id is not None)
     if config.get("tokens", tokens) != tokens or isinstance(config.get("tokens"), bool):
         raise ValueError(f"tokens: {config['tokens']}, but the embedding has {dim} rows, MASK counted")
-    tokenizer = config.get("tokenizer") or VOCABULARIES.get(tokens)
-    if tokenizer is not None and (
-        not isinstance(tokenizer, str) or tokenizer not in TOKENIZERS or TOKENIZERS[tokenizer].vocab_size != tokens
-    ):
-        raise ValueError(f"tokenizer: {tokenizer!r} is not a tokeniser of {tokens} tokens")
-    return _build(ModelConfig(**sizes), graph, _schedule(config), tokenizer)
+    return _build(ModelConfig(**sizes), graph, _schedule(config), _tokenizer(config, tokens, folder))
+
+
+def _tokenizer(config: Mapping[str, Any], tokens: int, folder: Path) -> str | Tokenizer | None:
+    """A tokeniser known by name, or that of ``tokenizer.json`` beside the weights: never one from somewhere else."""
+    beside = folder / TOKENIZER_FILES[0]
+    name = config.get("tokenizer") or VOCABULARIES.get(tokens) or (beside.name if beside.is_file() else None)
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise ValueError(f"tokenizer: expected a name, got {name!r}")
+    tokenizer: str | Tokenizer = get_tokenizer(str(beside)) if name == beside.name else name
+    sized = tokenizer if isinstance(tokenizer, Tokenizer) else TOKENIZERS.get(tokenizer)
+    if sized is None or sized.vocab_size != tokens:
+        raise ValueError(f"tokenizer: {name!r} is not a tokeniser of {tokens} tokens")
+    return tokenizer
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -312,7 +327,7 @@ def _number(section: Mapping[str, Any], name: str) -> float:
     return number
 
 
-def _build(config: ModelConfig, graph: RankOne, schedule: Schedule, tokenizer: str | None) -> SEDD:
+def _build(config: ModelConfig, graph: RankOne, schedule: Schedule, tokenizer: str | Tokenizer | None) -> SEDD:
     """A model whose weights are not set yet: nothing is drawn that would be overwritten."""
     with torch.device("meta"):
         return SEDD(config, graph, schedule=schedule, tokenizer=tokenizer)
@@ -336,7 +351,9 @@ def _find(name_or_path: Path | str, **hub: Any) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["config.json", *WEIGHTS], **hub))
+        return Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=["config.json", *WEIGHTS, *TOKENIZER_FILES], **hub)
+        )
     except (LocalEntryNotFoundError, OSError) as error:
         if isinstance(error, HfHubHTTPError):
             wanted = "no such repository" if isinstance(error, RepositoryNotFoundError) else "could not be downloaded"

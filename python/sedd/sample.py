@@ -177,8 +177,9 @@ def sample(
             if bool(changing.any()):
                 sigma = schedule.total(times[i : i + 1]).to(device)
                 with torch.no_grad():
-                    hidden, shift = states(x, sigma, changing), model.log_score_shift(sigma)
-                    positions = Positions(model, head, hidden, x[changing], shift, graph, options)
+                    hidden, x_t = states(x, sigma, changing), x[changing]
+                    shift = model.log_score_shift(sigma, x_t)
+                    positions = Positions(model, head, hidden, x_t, shift, graph, options)
                     if i < steps:
                         tokens = SAMPLERS[sampler](positions, times[i], times[i + 1], schedule)
                     else:

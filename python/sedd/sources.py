@@ -9,8 +9,13 @@ import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from sedd.progress import is_interactive
 
 if TYPE_CHECKING:
     from sedd.data import DataConfig
@@ -27,22 +32,29 @@ def import_datasets() -> Any:
         import datasets
     except ImportError as error:
         raise ImportError('loading text needs the package datasets: pip install "sedd_ext[train]"') from error
+    if not is_interactive(Console(stderr=True)):
+        datasets.disable_progress_bars()  # they are redrawn with control characters
     return datasets
 
 
 def open_source(config: DataConfig) -> tuple[Any, Any]:
     """Rows to train on, and rows to validate on or None."""
-    files = None if config.source == "stdlib" else _local_files(config.source, "source")
-    if config.source == "stdlib" or files:
-        for field, value, default in (
-            ("subset", config.subset, None),
-            ("revision", config.revision, None),
-            ("train_split", config.train_split, "train"),
-            ("valid_split", config.valid_split, None),
+    saved = is_saved(config.source)
+    files = None if config.source == "stdlib" or saved else _local_files(config.source, "source")
+    if config.source == "stdlib" or files or saved:
+        splits = saved and _saved_splits(config.source)
+        for field, value, default, there in (
+            ("subset", config.subset, None, False),
+            ("revision", config.revision, None, False),
+            ("train_split", config.train_split, "train", splits),
+            ("valid_split", config.valid_split, None, splits),
         ):
-            if value != default:
+            if value != default and not there:
                 raise ValueError(f"{field}: {value!r} given, but only hub data sets have it, not {config.source!r}")
-    valid_files = [] if config.valid_source is None else _local_files(config.valid_source, "valid_source")
+    valid_saved = config.valid_source is not None and is_saved(config.valid_source)
+    valid_files: list[Path] = []
+    if config.valid_source is not None and not valid_saved:
+        valid_files = _local_files(config.valid_source, "valid_source")
     both = sorted(set(files or ()) & set(valid_files))
     if both:
         raise ValueError(f"valid_source: {both[0]} is in source too; validation needs text that is not trained on")
@@ -50,15 +62,66 @@ def open_source(config: DataConfig) -> tuple[Any, Any]:
         rows, valid_rows = _stdlib(config), None
     elif files:
         rows, valid_rows = _read_files(files, config, "source"), None
+    elif saved:
+        found = _read_saved(config, "source")
+        rows, valid_rows = _chosen(found, config) if _saved_splits(config.source) else (found, None)
     else:
         rows, valid_rows = _hub(config)
     if valid_files:
         valid_rows = _read_files(valid_files, config, "valid_source")
+    elif valid_saved:
+        valid_rows = _read_saved(config, "valid_source")
     return rows, valid_rows
+
+
+def is_saved(source: str) -> bool:
+    """Whether a source is a folder that ``save_to_disk`` of `datasets` wrote."""
+    path = Path(source).expanduser()
+    return _saved_splits(source) or all((path / name).is_file() for name in ("state.json", "dataset_info.json"))
+
+
+def _saved_splits(source: str) -> bool:
+    return (Path(source).expanduser() / "dataset_dict.json").is_file()
+
+
+def _read_saved(config: DataConfig, field: str) -> Any:
+    """The rows of a folder of ``save_to_disk``, or of each of its splits."""
+    datasets = import_datasets()
+    source = str(getattr(config, field))
+    if field == "valid_source" and _saved_splits(source):
+        raise ValueError(f"{field}: {source} holds several splits; give the folder of one of them")
+    cache = Path(config.cache_dir or datasets.config.HF_DATASETS_CACHE)
+    try:
+        found = datasets.load_from_disk(str(_linked(Path(source).expanduser().resolve(), cache)))
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"{field}: {source} could not be read as a folder of save_to_disk: {error}") from error
+    if not config.streaming:
+        return found
+    if isinstance(found, dict):
+        return {name: rows.to_iterable_dataset() for name, rows in found.items()}
+    return found.to_iterable_dataset()
+
+
+def _linked(folder: Path, cache: Path) -> Path:
+    """A folder of the cache with links to a saved data set.
+
+    `datasets` puts what it prepares beside the files that it reads, but the data set's own folder may be read-only.
+    """
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith("cache-")]
+    identity = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    links = cache / "saved" / hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()
+    for file in files:
+        link = links / file.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            link.symlink_to(file)
+    return links
 
 
 def is_plain_text(source: str) -> bool:
     """Whether a source is local files of text: of JSON and Parquet files, as of hub data sets, rows are documents."""
+    if is_saved(source):
+        return False
     files = _local_files(source, "source")
     return bool(files) and _builder(files[0]) == "text"
 
@@ -133,7 +196,12 @@ def _hub(config: DataConfig) -> tuple[Any, Any]:
         ) from error
     except ValueError as error:  # an unknown subset, or several and none chosen: the message lists them
         raise ValueError(f"subset: {config.subset!r} of {source!r}: {error}") from error
-    valid_split = config.valid_split
+    return _chosen(found, config)
+
+
+def _chosen(found: Any, config: DataConfig) -> tuple[Any, Any]:
+    """The split to train on and the one to validate on, or None."""
+    source, valid_split = config.source, config.valid_split
     if valid_split is None and config.valid_source is None and "validation" in found:
         valid_split = "validation"
     for field, split in (("train_split", config.train_split), ("valid_split", valid_split)):

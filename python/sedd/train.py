@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -38,19 +37,30 @@ from sedd.checkpoint import (
     read_config,
     read_state,
     read_tensors,
+    read_tokenizer,
     save_checkpoint,
     set_damaged_aside,
 )
-from sedd.config import TrainConfig, autocast_dtype, resolve_device
+from sedd.config import ModelOptions, TrainConfig, autocast_dtype, resolve_device
+from sedd.curves import WRITERS, Writer
 from sedd.data import batches, load_blocks, valid_batches
 from sedd.evaluate import elbo
-from sedd.files import RunLock, finite, naming, whole_file, write_json
-from sedd.model import SEDD, compile_network
+from sedd.files import RunLock, finite, naming, whole_file, write_json, write_text
+from sedd.learning_rate import learning_rate_factor
+from sedd.model import PRESETS, SEDD, compile_network
 from sedd.objective import OBJECTIVES, sample_times
+from sedd.pretrained import load_pretrained
+from sedd.progress import is_interactive, progress_bar
+from sedd.sample import sample
 from sedd.schedule import get_schedule
-from sedd.tokenizer import count_bytes, get_tokenizer
+from sedd.tokenizer import TOKENIZER_FILES, TOKENIZERS, count_bytes, get_tokenizer
 
 __all__ = ["NonFiniteError", "Outcome", "Trainer"]
+
+FREE_SIZES = ("length", "dropout")
+"""Sizes of a model that no weight depends on: a run may change them when it starts from a trained model."""
+SAMPLE_STEPS = 64
+"""Reverse steps of the texts that a validation writes."""
 
 
 class NonFiniteError(RuntimeError):
@@ -63,11 +73,13 @@ class Outcome:
 
     Attributes:
         step: optimiser steps taken.
-        signum: the signal that stopped it, None if it came to its end.
+        signum: the signal that stopped it, None if the run is finished.
+        ended: for a finished run, what is used up, and the option that continues it; else empty.
     """
 
     step: int
     signum: int | None
+    ended: str = ""
 
 
 class Trainer:
@@ -76,8 +88,10 @@ class Trainer:
     Args:
         config: options of the run.
         resume: go on from the last checkpoint of ``config.run_dir``. The steps that follow are bit for bit those that
-            the run would have taken without a break (on the same machine and number of threads). If the last
-            checkpoint is damaged, the one before it is taken.
+            the run would have taken without a break (on the same machine and number of threads). If the run ends by
+            time and its learning rate follows a schedule, that holds up to the checkpoint after that one: there the
+            learning rate is fitted anew to the time that steps take. If the last checkpoint is damaged, the one before
+            it is taken.
         console: where progress and messages go; standard error if None.
         lock: the lock of ``config.run_dir`` if the caller has it already.
 
@@ -119,16 +133,26 @@ class Trainer:
                 "or start another with --run_dir NEW"
             )
         checkpoint = self._last_checkpoint()
+        config = self.config
         self.device = resolve_device(config.device)
         self.autocast_dtype = autocast_dtype(config.precision, self.device)
 
         torch.manual_seed(config.seed)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
-        self.tokenizer = get_tokenizer(config.tokenizer)
+        if checkpoint is None:
+            kept = self.run_dir / TOKENIZER_FILES[0]
+            again = resume and config.tokenizer not in TOKENIZERS and kept.is_file()
+            self.tokenizer = get_tokenizer(str(kept) if again else config.tokenizer)
+        begin = None if checkpoint is not None or config.init is None else load_pretrained(config.init)
+        if begin is not None:
+            config = self.config = self._checked_init(begin)
         self.graph = config.make_graph(self.tokenizer.vocab_size)
         self.schedule = get_schedule(config.schedule, **config.schedule_params)
         self.objective = OBJECTIVES[config.objective]
-        self.model = SEDD(config.model.build(), self.graph, self.schedule, config.tokenizer).to(self.device)
+        self.model = SEDD(config.model.build(), self.graph, self.schedule, self.tokenizer)
+        if begin is not None:
+            load_weights(self.model, begin.state_dict(), Path(str(config.init)))
+        self.model.to(self.device)
         self.length: int = self.model.config.length
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         if config.compile:
@@ -141,6 +165,8 @@ class Trainer:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        if not is_interactive(self.console):
+            self._say(f"preparing the text of {config.data.source}")
         splits = load_blocks(config.data, self.tokenizer, self.length)
         self.valid_blocks = next(valid_batches(splits.valid, config.valid_blocks))
         self.batches = batches(splits.train, config.batch_size, seed=config.seed)
@@ -150,6 +176,7 @@ class Trainer:
         self.valid: float | None = None  # the validation bound at this step
         self.best: float | None = None  # the lowest one so far
         self.saved_step: int | None = None
+        self.pace = Pace()
         self.signum: int | None = None
         self.pending: list[Tensor] = []  # (loss, gradient norm) of the steps not yet written
         if checkpoint is not None:
@@ -158,7 +185,38 @@ class Trainer:
             self._say(f"{self.run_dir} has no checkpoint yet: starting at step 0")
         with naming(self.run_dir):
             (self.run_dir / "eval").mkdir(exist_ok=True)
+        for name, text in self.tokenizer.files().items():
+            if not (self.run_dir / name).exists():
+                write_text(self.run_dir / name, text)
         write_json(self.run_dir / "config.json", config.to_dict())
+
+    def _checked_init(self, begin: SEDD) -> TrainConfig:
+        """Options whose model has the sizes of ``--init``, if those that were given agree with it."""
+        config, vocabulary = self.config, self.tokenizer.vocab_size
+        theirs = begin.tokenizer if isinstance(begin.tokenizer, str | None) else begin.tokenizer.name
+        wanted = config.make_graph(vocabulary)
+        if theirs not in (None, self.tokenizer.name):
+            raise ValueError(
+                f"tokenizer: {config.init} was trained on {begin.tokenizer if theirs == begin.tokenizer else 'other'} "
+                f"tokens, and cannot start a run on {config.tokenizer} tokens; give its own by --tokenizer"
+            )
+        same = begin.graph.process == wanted.process and begin.graph.dim == wanted.dim
+        if not same or not torch.equal(begin.graph.stationary, wanted.stationary):
+            raise ValueError(
+                f"graph: {config.init} was trained with {begin.graph}, and cannot start a run with {wanted}; give its "
+                "own by --graph and --uniform_fraction, and the tokeniser by --tokenizer"
+            )
+        fixed = {name: value for name, value in dataclasses.asdict(begin.config).items() if name not in FREE_SIZES}
+        given = {name: value for name, value in dataclasses.asdict(config.model).items() if value is not None}
+        if config.model.preset != ModelOptions().preset:
+            given = {**dataclasses.asdict(PRESETS[config.model.preset]), **given}
+        for name in fixed.keys() & given.keys():
+            if given[name] != fixed[name]:
+                raise ValueError(
+                    f"model.{name}: {config.init} has {fixed[name]}, and cannot start a model with {given[name]}; "
+                    "leave the size out"
+                )
+        return _with_sizes(config, ModelOptions(preset=config.model.preset, **dataclasses.asdict(begin.config)))
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -199,8 +257,17 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        """Learning rate of step ``self.step`` (counted from 1)."""
-        return self.config.lr * min(1.0, self.step / max(self.config.warmup, 1))
+        """Learning rate of step ``self.step`` (counted from 1).
+
+        It follows from the step and from what the last checkpoint holds, so that a resumed run has the same: in a run
+        that ends by time, the time that steps will take is foreseen from the pace before the last checkpoint.
+        """
+        config, before = self.config, self.step - 1
+        done = before / config.steps
+        if config.max_minutes is not None:
+            done = max(done, self.pace.elapsed_at(before) / (60 * config.max_minutes))
+        factor = learning_rate_factor(config.lr_schedule, min(1.0, done), final=config.lr_final, decay=config.lr_decay)
+        return config.lr * min(1.0, self.step / max(config.warmup, 1)) * factor
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
@@ -215,14 +282,12 @@ class Trainer:
         config = self.config
         started, before = time.monotonic(), self.elapsed
         first_share = self._share()
-        columns = (BarColumn(10), TextColumn("{task.description}"))
         with (
             self.lock,
             self._signals(),
-            Log(self.run_dir, self.step) as log,
-            Progress(*columns, console=self.console) as progress,
+            Log(self.run_dir, self.step, config) as log,
+            progress_bar(self.console) as show,
         ):
-            task = progress.add_task("training", total=1.0)
             logged_at, logged_step = started, self.step
             while True:
                 self.elapsed = before + time.monotonic() - started
@@ -230,26 +295,29 @@ class Trainer:
                 done = share >= 1 or self.signum is not None
                 if self.signum is not None:  # not said by the handler, which may have interrupted another message
                     self._say(f"{signal.Signals(self.signum).name}: saving step {self.step:,} and stopping")
-                due = any(map(self._due, (config.log_every, config.valid_every, config.checkpoint_every)))
+                save = self._due(config.checkpoint_every) or self._pace_is_old()
+                due = save or self._due(config.log_every) or self._due(config.valid_every)
                 if self.pending and (done or due):
                     loss = self._write_steps(log)
                     seconds, steps = time.monotonic() - logged_at, self.step - logged_step
                     logged_at, logged_step = time.monotonic(), self.step
                     speed = steps * config.batch_size * config.accumulate * self.length / seconds
-                    log.curves(self.step, {"train/tokens_per_second": speed})
+                    tokens = self.step * config.batch_size * config.accumulate * self.length
+                    log.curves(self.step, {"train/tokens_per_second": speed, "train/tokens": tokens})
                     left = (1 - share) * (self.elapsed - before) / max(share - first_share, 1e-9)
                     report = (
                         f"step {self.step:,}  loss {loss:.3f} ({loss / math.log(2):.3f} bits/token)  "
                         f"{speed:,.0f} tok/s  {left / 60:.1f} min left"
                     )
-                    progress.update(task, completed=share, description=report)
-                better = False
+                    show(share, report)
+                better, pause = False, time.monotonic()
                 if self.signum is None and self.valid is None and (done or self._due(config.valid_every)):
                     better = self._validate(log)
-                if better or done or self._due(config.checkpoint_every):
+                if better or done or save:
                     self._save(log)
+                logged_at += time.monotonic() - pause  # tokens per second are those of training alone
                 if done:
-                    return Outcome(self.step, self.signum)
+                    return Outcome(self.step, self.signum, "" if self.signum is not None else self._ended())
                 self.train_step()
 
     def _due(self, every: int) -> bool:
@@ -259,6 +327,25 @@ class Trainer:
         """The part of the run that is done, 0 to 1, by steps or by minutes, whichever is more."""
         minutes = self.config.max_minutes
         return min(1.0, max(self.step / self.config.steps, self.elapsed / (60 * minutes) if minutes else 0.0))
+
+    def _pace_is_old(self) -> bool:
+        """Whether a run that ends by time must foresee its end anew: twenty times in a run, each with a checkpoint."""
+        minutes = self.config.max_minutes
+        if minutes is None or self.config.lr_schedule == "constant" or self.step in (0, self.saved_step):
+            return False
+        return self.elapsed - self.pace.elapsed >= 60 * minutes / 20
+
+    def _ended(self) -> str:
+        """Why the run is finished, and how to continue it; empty if it is not."""
+        steps, minutes = self.config.steps, self.config.max_minutes
+        reasons = []
+        if self.step >= steps:
+            reasons.append(f"all {steps:,} steps are taken (continue with --resume --steps N, N above {steps})")
+        if minutes is not None and self.elapsed >= 60 * minutes:
+            reasons.append(
+                f"the {minutes:g} minutes are used up (continue with --resume --max_minutes M, M above {minutes:g})"
+            )
+        return ", and ".join(reasons)
 
     def _write_steps(self, log: Log) -> float:
         """Writes the pending steps; returns their mean loss. The only place that waits for the device."""
@@ -276,7 +363,8 @@ class Trainer:
                 )
             log.metrics({"step": step, "loss": loss, "grad_norm": norm})
         mean = sum(loss for loss, _ in values) / len(values)
-        log.curves(self.step, {"train/nats_per_token": mean, "train/grad_norm": values[-1][1], "train/lr": self.lr})
+        mean_norm = sum(norm for _, norm in values) / len(values)
+        log.curves(self.step, {"train/nats_per_token": mean, "train/grad_norm": mean_norm, "train/lr": self.lr})
         return mean
 
     def _validate(self, log: Log) -> bool:
@@ -301,11 +389,28 @@ class Trainer:
             {"step": self.step, "valid_nats_per_token": finite(self.valid), "valid_standard_error": finite(error)}
         )
         log.curves(self.step, {"valid/nats_per_token": self.valid, "valid/bits_per_byte": result.bits_per_byte})
+        if self.config.valid_samples and log.writers:
+            log.texts(self.step, "valid/samples", self._write_samples())
         self._say(
             f"step {self.step:,}, {self.elapsed / 60:.1f} min: validation {self.valid:.4f} ± {error:.4f} nats/token, "
             f"{result.bits_per_byte:.4f} bits/byte{', the best so far' if better else ''}"
         )
         return better
+
+    def _write_samples(self) -> list[str]:
+        """Texts of the averaged weights, always from the same random numbers."""
+        tokens = sample(
+            self.ema,
+            self.graph,
+            self.schedule,
+            batch=self.config.valid_samples,
+            length=self.length,
+            steps=SAMPLE_STEPS,
+            generator=torch.Generator(self.device).manual_seed(self.config.seed),
+            device=self.device,
+            autocast_dtype=self.autocast_dtype,
+        )
+        return [self.tokenizer.decode(row) for row in tokens.tolist()]
 
     def _say(self, message: str) -> None:
         try:
@@ -368,13 +473,15 @@ class Trainer:
             for key, value in self.optimizer.state[parameter].items()
         }
         tensors = {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": moments, "rng": rng}
+        self.pace = self.pace.measured(self.step, self.elapsed)
         state = {
             "valid": None if self.valid is None else finite(self.valid),
             "elapsed": self.elapsed,
+            "seconds_per_step": self.pace.seconds_per_step,
             "device": self.device.type,
             "data": self.batches.state_dict(),
         }
-        save_checkpoint(self.run_dir, self.step, tensors, state, self.config)
+        save_checkpoint(self.run_dir, self.step, tensors, state, self.config, self.tokenizer.files())
         self.saved_step = self.step
 
     def _last_checkpoint(self) -> Path | None:
@@ -384,13 +491,18 @@ class Trainer:
             self._say(line)
         if checkpoint is None:
             return None
-        before = read_config(checkpoint)
-        if changed := self.config.differences(before):
+        saved = read_config(checkpoint)
+        config = self.config = _with_sizes(self.config, saved.model)
+        self.tokenizer = read_tokenizer(checkpoint, saved)
+        changed = config.differences(saved)
+        if "tokenizer" in changed and get_tokenizer(config.tokenizer).name == self.tokenizer.name:
+            del changed["tokenizer"]  # the same one, from elsewhere
+        if changed:
             name, (now, then) = next(iter(changed.items()))
             raise ValueError(f"{name}: {self.run_dir} was trained with {then!r} and cannot be resumed with {now!r}")
         for option in dataclasses.fields(TrainConfig):
-            now, then = (getattr(config, option.name) for config in (self.config.resolved(), before))
-            if now != then and option.name not in ("run_dir", "data"):
+            now, then = (getattr(options, option.name) for options in (config.resolved(), saved))
+            if now != then and option.name not in ("run_dir", "data", "tokenizer"):
                 self._say(f"{option.name}: {now!r} from here on, {then!r} until now")
         return checkpoint
 
@@ -420,22 +532,45 @@ class Trainer:
             raise ValueError(f"{checkpoint / 'state.json'}: data: {error}") from error
         self.step = self.saved_step = state["step"]
         self.elapsed, self.valid = state["elapsed"], state["valid"]
+        self.pace = Pace(self.step, self.elapsed, state.get("seconds_per_step", 0.0))
         if (best := best_checkpoint(self.run_dir)) is not None:
             self.best = read_state(best)["valid"]
         self._say(f"resuming {self.run_dir} at step {self.step:,}")
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How long steps take, as it was measured at the last checkpoint.
+
+    Attributes:
+        step: the step of the last checkpoint.
+        elapsed: seconds of training up to it.
+        seconds_per_step: seconds that a step took before it, since the checkpoint before; 0 before the first one.
+    """
+
+    step: int = 0
+    elapsed: float = 0.0
+    seconds_per_step: float = 0.0
+
+    def elapsed_at(self, step: int) -> float:
+        """Seconds of training up to a step, as they are foreseen."""
+        return self.elapsed + (step - self.step) * self.seconds_per_step
+
+    def measured(self, step: int, elapsed: float) -> Pace:
+        """The pace at a later step."""
+        return Pace(step, elapsed, (elapsed - self.elapsed) / (step - self.step))
+
+
 class Log:
-    """The records of a run: ``metrics.jsonl`` and TensorBoard's scalars, without those of steps to be taken again.
+    """The records of a run: ``metrics.jsonl`` and the curves of ``--log``, without those of steps to be taken again.
 
     Args:
         run_dir: folder of the run.
         step: the step that training goes on from; later records of an earlier process are dropped.
+        config: options of the run.
     """
 
-    def __init__(self, run_dir: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, run_dir: Path, step: int, config: TrainConfig) -> None:
         path = self._path = run_dir / "metrics.jsonl"
         with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as kept:
             if path.exists():
@@ -443,9 +578,11 @@ class Log:
                     kept.writelines(line for line in old if _is_before(line, step))
         with naming(path):
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
-        self._curves = run_dir / "tensorboard"
-        with naming(self._curves):
-            self._writer = SummaryWriter(str(self._curves), purge_step=step + 1)
+        options = config.to_dict()
+        with naming(run_dir):
+            self.writers: list[Writer] = [
+                WRITERS[name](run_dir, step, options) for name in config.log_names() if name != "none"
+            ]
 
     def metrics(self, row: dict[str, Any]) -> None:
         """Adds a line to ``metrics.jsonl``."""
@@ -453,29 +590,43 @@ class Log:
             self._file.write(json.dumps(row) + "\n")
 
     def curves(self, step: int, values: dict[str, float | None]) -> None:
-        """Adds a point to curves of TensorBoard."""
+        """Adds a point to curves."""
         with naming(self._path):
             self._file.flush()
-        with naming(self._curves):
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        with naming(self._path.parent):
+            for writer in self.writers:
+                writer.scalars(step, values)
+
+    def texts(self, step: int, name: str, texts: list[str]) -> None:
+        """Adds texts that the model wrote."""
+        with naming(self._path.parent):
+            for writer in self.writers:
+                writer.texts(step, name, texts)
 
     def flush(self) -> None:
         """Waits until all lines are on the disk: a checkpoint must not be ahead of its records."""
         with naming(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
-        with naming(self._curves):
-            self._writer.flush()
+        with naming(self._path.parent):
+            for writer in self.writers:
+                writer.flush()
 
     def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with naming(self._curves):
-            self._writer.close()
+        with naming(self._path.parent):
+            for writer in self.writers:
+                writer.close()
         with naming(self._path):
             self._file.close()
+
+
+def _with_sizes(config: TrainConfig, sizes: ModelOptions) -> TrainConfig:
+    """Options in which the sizes of the model that are not given are these."""
+    given = {name: value for name, value in dataclasses.asdict(config.model).items() if value is not None}
+    return dataclasses.replace(config, model=dataclasses.replace(sizes, **given))
 
 
 def _is_before(line: str, step: int) -> bool:
