@@ -172,7 +172,7 @@ class Trainer:
             self._say(f"{self.run_dir} has no checkpoint yet: starting at step 0")
         (self.run_dir / "eval").mkdir(parents=True, exist_ok=True)
         for name, text in self.tokenizer.files().items():
-            if not (self.run_dir / name).exists():
+            if not found or not (self.run_dir / name).exists():
                 write_text(self.run_dir / name, text)
         write_json(self.run_dir / "config.json", config.to_dict())
 
