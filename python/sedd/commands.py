@@ -91,8 +91,9 @@ def train(config: TrainConfig, resume: bool, lock: RunLock) -> int:
     out = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     trainer = Trainer(config, resume=resume, console=out, lock=lock)
     parameters = sum(p.numel() for p in trainer.model.parameters())
+    model = f"{config.model.preset} model" if config.init is None else f"model that began as {config.init}"
     out.print(
-        f"{config.model.preset} model, {parameters / 1e6:.2f} M parameters, {config.graph} noise, "
+        f"{model}, {parameters / 1e6:.2f} M parameters, {config.graph} noise, "
         f"{config.tokenizer} tokens in blocks of {trainer.length}, {trainer.device} "
         f"({str(trainer.autocast_dtype or torch.float32)[6:]}); everything goes to {trainer.run_dir}"
     )

@@ -186,7 +186,7 @@ class Trainer:
         with naming(self.run_dir):
             (self.run_dir / "eval").mkdir(exist_ok=True)
         for name, text in self.tokenizer.files().items():
-            if not (self.run_dir / name).exists():
+            if not found or not (self.run_dir / name).exists():
                 write_text(self.run_dir / name, text)
         write_json(self.run_dir / "config.json", config.to_dict())
 
