@@ -12,7 +12,7 @@ from backends import Backend, sample_transition, score_entropy_loss
 from explicit import bad_rows
 from torch import Tensor
 
-from sedd_ext import Absorbing, Uniform
+from sedd_ext import Absorbing, Hybrid, Uniform
 
 pytestmark = pytest.mark.operators
 
@@ -209,3 +209,24 @@ def test_wrong_calls_leave_the_generator_usable(backend: Backend) -> None:
     else:
         assert (sample_transition(TOKENS, NAN, Absorbing(6), generator=generator) == -1).all()
     assert sample_transition(TOKENS, 0.5, Absorbing(6), generator=generator).shape == (3,)
+
+
+@pytest.mark.operators("cpu")
+@pytest.mark.parametrize("operator", CALLS)
+def test_meta_tensors(operator: str) -> None:
+    """Shapes alone give a shape; where some arguments have values and others have not, one is named."""
+    function, graph = getattr(backends, operator), Hybrid(6, 0.3)
+    arguments = {n: v.to("meta") if isinstance(v, Tensor) else v for n, v in CALLS[operator].items()}
+    options = [{"temperature": 0.5}] if "temperature" in OPTIONS.get(operator, []) else []
+    for option in [{}, *options]:
+        result, expected = (function(**values, **option, graph=graph) for values in (arguments, CALLS[operator]))
+        assert result.is_meta
+        assert result.shape == expected.shape
+        assert result.dtype == expected.dtype
+    tensors = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+    for name in tensors if len(tensors) > 1 else []:
+        with pytest.raises(ValueError, match=r"^\w+: expected a tensor on (cpu|meta)"):
+            function(**{**CALLS[operator], name: arguments[name]}, graph=graph)
+    step = next(name for name in ("sigma", "dsigma", "step") if name in arguments)
+    with pytest.raises(ValueError, match=f"^{step}: expected a tensor on cpu, got one on meta"):
+        function(**{**CALLS[operator], step: torch.tensor(0.5, device="meta")}, graph=graph)

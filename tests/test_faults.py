@@ -101,7 +101,7 @@ class Toy(torch.nn.Module):
     def head_parameters(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.linear.weight, self.linear.bias
 
-    def log_score_shift(self, sigma: torch.Tensor) -> None:
+    def log_score_shift(self, sigma: torch.Tensor, x_t: torch.Tensor) -> None:
         return None
 
 
@@ -111,7 +111,7 @@ class NoCurves:
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
-    add_scalar = flush = close = __init__
+    add_scalar = add_text = flush = close = __init__
 
 
 def test_a_run_goes_on_bit_for_bit_after_every_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

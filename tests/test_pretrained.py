@@ -203,7 +203,8 @@ def test_a_repository_is_downloaded_and_pushed(tmp_path: Path, monkeypatch: pyte
 
     def download(name: str, **options: Any) -> str:
         asked.append((name, options["revision"]))
-        assert {"config.json", "model.safetensors", "pytorch_model.bin"} == set(options["allow_patterns"])
+        wanted = {"config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json", "tokenizer_config.json"}
+        assert wanted == set(options["allow_patterns"])
         return str(hub)
 
     monkeypatch.setattr(

@@ -338,10 +338,11 @@ def test_fixed_tokens_in_any_layout():
     assert bool((x < 5).all())
 
 
-def test_progress_bar(capsys):
+def test_progress_is_told_in_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("sedd.progress.LINE_EVERY", 0.0)
     graph = GRAPHS["absorbing"]
     sample(TrueScore(graph), graph, SCHEDULE, batch=1, length=3, steps=2, progress=True)
-    assert "sampling" in capsys.readouterr().err
+    assert capsys.readouterr().err.splitlines()[-1] == "100%  sampling: 3 of 3"
 
 
 TOKENS, WHERE = torch.zeros(3, dtype=torch.int64), torch.tensor([True, False, False])

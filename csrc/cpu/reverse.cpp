@@ -313,6 +313,7 @@ void tile_rows(const ReverseTileParams& p, int64_t begin, int64_t end, void* scr
     using Real = Compute<T>;
     const Real* stationary = static_cast<const Real*>(p.stationary);
     const bool last = p.first + p.width == p.dim;
+    const bool weighted = P != Process::absorbing && p.sweep != 0;  // π_y = 0: nothing to drain
     double* blocks = static_cast<double*>(scratch);
     Real* scores = reinterpret_cast<Real*>(blocks + reverse_blocks(p.width));
     Rows<P, Real, ReverseTileParams> row(p);
@@ -335,8 +336,8 @@ void tile_rows(const ReverseTileParams& p, int64_t begin, int64_t end, void* scr
                               row.shift,
                               blocks,
                               scores,
-                              p.sweep != 0,
-                              p.sweep != 0 ? converted<Real>(draw.drain) : Drain<Real>{}};
+                              weighted,
+                              weighted ? converted<Real>(draw.drain) : Drain<Real>{}};
         const double sum = part.sum();
         draw.total += sum;
         const double target = tile_target(p, i, draw.total);

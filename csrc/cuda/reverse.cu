@@ -6,7 +6,7 @@
 // (Tweedie with π spread out; Euler that may not return MASK), the few rows whose entry is refused are read once more.
 // For the probabilities every row is read again, and again for clamped ones: by the same block moments after, so that
 // what was 200 KB in memory comes from the L2 cache (one row a multiprocessor: 27 MB on 132 of them), and memory is
-// read once. Instructions an element: 11 to 13 a pass (8 of them expf with one MUFU.EX2), 3 to 5 more for the clamp.
+// read once. Instructions an element: 11 to 13 a pass (8 of them expf with one MUFU.EX2), 4 to 6 more for the clamp.
 //
 // Configuration: a block a row, since the row's total joins what its segments give: its warps take segments in turn,
 // leave their sums in shared memory, and after a barrier the first warp goes on alone or, for the next pass, hands the

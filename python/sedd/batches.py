@@ -307,7 +307,7 @@ class _StreamBatches:
         if not isinstance(state.get("rows"), dict):
             raise ValueError(f"rows: expected an object, got {state.get('rows')!r}")
         left_over = state.get("left_over")
-        if not isinstance(left_over, list) or not all(type(x) is int and 0 <= x < 2**16 for x in left_over):
+        if not isinstance(left_over, list) or not all(type(x) is int and 0 <= x < 2**32 for x in left_over):
             raise ValueError("left_over: expected a list of tokens")
         self._restart(copy.deepcopy({key: state[key] for key in self._group}), state["position"])
 

@@ -23,6 +23,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     config: TrainConfig,
-    texts: Mapping[str, str],
+    texts: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Writes the checkpoint of a step.
 

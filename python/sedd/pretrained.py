@@ -94,10 +94,14 @@ def load_model(name_or_path: Path | str, device: torch.device | str = "cpu") -> 
         FileNotFoundError, ConnectionError, ValueError: as :func:`load_pretrained`; a model whose tokeniser is unknown.
     """
     path = _find(name_or_path)
-    checkpoint = _checkpoint(path)
-    if checkpoint is not None:
-        with _offering_another(checkpoint.parent.parent):
-            return _load_checkpoint(checkpoint, device)
+    while (checkpoint := _checkpoint(path)) is not None:
+        try:
+            with _offering_another(checkpoint.parent.parent):
+                return _load_checkpoint(checkpoint, device)
+        except FileNotFoundError:
+            # a run that is still training has deleted it while it was read, and has a better one
+            if checkpoint == path or checkpoint.exists():
+                raise
     model = load_pretrained(path, device=device)
     assert model.schedule is not None
     if model.tokenizer is None:
@@ -275,7 +279,7 @@ def _tokenizer(config: Mapping[str, Any], tokens: int, folder: Path) -> str | To
     if name is None:
         return None
     if not isinstance(name, str):
-        raise ValueError(f"tokenizer: expected a name, got {name!r}")
+        raise ValueError(f"tokenizer: {name!r} is not a tokeniser of {tokens} tokens")
     tokenizer: str | Tokenizer = get_tokenizer(str(beside)) if name == beside.name else name
     sized = tokenizer if isinstance(tokenizer, Tokenizer) else TOKENIZERS.get(tokenizer)
     if sized is None or sized.vocab_size != tokens:
