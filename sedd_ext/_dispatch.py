@@ -194,10 +194,10 @@ def empty_beside(log_score: Tensor, dtype: torch.dtype) -> Tensor:
     The CUDA kernels read a row in vectors of 16 bytes from boundary to boundary, and write it in vectors only where the
     output's boundaries are at the same entries. A view such as ``log_score[1:]`` may start between two.
     """
-    apart = log_score.device.type != "cpu" and log_score.is_contiguous()
-    before = log_score.storage_offset() % (16 // dtype.itemsize) if apart else 0
-    out = log_score.new_empty(before + log_score.numel(), dtype=dtype)
-    return out[before:].view(log_score.shape)
+    if log_score.device.type == "cpu" or not log_score.is_contiguous():  # another layout is copied, to a boundary
+        return log_score.new_empty(log_score.shape, dtype=dtype)
+    before = log_score.storage_offset() % (16 // dtype.itemsize)
+    return log_score.new_empty(before + log_score.numel(), dtype=dtype)[before:].view(log_score.shape)
 
 
 LAUNCHERS: dict[str, Callable[[str, Tensor, tuple[Any, ...], tuple[int, int, int]], Status]] = {

@@ -102,6 +102,16 @@ def test_rehearsal(tmp_path: Path, bare: dict[str, str]) -> None:
     assert (out / "gpu-check.txt").read_text(encoding="utf-8").splitlines()[-1] == "nothing wrong was found"
 
 
+def test_rehearsal_of_the_profile(tmp_path: Path, bare: dict[str, str]) -> None:
+    run = check("--device", "cpu", "--quick", "--budget", "60", "--profile", OUT=str(tmp_path), **bare)
+    assert run.returncode == 0, run.stdout + run.stderr
+    report = json.loads((tmp_path / "gpu-profile.json").read_text(encoding="utf-8"))
+    outcomes = {step["name"]: step["outcome"] for step in report["steps"]}
+    assert outcomes == {"about": "ok", "buffers": "ok", "counters": "skipped"}
+    assert {record["buffer_bytes"] for record in report["buffers"]} == {1 << 12, 1 << 14}
+    assert len([line for line in run.stdout.splitlines() if " x 27 " in line]) == len(report["buffers"]) == 8
+
+
 def test_modules_without_optional_packages(bare: dict[str, str]) -> None:
     """They can be imported, or say which package they need."""
     code = """
