@@ -2,13 +2,15 @@
 
 import sys
 
+from sedd.hints import pip_install
+
 
 def main() -> int:
     """Runs the command line; returns the exit code."""
     try:
         from sedd.cli import main as run
     except ModuleNotFoundError as error:
-        print(f'sedd: error: needs {error.name}: pip install "sedd_ext[train]"', file=sys.stderr)
+        print(f"sedd: error: needs {error.name}: {pip_install('train', str(error.name))}", file=sys.stderr)
         return 2
     return run()
 

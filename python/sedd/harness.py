@@ -19,6 +19,7 @@ from torch import Tensor
 from sedd.checkpoint import write_json
 from sedd.config import check_options
 from sedd.evaluate import Onset, prior_kl
+from sedd.hints import pip_install
 from sedd.model import ScoreModel, device_of
 from sedd.objective import noised_score_entropy
 from sedd.progress import console
@@ -70,7 +71,7 @@ def harness(run: str, options: HarnessOptions) -> int:
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import make_table
     except ImportError as error:
-        raise ImportError('tasks need lm-eval: pip install "sedd_ext[eval]"') from error
+        raise ImportError(f"tasks need lm-eval: {pip_install('eval', 'lm_eval')}") from error
     from sedd.lm_eval_model import SEDDLM
 
     manager = TaskManager(include_path=options.include_path)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from sedd.hints import pip_install
 from sedd.schedule import Schedule
 from sedd_ext import RankOne
 
@@ -346,7 +347,7 @@ class SEDD(
         try:
             from sedd.pretrained import load_pretrained
         except ImportError as error:
-            raise ImportError(f'reading models needs {error.name}: pip install "sedd_ext[train]"') from error
+            raise ImportError(f"reading models needs {error.name}: {pip_install('train', str(error.name))}") from error
         return load_pretrained(pretrained_model_name_or_path, config=config, device=device, **hub)
 
     def save_pretrained(
@@ -379,7 +380,7 @@ class SEDD(
             ImportError: ``huggingface_hub`` is not installed.
         """
         if not hasattr(super(), "save_pretrained"):
-            raise ImportError('saving models needs huggingface_hub: pip install "sedd_ext[train]"')
+            raise ImportError(f"saving models needs huggingface_hub: {pip_install('train', 'huggingface_hub')}")
         from safetensors import SafetensorError
 
         folder = Path(save_directory)

@@ -20,6 +20,7 @@ from sedd.data import DataConfig, TokenBlocks, load_blocks, load_text, valid_bat
 from sedd.detokenize import Detokenizer
 from sedd.evaluate import ElboResult, elbo, ngram_bits, plot_bound
 from sedd.figures import check_figure
+from sedd.options import prefixed, renamed
 from sedd.pretrained import LoadedModel, load_model
 from sedd.progress import console
 from sedd.sources import is_plain_text
@@ -106,7 +107,7 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
         if options.texts.count(name) > 1:
             raise ValueError(f"texts: {name!r} is named twice")
     if options.plot and len(options.texts) > 1:
-        raise ValueError(f"plot: one text, please; {len(options.texts)} given")
+        raise ValueError(f"plot: expected one text, got {len(options.texts)}")
     if options.plot:
         check_figure(options.plot)
     loaded = load_model(run, resolve_device(options.device))
@@ -182,7 +183,8 @@ def _blocks(loaded: LoadedModel, name: str, options: PerplexityOptions) -> tuple
                 raise ValueError(f"{option}: for a text that is named; the run's own is read as it was for training")
         data = loaded.config.data
         data = dataclasses.replace(data, cache_dir=options.cache_dir or data.cache_dir)
-        splits = load_blocks(data, loaded.tokenizer, length)
+        with prefixed("data.", DataConfig):
+            splits = load_blocks(data, loaded.tokenizer, length)
         return splits.valid, splits.train, f"held out from {loaded.config.data.source}"
     if name in TEXTS:
         known_set = TEXTS[name]
@@ -196,7 +198,8 @@ def _blocks(loaded: LoadedModel, name: str, options: PerplexityOptions) -> tuple
     else:
         documents = "each row a document closed with end-of-text"
     rules = f"{documents}, detokeniser {data.detokenizer}, {loaded.tokenizer.name} tokens"
-    return load_text(data, loaded.tokenizer, length, joined=joined), None, rules
+    with renamed({"source": "texts", "train_split": "split"}):
+        return load_text(data, loaded.tokenizer, length, joined=joined), None, rules
 
 
 def _data(name: str, options: PerplexityOptions) -> DataConfig:

@@ -22,6 +22,9 @@ import torch
 from torch import Tensor
 
 from sedd.config import check_options, resolve_device
+from sedd.hints import pip_install
+from sedd.options import check_one_of
+from sedd.plain import read_json
 from sedd.pretrained import LoadedModel, load_model
 from sedd.progress import console
 from sedd.sample import SAMPLERS, sample
@@ -54,8 +57,7 @@ class ReportOptions:
     def __post_init__(self) -> None:
         """Checks the values."""
         check_options(self, positive=("samples", "steps", "length"), outputs=("out",))
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}; got {self.sampler!r}")
+        check_one_of("sampler", self.sampler, SAMPLERS)
 
 
 def report(run: str, options: ReportOptions) -> int:
@@ -64,7 +66,7 @@ def report(run: str, options: ReportOptions) -> int:
         import jinja2
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError(f'a report needs {error.name}: pip install "sedd_ext[eval]"') from error
+        raise ImportError(f"a report needs {error.name}: {pip_install('eval', str(error.name))}") from error
     loaded = load_model(run, resolve_device(options.device))
     if loaded.config is None or loaded.state is None:
         raise ValueError(f"run: {loaded.path} is a model, not a run of sedd train with losses to report")
@@ -231,7 +233,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
@@ -243,12 +245,7 @@ def _evaluations(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, str
     """Tables of the JSON files in a folder, and its pictures as data URIs; a name with a dot is one half written."""
     evaluations = []
     for path in sorted(folder.glob("[!.]*.json")):
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: damaged, not JSON: {error}") from error
-        if isinstance(found, dict):
-            evaluations.append({"name": path.stem, **_tables(found)})
+        evaluations.append({"name": path.stem, **_tables(read_json(path))})
     pictures = [
         {
             "name": path.stem,

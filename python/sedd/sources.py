@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sedd.hints import pip_install
+
 if TYPE_CHECKING:
     from sedd.data import DataConfig
 
@@ -26,7 +28,7 @@ def import_datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError('loading text needs the package datasets: pip install "sedd_ext[train]"') from error
+        raise ImportError(f"loading text needs the package datasets: {pip_install('train', 'datasets')}") from error
     return datasets
 
 
