@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from sedd.__main__ import main as program
 from sedd.cli import main
 from sedd.commands import parse_template, render
 from sedd.config import ModelOptions, TrainConfig, autocast_dtype, load_config, resolve_device
+from sedd.hints import pip_install
+from sedd.hints import program as command
 from sedd.tokenizer import get_tokenizer
 
 COMMANDS = ("train", "sample", "infill", "eval", "report", "convert", "info")
@@ -179,7 +182,10 @@ def test_the_program_without_a_command(arguments: list[str], capsys: pytest.Capt
 BAD = [
     ("frobnicate", "command: expected one of train, sample, infill, eval, report, convert, info; got 'frobnicate'"),
     ("trian", "got 'trian'; did you mean 'train'?"),
-    ("eval perplexiti {run}", "measure: expected one of perplexity, generative, harness, latency; got 'perplexiti'; did"),
+    (
+        "eval perplexiti {run}",
+        "measure: expected one of perplexity, generative, harness, latency; got 'perplexiti'",
+    ),
     ("train --frobnicate 1", "--frobnicate: sedd train has no such option (see sedd train --help)"),
     ("train --run-dri x", "--run_dri: sedd train has no such option; did you mean '--run_dir'?"),
     ("train --source x", "--source: sedd train has no such option; did you mean '--data.source'?"),
@@ -283,15 +289,43 @@ def test_exit_codes(
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name in [name for name in sys.modules if name.startswith("sedd.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "rich.rule", None)
-    monkeypatch.setitem(sys.modules, "datasets", None)
+    for name in ("rich.table", "rich.progress"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert program() == 2
-    assert capsys.readouterr().err.endswith('python -m pip install "sedd_ext[train]"\n')
-    with pytest.raises(ImportError, match=r'sedd\.Trainer needs jsonargparse: pip install "sedd_ext\[train\]"'):
+    hint = pip_install("train", "rich")
+    assert capsys.readouterr().err == f"sedd: error: needs rich.table: {hint}\n"
+    with pytest.raises(ImportError, match=re.escape(f"sedd.Trainer needs rich.progress: {hint}")):
         sedd.Trainer  # noqa: B018
     assert sedd.SEDD.__name__ == "SEDD", "the model needs torch alone"
     with pytest.raises(AttributeError, match="no attribute 'Sedd'"):
         sedd.Sedd  # noqa: B018
+
+
+def test_hints_name_commands_that_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "an env" / "bin"
+    folder.mkdir(parents=True)
+    for name in ("sedd", "python"):
+        (folder / name).write_text("#!/bin/sh\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    for called in (str(folder / "sedd"), "an env/bin/sedd"):
+        monkeypatch.setattr(sys, "argv", [called])
+        monkeypatch.setenv("PATH", "/usr/bin:/bin")
+        assert command() == "'an env/bin/sedd'"
+        assert pip_install("eval", "mauve") == "'an env/bin/python' -m pip install \"sedd_ext[eval]\""
+        monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+        assert command() == "sedd"
+        assert pip_install("eval", "mauve") == 'python -m pip install "sedd_ext[eval]"'
+    monkeypatch.setattr(sys, "argv", [str(Path(sedd.__file__).parent / "__main__.py")])
+    assert command() == "python -m sedd"
+
+    def missing(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("sedd.hints.distribution", missing)  # a folder of sources: no index knows sedd_ext
+    for module, package in (("mauve", "mauve-text"), ("rich.table", "rich"), ("yaml", "pyyaml")):
+        assert pip_install("eval", module) == f"python -m pip install {package}"
 
 
 def test_every_exported_name_is_there() -> None:
@@ -360,7 +394,7 @@ def test_configurations_survive_a_file(tmp_path: Path) -> None:
         ('{"learning_rate": 1}', "learning_rate: there is no such option"),
         ('{"batch_size": 0.5}', "batch_size: expected a whole number, got 0.5"),
         ('{"warmup": -1}', "warmup: expected at least 0, got -1"),
-        ('{"lr": NaN}', "--lr: expected a positive number, got nan"),
+        ('{"lr": NaN}', "lr: expected a positive number, got nan"),
     ],
 )
 def test_a_bad_configuration_file_is_named(tmp_path: Path, content: str, message: str) -> None:

@@ -120,7 +120,8 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
     last = [Path(os.path.abspath(name)).name for name in options.texts]
     titles = [name if last.count(short) > 1 else short for name, short in zip(options.texts, last, strict=True)]
     for name, title in zip(options.texts or [""], titles or ["validation text"], strict=True):
-        blocks, train, rules = _blocks(loaded, name, options)
+        with renamed({"source": "texts", "train_split": "split"}):
+            blocks, train, rules = _blocks(loaded, name, options)
         unfinished = _unfinished(options.json, title) if options.json else None
         result = _score(loaded, blocks, options, unfinished, out)
         if math.isnan(result.nats_per_token):
@@ -198,8 +199,7 @@ def _blocks(loaded: LoadedModel, name: str, options: PerplexityOptions) -> tuple
     else:
         documents = "each row a document closed with end-of-text"
     rules = f"{documents}, detokeniser {data.detokenizer}, {loaded.tokenizer.name} tokens"
-    with renamed({"source": "texts", "train_split": "split"}):
-        return load_text(data, loaded.tokenizer, length, joined=joined), None, rules
+    return load_text(data, loaded.tokenizer, length, joined=joined), None, rules
 
 
 def _data(name: str, options: PerplexityOptions) -> DataConfig:
