@@ -28,6 +28,7 @@ __all__ = [
     "TrainConfig",
     "autocast_dtype",
     "check_options",
+    "flat",
     "load_config",
     "read_options",
     "resolve_device",
@@ -214,7 +215,7 @@ class TrainConfig:
 
     def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
         """Returns the options, by dotted name, that differ in ``other`` and that a resumed run may not change."""
-        mine, theirs = _flat(self.resolved().to_dict()), _flat(other.resolved().to_dict())
+        mine, theirs = flat(self.resolved().to_dict()), flat(other.resolved().to_dict())
         return {
             name: (mine.get(name), theirs.get(name))
             for name in sorted(mine.keys() | theirs.keys())
@@ -222,10 +223,11 @@ class TrainConfig:
         }
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of dictionaries in one another by their dotted names."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        leaves.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        leaves.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return leaves
 
 

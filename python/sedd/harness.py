@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sedd.checkpoint import write_json
-from sedd.config import check_options
+from sedd.config import check_options, resolve_device
 from sedd.evaluate import Onset, prior_kl
 from sedd.hints import pip_install
 from sedd.model import ScoreModel, device_of
@@ -83,7 +83,7 @@ def harness(run: str, options: HarnessOptions) -> int:
         steps=options.steps,
         seed=options.seed,
         batch_size=options.batch_size,
-        device=options.device,
+        device=str(resolve_device(options.device)),
     )
     results = lm_eval.simple_evaluate(
         model,
