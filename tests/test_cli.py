@@ -288,6 +288,7 @@ def test_exit_codes(
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name in [name for name in sys.modules if name.startswith("sedd.")]:
+        monkeypatch.setattr(sedd, name.removeprefix("sedd."), sys.modules[name], raising=False)  # so for what follows
         monkeypatch.delitem(sys.modules, name)
     for name in ("rich.table", "rich.progress"):
         monkeypatch.setitem(sys.modules, name, None)

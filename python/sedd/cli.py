@@ -31,11 +31,15 @@ Options = TypeVar("Options")
 
 ABOUT = """Score-entropy diffusion language models: train one, let it write, fill gaps, measure it.
 
-  sedd train --max_minutes 5           learn from the text of this Python installation
-  sedd sample runs/default --live      watch the model write
+  sedd train --max_minutes 5
+      learn from the text of this Python installation
+  sedd sample runs/default --live
+      watch the model write
   sedd infill runs/default 'def {{8}}(self, {{12}}) -> bool:'
-  sedd eval perplexity runs/default    bits per byte, beside unigram and bigram models
-  sedd report runs/default             all of it on one page
+  sedd eval perplexity runs/default
+      bits per byte, beside unigram and bigram models
+  sedd report runs/default
+      all of it on one page
 
 SEDD_DEBUG=1 in the environment shows the traceback of an error.
 """
@@ -43,14 +47,17 @@ SEDD_DEBUG=1 in the environment shows the traceback of an error.
 TRAIN = """Train a model on text.
 
 Without options a small model learns from the sources and documentation of this Python installation. The run folder
-holds everything: config.json, metrics.jsonl, TensorBoard scalars and checkpoints. Ctrl-C and SIGTERM save and stop;
---resume goes on, bit for bit as if there had been no break.
+holds everything: config.json, metrics.jsonl, TensorBoard scalars and checkpoints. Ctrl-C and SIGTERM save a
+checkpoint and stop the run; --resume continues it exactly as if it had not been interrupted.
+
+Lists are written as 0.9,0.98. Dashes in the names of options may replace underscores: --run-dir is --run_dir.
 
 examples:
   sedd train
   sedd train --data.source book.txt --run_dir runs/book --max_minutes 30
-  sedd train --data.source wikitext --data.subset wikitext-103-raw-v1 --tokenizer gpt2 --model.preset small \\
-      --batch_size 32 --accumulate 16 --lr 3e-4 --warmup 2500 --ema 0.9999 --run_dir runs/small    the paper's settings
+  sedd train --data.source Salesforce/wikitext --data.subset wikitext-103-raw-v1 --tokenizer gpt2 \\
+      --model.preset small --batch_size 32 --accumulate 16 --lr 3e-4 --warmup 2500 --ema 0.9999 --run_dir runs/small
+      the paper's settings
   sedd train --graph uniform --schedule geometric --schedule_params.sigma_max 20 --run_dir runs/uniform
   sedd train --config runs/book/config.json --lr 1e-3 --run_dir runs/book2
   sedd train --run_dir runs/book --resume --steps 40000
@@ -72,20 +79,29 @@ In the text, {{n}} is a gap of n unknown tokens (bytes, characters or word piece
 else is kept exactly. Gaps may stand anywhere, and as many as you like; where they stand together they are one.
 
 examples (quote the text, so that the shell leaves it alone):
-  sedd infill runs/default 'The standard library {{80}}'            continue a text
-  sedd infill runs/default '{{80}} and that is the end.'            write what comes before
-  sedd infill runs/default 'def {{10}}(path):{{60}}return result'   fill several gaps
-  sedd infill runs/default --num 4 --live "$(cat draft.txt)"        a file that contains gaps
+  sedd infill runs/default 'The standard library {{80}}'
+      continue a text
+  sedd infill runs/default '{{80}} and that is the end.'
+      write what comes before
+  sedd infill runs/default 'def {{10}}(path):{{60}}return result'
+      fill several gaps
+  sedd infill runs/default --num 4 --live "$(cat draft.txt)"
+      a file that contains gaps
 """
 
 EVAL = """Measure a model as the papers do.
 
 examples:
-  sedd eval perplexity runs/default                      on its validation text, beside unigram and bigram models
-  sedd eval perplexity models/sedd-small wikitext2 ptb   on the papers' test sets
-  sedd eval generative runs/default                      what it writes, judged by another model
-  sedd eval harness models/sedd-small --tasks [piqa]     tasks of lm-evaluation-harness
-  sedd eval latency runs/default                         against an autoregressive model with cache
+  sedd eval perplexity runs/default
+      on its validation text, beside unigram and bigram models
+  sedd eval perplexity models/sedd-small wikitext2 ptb
+      on the papers' test sets
+  sedd eval generative runs/default
+      what it writes, judged by another model
+  sedd eval harness models/sedd-small --tasks piqa
+      tasks of lm-evaluation-harness
+  sedd eval latency runs/default
+      against an autoregressive model with cache
 """
 
 PERPLEXITY = """Measure how well a model predicts text it was not trained on.
@@ -116,13 +132,14 @@ of its tokens that are different ones, and the fraction that stand among the 100
 where there is some. A low perplexity with a low entropy is repetition, not quality.
 
 examples:
-  sedd eval generative runs/default --steps [16,64,256] --plot steps.png
-  sedd eval generative models/sedd-small --num 1000 --steps [32,128,1024] --json generative.json
-  sedd eval generative runs/default --judge ~/models/SmolLM2-135M.gguf        a judge that needs no network
-  sedd eval generative runs/default --mauve [unconditional,prefix,infill] --text real.txt
+  sedd eval generative runs/default --steps 16,64,256 --plot steps.png
+  sedd eval generative models/sedd-small --num 1000 --steps 32,128,1024 --json generative.json
+  sedd eval generative runs/default --judge ~/models/SmolLM2-135M.gguf
+      a judge that needs no network
+  sedd eval generative runs/default --mauve unconditional,prefix,infill --text real.txt
 """
 
-HARNESS = """Answer tasks of EleutherAI's lm-evaluation-harness.
+HARNESS = """Evaluate on tasks of EleutherAI's lm-evaluation-harness.
 
 An answer's likelihood is the bound for it alone, the question kept clean, under the same noise for all answers to one
 question. Greedy answers (LAMBADA) write the likeliest token where the model is surest, one after the other. Text is
@@ -130,9 +147,9 @@ generated by infilling. The harness's own command line works too: python -m sedd
 --model_args pretrained=MODEL,draws=128 --tasks ...
 
 examples:
-  sedd eval harness models/sedd-small --tasks [lambada_openai] --limit 200
-  sedd eval harness models/sedd-small --tasks [hellaswag,piqa,arc_easy,winogrande] --json tasks.json
-  sedd eval harness runs/default --tasks [mine] --include_path tasks/
+  sedd eval harness models/sedd-small --tasks lambada_openai --limit 200
+  sedd eval harness models/sedd-small --tasks hellaswag,piqa,arc_easy,winogrande --json tasks.json
+  sedd eval harness runs/default --tasks mine --include_path tasks/
 """
 
 LATENCY = """Measure how long a sample takes, against an autoregressive transformer of the same shape.
@@ -144,7 +161,7 @@ depend on the weights.
 
 examples:
   sedd eval latency runs/default --plot latency.png
-  sedd eval latency small --length 1024 --steps [16,64,256,1024] --batch_sizes [1,8,32] --json latency.json
+  sedd eval latency small --length 1024 --steps 16,64,256,1024 --batch_sizes 1,8,32 --json latency.json
 """
 
 CONVERT = """Write a model of any known format as a folder of safetensors, ready for the Hugging Face hub.
@@ -157,8 +174,10 @@ and a model card; every command of sedd takes it in place of a run.
 examples:
   sedd convert runs/default models/default
   sedd convert louaaron/sedd-small models/sedd-small
-  sedd convert last.ckpt models/mine --config config.yaml     where the checkpoint does not say what it is:
-                                                              graph: {type: absorb}, noise: {type: loglinear}
+  sedd convert last.ckpt models/mine --config config.yaml
+      where the checkpoint does not say what it is; config.yaml then holds two lines:
+      graph: {type: absorb}
+      noise: {type: loglinear}
 """
 
 REPORT = """Gather a run into one HTML page: losses, likelihood, evaluations, samples, and a text on its way from noise.

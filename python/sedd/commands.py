@@ -64,7 +64,7 @@ class SamplingOptions:
     batch_size: int = 8
     """Texts written at a time."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if one is present and this build supports it, else the CPU."""
     json: str | None = None
     """Write texts and tokens to this file too."""
 
@@ -79,7 +79,7 @@ class SampleOptions(SamplingOptions):
     """Sampling"""
 
     length: int | None = None
-    """Tokens in a text; null: as many as in a training block."""
+    """Tokens in a text; default: as many as in a training block."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -65,7 +65,7 @@ class ModelOptions:
     preset: str = "tiny"
     """Starting point: tiny (for a laptop), small or medium (the sizes of the SEDD paper)."""
     hidden_size: int | None = None
-    """Width of the transformer; null: the preset's. So for every option below."""
+    """Width of the transformer; default: the preset's. So for every option below."""
     n_blocks: int | None = None
     """Number of transformer blocks."""
     n_heads: int | None = None
@@ -131,7 +131,7 @@ class TrainConfig:
     lr: float = 1e-3
     """Learning rate of AdamW, reached after the warm-up and then held."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of AdamW's two moments, for example --betas [0.9,0.98]."""
+    """Decay rates of AdamW's two moments, for example --betas 0.9,0.98."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     weight_decay: float = 0.0
@@ -148,7 +148,7 @@ class TrainConfig:
     compile: bool = False
     """Run the network through torch.compile: the first steps take longer, the others less."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if one is present and this build supports it, else the CPU."""
     seed: int = 0
     """Seed of everything random: initial weights, order of the data, times, noise, dropout."""
     log_every: int = 10

@@ -50,13 +50,13 @@ class GenerativeOptions:
     num: int = 32
     """Texts written with each; the papers write about 1,000."""
     length: int | None = None
-    """Tokens in a text; null: as many as in a training block."""
+    """Tokens in a text; default: as many as in a training block."""
     judge: str = "openai-community/gpt2-large"
     """A causal language model that gives the perplexity of what is written: any that transformers loads, by its name on
     the Hugging Face hub, its folder, or a .gguf file. Figures of different judges cannot be compared."""
     text: str | None = None
-    """A file of real text, to be measured beside the model and compared with by MAUVE; null: the run's validation text
-    if there is one."""
+    """A file of real text, to be measured beside the model and compared with by MAUVE; default: the run's validation
+    text, if there is one."""
     mauve: list[str] = field(default_factory=list)
     """Compare with real text by MAUVE, with the judge's states as features: any of unconditional, prefix (a text is
     given to its `given`-th token) and infill (half as many tokens are given at either end)."""
@@ -73,7 +73,7 @@ class GenerativeOptions:
     batch_size: int = 8
     """Texts written and judged at a time."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if one is present and this build supports it, else the CPU."""
     json: str | None = None
     """Write figures and texts to this file, after each number of steps. Called again, what is there is not redone but
     shown with the rest."""

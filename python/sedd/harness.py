@@ -37,11 +37,12 @@ class HarnessOptions:
     """Names of tasks: those of the harness, such as lambada_openai, hellaswag, piqa, arc_easy, winogrande, or those of
     --include_path."""
     include_path: str | None = None
-    """A folder with tasks of your own, as YAML files."""
+    """A folder with tasks of your own, as YAML files. The harness runs Python code that such a file names
+    (!function), so use only tasks that you trust."""
     limit: int | None = None
     """Ask only so many questions of each task."""
     num_fewshot: int | None = None
-    """Put so many solved examples before each question; null: as the task has it."""
+    """Put so many solved examples before each question; default: as the task has it."""
     draws: int = 128
     """Noise levels for the likelihood of each answer."""
     steps: int = 64
@@ -51,7 +52,7 @@ class HarnessOptions:
     batch_size: int = 32
     """Sequences that the model sees at once."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if one is present and this build supports it, else the CPU."""
     json: str | None = None
     """Write the results to this file too."""
 
@@ -59,7 +60,7 @@ class HarnessOptions:
         """Checks the values."""
         check_options(self, positive=("limit", "draws", "steps", "batch_size"), outputs=("json",))
         if not self.tasks:
-            raise ValueError("tasks: name at least one, for example --tasks [lambada_openai]")
+            raise ValueError("tasks: name at least one, for example --tasks lambada_openai")
         if self.include_path is not None and not Path(self.include_path).is_dir():
             raise FileNotFoundError(f"include_path: there is no folder {self.include_path}")
 

@@ -46,13 +46,13 @@ class LatencyOptions:
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
     """Texts written at a time."""
     length: int | None = None
-    """Tokens in a text; null: as many as in a training block."""
+    """Tokens in a text; default: as many as in a training block."""
     sampler: str = "tweedie"
     """How a reverse step is drawn: tweedie or euler."""
     repeats: int = 3
     """How often each time is taken; the median is told, with the fastest and the slowest."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if one is present and this build supports it, else the CPU."""
     json: str | None = None
     """Write the times to this file too."""
     plot: str | None = None

@@ -70,7 +70,7 @@ class PerplexityOptions:
     subset: str | None = None
     """Of a data set on the hub: its configuration."""
     split: str | None = None
-    """Of a data set on the hub: its split; null: test."""
+    """Of a data set on the hub: its split; default: test."""
     text_column: str = "text"
     """Column (JSON key) that holds the text."""
     documents: Literal["file", "paragraph", "line"] = "file"
@@ -87,9 +87,9 @@ class PerplexityOptions:
     batch_size: int = 32
     """Blocks scored at a time."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if one is present and this build supports it, else the CPU."""
     cache_dir: str | None = None
-    """Folder for downloads and prepared text; null: that of the package datasets."""
+    """Folder for downloads and prepared text; default: that of the package datasets."""
     json: str | None = None
     """Write the figures to this file too. What is done so far is kept beside it, and an interrupted evaluation goes on
     from there when it is called again."""

@@ -45,7 +45,7 @@ class ReportOptions:
     """Report"""
 
     out: str | None = None
-    """The page to write; null: report.html in the run's folder."""
+    """The page to write; default: report.html in the run's folder."""
     samples: int = 4
     """Texts to write for it; the first one is the film."""
     steps: int = 64
@@ -53,11 +53,11 @@ class ReportOptions:
     sampler: str = "tweedie"
     """How a reverse step is drawn: tweedie or euler."""
     length: int | None = None
-    """Tokens in a text; null: as many as in a training block."""
+    """Tokens in a text; default: as many as in a training block."""
     seed: int = 0
     """The same seed writes the same texts."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if one is present and this build supports it, else the CPU."""
 
     def __post_init__(self) -> None:
         """Checks the values."""
