@@ -179,7 +179,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_tasks_end_to_end(model: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "tasks.json"
-    names = "[choose,choose_wrong,last_word]"
+    names = "choose,choose_wrong,last_word"
     line = ["eval", "harness", str(model), "--tasks", names, "--include_path", str(tasks), "--draws", "200"]
     assert main([*line, "--json", str(out)]) == 0
     results = json.loads(out.read_text())["results"]
@@ -199,8 +199,6 @@ def test_the_harness_finds_the_class_by_its_name(model: Path, tasks: Path, tmp_p
     options = [
         "--model_args",
         f"pretrained={model},draws=40",
-        "--device",
-        "cpu",
         "--include_path",
         str(tasks),
         "--limit",
@@ -312,6 +310,7 @@ def test_windows_have_noise_of_their_own_and_all_the_context_there_is(
         (["--tasks", "[]"], "tasks: name at least one"),
         (["--tasks", "[a]", "--include_path", "none"], "include_path: there is no folder none"),
         (["--tasks", "[a]", "--draws", "0"], "draws: expected at least 1, got 0"),
+        (["--tasks", "choose", "--device", "cuda:99"], "device: 'cuda:99' asked for, but torch sees"),
     ],
 )
 def test_mistakes(options: list[str], message: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

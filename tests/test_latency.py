@@ -22,6 +22,7 @@ import torch
 
 import sedd.latency
 from sedd.cli import main
+from sedd.hints import pip_install
 from sedd.latency import (
     LatencyOptions,
     _crossings,
@@ -163,7 +164,7 @@ def test_a_missing_package_is_named_before_anything_is_measured(
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(sedd.latency, "_time", lambda *_: pytest.fail("measured"))
     assert main(["eval", "latency", str(model), "--plot", str(tmp_path / "latency.png")]) == 2
-    assert f'needs {package.split(".")[0]}: pip install "sedd_ext[eval]"' in capsys.readouterr().err
+    assert f"needs {package.split('.')[0]}: {pip_install('eval', package)}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -86,11 +86,19 @@ def test_everything_of_a_run_is_on_the_page(run: Path, capsys: pytest.CaptureFix
     facts = ("cats", "absorbing, loglinear", "bytes, 257", f"{best} steps, ", "validation bound", "<svg", "hidden_size")
     for words in facts:
         assert words in page
-    for words in ("12.35", "12,345", "settings judge: someone", "0.5", "<td>real</td>", "data:image/png;base64,"):
+    for words in ("12.35", "12,345", "<dt>judge</dt><dd>someone</dd>", "0.5", ">real</td>", "data:image/png;base64,"):
         assert words in page
     assert "&lt;b&gt;bold" in page
     assert "<b>bold" not in page
     assert "not shown" not in page
+    assert "<pre" not in page
+    folded = re.findall("<details>.*?</details>", page, re.DOTALL)
+    assert len(folded) == 3, "two evaluations and the options of the run"
+    for words, where in (("reading", 1), ("someone", 0), ("valid_every", 2)):
+        assert words in folded[where]
+    summary = re.sub("<details>.*?</details>", "", page, flags=re.DOTALL)
+    assert "<dt>model.hidden_size</dt><dd>32</dd>" in summary
+    assert "data.documents" not in summary, "it is as always"
     film = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
     assert len(film["changes"]) == STEPS + 1
     assert film["counts"][0] == 24
@@ -262,7 +270,35 @@ def test_a_script_that_is_not_the_pages_own_does_not_run(run: Path, tmp_path: Pa
 
 
 @in_browser
-@pytest.mark.parametrize("size", ["1200,1600", "390,1600"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_is_cut_off(run: Path, tmp_path: Path, width: int) -> None:
+    """Tables as wide as real ones; what scrolls sideways is cut off."""
+    names = ["seconds_per_text", "perplexity", "perplexity_error", "entropy", "unique", "repetition", "mauve_prefix"]
+    row = {"sampler": "tweedie", "steps": 1024, **dict.fromkeys(names, 123.456), "text": "word " * 12}
+    wide = run / "eval" / "wide.json"
+    wide.write_text(json.dumps({"settings": {"weights": "f" * 64}, "rows": [row, row]}))
+    probe = tmp_path / "probe.html"
+    script = """document.querySelectorAll("details").forEach((box) => { box.open = true; });
+    const all = [...document.querySelectorAll("*")];
+    const cut = all.filter((box) => box.clientWidth && box.scrollWidth > box.clientWidth + 1);
+    document.title = JSON.stringify([innerWidth, ...cut.map((box) => box.outerHTML.slice(0, 80))]);"""
+    page = re.sub(r"<meta http-equiv[^>]*>", "", make(run)).replace("</body>", f"<script>{script}</script></body>")
+    wide.unlink()
+    frame = tmp_path / "frame.html"  # a browser's own window cannot be as narrow as a telephone
+    probe.write_text(page, encoding="utf-8")
+    frame.write_text(
+        f"<iframe src='probe.html' style='width: {width}px; height: 900px; border: 0'></iframe><script>"
+        "document.querySelector('iframe').onload = (event) => "
+        "{ document.title = event.target.contentDocument.title; };</script>"
+    )
+    options = ["--dump-dom", "--window-size=1600,1000", "--allow-file-access-from-files"]
+    document = browse(frame, "", tmp_path, *options)
+    found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", document, re.DOTALL)[1]))  # type: ignore[index]
+    assert found == [width]
+
+
+@in_browser
+@pytest.mark.parametrize("size", ["1280,1600", "390,1600"])
 def test_a_screenshot_has_something_on_it(run: Path, tmp_path: Path, size: str) -> None:
     make(run)
     picture = tmp_path / "page.png"

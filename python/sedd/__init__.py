@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sedd.hints import pip_install
+
 if TYPE_CHECKING:
     from sedd.config import TrainConfig as TrainConfig
     from sedd.evaluate import elbo as elbo
@@ -41,7 +43,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(f"sedd.{_MODULES[name]}"), name)
     except ModuleNotFoundError as error:
-        raise ImportError(f'sedd.{name} needs {error.name}: pip install "sedd_ext[train]"') from error
+        raise ImportError(f"sedd.{name} needs {error.name}: {pip_install('train', str(error.name))}") from error
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,7 @@
 
 import sys
 
+from sedd.hints import pip_install
 from sedd.threads import set_defaults
 
 
@@ -11,7 +12,7 @@ def main() -> int:
     try:
         from sedd.cli import main as run
     except ModuleNotFoundError as error:
-        print(f'sedd: error: needs {error.name}: pip install "sedd_ext[train]"', file=sys.stderr)
+        print(f"sedd: error: needs {error.name}: {pip_install('train', str(error.name))}", file=sys.stderr)
         return 2
     return run()
 

@@ -6,7 +6,9 @@ Each takes a dataclass of options, whose docstrings are the help, and returns th
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import shlex
 import signal
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.rule import Rule
 from rich.table import Table
@@ -24,10 +26,15 @@ from torch import Tensor
 
 from sedd.checkpoint import best_checkpoint, list_checkpoints, read_state
 from sedd.config import GraphName, TrainConfig, check_choice, check_options, resolve_device
+from sedd.data import DataConfig
 from sedd.files import RunLock, write_json
+from sedd.hints import program
 from sedd.model import PRESETS, compile_network
 from sedd.objective import OBJECTIVES
-from sedd.pretrained import LoadedModel, load_model, load_pretrained, model_card, read_mapping, to_config
+from sedd.options import check_one_of, prefixed
+from sedd.plain import read_plain
+from sedd.pretrained import LoadedModel, load_model, load_pretrained, model_card, to_config
+from sedd.progress import CONTROLS, console
 from sedd.sample import SAMPLERS
 from sedd.sample import sample as draw
 from sedd.schedule import SCHEDULES
@@ -36,10 +43,6 @@ from sedd.train import Trainer
 from sedd_ext.__main__ import describe
 
 GAP = re.compile(r"\{\{(\d+)\}\}")
-# what a model writes must not steer the terminal: control characters become their pictures, ␛ for escape
-CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {
-    code: 0xFFFD for code in range(0x7F, 0xA0)
-}
 
 
 @dataclass
@@ -63,14 +66,13 @@ class SamplingOptions:
     batch_size: int = 8
     """Texts written at a time."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if one is present and this build supports it, else the CPU."""
     json: str | None = None
     """Write texts and tokens to this file too."""
 
     def __post_init__(self) -> None:
         check_options(self, positive=("num", "steps", "batch_size"), outputs=("json",))
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}; got {self.sampler!r}")
+        check_one_of("sampler", self.sampler, SAMPLERS)
         check_choice(self.temperature, self.top_p)
 
 
@@ -79,7 +81,7 @@ class SampleOptions(SamplingOptions):
     """Sampling"""
 
     length: int | None = None
-    """Tokens in a text; null: as many as in a training block."""
+    """Tokens in a text; default: as many as in a training block."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,8 +90,14 @@ class SampleOptions(SamplingOptions):
 
 def train(config: TrainConfig, resume: bool, lock: RunLock) -> int:
     """Trains; returns 0, or 128 + the number of the signal that stopped it."""
-    out = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    trainer = Trainer(config, resume=resume, console=out, lock=lock)
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise ValueError(
+            f"WORLD_SIZE: expected 1, got {os.environ['WORLD_SIZE']}: one run on several processes is not supported "
+            "yet. Start it as one process, without torchrun; --accumulate N makes batches of the same size"
+        )
+    out = console(stderr=True)
+    with prefixed("data.", DataConfig):
+        trainer = Trainer(config, resume=resume, console=out, lock=lock)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     model = f"{config.model.preset} model" if config.init is None else f"model that began as {config.init}"
     out.print(
@@ -98,21 +106,23 @@ def train(config: TrainConfig, resume: bool, lock: RunLock) -> int:
         f"({str(trainer.autocast_dtype or torch.float32)[6:]}); everything goes to {trainer.run_dir}"
     )
     first = trainer.step
-    outcome = trainer.run()
+    with prefixed("data.", DataConfig):  # a stream is read while training
+        outcome = trainer.run()
     best = best_checkpoint(trainer.run_dir)
     kept = list_checkpoints(trainer.run_dir)
     last = f"last checkpoint: {kept[-1] if kept else 'none yet'}"
+    sedd, folder = program(), shlex.quote(str(trainer.run_dir))
     if outcome.signum is None:
         finished = "nothing to do, the run was finished before," if first == outcome.step else "finished"
         out.print(f"\n{finished} at step {outcome.step:,}: {outcome.ended}; {last}")
     else:
         name = signal.Signals(outcome.signum).name
         out.print(f"\nstopped by {name} at step {outcome.step:,} of {config.steps:,}, not finished; {last}")
-        out.print(f"  sedd train --run_dir {trainer.run_dir} --resume    goes on")
+        out.print(f"  {sedd} train --run_dir {folder} --resume    goes on")
     if best is not None:
         out.print(f"best checkpoint: {best} ({trainer.best:.4f} nats per token)")
-    out.print(f"  sedd sample {trainer.run_dir} --live               writes text")
-    out.print(f"  sedd eval perplexity {trainer.run_dir}             measures it")
+    out.print(f"  {sedd} sample {folder} --live               writes text")
+    out.print(f"  {sedd} eval perplexity {folder}             measures it")
     return 0 if outcome.signum is None else 128 + outcome.signum
 
 
@@ -180,7 +190,7 @@ def _generate(loaded: LoadedModel, options: SamplingOptions, live: bool, tokens:
     if options.compile:
         compile_network(loaded.model)
     generator = torch.Generator(device).manual_seed(options.seed)
-    out = Console(highlight=False, markup=False)
+    out = console()
     texts: list[dict[str, Any]] = []
     for first in range(0, options.num, options.batch_size):
         with Live(console=out, transient=True, auto_refresh=False) if live else nullcontext() as view:
@@ -202,7 +212,7 @@ def _generate(loaded: LoadedModel, options: SamplingOptions, live: bool, tokens:
                 autocast_dtype=loaded.autocast_dtype,
             ).cpu()
         for row in written:
-            out.print(Rule(f"{len(texts) + 1} of {options.num}", style="dim"))
+            out.print(Rule(f"{len(texts) + 1} of {options.num}", style="dim"), width=min(out.width, 80))
             out.print(render(row, is_fixed, loaded.tokenizer), soft_wrap=True)
             texts.append({"text": loaded.tokenizer.decode(row.tolist()), "tokens": row.tolist()})
     if options.json:
@@ -211,21 +221,19 @@ def _generate(loaded: LoadedModel, options: SamplingOptions, live: bool, tokens:
 
 def convert(source: str, out: str, config: str | None) -> int:
     """``sedd convert``: any known format to safetensors."""
-    if config is not None and not Path(config).is_file():
-        raise FileNotFoundError(f"config: there is no file {config}")
-    model = load_pretrained(source, config=read_mapping(Path(config)) if config else None)
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    model = load_pretrained(source, config=read_plain(config) if config else None)
+    out_console = console()
     card = Path(out) / "README.md"
     if card.exists():
-        console.print(f"{card} was here before and stays as it is: see that it still describes the model")
+        out_console.print(f"{card} was here before and stays as it is: see that it still describes the model")
     model.save_pretrained(out)
-    console.print(f"{out}: {model_card(model)['facts']}")
+    out_console.print(f"{out}: {model_card(model)['facts']}")
     return 0
 
 
 def info(run: str | None) -> int:
     """``sedd info``: what is installed and known, and what a run is."""
-    out = Console(highlight=False, markup=False)
+    out = console()
     if run is None:
         out.print(describe())
         table = Table.grid(padding=(0, 2))
@@ -243,7 +251,7 @@ def info(run: str | None) -> int:
         out.print(table)
         return 0
     loaded = load_model(run)
-    out.print_json(data=loaded.config.to_dict() if loaded.config else to_config(loaded.model))
+    out.print_json(ensure_ascii=True, data=loaded.config.to_dict() if loaded.config else to_config(loaded.model))
     table = Table.grid(padding=(0, 2))
     table.add_row("parameters:", f"{sum(p.numel() for p in loaded.model.parameters()):,}")
     if loaded.state:

@@ -6,21 +6,20 @@ import dataclasses
 import json
 import math
 import os
-import re
-from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser, set_parsing_settings
 
 from sedd.curves import WRITERS
 from sedd.data import DataConfig
 from sedd.learning_rate import LR_SCHEDULES
 from sedd.model import PRESETS, ModelConfig
 from sedd.objective import OBJECTIVES
+from sedd.options import build, check_one_of, checked, renamed
+from sedd.plain import read_plain
 from sedd.schedule import SCHEDULES, get_schedule
 from sedd_ext import Absorbing, Hybrid, RankOne, Uniform, has_cuda_kernels
 
@@ -30,17 +29,12 @@ __all__ = [
     "TrainConfig",
     "autocast_dtype",
     "check_options",
-    "explain",
-    "from_options",
+    "flat",
     "load_config",
+    "read_options",
     "resolve_device",
-    "train_parser",
 ]
 
-# the help of an option is the docstring below its attribute
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-Options = TypeVar("Options")
 GraphName = Literal["absorbing", "uniform", "hybrid"]
 
 # What a resumed run may change: where it lives, when it ends, what it reports and keeps, and, after a divergence, the
@@ -70,11 +64,6 @@ RESUMABLE = frozenset(
 )
 
 
-def _choice(name: str, value: str, allowed: Any) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(sorted(allowed))}; got {value!r}")
-
-
 @dataclass
 class ModelOptions:
     """The size of the model: a preset, and what to change of it."""
@@ -82,7 +71,7 @@ class ModelOptions:
     preset: str = "tiny"
     """Starting point: tiny (for a laptop), small or medium (the sizes of the SEDD paper)."""
     hidden_size: int | None = None
-    """Width of the transformer; null: the preset's. So for every option below."""
+    """Width of the transformer; default: the preset's. So for every option below."""
     n_blocks: int | None = None
     """Number of transformer blocks."""
     n_heads: int | None = None
@@ -102,7 +91,7 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         """Checks that the sizes fit together."""
-        _choice("model.preset", self.preset, PRESETS)
+        check_one_of("preset", self.preset, PRESETS)
         self.build()
 
     def build(self) -> ModelConfig:
@@ -162,7 +151,7 @@ class TrainConfig:
     lr_decay: float = 0.2
     """For lr_schedule wsd: length of the decay, as a part of the run."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of AdamW's two moments, for example --betas [0.9,0.98]."""
+    """Decay rates of AdamW's two moments, for example --betas 0.9,0.98."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     weight_decay: float = 0.0
@@ -179,7 +168,7 @@ class TrainConfig:
     compile: bool = False
     """Run the network through torch.compile: the first steps take longer, the others less."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if one is present and this build supports it, else the CPU."""
     seed: int = 0
     """Seed of everything random: initial weights, order of the data, times, noise, dropout."""
     log_every: int = 10
@@ -202,11 +191,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        _choice("schedule", self.schedule, SCHEDULES)
-        _choice("objective", self.objective, OBJECTIVES)
-        _choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
+        check_one_of("schedule", self.schedule, SCHEDULES)
+        check_one_of("objective", self.objective, OBJECTIVES)
+        check_one_of("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         for name in self.log_names():
-            _choice("log", name, [*WRITERS, "none"])
+            check_one_of("log", name, [*WRITERS, "none"])
         for name in (
             *("batch_size", "accumulate", "steps", "log_every", "valid_every", "valid_blocks", "valid_draws"),
             *("checkpoint_every", "keep_last"),
@@ -229,7 +218,8 @@ class TrainConfig:
         if not 0 <= self.uniform_fraction <= 1:
             raise ValueError(f"uniform_fraction: expected a number in [0, 1], got {self.uniform_fraction}")
         try:
-            get_schedule(self.schedule, **self.schedule_params)
+            with renamed({name: f"schedule_params.{name}" for name in self.schedule_params}):
+                get_schedule(self.schedule, **self.schedule_params)
         except TypeError as error:
             raise ValueError(f"schedule_params: {error}") from error
 
@@ -259,7 +249,7 @@ class TrainConfig:
 
     def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
         """Returns the options, by dotted name, that differ in ``other`` and that a resumed run may not change."""
-        mine, theirs = _flat(self.resolved().to_dict()), _flat(other.resolved().to_dict())
+        mine, theirs = flat(self.resolved().to_dict()), flat(other.resolved().to_dict())
         return {
             name: (mine.get(name), theirs.get(name))
             for name in sorted(mine.keys() | theirs.keys())
@@ -267,10 +257,11 @@ class TrainConfig:
         }
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of dictionaries in one another by their dotted names."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        leaves.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        leaves.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return leaves
 
 
@@ -347,43 +338,29 @@ def check_choice(temperature: float, top_p: float) -> None:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
 
 
-def train_parser(**kwargs: Any) -> ArgumentParser:
-    """Returns a parser of all training options, which also reads them from ``--config FILE`` (JSON or YAML)."""
-    parser = ArgumentParser(**{"exit_on_error": False, **kwargs})
-    parser.add_argument("--config", action="config", help="Read options from a file, such as a run's config.json.")
-    parser.add_class_arguments(TrainConfig)
-    return parser
-
-
-def from_options(kind: type[Options], parsed: Any) -> Options:
-    """Makes a dataclass of options out of what a parser read; more than its fields may be there."""
-    return kind(**{field.name: parsed[field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
-
-
 def load_config(path: Path | str) -> TrainConfig:
     """Reads a configuration that a run saved.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not JSON, or an option in it is unknown, of the wrong type or out of range.
+        ValueError: as :func:`read_options`, or an option is out of range.
     """
+    values = read_options(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            options = json.load(file)
-        groups = (
-            (options, options.get("data", {}), options.get("model", {})) if isinstance(options, dict) else (options,)
-        )
-        if not all(isinstance(group, dict) for group in groups):
-            raise ValueError("expected an object of options, with objects data and model")
-        parser = train_parser()
-        return from_options(TrainConfig, parser.instantiate(parser.parse_object(options)))
-    except (ValueError, ArgumentError) as error:  # what is not JSON or UTF-8 is a ValueError
-        raise ValueError(f"{path}: not the options of a run: {explain(error)}") from error
+        return build(TrainConfig, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: not the options of a run: {error}") from error
 
 
-def explain(error: Exception) -> str:
-    """Returns the message of an error on one line, in the words of the command line."""
-    text = " ".join(str(error).split())
-    text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
-    text = text.replace("Problems parsing config:", "--config: expected a file of options in JSON or YAML:")
-    return re.sub(r'Parser key "([^"]+)":', r"--\1:", text)
+def read_options(path: Path | str) -> dict[str, Any]:
+    """Reads training options from a JSON or YAML file; the file may have some of them only.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read (:func:`sedd.plain.read_plain`), or an option is unknown or of another type.
+    """
+    options = read_plain(path)
+    try:
+        return checked(TrainConfig, options)
+    except ValueError as error:
+        raise ValueError(f"{path}: not the options of a run: {error}") from error

@@ -57,7 +57,7 @@ class DataConfig:
     train_split: str = "train"
     """Split of a hub data set, or of a folder of `save_to_disk`, to train on."""
     valid_split: str | None = None
-    """Split to validate on, as `train_split`. None: 'validation' where there is one, else a part of `train_split`."""
+    """Split of a hub data set to validate on. Default: 'validation' if there is one, else a part of `train_split`."""
     text_column: str = "text"
     """Column (JSON key) that holds the text."""
     documents: Literal["file", "paragraph", "line"] = "file"
@@ -84,7 +84,8 @@ class DataConfig:
     num_proc: int = 1
     """Number of processes that tokenise. It does not change the result."""
     cache_dir: str | None = None
-    """Folder for downloads and prepared text. None: `datasets`' own (HF_DATASETS_CACHE, else ~/.cache/huggingface)."""
+    """Folder for downloads and prepared text. Default: that of the package datasets
+    (HF_DATASETS_CACHE, else ~/.cache/huggingface)."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sedd.files import whole_file
+from sedd.hints import pip_install
 
 __all__ = ["check_figure", "write_figure"]
 
@@ -21,7 +22,7 @@ def check_figure(path: str | Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('plotting needs matplotlib: pip install "sedd_ext[eval]"') from error
+        raise ImportError(f"plotting needs matplotlib: {pip_install('eval', 'matplotlib')}") from error
     formats = Figure().canvas.get_supported_filetypes()
     if Path(path).suffix[1:].lower() not in formats:
         raise ValueError(f"plot: expected a name that ends in one of {', '.join(sorted(formats))}; got {str(path)!r}")

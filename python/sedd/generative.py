@@ -7,7 +7,6 @@ The measures are those of SEDD (figure 1) and of "Promises, Outlooks and Challen
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 import time
@@ -24,7 +23,10 @@ from sedd.config import check_choice, check_options, resolve_device
 from sedd.data import DataConfig, load_blocks, load_text, valid_batches
 from sedd.figures import check_figure, write_figure
 from sedd.files import finite, write_json
+from sedd.hints import pip_install
 from sedd.judge import Judge, load_judge
+from sedd.options import check_one_of, renamed
+from sedd.plain import read_json
 from sedd.pretrained import LoadedModel, load_model, to_config
 from sedd.progress import console
 from sedd.sample import SAMPLERS, sample
@@ -42,19 +44,19 @@ class GenerativeOptions:
     """Evaluation"""
 
     steps: list[int] = field(default_factory=lambda: [16, 32, 64, 128, 256])
-    """Numbers of reverse steps to sample with, for example --steps [64,1024]."""
+    """Numbers of reverse steps to sample with, for example --steps 64,1024."""
     samplers: list[str] = field(default_factory=lambda: ["tweedie", "euler"])
     """Samplers to use."""
     num: int = 32
     """Texts for each sampler and number of steps; the papers write about 1,000."""
     length: int | None = None
-    """Tokens in a text; null: as many as in a training block."""
+    """Tokens in a text; default: as many as in a training block."""
     judge: str = "openai-community/gpt2-large"
     """The causal language model that measures the perplexity of the samples: any that transformers loads, by its name
     on the Hugging Face hub, its folder, or a .gguf file. Figures of different judges cannot be compared."""
     text: str | None = None
-    """A file of real text, which is measured too, and which MAUVE compares with; null: the run's validation text if it
-    has one."""
+    """A file of real text, which is measured too, and which MAUVE compares with; default: the run's validation text,
+    if it has one."""
     mauve: list[str] = field(default_factory=list)
     """Compare with real text by MAUVE, with the judge's hidden states as features: any of unconditional, prefix (the
     first `given` tokens of a real text are given) and infill (half of them are given at each end)."""
@@ -71,7 +73,7 @@ class GenerativeOptions:
     batch_size: int = 8
     """Texts that are sampled and judged at a time."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there is one and the CUDA kernels are built."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if one is present and this build supports it, else the CPU."""
     json: str | None = None
     """Write figures and texts to this file after each number of steps. Called again, the command keeps what the file
     already has and computes only the rest."""
@@ -85,10 +87,10 @@ class GenerativeOptions:
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"steps: expected numbers of at least 1, got {self.steps}")
         for name, values, known in (("samplers", self.samplers, SAMPLERS), ("mauve", self.mauve, SETTINGS)):
-            if unknown := set(values) - set(known):
-                raise ValueError(f"{name}: expected some of {', '.join(known)}; got {', '.join(sorted(unknown))}")
+            for value in values:
+                check_one_of(name, value, known)
         if not self.samplers:
-            raise ValueError(f"samplers: expected some of {', '.join(SAMPLERS)}; got none")
+            raise ValueError(f"samplers: expected at least one of {', '.join(SAMPLERS)}; got none")
         self.steps, self.samplers = list(dict.fromkeys(self.steps)), list(dict.fromkeys(self.samplers))
         if set(self.mauve) - {"unconditional"} and self.given >= self.compared:
             raise ValueError(
@@ -186,7 +188,7 @@ def generative(run: str, options: GenerativeOptions) -> int:
         try:
             import mauve  # noqa: F401
         except ImportError as error:
-            raise ImportError('--mauve needs mauve-text: pip install "sedd_ext[eval]"') from error
+            raise ImportError(f"--mauve needs mauve-text: {pip_install('eval', 'mauve')}") from error
     if options.plot:
         check_figure(options.plot)
     device = resolve_device(options.device)
@@ -231,7 +233,7 @@ def _known(options: GenerativeOptions, settings: dict[str, Any]) -> list[dict[st
     if not options.json or not Path(options.json).exists():
         return []
     try:
-        found = json.loads(Path(options.json).read_text(encoding="utf-8"))
+        found = read_json(options.json)
         same, rows = found["settings"] == settings, found["rows"]
     except (ValueError, KeyError, TypeError):
         same, rows = False, []
@@ -246,7 +248,8 @@ def _known(options: GenerativeOptions, settings: dict[str, Any]) -> list[dict[st
 def _real(loaded: LoadedModel, length: int, options: GenerativeOptions) -> Tensor | None:
     """As many real texts [num, length] as there are samples; None if there is no real text."""
     if options.text is not None:
-        blocks = load_text(DataConfig(options.text), loaded.tokenizer, length)
+        with renamed({"source": "text"}):
+            blocks = load_text(DataConfig(options.text), loaded.tokenizer, length)
     elif loaded.config is not None and (length == loaded.model.config.length or options.mauve):
         try:
             blocks = load_blocks(loaded.config.data, loaded.tokenizer, length).valid

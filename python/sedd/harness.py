@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sedd.config import check_options
+from sedd.config import check_options, resolve_device
 from sedd.evaluate import Onset, prior_kl
 from sedd.files import write_json
+from sedd.hints import pip_install
 from sedd.model import ScoreModel, device_of
 from sedd.objective import noised_score_entropy
 from sedd.progress import console
@@ -36,11 +37,12 @@ class HarnessOptions:
     """Names of tasks: those of the harness, such as lambada_openai, hellaswag, piqa, arc_easy, winogrande, or those in
     the folder --include_path."""
     include_path: str | None = None
-    """A folder with your own tasks, as YAML files."""
+    """A folder with tasks of your own, as YAML files. The harness runs Python code that such a file names
+    (!function), so use only tasks that you trust."""
     limit: int | None = None
     """Use only this many questions of each task."""
     num_fewshot: int | None = None
-    """Put this many solved examples before each question; null: as the task defines."""
+    """Put this many solved examples before each question; default: as the task defines."""
     draws: int = 128
     """Noise levels for the likelihood of each answer."""
     steps: int = 64
@@ -50,7 +52,7 @@ class HarnessOptions:
     batch_size: int = 32
     """Sequences in a call of the model."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there is one and the CUDA kernels are built."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if one is present and this build supports it, else the CPU."""
     json: str | None = None
     """Also write the results to this file."""
 
@@ -58,7 +60,7 @@ class HarnessOptions:
         """Checks the values."""
         check_options(self, positive=("limit", "draws", "steps", "batch_size"), outputs=("json",))
         if not self.tasks:
-            raise ValueError("tasks: name at least one, for example --tasks [lambada_openai]")
+            raise ValueError("tasks: name at least one, for example --tasks lambada_openai")
         if self.include_path is not None and not Path(self.include_path).is_dir():
             raise FileNotFoundError(f"include_path: there is no folder {self.include_path}")
 
@@ -70,7 +72,7 @@ def harness(run: str, options: HarnessOptions) -> int:
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import make_table
     except ImportError as error:
-        raise ImportError('tasks need lm-eval: pip install "sedd_ext[eval]"') from error
+        raise ImportError(f"tasks need lm-eval: {pip_install('eval', 'lm_eval')}") from error
     from sedd.lm_eval_model import SEDDLM
 
     manager = TaskManager(include_path=options.include_path)
@@ -82,7 +84,7 @@ def harness(run: str, options: HarnessOptions) -> int:
         steps=options.steps,
         seed=options.seed,
         batch_size=options.batch_size,
-        device=options.device,
+        device=str(resolve_device(options.device)),
     )
     results = lm_eval.simple_evaluate(
         model,

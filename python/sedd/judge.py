@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sedd.hints import pip_install
 from sedd.progress import track
 
 __all__ = ["Judge", "load_judge"]
@@ -85,14 +86,14 @@ def load_judge(name: str, device: torch.device | str = "cpu") -> Judge:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError('a judge needs transformers: pip install "sedd_ext[eval]"') from error
+        raise ImportError(f"a judge needs transformers: {pip_install('eval', 'transformers')}") from error
     path = Path(name).expanduser()
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"trust_remote_code": False}  # or a terminal is asked whether to run the folder's code
     source = str(path) if path.exists() else name
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"judge: there is no file {path}")
-        source, options = str(path.parent), {"gguf_file": path.name}
+        source, options["gguf_file"] = str(path.parent), path.name
     elif not path.exists() and name.startswith(("/", ".", "~")):
         raise FileNotFoundError(f"judge: there is no folder {name}")
     try:

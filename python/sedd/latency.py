@@ -23,7 +23,9 @@ from rich.table import Table
 from sedd.config import autocast_dtype, check_options, resolve_device
 from sedd.figures import check_figure, write_figure
 from sedd.files import write_json
+from sedd.hints import pip_install
 from sedd.model import PRESETS, SEDD
+from sedd.options import check_one_of
 from sedd.pretrained import load_model
 from sedd.progress import console, track
 from sedd.sample import SAMPLERS, sample
@@ -40,17 +42,17 @@ class LatencyOptions:
     """Evaluation"""
 
     steps: list[int] = field(default_factory=lambda: [16, 32, 64, 128, 256])
-    """Numbers of reverse steps to measure, for example --steps [64,1024]."""
+    """Numbers of reverse steps to measure, for example --steps 64,1024."""
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
     """Numbers of texts that are sampled at a time."""
     length: int | None = None
-    """Tokens in a text; null: as many as in a training block."""
+    """Tokens in a text; default: as many as in a training block."""
     sampler: str = "tweedie"
     """How a reverse step is drawn: tweedie or euler."""
     repeats: int = 3
     """How often each time is measured; the table shows the median, the fastest and the slowest."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there is one and the CUDA kernels are built."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if one is present and this build supports it, else the CPU."""
     json: str | None = None
     """Also write the times to this file."""
     plot: str | None = None
@@ -65,8 +67,7 @@ class LatencyOptions:
             if not values or min(values) < 1:
                 raise ValueError(f"{name}: expected numbers of at least 1, got {values}")
             setattr(self, name, sorted(set(values)))
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}; got {self.sampler!r}")
+        check_one_of("sampler", self.sampler, SAMPLERS)
 
 
 def make_twin(model: SEDD, length: int) -> Any:
@@ -83,7 +84,9 @@ def make_twin(model: SEDD, length: int) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError('the autoregressive twin needs transformers: pip install "sedd_ext[eval]"') from error
+        raise ImportError(
+            f"the autoregressive twin needs transformers: {pip_install('eval', 'transformers')}"
+        ) from error
     sizes = model.config
     config = transformers.GPT2Config(
         vocab_size=model.graph.dim - (model.graph.mask_id is not None),

@@ -45,7 +45,8 @@ class SEDDLM(TemplateLM):  # type: ignore[misc]
         max_gen_toks: tokens generated where a task names no number.
         seed: of all that is random.
         batch_size: sequences the model sees at once.
-        device: cpu, cuda, cuda:1, ... or auto.
+        device: cpu, cuda, cuda:1, ... or auto. ``cuda:0``, which the harness's command line gives where no device is
+            named, means the CPU on a machine without a GPU.
 
     Raises:
         ValueError: a number is below 1.
@@ -67,6 +68,9 @@ class SEDDLM(TemplateLM):  # type: ignore[misc]
         for name, value in (("draws", draws), ("steps", steps), ("max_gen_toks", max_gen_toks)):
             if int(value) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        if device == "cuda:0" and not torch.cuda.is_available():
+            warnings.warn("device: there is no GPU, so the CPU is used", stacklevel=2)
+            device = "cpu"
         self.loaded = load_model(pretrained, resolve_device(device or "auto"))
         self.draws, self.steps, self.max_gen_toks, self.seed = int(draws), int(steps), int(max_gen_toks), int(seed)
         # the harness's command line gives a word: 32, or auto

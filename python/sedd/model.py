@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from sedd.hints import pip_install
 from sedd.schedule import LogLinear, Schedule
 from sedd.tokenizer import Tokenizer
 from sedd_ext import RankOne
@@ -373,7 +374,7 @@ class SEDD(
         try:
             from sedd.pretrained import load_pretrained
         except ImportError as error:
-            raise ImportError(f'reading models needs {error.name}: pip install "sedd_ext[train]"') from error
+            raise ImportError(f"reading models needs {error.name}: {pip_install('train', str(error.name))}") from error
         return load_pretrained(pretrained_model_name_or_path, config=config, device=device, **hub)
 
     def save_pretrained(
@@ -408,7 +409,7 @@ class SEDD(
             ImportError: ``huggingface_hub`` is not installed.
         """
         if not hasattr(super(), "save_pretrained"):
-            raise ImportError('saving models needs huggingface_hub: pip install "sedd_ext[train]"')
+            raise ImportError(f"saving models needs huggingface_hub: {pip_install('train', 'huggingface_hub')}")
         from sedd.files import TEMPORARY, flush_folder, move_all, naming
 
         folder = Path(save_directory)

@@ -22,6 +22,7 @@ from sedd.detokenize import Detokenizer
 from sedd.evaluate import ElboResult, elbo, joined, ngram_bits, plot_bound
 from sedd.figures import check_figure
 from sedd.files import finite, write_json
+from sedd.options import prefixed, renamed
 from sedd.pretrained import LoadedModel, load_model
 from sedd.progress import console, track
 from sedd.sources import is_plain_text
@@ -71,7 +72,7 @@ class PerplexityOptions:
     subset: str | None = None
     """Configuration of a data set on the hub."""
     split: str | None = None
-    """Split of a data set on the hub; null: test."""
+    """Split of a data set on the hub; default: test."""
     text_column: str = "text"
     """Column (JSON key) that contains the text."""
     documents: Literal["file", "paragraph", "line"] = "file"
@@ -92,9 +93,9 @@ class PerplexityOptions:
     batch_size: int = 32
     """Blocks in a call of the model."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there is one and the CUDA kernels are built."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if one is present and this build supports it, else the CPU."""
     cache_dir: str | None = None
-    """Folder for downloads and prepared text; null: the default of the package datasets."""
+    """Folder for downloads and prepared text; default: that of the package datasets."""
     json: str | None = None
     """Also write the figures to this file. Partial results are kept beside it: an interrupted evaluation that is called
     again continues from them."""
@@ -114,7 +115,7 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
         if options.texts.count(name) > 1:
             raise ValueError(f"texts: {name!r} is named twice")
     if options.plot and len(options.texts) > 1:
-        raise ValueError(f"plot: one text, please; {len(options.texts)} given")
+        raise ValueError(f"plot: expected one text, got {len(options.texts)}")
     if options.plot:
         check_figure(options.plot)
     loaded = load_model(run, resolve_device(options.device))
@@ -127,7 +128,8 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
     last = [Path(os.path.abspath(name)).name for name in options.texts]
     titles = [name if last.count(short) > 1 else short for name, short in zip(options.texts, last, strict=True)]
     for name, title in zip(options.texts or [""], titles or ["validation text"], strict=True):
-        blocks, train, rules = _blocks(loaded, name, options)
+        with renamed({"source": "texts", "train_split": "split"}):
+            blocks, train, rules = _blocks(loaded, name, options)
         unfinished = _unfinished(options.json, title) if options.json and options.max_minutes is None else None
         wanted = torch.cat(list(valid_batches(blocks, 4096, options.blocks)))
         result = _score(loaded, wanted, options, unfinished, out)
@@ -193,7 +195,8 @@ def _blocks(loaded: LoadedModel, name: str, options: PerplexityOptions) -> tuple
                 raise ValueError(f"{option}: for a text that is named; the run's own is read as it was for training")
         data = loaded.config.data
         data = dataclasses.replace(data, cache_dir=options.cache_dir or data.cache_dir)
-        splits = load_blocks(data, loaded.tokenizer, length)
+        with prefixed("data.", DataConfig):
+            splits = load_blocks(data, loaded.tokenizer, length)
         return splits.valid, splits.train, f"held out from {loaded.config.data.source}"
     if name in TEXTS:
         known_set = TEXTS[name]

@@ -15,10 +15,10 @@ The averaged weights are taken where there are any. No file can execute code (:m
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,13 +40,15 @@ from sedd.checkpoint import (
     read_tokenizer,
 )
 from sedd.config import TrainConfig, autocast_dtype
+from sedd.hints import program
 from sedd.model import SEDD, ModelConfig, device_of
+from sedd.plain import merged, read_plain
 from sedd.schedule import SCHEDULES, Schedule, get_schedule
 from sedd.tokenizer import TOKENIZER_FILES, TOKENIZERS, Tokenizer, get_tokenizer
 from sedd.weights import PICKLES, read_weights
 from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
 
-__all__ = ["LoadedModel", "load_model", "load_pretrained", "model_card", "read_mapping", "to_config"]
+__all__ = ["LoadedModel", "load_model", "load_pretrained", "model_card", "to_config"]
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 GRAPHS = {"absorb": "absorbing", "absorbing_state": "absorbing", "uniform_state": "uniform"}
@@ -169,7 +171,7 @@ def load_pretrained(
         return load_model(path, device).model
     file, found = _contents(path)
     weights, inside = read_weights(file)
-    found = _merged(inside or found, config or {})
+    found = merged(inside or found, config or {})
     if not found:
         raise ValueError(f"{file}: no configuration in it or beside it; give one (sedd convert --config FILE)")
     try:
@@ -380,8 +382,8 @@ def _checkpoint(path: Path) -> Path | None:
     if path.is_file() or (path / ".hydra").is_dir() or any((path / name).exists() for name in WEIGHTS):
         return None
     raise FileNotFoundError(
-        f"{path}: no checkpoints in this folder, and no {' or '.join(WEIGHTS)}; train first: sedd train --run_dir "
-        f"{path}"
+        f"{path}: no checkpoints in this folder, and no {' or '.join(WEIGHTS)}; train first: {program()} train "
+        f"--run_dir {shlex.quote(str(path))}"
     )
 
 
@@ -398,30 +400,4 @@ def _contents(path: Path) -> tuple[Path, dict[str, Any]]:
     beside = [file.parent / "config.json"]
     beside += [folder / ".hydra" / "config.yaml" for folder in list(file.resolve().parents)[:3]]
     config = next((candidate for candidate in beside if candidate.is_file()), None)
-    return file, {} if config is None else read_mapping(config)
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """Reads an object from a JSON or YAML file.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    import yaml  # JSON is YAML, but for tabs
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: damaged, not {path.suffix[1:].upper()}: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected an object of options, got {type(value).__name__}")
-    return value
-
-
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
+    return file, {} if config is None else read_plain(config)

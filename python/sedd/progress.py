@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sedd.hints import pip_install
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["LINE_EVERY", "console", "is_interactive", "progress_bar", "track"]
+__all__ = ["CONTROLS", "LINE_EVERY", "console", "is_interactive", "printable", "progress_bar", "track"]
 
 T = TypeVar("T")
+
+CONTROLS: dict[int, int] = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},
+    **dict.fromkeys((*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD),
+    **dict.fromkeys(range(0xD800, 0xE000), 0xFFFD),
+}
+"""For ``str.translate``: control characters become their pictures, ␛ for escape, and what a terminal would take for a
+change of direction, or cannot show, becomes U+FFFD. Text of others must not steer the terminal."""
+
+
+def printable(text: str) -> str:
+    """Returns text of others, such as the name of a file, as one line that cannot steer the terminal."""
+    return text.translate(CONTROLS | {ord("\n"): 0x240A, ord("\t"): 0x2409, 0x2028: 0xFFFD, 0x2029: 0xFFFD})
+
 
 LINE_EVERY = 30.0
 """Seconds between two lines of progress where there is neither a terminal nor a notebook."""
@@ -64,7 +81,7 @@ def track(items: Sequence[T], description: str, show: bool) -> Iterable[T]:
         from rich.console import Console
         from rich.progress import track as rich_track
     except ImportError as error:
-        raise ImportError('progress=True needs rich: pip install "sedd_ext[train]"') from error
+        raise ImportError(f"progress=True needs rich: {pip_install('train', 'rich')}") from error
     console = Console(stderr=True)
     if is_interactive(console):
         return rich_track(items, description=description, console=console)
@@ -78,9 +95,17 @@ def _tracked(items: Sequence[T], description: str, console: Console) -> Iterator
             show(number / len(items), f"{description}: {number:,} of {len(items):,}")
 
 
-def console() -> Console:
-    """Standard output for tables and sentences: as wide as the terminal, and wide enough where there is none."""
-    from rich.console import Console
+def console(stderr: bool = False) -> Console:
+    """Returns a console for tables and sentences, in which no text can steer the terminal (:data:`CONTROLS`).
 
-    out = Console(highlight=False, markup=False, soft_wrap=True)
-    return out if out.is_terminal else Console(highlight=False, markup=False, soft_wrap=True, width=160)
+    It is as wide as the terminal, and wide enough for tables where there is none.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    class Safe(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(text.translate(CONTROLS), **options)
+
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Safe(stderr=stderr, highlight=False, markup=False, soft_wrap=True, width=None if terminal else 160)

@@ -21,8 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sedd.config import check_options, resolve_device
+from sedd.config import TrainConfig, check_options, flat, resolve_device
 from sedd.files import write_text
+from sedd.hints import pip_install
+from sedd.options import check_one_of
+from sedd.plain import read_json
 from sedd.pretrained import LoadedModel, load_model
 from sedd.progress import console
 from sedd.sample import SAMPLERS, sample
@@ -31,6 +34,11 @@ from sedd.tokenizer import MASK_TEXT
 __all__ = ["ReportOptions", "report"]
 
 MEDIA = {".png": "image/png", ".svg": "image/svg+xml"}
+DETAILS = {
+    *("settings", "configs", "versions", "n-samples", "alias", "blocks", "length", "tokens_of_text", "bytes", "draws"),
+    *("seed", "reading", "prior", "monte_carlo_error", "bits_per_token", "perplexity_mean_of_exp"),
+}
+"""What an evaluation writes that the page shows only when it is asked for."""
 
 
 @dataclass
@@ -38,7 +46,7 @@ class ReportOptions:
     """Report"""
 
     out: str | None = None
-    """The page to write; null: report.html in the run's folder."""
+    """The page to write; default: report.html in the run's folder."""
     samples: int = 4
     """Texts to write for it; the first one is the film."""
     steps: int = 64
@@ -46,17 +54,16 @@ class ReportOptions:
     sampler: str = "tweedie"
     """How a reverse step is drawn: tweedie or euler."""
     length: int | None = None
-    """Tokens in a text; null: as many as in a training block."""
+    """Tokens in a text; default: as many as in a training block."""
     seed: int = 0
     """The same seed writes the same texts."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: the GPU if there are one and kernels for it."""
+    """cpu, cuda, cuda:1, ...; auto: the GPU if one is present and this build supports it, else the CPU."""
 
     def __post_init__(self) -> None:
         """Checks the values."""
         check_options(self, positive=("samples", "steps", "length"), outputs=("out",))
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}; got {self.sampler!r}")
+        check_one_of("sampler", self.sampler, SAMPLERS)
 
 
 def report(run: str, options: ReportOptions) -> int:
@@ -65,7 +72,7 @@ def report(run: str, options: ReportOptions) -> int:
         import jinja2
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError(f'a report needs {error.name}: pip install "sedd_ext[eval]"') from error
+        raise ImportError(f"a report needs {error.name}: {pip_install('eval', str(error.name))}") from error
     loaded = load_model(run, resolve_device(options.device))
     if loaded.config is None or loaded.state is None:
         raise ValueError(f"run: {loaded.path} is a model, not a run of sedd train with losses to report")
@@ -76,6 +83,7 @@ def report(run: str, options: ReportOptions) -> int:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(files("sedd").joinpath("report.html").read_text(encoding="utf-8"))
     evaluations, pictures = _evaluations(folder / "eval")
+    chosen, usual = (_settings(config) for config in (loaded.config, TrainConfig()))
     page = template.render(
         name=folder.resolve().name,
         path=str(loaded.path),
@@ -83,13 +91,14 @@ def report(run: str, options: ReportOptions) -> int:
         film=film,
         # nothing in JSON can end the script element: no < is left in it
         film_json=_safe(json.dumps(film, ensure_ascii=True).replace("<", "\\u003c")),
-        curves=_safe(_curves(folder / "metrics.jsonl")),
+        curves=[_safe(curve) for curve in _curves(folder / "metrics.jsonl")],
         evaluations=evaluations,
         pictures=pictures,
         eval_folder=str(folder / "eval"),
         samples=texts,
         samples_note=f"{options.steps} reverse steps with {options.sampler}, seed {options.seed}.",
-        options=json.dumps(loaded.config.to_dict(), indent=2),
+        changed={name: value for name, value in chosen.items() if usual.get(name) != value and name != "run_dir"},
+        options=chosen,
         script=_safe(script),
         script_hash=f"sha256-{digest}",
     )
@@ -97,6 +106,11 @@ def report(run: str, options: ReportOptions) -> int:
     write_text(out, page)
     console().print(f"{out}: open it in a browser")
     return 0
+
+
+def _settings(config: TrainConfig) -> dict[str, str]:
+    values = flat(config.resolved().to_dict())
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
 
 
 def _safe(text: str) -> Any:
@@ -176,8 +190,8 @@ def _film(loaded: LoadedModel, options: ReportOptions) -> tuple[list[str], dict[
     return [loaded.tokenizer.decode(row.tolist()) for row in written], film
 
 
-def _curves(path: Path) -> str:
-    """Loss, validation bound and gradient norm against steps, as SVG; empty if there are none."""
+def _curves(path: Path) -> list[str]:
+    """Loss with validation bound, and gradient norm, against steps, each as SVG; empty if there are none."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -185,9 +199,10 @@ def _curves(path: Path) -> str:
     steps = [row for row in rows if isinstance(row.get("loss"), float)]
     valid = [row for row in rows if isinstance(row.get("valid_nats_per_token"), float)]
     if not steps:
-        return ""
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    losses, norms = figure.subplots(1, 2, width_ratios=(2, 1))
+        return []
+    with rc_context({"font.size": 12}):  # readable on a telephone
+        figures = [Figure(figsize=(width, 3.4), layout="constrained") for width in (5.6, 4.0)]
+        losses, norms = (figure.subplots() for figure in figures)
     x = [row["step"] for row in steps]
     window = max(1, len(steps) // 100)
     for axes, name, label in ((losses, "loss", "training loss"), (norms, "grad_norm", "gradient norm")):
@@ -212,13 +227,16 @@ def _curves(path: Path) -> str:
     for axes, name, unit in ((losses, "loss", math.log(2)), (norms, "grad_norm", 1.0)):
         values = sorted(row[name] / unit for row in steps[len(steps) // 20 :])
         axes.set_ylim(0.8 * values[0], 1.1 * values[int(0.99 * (len(values) - 1))])
-    losses.legend()
+    losses.legend(fontsize="small")
     for axes in (losses, norms):
         axes.spines[["top", "right"]].set_visible(False)
-    picture = io.StringIO()
-    with rc_context({"svg.fonttype": "path", "svg.hashsalt": "sedd"}):
-        figure.savefig(picture, format="svg", transparent=True, metadata={"Date": None})
-    return picture.getvalue()[picture.getvalue().index("<svg") :]
+    pictures = []
+    for figure in figures:
+        picture = io.StringIO()
+        with rc_context({"svg.fonttype": "path", "svg.hashsalt": "sedd"}):
+            figure.savefig(picture, format="svg", transparent=True, metadata={"Date": None})
+        pictures.append(picture.getvalue()[picture.getvalue().index("<svg") :])
+    return pictures
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -227,7 +245,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
@@ -239,12 +257,7 @@ def _evaluations(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, str
     """Tables of the JSON files in a folder, and its pictures as data URIs; a name with a dot is one half written."""
     evaluations = []
     for path in sorted(folder.glob("[!.]*.json")):
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: damaged, not JSON: {error}") from error
-        if isinstance(found, dict):
-            evaluations.append({"name": path.stem, **_tables(found)})
+        evaluations.append({"name": path.stem, **_tables(read_json(path))})
     pictures = [
         {
             "name": path.stem,
@@ -257,30 +270,42 @@ def _evaluations(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, str
 
 
 def _tables(found: dict[str, Any]) -> dict[str, Any]:
-    """Lists of objects and objects of objects as tables, single values as facts."""
+    """Lists of objects and objects of objects as tables of the main columns; the rest as details.
+
+    ``tables`` have the columns that are not in ``DETAILS``, ``facts`` are single values, and ``rows`` are the names and
+    all values of the rows of which a table leaves something out.
+    """
     facts = {name: _cell(value) for name, value in found.items() if not isinstance(value, (dict, list))}
-    tables = []
+    tables, details = [], []
     for name, value in found.items():
+        if isinstance(value, dict) and name in DETAILS:
+            facts |= {key: _cell(entry) for key, entry in value.items() if not isinstance(entry, (dict, list))}
+            continue
         if isinstance(value, list) and all(isinstance(row, dict) for row in value):
-            tables.append(_table(value))
+            rows = value
         elif isinstance(value, dict) and value and all(isinstance(row, dict) for row in value.values()):
-            tables.append(_table([{"": key, **row} for key, row in value.items()]))
-        elif isinstance(value, dict) and value and all(isinstance(entry, (int, float)) for entry in value.values()):
-            tables.append(_table([{"": name, **value}]))
-        elif isinstance(value, dict):
-            facts |= {
-                f"{name} {key}": _cell(entry) for key, entry in value.items() if not isinstance(entry, (dict, list))
-            }
-    return {"facts": facts, "tables": [table for table in tables if table["rows"]]}
+            rows = [{"": key, **row} for key, row in value.items()]
+        elif isinstance(value, dict) and value:
+            rows = [{"": name, **value}]
+        else:
+            continue
+        rows = [{key: entry for key, entry in row.items() if not isinstance(entry, (dict, list))} for row in rows]
+        every = list(dict.fromkeys(key for row in rows for key in row))
+        columns = [key for key in every if key not in DETAILS]
+        if any(len(row) > 1 for row in rows):
+            cells = [[_cell(row.get(key)) for key in columns] for row in rows]
+            tables.append({"columns": list(map(_label, columns)), "rows": cells})
+        if columns != every:
+            details += [{"name": _title(row), "facts": {_label(k): _cell(v) for k, v in row.items()}} for row in rows]
+    return {"facts": {_label(name): value for name, value in facts.items()}, "tables": tables, "rows": details}
 
 
-def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    columns = [name for row in rows for name, value in row.items() if not isinstance(value, (dict, list))]
-    columns = list(dict.fromkeys(columns))
-    return {
-        "columns": [name.replace("_", " ") for name in columns],
-        "rows": [[_cell(row.get(name)) for name in columns] for row in rows],
-    }
+def _title(row: dict[str, Any]) -> str:
+    return " ".join(_cell(row[key]) for key in ("", "sampler", "batch", "steps") if row.get(key) not in (None, ""))
+
+
+def _label(name: str) -> str:
+    return name.replace("_", " ").replace(",none", "")
 
 
 def _cell(value: Any) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from sedd.hints import pip_install
 from sedd.progress import is_interactive
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def import_datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError('loading text needs the package datasets: pip install "sedd_ext[train]"') from error
+        raise ImportError(f"loading text needs the package datasets: {pip_install('train', 'datasets')}") from error
     if not is_interactive(Console(stderr=True)):
         datasets.disable_progress_bars()  # they are redrawn with control characters
     return datasets

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sedd.hints import pip_install
+
 if TYPE_CHECKING:
     import tiktoken
 
@@ -179,7 +181,7 @@ class GPT2(Tokenizer):
             import tiktoken
         except ImportError as error:
             raise ImportError(
-                "the tokeniser 'gpt2' needs tiktoken: pip install \"sedd_ext[train]\" (or use the tokeniser 'bytes')"
+                f"the tokeniser 'gpt2' needs tiktoken: {pip_install('train', 'tiktoken')} (or use 'bytes')"
             ) from error
         try:
             # r50k_base has the ranks of "gpt2" in one file, which a copied cache folder can hold.

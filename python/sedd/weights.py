@@ -26,6 +26,8 @@ INERT = re.compile(r"(omegaconf|transformers|tokenizers|lightning|pytorch_lightn
                    r"collections\.defaultdict")  # fmt: skip
 """Names in a pickle that stand for data beside the weights: they are not looked up, see :class:`_Inert`."""
 
+MAX_VALUES, MAX_LEVELS = 1_000_000, 64
+
 
 class _Inert:
     """Stands for an object of another library in a pickle: takes its data, looks nothing up and does nothing."""
@@ -40,14 +42,21 @@ class _Inert:
         self.data = state
 
 
-def _plain(value: Any) -> Any:
-    """Containers and values, also those that OmegaConf wrapped into objects of its own."""
+def _plain(value: Any, budget: list[int], depth: int = 0) -> Any:
+    """Containers and values, also those that OmegaConf wrapped into objects of its own.
+
+    A pickle can hold a list within itself, or many times over. ``budget`` is a list with the number of values that may
+    still be copied.
+    """
+    budget[0] -= 1
+    if budget[0] < 0 or depth > MAX_LEVELS:
+        raise ValueError(f"hyper_parameters: expected at most {MAX_VALUES:,} values and {MAX_LEVELS} levels")
     if isinstance(value, _Inert):
         data = value.data if isinstance(value.data, dict) else {}
-        return _plain(data.get("_content", data.get("_val")))
+        return _plain(data.get("_content", data.get("_val")), budget, depth + 1)
     if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list) else value
+        return {str(key): _plain(entry, budget, depth + 1) for key, entry in value.items()}
+    return [_plain(entry, budget, depth + 1) for entry in value] if isinstance(value, list) else value
 
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -77,7 +86,10 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     averages = found.get("ema")
     if isinstance(averages, dict) and "shadow_params" in averages:
         weights = _averaged(weights, averages["shadow_params"], file)
-    hyper = _plain(found.get("hyper_parameters"))
+    try:
+        hyper = _plain(found.get("hyper_parameters"), [MAX_VALUES])
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     hyper = hyper.get("config", hyper) if isinstance(hyper, dict) else {}
     return weights, hyper if isinstance(hyper, dict) else {}
 
@@ -103,14 +115,24 @@ def _unpickle(file: Path) -> dict[str, Any]:
                 f"{file}: its pickle protocol is 4 or newer, which torch does not read without executing code. Load it "
                 "where it was made, and save it with torch.save's default protocol"
             ) from error
-        name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"beside tensors it holds {name[1]}" if name else str(error).splitlines()[0]
-        raise ValueError(f"{file}: refused, and nothing of it was run: {reason}") from error
+        raise ValueError(f"{file}: refused, and nothing of it was run: {_reason(error)}") from error
     except Exception as error:  # whatever an operation of the pickle raises on what it was not made for
-        raise ValueError(f"{file}: damaged, or not a file of torch.save: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{file}: damaged, or not a file of torch.save: {_reason(error)}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file}: expected a dictionary of tensors, got {type(found).__name__}")
     return found
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a pickle, without torch's advice to read it with ``weights_only=False``."""
+    text = str(error)
+    if name := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"beside tensors it holds {name[1]}"
+    if known := re.search(r"Unsupported operand \d+|unsupported persistent id|TorchScript archive", text):
+        return f"{known[0]}, which is not read"
+    if "weights_only" in text:
+        return "it holds what torch reads only by executing code"
+    return f"{type(error).__name__}: {text}"
 
 
 def _averaged(weights: dict[str, Tensor], averages: Any, file: Path) -> dict[str, Tensor]:

@@ -1,0 +1,48 @@
+"""Commands that errors and messages tell the user to run, as they work in the user's shell."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+__all__ = ["pip_install", "program"]
+
+PACKAGES = {"lm_eval": "lm-eval", "mauve": "mauve-text", "yaml": "pyyaml"}
+"""Packages by the name of their module, where it is another one."""
+
+
+def program() -> str:
+    """Returns how the user starts this command line: ``sedd``, ``.venv/bin/sedd`` or ``python -m sedd``."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py" and called.parent.name == "sedd":
+        return f"{_command(sys.executable)} -m sedd"
+    return _command(sys.argv[0]) if called.name == "sedd" else "sedd"
+
+
+def pip_install(extra: str, module: str) -> str:
+    """Returns the command that installs a missing module.
+
+    Args:
+        extra: the extra of this package that the module belongs to. Everything in it is installed at once, if this
+            package is installed; pip cannot know the extra if it runs from a folder of sources.
+        module: the name of the module, or of a module in it.
+    """
+    name = module.partition(".")[0]
+    try:
+        wanted = f'"{distribution("sedd_ext").name}[{extra}]"'
+    except PackageNotFoundError:
+        wanted = PACKAGES.get(name, name)
+    return f"{_command(sys.executable)} -m pip install {wanted}"
+
+
+def _command(path: str) -> str:
+    """The name of a program if the shell finds this very one by its name, else its path."""
+    found, wanted = shutil.which(Path(path).name), os.path.abspath(path)
+    if found is not None and os.path.abspath(found) == wanted:
+        return Path(path).name
+    short = os.path.relpath(wanted)
+    return shlex.quote(wanted if short.startswith("..") else short)

@@ -1,0 +1,124 @@
+"""Reads JSON and YAML files that others may have written, as plain data and within limits.
+
+The result consists of dictionaries, lists, strings, numbers, booleans and None. No class or module that a file names is
+looked up. Very large files, deeply nested ones, and YAML aliases, with which a short file describes a huge tree, are
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sedd.hints import pip_install
+
+__all__ = ["MAX_BYTES", "MAX_DEPTH", "check_depth", "merged", "read_json", "read_plain"]
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 32
+_TOO_DEEP = f"nested too deeply: expected at most {MAX_DEPTH} levels"
+
+
+def read_plain(path: Path | str) -> dict[str, Any]:
+    """Reads an object of options: from JSON if the file is called ``.json``, else from YAML.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is too large or nested too deeply, is not JSON or YAML, uses aliases or tags, or holds
+            something else than an object. The message begins with the path.
+        ImportError: a YAML file without PyYAML.
+    """
+    return _read(Path(path), _load_json if Path(path).suffix == ".json" else _load_yaml, MAX_BYTES)
+
+
+def read_json(path: Path | str, max_bytes: int = 1 << 30) -> dict[str, Any]:
+    """Reads an object from a JSON file, such as the figures of an evaluation.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_plain`.
+    """
+    return _read(Path(path), _load_json, max_bytes)
+
+
+def _read(path: Path, load: Callable[[str], Any], max_bytes: int) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    with open(path, "rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"{path}: too large: expected at most {max_bytes:,} bytes")
+    try:
+        value = load(content.decode("utf-8-sig"))
+        check_depth(value)
+    except ValueError as error:  # what is not UTF-8 is one too
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected an object (names with values), got {type(value).__name__}")
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """Refuses dictionaries and lists that are nested more than ``MAX_DEPTH`` levels deep.
+
+    Raises:
+        ValueError: they are.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        groups = [entry for entry in level if isinstance(entry, (dict, list))]
+        if not groups:
+            return
+        level = [entry for group in groups for entry in (group.values() if isinstance(group, dict) else group)]
+    raise ValueError(_TOO_DEEP)
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the entries of both; where both have one, that of ``above``, group by group."""
+    result = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def _load_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    except ValueError as error:
+        raise ValueError(f"damaged, not JSON: {error}") from error
+
+
+def _load_yaml(text: str) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError(f"reading YAML needs PyYAML: {pip_install('train', 'yaml')} (or write JSON)") from error
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        """Knows plain values only, and stops before a tree becomes deep."""
+
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError("aliases (*name) are not accepted; write the value out")
+            self.depth += 1
+            if self.depth > MAX_DEPTH + 1:
+                raise ValueError(_TOO_DEEP)
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+    # YAML 1.1 takes 1e-3 for text, because it has no dot
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"damaged, not YAML: {' '.join(str(error).split())}") from error
