@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("jsonargparse")
 
 import torch
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("jsonargparse")
 pytest.importorskip("rich")
 pytest.importorskip("transformers")
 
@@ -147,7 +146,8 @@ def test_the_whole_command(
         nats, counts = judge.read([text.replace("<|endoftext|>", "\n\n") for text in row["texts"]], 6)
         assert row["perplexity"] == pytest.approx(math.exp(float(nats.sum() / counts.sum())), rel=1e-6)
         assert 0 < row["entropy"] < math.log(LENGTH)
-        assert all(0 <= row[f"mauve_{setting}"] <= 1 for setting in ("unconditional", "prefix", "infill"))
+        mauve = [row[f"mauve_{setting}"] for setting in ("unconditional", "prefix", "infill")]
+        assert all(0 <= value <= 1 + 1e-9 for value in mauve), mauve
     assert found["real"]["unique"] > 0.3
     assert picture.read_bytes().startswith(b"\x89PNG")
 

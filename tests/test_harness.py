@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("jsonargparse")
 pytest.importorskip("lm_eval")
 pytest.importorskip("rich")
 

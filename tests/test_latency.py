@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("jsonargparse")
 pytest.importorskip("rich")
 pytest.importorskip("transformers")
 

@@ -149,7 +149,6 @@ def test_matches_an_independent_statement_of_the_network():
     ids=["small-absorbing", "small-uniform", "medium-absorbing"],
 )
 def test_log_scores_are_those_of_the_released_model(preset, graph, length):
-    pytest.importorskip("jsonargparse")
 
     sizes = PRESETS[preset]
     weights = released.random_weights(sizes.hidden_size, sizes.n_blocks, sizes.n_heads, graph.dim)

@@ -124,7 +124,8 @@ def test_the_command_line_comes_before_files_and_later_files_before_earlier(tmp_
     seen: list[TrainConfig] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sedd.commands.train", lambda config, resume, lock: seen.append(config) or 0)
-        line = ["train", "--seed=3", f"--run_dir={tmp_path / 'run'}", "--config", str(first), "--config", str(second), "--model.n-heads=4"]
+        run_dir = f"--run_dir={tmp_path / 'run'}"
+        line = ["train", "--seed=3", run_dir, "--config", str(first), "--config", str(second), "--model.n-heads=4"]
         assert main(line) == 0
     (config,) = seen
     assert (config.lr, config.seed, config.warmup, config.model.length, config.model.n_heads) == (0.2, 3, 7, 9, 4)

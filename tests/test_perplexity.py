@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("datasets")
-pytest.importorskip("jsonargparse")
 pytest.importorskip("rich")
 
 import datasets

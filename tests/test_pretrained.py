@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("jsonargparse")
 pytest.importorskip("omegaconf")
 pytest.importorskip("rich")
 

@@ -83,7 +83,7 @@ class Wandb:
 
     def __init__(self, run_dir: Path, step: int, config: Mapping[str, Any]) -> None:
         try:
-            import wandb  # type: ignore[import-not-found]
+            import wandb
         except ImportError as error:
             raise ImportError("log: wandb is not installed: pip install wandb, or leave it out of --log") from error
         folder = run_dir / "wandb"

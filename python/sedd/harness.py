@@ -75,6 +75,7 @@ def harness(run: str, options: HarnessOptions) -> int:
         raise ImportError(f"tasks need lm-eval: {pip_install('eval', 'lm_eval')}") from error
     from sedd.lm_eval_model import SEDDLM
 
+    device = str(resolve_device(options.device))
     manager = TaskManager(include_path=options.include_path)
     if unknown := [name for name in options.tasks if not manager.match_tasks([name])]:
         raise ValueError(f"tasks: the harness knows no {', '.join(unknown)}; `lm_eval ls tasks` lists what it knows")
@@ -84,7 +85,7 @@ def harness(run: str, options: HarnessOptions) -> int:
         steps=options.steps,
         seed=options.seed,
         batch_size=options.batch_size,
-        device=str(resolve_device(options.device)),
+        device=device,
     )
     results = lm_eval.simple_evaluate(
         model,

@@ -125,7 +125,7 @@ class Trainer:
             raise
 
     def _set_up(self, resume: bool) -> None:
-        config = self.config
+        given = self.config
         found = list_checkpoints(self.run_dir)
         if found and not resume:
             raise FileExistsError(
@@ -188,7 +188,8 @@ class Trainer:
         for name, text in self.tokenizer.files().items():
             if not found or not (self.run_dir / name).exists():
                 write_text(self.run_dir / name, text)
-        write_json(self.run_dir / "config.json", config.to_dict())
+        # as it was given: a resumed run's sizes may come from its checkpoint
+        write_json(self.run_dir / "config.json", (config if checkpoint is None else given).to_dict())
 
     def _checked_init(self, begin: SEDD) -> TrainConfig:
         """Options whose model has the sizes of ``--init``, if those that were given agree with it."""
