@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("pip", "setuptools", "pybind11", "cmake", "ninja", "numpy", "torch", "pytest", "pytest-xdist", "hypothesis")
-PACKAGES += ("scipy", "safetensors", "tiktoken", "transformers", "rich", "jsonargparse", "datasets", "triton")
+PACKAGES += ("scipy", "safetensors", "tiktoken", "transformers", "rich", "datasets", "triton")
 
 
 def tools(environment: Mapping[str, str]) -> dict[str, str]:

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-
 import torch
 
 import sedd.checkpoint

@@ -12,6 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("rich")
+pytest.importorskip("tensorboard")
+
 import torch
 import torch.utils.tensorboard
 from faults import KINDS, Faults, PowerCut, summary

@@ -10,8 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import omegaconf
 import pytest
+
+pytest.importorskip("omegaconf")
+pytest.importorskip("rich")
+
+import omegaconf
 import torch
 
 from sedd.cli import main

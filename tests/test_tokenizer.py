@@ -7,6 +7,9 @@ import sys
 
 import numpy as np
 import pytest
+
+pytest.importorskip("datasets")
+
 import tokenizers_made_here
 import torch
 from datasets.fingerprint import Hasher

@@ -13,8 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from sedd.hints import pip_install
 from sedd.progress import is_interactive
 
@@ -33,6 +31,8 @@ def import_datasets() -> Any:
         import datasets
     except ImportError as error:
         raise ImportError(f"loading text needs the package datasets: {pip_install('train', 'datasets')}") from error
+    from rich.console import Console
+
     if not is_interactive(Console(stderr=True)):
         datasets.disable_progress_bars()  # they are redrawn with control characters
     return datasets
