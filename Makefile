@@ -28,11 +28,11 @@ demo: $(VENV)/.train ## train a tiny model on Python's own text for 5 minutes (M
 # Processes of one thread each: two of them test faster than one of two threads.
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.dev ## run the tests, but for costly ones of what has not changed
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 test-all: export OMP_NUM_THREADS := 1
 test-all: $(VENV)/.dev ## run all tests, under all schedules of the emulation, and note that the costly ones passed
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --all --record
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal --all --record
 
 breaks: $(VENV)/.dev ## break the package and its tests on purpose, to see that a test notices
 	$(BIN)/python tests/breaks.py

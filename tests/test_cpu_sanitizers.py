@@ -16,6 +16,7 @@ from cuda_on_cpu import build, mutants
 
 from sedd_ext import _C
 
+pytestmark = pytest.mark.costly("csrc/*.h", "csrc/common", "csrc/cpu", "tests/cuda_on_cpu", "tests/cpu_kernels")
 FLAGS = (*build.sanitized("address"), "-O0", "-g1", "-Wno-psabi")
 X86 = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),

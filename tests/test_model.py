@@ -143,6 +143,7 @@ def test_matches_an_independent_statement_of_the_network():
 
 # Log-scores of random weights are of order 1 to 15. float32 rounds those by 1e-6, and its sums over 24 blocks are made
 # in another order here than there: 1e-5 is what the two statements may differ by.
+@pytest.mark.costly("python/sedd/model.py", "tests/released.py")
 @pytest.mark.parametrize(
     ("preset", "graph", "length"),
     [("small", Absorbing(50257), 24), ("small", Uniform(50257), 24), ("medium", Absorbing(50257), 8)],
