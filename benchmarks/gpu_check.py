@@ -30,7 +30,7 @@ from gpu_tables import Record, summary, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
-TESTED = ("score_entropy", "reverse", "transition", "linear_score_entropy", "linear_reverse", "bad_input")
+TESTED = ("score_entropy", "reverse", "transition", "linear_score_entropy", "linear_reverse", "bad_input", "operators")
 OPERATOR_TESTS = [f"tests/test_{name}.py" for name in (*TESTED, "cuda_kernels")]
 KINDS = ("about", "operators", "accuracy", "tokens", "timings", "models", "launches", "buffers", "counters")
 DEVICES = ("cpu", "cuda")

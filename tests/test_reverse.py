@@ -156,7 +156,9 @@ def test_equal_scores(name: str, dtype: torch.dtype) -> None:
     rows = slice(0, exact if name == "vector" else 8)
     probs = tweedie_probs(log_score[rows], x[rows], dsigma[rows], graph)
     expected = reference.transition_column(x, dsigma, graph)[rows]
-    torch.testing.assert_close(probs.double(), expected, rtol=5e-3 if name == "vector" else 5e-6, atol=1e-9)
+    # a lane of the baseline adds up 512 equal numbers in float32, each time rounded the same way: up to 512 * 2^-25
+    tolerance = 5e-3 if name == "vector" else 3e-5
+    torch.testing.assert_close(probs.double(), expected, rtol=tolerance, atol=1e-9)
 
 
 def test_samples_of_equal_scores(backend: Backend) -> None:

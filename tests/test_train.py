@@ -220,6 +220,15 @@ def test_kill_and_sigterm_and_resume_equal_one_run(make_config: MakeConfig, tmp_
     assert steps == list(range(1, last + 7)), "TensorBoard has each step once"
 
 
+@pytest.fixture
+def sighup() -> Iterator[None]:
+    """Not ignored, as it is where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("sighup")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_stops(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
@@ -241,6 +250,7 @@ def test_a_signal_saves_and_stops(
     assert signal.getsignal(signum) == before
 
 
+@pytest.mark.usefixtures("sighup")
 @pytest.mark.parametrize("is_told", [True, False])
 def test_a_terminal_that_closes_does_not_take_the_run_with_it(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, is_told: bool

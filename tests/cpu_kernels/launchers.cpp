@@ -38,9 +38,15 @@ bool has_fault(const ReverseParams& p, int64_t row, Status (*run)(const ReverseP
     return run(one, 1).fault != Fault::none;
 }
 
+// The driver asks where launches ran. The CPU runs all of them, wherever they are told to.
+int launch_device = -1;
+unsigned contexts = 0;
+void note(const CudaLaunch& launch) { launch_device = launch.device, contexts |= 1u << launch.device; }
+
 }  // namespace
 
-const char* score_entropy_cuda(const ScoreEntropyParams& p, const CudaLaunch&) {
+const char* score_entropy_cuda(const ScoreEntropyParams& p, const CudaLaunch& launch) {
+    note(launch);
     score_entropy_cpu(p, 1);
     for (int64_t row = 0; row < p.rows; ++row) {
         if (score_entropy_fault(p, row) != Fault::none) mark(p.out, compute_type(p.dtype), row, 1);
@@ -82,7 +88,8 @@ const char* transition_row_cuda(const TransitionParams& p, const CudaLaunch&) {
     return nullptr;
 }
 
-const char* sample_transition_cuda(const TransitionParams& p, const CudaLaunch&) {
+const char* sample_transition_cuda(const TransitionParams& p, const CudaLaunch& launch) {
+    note(launch);
     sample_transition_cpu(p, 1);
     for (int64_t row = 0; row < p.rows; ++row) {
         if (transition_fault(p, row) != Fault::none) static_cast<int64_t*>(p.out)[row] = -1;
@@ -99,7 +106,8 @@ const char* reverse_probs_cuda(const ReverseParams& p, const CudaLaunch&) {
     return nullptr;
 }
 
-const char* reverse_sample_cuda(const ReverseParams& p, const CudaLaunch&) {
+const char* reverse_sample_cuda(const ReverseParams& p, const CudaLaunch& launch) {
+    note(launch);
     reverse_sample_cpu(p, 1);
     if (p.rows > 2000) return nullptr;  // the row beyond 2^31 elements alone is looked at
     for (int64_t row = 0; row < p.rows; ++row) {
@@ -128,3 +136,6 @@ int64_t reverse_workspace(int64_t, int64_t, DType) { return 0; }
 extern "C" int cuda_on_cpu_set_schedule(const char* name, unsigned long long) {
     return sedd::select_isa(name) ? 0 : -1;
 }
+
+extern "C" int cuda_on_cpu_launch_device() { return sedd::launch_device; }
+extern "C" unsigned cuda_on_cpu_contexts() { return sedd::contexts; }
