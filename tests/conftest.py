@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ pytest_plugins = ["pytester"]
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "tests" / "passed.json"
 """The sources for which each costly test has passed, as a hash."""
+MADE = re.compile(r"__pycache__|\.so$")
+"""Files among the sources that are made from them."""
 
 settings.register_profile("sedd_ext", deadline=None, print_blob=True)
 settings.load_profile("sedd_ext")
@@ -109,7 +112,7 @@ def source_digest(paths: Sequence[str]) -> str:
         for file in ([found] if found.is_file() else found.rglob("*"))
     }
     digest = hashlib.sha256()
-    for file in sorted(file for file in files if file.is_file() and "__pycache__" not in file.parts):
+    for file in sorted(file for file in files if file.is_file() and not MADE.search(str(file))):
         content = file.read_bytes()
         digest.update(f"{file.relative_to(ROOT)} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:20]
