@@ -13,6 +13,8 @@ MINUTES ?= 5
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
 
+# Without a GPU the demo has no use for CUDA kernels, which take minutes to build where nvcc is found.
+demo: export SEDD_CUDA := $(or $(SEDD_CUDA),$(if $(shell command -v nvidia-smi),auto,off))
 demo: $(VENV)/.train ## train a tiny model on Python's own text for 5 minutes (MINUTES=5), then evaluate, sample and infill
 	@rm -rf $(RUN)
 	@printf '\n== 1 of 4: training on the sources and documentation of this Python, $(MINUTES) minutes\n'
@@ -80,7 +82,7 @@ $(VENV)/.%: $(SOURCES)
 	@command -v $${CXX:-c++} >/dev/null || { echo "make: no C++ compiler found: install g++ or clang, or set CXX="; exit 1; }
 	@printf '== Setting up $(VENV) with %s\n' "$$($(PYTHON) --version)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@printf '== pip downloads PyTorch and the other packages, builds the kernels (about 1 minute), and installs everything\n'
+	@printf '== pip downloads PyTorch and the other packages, builds the kernels (about 1 minute; CUDA kernels take more), and installs everything\n'
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@# setuptools warns at length of editable installs
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -c constraints.txt -e ".[$*]"

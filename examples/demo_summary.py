@@ -51,7 +51,7 @@ What to try next:
   {sedd} train --run_dir {run} --resume --max_minutes 30     train on, to 30 minutes in all
   {sedd} sample {run} --live                                 watch it write a text
   {sedd} report {run}                                        see the whole run on one page
-  {sedd} train --run_dir runs/mine --data.source FILE.txt    train on your own text
+  {sedd} train --run_dir runs/mine --data.source FILE.txt     train on your own text
 The README says how to use the operators in your own trainer; examples/bert.py is a complete one.""")
 
 

@@ -369,3 +369,17 @@ def test_bad_input(arguments, error, message):
     graph = GRAPHS["absorbing"]
     with pytest.raises(error, match=message):
         sample(TrueScore(graph), graph, SCHEDULE, **({"batch": 2, "length": 3, "steps": 2} | arguments))
+
+
+class Reluctant(TrueScore):
+    """Scores that are far too low, so that MASK hardly ever goes by itself."""
+
+    def hidden(self, x_t, sigma):
+        return super().hidden(x_t, sigma) - 30.0
+
+
+@pytest.mark.parametrize("denoise", [True, False])
+def test_the_last_step_leaves_no_mask_whatever_the_scores(denoise):
+    graph = GRAPHS["absorbing"]
+    x = sample(Reluctant(graph), graph, SCHEDULE, batch=2, length=50, steps=2, denoise=denoise)
+    assert bool((x == graph.mask_id).any()) != denoise
