@@ -383,3 +383,37 @@ def test_the_last_step_leaves_no_mask_whatever_the_scores(denoise):
     graph = GRAPHS["absorbing"]
     x = sample(Reluctant(graph), graph, SCHEDULE, batch=2, length=50, steps=2, denoise=denoise)
     assert bool((x == graph.mask_id).any()) != denoise
+
+
+class Contextual(TrueScore):
+    """Scores of a text whose tokens repeat one another, which do not depend on the time."""
+
+    def __init__(self, graph, time_conditioning):
+        super().__init__(graph)
+        self.time_conditioning = time_conditioning
+
+    def hidden(self, x_t, sigma):
+        counts = torch.nn.functional.one_hot(x_t, self.graph.dim).sum(1)[:, : self.graph.dim - 1]
+        log_p = torch.log_softmax(2.0 * counts.double(), -1)
+        return torch.nn.functional.pad(log_p, (0, 1))[:, None].expand(-1, x_t.shape[1], -1)
+
+    def log_score_shift(self, sigma, x_t):
+        return sigma.double().expm1().log()
+
+
+def test_states_that_are_kept_are_those_of_the_tokens_that_are_there():
+    """A network that is not told the time draws what it would draw if it were called in every step."""
+    graph = GRAPHS["absorbing"]
+    drawn = [
+        sample(
+            Contextual(graph, time_conditioning),
+            graph,
+            SCHEDULE,
+            batch=4,
+            length=12,
+            steps=8,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for time_conditioning in (True, False)
+    ]
+    assert torch.equal(*drawn)
