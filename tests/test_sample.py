@@ -395,7 +395,7 @@ class Contextual(TrueScore):
     def hidden(self, x_t, sigma):
         counts = torch.nn.functional.one_hot(x_t, self.graph.dim).sum(1)[:, : self.graph.dim - 1]
         log_p = torch.log_softmax(2.0 * counts.double(), -1)
-        return torch.nn.functional.pad(log_p, (0, 1))[:, None].expand(-1, x_t.shape[1], -1)
+        return torch.nn.functional.pad(log_p, (0, 1))[:, None].repeat(1, x_t.shape[1], 1)
 
     def log_score_shift(self, sigma, x_t):
         return sigma.double().expm1().log()
