@@ -289,17 +289,17 @@ BREAKS = [
         "tests/test_evaluate.py tests/test_perplexity.py",
     ),
     Break(
-        "the prior term is left out",
+        "the noise before t = 0 counts half",
         "python/sedd/evaluate.py",
         "return 2 * self.sigma * t.double()",
         "return self.sigma * t.double()",
         "tests/test_evaluate.py",
     ),
     Break(
-        "a pickle may name any function of os",
+        "pickles are executed",
         "python/sedd/weights.py",
-        'INERT = re.compile(r"(omegaconf|',
-        'INERT = re.compile(r"(os|posix|omegaconf|',
+        'map_location="cpu", weights_only=True)',
+        'map_location="cpu", weights_only=False)',
         "tests/test_pretrained.py",
     ),
 ]
