@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -179,6 +180,13 @@ def test_draws_of_an_empty_batch_and_of_one_token() -> None:
     graph = Uniform(10)
     assert sample_transition(torch.zeros(2, 0, dtype=torch.int64), 1.0, graph).shape == (2, 0)
     assert sample_transition(torch.tensor(3), 1.0, graph).shape == ()
+
+
+def test_random_numbers_have_53_bits() -> None:
+    """A vocabulary of 2^53 tokens shows them: every bit is one in half of the draws."""
+    tokens = sample_transition(torch.zeros(4000).long(), 40.0, Uniform(2**53))
+    ones = torch.stack([(tokens >> bit) & 1 for bit in range(53)]).sum(1)
+    assert ((ones - 2000).abs() < 6 * math.sqrt(1000)).all(), ones.tolist()
 
 
 # --------------------------------------------------------------------------------------------------------- operator
