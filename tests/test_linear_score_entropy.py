@@ -375,13 +375,15 @@ class TestInAModel:
     @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
     def test_compile(self, name: str, compiler: str) -> None:
         torch.compiler.reset()
+        torch.manual_seed(0)
         model, rows = Model(PROCESSES[name](27)), random_rows(PROCESSES[name](27), 24)
         compiled = torch.compile(model, fullgraph=True, backend=compiler)
         for weights in (torch.full((24,), 0.1), torch.rand(24)):
             whole = gradients_of(model, lambda weights=weights: (weights * model(*rows)).sum())
             again = gradients_of(model, lambda weights=weights: (weights * compiled(*rows)).sum())
             for one, other in zip(whole, again, strict=True):
-                torch.testing.assert_close(one, other)
+                # sums in another order: errors of the size of the largest terms
+                torch.testing.assert_close(one, other, rtol=1e-6, atol=2e-6 * float(one.abs().max()))
 
 
 def data_parallel(rank: int, folder: str) -> None:
