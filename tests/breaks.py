@@ -302,6 +302,49 @@ BREAKS = [
         'map_location="cpu", weights_only=False)',
         "tests/test_pretrained.py",
     ),
+    # ---- runs, files and options ----
+    Break(
+        "nohup is not obeyed",
+        "python/sedd/train.py",
+        "if previous[signal.SIGHUP] == signal.SIG_IGN:  # nohup",
+        "if False:",
+        "tests/test_train.py -k nohup",
+    ),
+    Break(
+        "a damaged checkpoint is resumed from",
+        "python/sedd/checkpoint.py",
+        "                verify(path)\n                last = path\n",
+        "                last = path\n",
+        "tests/test_train.py tests/test_checkpoint.py -k damaged",
+    ),
+    Break(
+        "numbers of a model's configuration may be NaN",
+        "python/sedd/pretrained.py",
+        "    if not math.isfinite(number):\n",
+        "    if False:\n",
+        "tests/test_pretrained.py -k will_not_do",
+    ),
+    Break(
+        "a file is renamed before it is on the disk",
+        "python/sedd/files.py",
+        "            flush(temporary)\n            temporary.replace(path)\n",
+        "            temporary.replace(path)\n",
+        "tests/test_faults.py",
+    ),
+    Break(
+        "a checkpoint is renamed before its files are on the disk",
+        "python/sedd/files.py",
+        "            flush_folder(temporary)\n            temporary.rename(path)\n",
+        "            temporary.rename(path)\n",
+        "tests/test_faults.py",
+    ),
+    Break(
+        "the CPU quota of a container is ignored",
+        "python/sedd/threads.py",
+        'if quota is not None and "OMP_NUM_THREADS" not in environ:',
+        "if False:",
+        "tests/test_threads.py -k quota",
+    ),
 ]
 
 

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from sedd.files import write_text
+from sedd.hints import pip_install
+
 __all__ = ["WRITERS", "TensorBoard", "Wandb", "Writer"]
 
 
@@ -46,7 +49,9 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError("log: tensorboard is not installed: pip install tensorboard, or --log none") from error
+            raise ImportError(
+                f"log: tensorboard is not installed: {pip_install('train', 'tensorboard')}, or --log none"
+            ) from error
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:  # noqa: D102
@@ -90,7 +95,7 @@ class Wandb:
         folder.mkdir(parents=True, exist_ok=True)
         identifier = folder / "sedd_run_id"
         if not (step and identifier.exists()):
-            identifier.write_text(secrets.token_hex(8), encoding="utf-8")
+            write_text(identifier, secrets.token_hex(8))
         self._wandb = wandb
         self._run = wandb.init(
             project="sedd",
