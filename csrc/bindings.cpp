@@ -64,6 +64,9 @@ PYBIND11_MODULE(_C, m) {
     m.attr("__version__") = SEDD_VERSION;
     m.attr("cuda") = SEDD_CUDA_VERSION;  // "" without CUDA kernels
     m.attr("compiler") = SEDD_COMPILER;
+    m.attr("least_noise") = sedd::kLeastNoise;
+    m.attr("reverse_draw_numbers") = sizeof(sedd::ReverseDraw) / sizeof(double);  // rows of them lie in float64 tensors
+    m.attr("score_entropy_sweep_numbers") = sizeof(sedd::ScoreEntropySweep) / sizeof(double);
     m.def("score_entropy", sedd::bind_score_entropy<Cpu<sedd::score_entropy_cpu>, int>);
     m.def("score_entropy_backward", sedd::bind_score_entropy<Cpu<sedd::score_entropy_backward_cpu>, int>);
     m.def("score_entropy_tile", sedd::bind_score_entropy_tile<Cpu<sedd::score_entropy_tile_cpu>, int>);

@@ -7,6 +7,9 @@ place of the threads, which gives back None or the runtime's error, and NAME_wor
 __version__: str
 cuda: str
 compiler: str
+least_noise: float
+reverse_draw_numbers: int
+score_entropy_sweep_numbers: int
 
 _Status = tuple[int, int]
 

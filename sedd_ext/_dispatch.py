@@ -21,7 +21,6 @@ STEPS = {"euler": 0, "tweedie": 1}
 _HUGE_BYTES = 1 << 24
 # torch calls AMD's devices "cuda" too
 CUDA = ("cuda",) if _C.cuda and torch.version.hip is None else ()
-LEAST_NOISE = 1e-250  # as in csrc/common/rank_one.h
 _FAULT_X_T, _FAULT_X_0, _FAULT_SIGMA, _FAULT_TOTAL = 1, 2, 3, 4
 
 
@@ -234,7 +233,7 @@ def raise_fault(
     if fault == _FAULT_SIGMA:
         name, values = sigma
         value = float(values.reshape(-1)[row])
-        wanted = f"numbers of at least {LEAST_NOISE}" if 0 < value < LEAST_NOISE else "finite numbers above 0"
+        wanted = f"numbers of at least {_C.least_noise}" if 0 < value < _C.least_noise else "finite numbers above 0"
         raise ValueError(f"{name}: expected {wanted}, got {value} {where}")
     assert fault == _FAULT_TOTAL
     raise ValueError(

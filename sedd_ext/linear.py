@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sedd_ext._dispatch import DTYPES, LEAST_NOISE, check_device, kind_of
+from sedd_ext import _C
+from sedd_ext._dispatch import DTYPES, check_device, kind_of
 from sedd_ext.graph import RankOne
 
 __all__: list[str] = []
@@ -59,7 +60,7 @@ def is_token(x: Tensor, dim: int) -> Tensor:
 
 def is_noise(sigma: Tensor) -> Tensor:
     """Where noise is what the kernels take."""
-    return (sigma >= LEAST_NOISE) & sigma.isfinite()
+    return (sigma >= _C.least_noise) & sigma.isfinite()
 
 
 def check_linear(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sedd_ext import _C
 from sedd_ext._dispatch import (
     DTYPES,
     PROCESSES,
@@ -40,7 +41,6 @@ _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor x_t, Tensor step, Tensor? log_score_shift, "
     "Tensor? stationary, str process, str kind, int forbidden, ScalarType dtype, int buffer_bytes, Tensor seed"
 )
-_DRAW = 6  # numbers of eight bytes in a ReverseDraw
 _SWEEP_AGAIN = -2
 
 
@@ -106,7 +106,7 @@ def _sample(
     if rows is None:
         rows = torch.arange(len(tokens), device=tokens.device)
     out = tokens.clone()
-    draws = steps.new_empty(len(rows), _DRAW)
+    draws = steps.new_empty(len(rows), _C.reverse_draw_numbers)
     drawn = draw(rows, draws, 0)
     if process != "absorbing" and (kind == "tweedie" or forbidden >= 0):
         again = (drawn == _SWEEP_AGAIN).nonzero().squeeze(1)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sedd_ext import _C
 from sedd_ext._dispatch import (
     DTYPES,
     PROCESSES,
@@ -41,7 +42,6 @@ _ARGUMENTS = (
     "bool grad_hidden, bool grad_weight, bool grad_bias"
 )
 _GRADIENTS = "Tensor, Tensor, Tensor"
-_SWEEP = 7  # float64 numbers of a ScoreEntropySweep
 
 
 def _fake(
@@ -140,7 +140,7 @@ def _forward(
             pi_x = stationary[tokens.clamp(0, dim - 1)].double()
     count = h.shape[0]
     losses = loss.new_zeros(count)
-    sweeps = noise.new_empty(count, _SWEEP)
+    sweeps = noise.new_empty(count, _C.score_entropy_sweep_numbers)
     exact = loss.dtype  # that gradients are added up in
     h_grad = h.new_zeros(h.shape if grad_hidden else (0,), dtype=exact)
     for gradient in gradients[1:]:

@@ -51,9 +51,9 @@ Without options a small model learns from the sources and documentation of this 
 holds everything: config.json, metrics.jsonl, TensorBoard scalars and checkpoints. Ctrl-C, SIGTERM and SIGHUP save and
 stop; --resume goes on, bit for bit as if there had been no break. One process at a time may train in a run folder.
 
-Without a GPU, all CPUs that the process may use take part, within the CPU quota of a container. If other processes use
-them too, set OMP_NUM_THREADS to the number of free ones. So that a waiting thread keeps its CPU for at most 50
-microseconds or so, sedd sets GOMP_SPINCOUNT, unless you set it, OMP_WAIT_POLICY or a KMP_ variable.
+Without a GPU, training uses all CPUs that the process may use, within the CPU quota of a container. If other processes
+use them too, set OMP_NUM_THREADS to the number of free ones. sedd sets GOMP_SPINCOUNT, so that a waiting thread
+occupies its CPU for about 50 microseconds only, unless you set GOMP_SPINCOUNT, OMP_WAIT_POLICY or a KMP_ variable.
 
 Lists are written as 0.9,0.98. Dashes in the names of options may replace underscores: --run-dir is --run_dir.
 

@@ -231,7 +231,9 @@ class JsonTokenizer(Tokenizer):
         try:
             from tokenizers import Tokenizer as Parsed
         except ImportError as error:
-            raise ImportError('reading a tokenizer.json needs tokenizers: pip install "sedd_ext[train]"') from error
+            raise ImportError(
+                f"reading a tokenizer.json needs tokenizers: {pip_install('train', 'tokenizers')}"
+            ) from error
         try:
             self._parsed = Parsed.from_str(text)
             parts = json.loads(text)
@@ -403,7 +405,9 @@ def _download(name: str, known: str) -> Path:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ImportError('tokenizer: downloading needs huggingface_hub: pip install "sedd_ext[train]"') from error
+        raise ImportError(
+            f"tokenizer: downloading needs huggingface_hub: {pip_install('train', 'huggingface_hub')}"
+        ) from error
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
     except huggingface_hub.errors.RepositoryNotFoundError as error:
