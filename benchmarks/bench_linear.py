@@ -71,11 +71,11 @@ def loss(case: Case, d: int) -> Run:
     rows: tuple[Any, ...] = (i.x_t, i.x_0, i.sigma)
 
     def unfused(function: Callable[..., Tensor]) -> Callable[[Head], Tensor]:
-        return lambda h: function(F.linear(*h), *rows, i.graph).sum()
+        return lambda h: function(F.linear(*h), *rows, i.process).sum()
 
     match case.contestant:
         case "kernel":
-            return gradients(lambda h: linear_score_entropy_loss(*h, *rows, i.graph, reduction="sum"), parts)
+            return gradients(lambda h: linear_score_entropy_loss(*h, *rows, i.process, reduction="sum"), parts)
         case "limit":
             return products(parts)
         case "unfused":
@@ -86,7 +86,7 @@ def loss(case: Case, d: int) -> Run:
             return gradients(compiled(unfused(dense_score_entropy), case), parts)
         case "released":
             return gradients(
-                lambda h: released_score_entropy(F.linear(*h), i.sigma, i.x_t, i.x_0, i.graph).sum(), parts
+                lambda h: released_score_entropy(F.linear(*h), i.sigma, i.x_t, i.x_0, i.process).sum(), parts
             )
     # what the same discipline costs for plain cross-entropy, in torch's own operator
     return gradients(lambda h: F.linear_cross_entropy(*h[:2], i.x_0, linear_bias=h.bias, reduction="sum"), parts)
@@ -97,13 +97,13 @@ def sample(case: Case, d: int) -> Run:
     step = i.step["tweedie"]
     match case.contestant:
         case "kernel":
-            return lambda: linear_tweedie_sample(*parts, i.x_t, step, i.graph)
+            return lambda: linear_tweedie_sample(*parts, i.x_t, step, i.process)
         case "limit":
             scores = torch.empty(len(parts.hidden), len(parts.weight), dtype=parts.hidden.dtype)
             return lambda: torch.addmm(parts.bias, parts.hidden, parts.weight.T, out=scores)
         case "unfused":
-            return lambda: tweedie_sample(F.linear(*parts), i.x_t, step, i.graph)
-    return lambda: released_analytic_step(F.linear(*parts).float(), i.x_t, step, i.graph)
+            return lambda: tweedie_sample(F.linear(*parts), i.x_t, step, i.process)
+    return lambda: released_analytic_step(F.linear(*parts).float(), i.x_t, step, i.process)
 
 
 def _bytes(case: Case, d: int, passes: int) -> int:
@@ -117,7 +117,7 @@ def cases(*peers: str) -> list[Case]:
         for dtype in ("float32", "bfloat16")
         for who in ("kernel", "limit", *peers)
     ]
-    return result + [Case(graph, LARGE, HEAD_BENCH_ROWS, "float32", "kernel") for graph in ("uniform", "hybrid")]
+    return result + [Case(process, LARGE, HEAD_BENCH_ROWS, "float32", "kernel") for process in ("uniform", "hybrid")]
 
 
 LOSS_PEERS = ("unfused", "dense", "compiled", "released") + (

@@ -25,18 +25,18 @@ STEPS = 4
 
 def released(case: Case, model: str, batch: int, length: int) -> Run:
     """The released sampler: all positions of all sequences in every step, in float32 behind the model."""
-    network, graph = whole_model(model, case)
+    network, process = whole_model(model, case)
     forward = compiled(network, case) if "compiled" in case.contestant else network
     times = torch.linspace(1.0, T_END, STEPS + 1, dtype=torch.float64)
     sigmas = [*SCHEDULE.total(times).tolist(), 0.0]
 
     @torch.no_grad()
     def run() -> Tensor:
-        x = torch.full((batch, length), graph.dim - 1, device=case.device)
+        x = torch.full((batch, length), process.dim - 1, device=case.device)
         for now, then in itertools.pairwise(sigmas):
             log_score = forward(x, torch.full((batch,), now, device=case.device)).flatten(0, 1)
             dsigma = torch.full((x.numel(),), now - then, device=case.device)
-            x = released_analytic_step(log_score, x.flatten(), dsigma, graph, denoise=then == 0.0).view_as(x)
+            x = released_analytic_step(log_score, x.flatten(), dsigma, process, denoise=then == 0.0).view_as(x)
         return x
 
     return run
@@ -55,10 +55,10 @@ def whole(case: Case, model: str, length: int = MODEL_LENGTH) -> Run:
 
         return run
     fused = case.contestant.startswith("kernel")
-    network, graph = whole_model(model, case)
+    network, process = whole_model(model, case)
     return lambda: sample(
         network,
-        graph,
+        process,
         SCHEDULE,
         batch=batch,
         length=length,

@@ -34,12 +34,12 @@ def _bytes(case: Case, passes: int) -> int:
     return case.rows * (passes * case.n * case.itemsize + (2 if passes == 3 else 1) * 28)
 
 
-def _kernel(x: Tensor, x_t: Tensor, x_0: Tensor, sigma: Tensor, graph: RankOne) -> Tensor:
-    return score_entropy_loss(x, x_t, x_0, sigma, graph)
+def _kernel(x: Tensor, x_t: Tensor, x_0: Tensor, sigma: Tensor, process: RankOne) -> Tensor:
+    return score_entropy_loss(x, x_t, x_0, sigma, process)
 
 
-def _released(x: Tensor, x_t: Tensor, x_0: Tensor, sigma: Tensor, graph: RankOne) -> Tensor:
-    return released_score_entropy(x, sigma, x_t, x_0, graph)
+def _released(x: Tensor, x_t: Tensor, x_0: Tensor, sigma: Tensor, process: RankOne) -> Tensor:
+    return released_score_entropy(x, sigma, x_t, x_0, process)
 
 
 def _loss(case: Case) -> Callable[[Tensor], Tensor]:
@@ -53,11 +53,11 @@ def _loss(case: Case) -> Callable[[Tensor], Tensor]:
     # A race between different formulas would mean nothing. In float64: in float32
     # the released uniform loss loses digits (2 % off at N = 50,258 and σ̄ = 0.18).
     few, x, sigma = slice(0, 4), i.log_score[:4].double(), i.sigma[:4].double()
-    mine, theirs = (f(x, i.x_t[few], i.x_0[few], sigma, i.graph) for f in (_kernel, function))
+    mine, theirs = (f(x, i.x_t[few], i.x_0[few], sigma, i.process) for f in (_kernel, function))
     torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-5, check_dtype=False)
     if case.contestant == "compiled":
         function = compiled(function, case)
-    return lambda x: function(x, i.x_t, i.x_0, i.sigma, i.graph)
+    return lambda x: function(x, i.x_t, i.x_0, i.sigma, i.process)
 
 
 def forward(case: Case) -> Run:
@@ -80,10 +80,10 @@ def backward(case: Case) -> Run:
     if case.contestant == "limit":
         return lambda: out.copy_(i.log_score)
     grad_loss, sigma = torch.ones(case.rows), i.sigma.double()
-    stationary = stationary_for(i.graph, i.log_score.dtype, out.device)
-    process, entropy = i.graph.process, i.graph.neg_entropy
+    stationary = stationary_for(i.process, i.log_score.dtype, out.device)
+    family, entropy = i.process.family, i.process.neg_entropy
     return lambda: _launch(
-        "score_entropy_backward", grad_loss, out, i.log_score, i.x_t, i.x_0, sigma, None, stationary, process, entropy
+        "score_entropy_backward", grad_loss, out, i.log_score, i.x_t, i.x_0, sigma, None, stationary, family, entropy
     )
 
 

@@ -25,23 +25,23 @@ SCHEDULE = get_schedule("loglinear")
 
 def released(case: Case, model: str) -> Callable[[Tensor, Tensor], Tensor]:
     """σ(t) Σ L from the log-scores of all positions, which the model returns."""
-    network, graph = whole_model(model, case)
+    network, process = whole_model(model, case)
     forward = compiled(network, case) if "compiled" in case.contestant else network
 
     def loss(x_0: Tensor, t: Tensor) -> Tensor:
         sigma, rate = SCHEDULE.total(t)[:, None], SCHEDULE.rate(t)[:, None]
-        x_t = sample_transition(x_0, sigma, graph)
-        return (rate * released_score_entropy(forward(x_t, sigma[:, 0]), sigma, x_t, x_0, graph)).sum()
+        x_t = sample_transition(x_0, sigma, process)
+        return (rate * released_score_entropy(forward(x_t, sigma[:, 0]), sigma, x_t, x_0, process)).sum()
 
     return loss
 
 
 def step(case: Case, model: str, length: int = MODEL_LENGTH) -> Run:
     """A step on times spread over (0, 1), the same for all."""
-    network, graph = whole_model(model, case)
+    network, process = whole_model(model, case)
     batch = max(1, case.rows // length)
     generator = torch.Generator().manual_seed(0)
-    x_0 = torch.randint(graph.dim - 1, (batch, length), generator=generator).to(case.device)
+    x_0 = torch.randint(process.dim - 1, (batch, length), generator=generator).to(case.device)
     times = sample_times(batch, generator=generator).to(case.device)
     scale = 1 / x_0.numel()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
@@ -53,7 +53,7 @@ def step(case: Case, model: str, length: int = MODEL_LENGTH) -> Run:
             if theirs is not None:
                 loss = scale * theirs(x_0, times)
             else:
-                loss = score_entropy(network, x_0, times, graph, SCHEDULE, scale=scale, fused=fused).sum()
+                loss = score_entropy(network, x_0, times, process, SCHEDULE, scale=scale, fused=fused).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

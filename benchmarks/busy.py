@@ -163,9 +163,9 @@ def prepare() -> dict[str, Callable[[], object]]:
         optimizer.zero_grad(set_to_none=True)
 
     def loss(rows: int, n: int) -> Callable[[], object]:
-        graph = Absorbing(n - 1)
-        log_score, x_t, x_0 = torch.randn(rows, n), torch.full((rows,), graph.mask_id), torch.zeros(rows).long()
-        return lambda: score_entropy_loss(log_score, x_t, x_0, 1.0, graph)
+        process = Absorbing(n - 1)
+        log_score, x_t, x_0 = torch.randn(rows, n), torch.full((rows,), process.mask_id), torch.zeros(rows).long()
+        return lambda: score_entropy_loss(log_score, x_t, x_0, 1.0, process)
 
     return {
         "training": training,

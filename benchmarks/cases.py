@@ -35,7 +35,7 @@ HEAD_BENCH_ROWS = 512
 HEAD_ROWS = (1024, 4096, 16_384)
 
 PEERS = ("dense", "compiled", "released")
-GRAPHS: dict[str, Callable[[int], RankOne]] = {
+PROCESSES: dict[str, Callable[[int], RankOne]] = {
     "absorbing": lambda n: Absorbing(n - 1),
     "uniform": Uniform,
     "hybrid": lambda n: Hybrid(n - 1, 0.1),
@@ -70,19 +70,19 @@ def whole_model(name: str, case: Case) -> tuple[SEDD, RankOne]:
     Its hidden states come through torch.compile where the contestant is the kernel, compiled.
     """
     sizes = (16, 1, 2, SMALL) if case.smoke else (*MODELS[name], LARGE)
-    network, graph = _whole_model(*sizes, case.device)
+    network, process = _whole_model(*sizes, case.device)
     vars(network).pop("hidden", None)  # the last contestant's
     if case.contestant == "kernel, compiled":
         network.hidden = compiled(network.hidden, case)  # type: ignore[method-assign]
-    return network, graph
+    return network, process
 
 
 @functools.lru_cache(maxsize=1)
 def _whole_model(width: int, blocks: int, heads: int, n: int, device: str) -> tuple[SEDD, RankOne]:
     torch.manual_seed(0)
     config = ModelConfig(hidden_size=width, n_blocks=blocks, n_heads=heads, length=MODEL_LENGTH, dropout=0.0)
-    graph = Absorbing(n - 1)
-    return SEDD(config, graph).to(device), graph
+    process = Absorbing(n - 1)
+    return SEDD(config, process).to(device), process
 
 
 def model_cases(*contestants: str) -> list[tuple[str, Case]]:
@@ -106,7 +106,7 @@ def fused_sample(d: int) -> str:
 class Case:
     """One contestant on one shape: the kernel, a peer (released, dense, compiled), or the limit."""
 
-    graph: str
+    process: str
     n: int
     rows: int
     dtype: str
@@ -118,7 +118,7 @@ class Case:
 
     def __str__(self) -> str:
         thread = "-one_thread" if self.one_thread else ""
-        return f"{self.graph}-{self.rows}x{self.n}-{self.dtype}-{self.contestant}{thread}"
+        return f"{self.process}-{self.rows}x{self.n}-{self.dtype}-{self.contestant}{thread}"
 
     @property
     def itemsize(self) -> int:
@@ -127,15 +127,15 @@ class Case:
 
     @property
     def inputs(self) -> Inputs:
-        return _inputs(self.graph, self.n, self.rows, self.dtype, self.device)
+        return _inputs(self.process, self.n, self.rows, self.dtype, self.device)
 
 
 def operator_cases(peers: Sequence[str] = (), *, beyond: bool = True) -> list[Case]:
     """The shapes of an operation over [rows, N], those beyond the cache too if wanted, and who competes on each."""
     result = []
     for n, rows in ((SMALL, SMALL_ROWS), (LARGE, CACHED_ROWS)):
-        for graph in ("absorbing", "uniform"):
-            result += [Case(graph, n, rows, "float32", who) for who in ("kernel", "limit", *peers)]
+        for process in ("absorbing", "uniform"):
+            result += [Case(process, n, rows, "float32", who) for who in ("kernel", "limit", *peers)]
         result += [Case("hybrid", n, rows, "float32", who) for who in ("kernel", "limit")]
         result += [Case("absorbing", n, rows, "bfloat16", who) for who in ("kernel", "limit")]
     processes = (
@@ -145,8 +145,8 @@ def operator_cases(peers: Sequence[str] = (), *, beyond: bool = True) -> list[Ca
         ("uniform", "bfloat16"),
         ("hybrid", "float32"),
     )
-    for graph, dtype in processes if beyond else ():
-        result += [Case(graph, LARGE, BEYOND_ROWS, dtype, who) for who in ("kernel", "limit")]
+    for process, dtype in processes if beyond else ():
+        result += [Case(process, LARGE, BEYOND_ROWS, dtype, who) for who in ("kernel", "limit")]
     eager = [peer for peer in peers if peer != "compiled"]
     if eager:
         result += [Case("absorbing", n, rows, "float32", who) for n, rows in FEW_ROWS for who in ("kernel", *eager)]
@@ -191,7 +191,7 @@ class Race(Protocol):
 class Inputs:
     """Tokens, σ̄, log-scores [rows, N] whose entry x_t is 0, and a reverse step at which half of the rows move."""
 
-    graph: RankOne
+    process: RankOne
     x_t: Tensor
     x_0: Tensor
     sigma: Tensor
@@ -200,11 +200,11 @@ class Inputs:
 
     @functools.cached_property
     def log_score(self) -> Tensor:
-        rows, n, device = len(self.x_t), self.graph.dim, self.x_t.device
+        rows, n, device = len(self.x_t), self.process.dim, self.x_t.device
         # Scores that add up to about 1 beside a MASK, and to about N where all tokens are alike. A block of rows is
         # repeated: making 823 MB of random numbers takes longer than what is measured on them.
         block = torch.randn(min(rows, 16), n, generator=torch.Generator().manual_seed(1)) - 0.5
-        if self.graph.process != "uniform":
+        if self.process.family != "uniform":
             block -= torch.tensor(float(n)).log()
         log_score = block.to(device, self.dtype).repeat(-(-rows // len(block)), 1)[:rows]
         log_score[torch.arange(rows, device=device), self.x_t] = 0
@@ -213,14 +213,14 @@ class Inputs:
 
 # Four (3.3 GB at 4,096 rows): a case, and the absorbing and float32 ones that it is compared with.
 @functools.lru_cache(maxsize=4)
-def _inputs(graph_name: str, n: int, rows: int, dtype: str, device: str) -> Inputs:
-    graph, generator = GRAPHS[graph_name](n), torch.Generator().manual_seed(0)
+def _inputs(process_name: str, n: int, rows: int, dtype: str, device: str) -> Inputs:
+    process, generator = PROCESSES[process_name](n), torch.Generator().manual_seed(0)
     x_0 = torch.randint(n - 1, (rows,), generator=generator)
-    x_t = torch.randint(n, (rows,), generator=generator) if graph_name == "uniform" else torch.full((rows,), n - 1)
+    x_t = torch.randint(n, (rows,), generator=generator) if process_name == "uniform" else torch.full((rows,), n - 1)
     sigma = 0.1 + 2.9 * torch.rand(-(-rows // SEQUENCE), generator=generator)
     sigma = sigma.repeat_interleave(SEQUENCE)[:rows].contiguous()
     step = {"tweedie": torch.full((rows,), 2.0).log().to(device), "euler": torch.full((rows,), 0.5, device=device)}
-    return Inputs(graph, x_t.to(device), x_0.to(device), sigma.to(device), step, getattr(torch, dtype))
+    return Inputs(process, x_t.to(device), x_0.to(device), sigma.to(device), step, getattr(torch, dtype))
 
 
 def plain_read(x: Tensor) -> Run:

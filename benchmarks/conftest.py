@@ -78,7 +78,7 @@ def race(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Race:
                 rival()
                 seconds[name].append(time.perf_counter() - start)
 
-        benchmark.group = group or f"{operation}, {case.graph}, {case.rows} x {case.n}, {case.dtype}"
+        benchmark.group = group or f"{operation}, {case.process}, {case.rows} x {case.n}, {case.dtype}"
         benchmark.pedantic(contestant, setup=time_rivals, rounds=rounds)  # type: ignore[no-untyped-call]
         if benchmark.stats is None:  # --benchmark-disable
             return
@@ -116,8 +116,8 @@ def _rivals(case: Case, alone: bool) -> dict[str, Case]:
     if case.whole:
         return {}
     rivals = {"limit": dataclasses.replace(case, contestant="limit")}
-    if case.graph != "absorbing":
-        rivals["absorbing"] = dataclasses.replace(case, graph="absorbing")
+    if case.process != "absorbing":
+        rivals["absorbing"] = dataclasses.replace(case, process="absorbing")
     if case.dtype != "float32":
         rivals["float32"] = dataclasses.replace(case, dtype="float32")
     return rivals

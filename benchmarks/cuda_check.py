@@ -184,7 +184,7 @@ def demangle(mangled: str) -> tuple[str, list[str]] | None:
     if match is None:
         return None
     names = {"0": "false", "1": "true", "4Half": "float16", "8BFloat16": "bfloat16", "f": "float32", "d": "float64"}
-    tokens = re.findall(r"Lb([01])E|LNS_7ProcessE(\d)E|NS_(4Half|8BFloat16)E|([fd])", f"{match[2] or ''}E")
+    tokens = re.findall(r"Lb([01])E|LNS_6FamilyE(\d)E|NS_(4Half|8BFloat16)E|([fd])", f"{match[2] or ''}E")
     return match[1], [PROCESSES[int(p)] if p else names[flag or struct or letter] for flag, p, struct, letter in tokens]
 
 

@@ -74,7 +74,7 @@ def _read_and_copy(i: Inputs) -> Run:
 
 
 def _write(i: Inputs) -> Run:
-    out = torch.empty(len(i.x_0), i.graph.dim, device=i.x_0.device)
+    out = torch.empty(len(i.x_0), i.process.dim, device=i.x_0.device)
     return lambda: out.fill_(0.5)
 
 
@@ -86,28 +86,28 @@ TOKENS = Limit(lambda i: i.x_0.clone, lambda *_: 24)
 
 
 def _loss(function: Function, i: Inputs) -> Tensor:
-    return function(i.log_score, i.x_t, i.x_0, i.sigma, i.graph)
+    return function(i.log_score, i.x_t, i.x_0, i.sigma, i.process)
 
 
 def _gradient(function: Function, i: Inputs) -> Tensor:
     x = i.log_score.detach().requires_grad_()
-    return torch.autograd.grad(function(x, i.x_t, i.x_0, i.sigma, i.graph).sum(), x)[0]
+    return torch.autograd.grad(function(x, i.x_t, i.x_0, i.sigma, i.process).sum(), x)[0]
 
 
 def _tweedie(function: Function, i: Inputs) -> Tensor:
-    return function(i.log_score, i.x_t, i.step["tweedie"], i.graph)
+    return function(i.log_score, i.x_t, i.step["tweedie"], i.process)
 
 
 def _euler(function: Function, i: Inputs) -> Tensor:
-    return function(i.log_score, i.x_t, i.step["euler"], i.graph)
+    return function(i.log_score, i.x_t, i.step["euler"], i.process)
 
 
 def _noise(function: Function, i: Inputs) -> Tensor:
-    return function(i.x_0, i.sigma, i.graph)
+    return function(i.x_0, i.sigma, i.process)
 
 
-def _dense_step(log_score: Tensor, x_t: Tensor, step: Tensor, graph: RankOne, kind: str) -> Tensor:
-    return dense_step(log_score.float(), x_t, step, graph, kind)
+def _dense_step(log_score: Tensor, x_t: Tensor, step: Tensor, process: RankOne, kind: str) -> Tensor:
+    return dense_step(log_score.float(), x_t, step, process, kind)
 
 
 # The output head and what comes behind it: of a model's width on a GPU, of a small one where that is rehearsed.
@@ -121,19 +121,19 @@ def _head(rows: int, n: int, dtype: str, device: str) -> list[Tensor]:
 def _head_of(i: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states, weight and bias; the bias makes the scores add up to about 1, where that is usual."""
     dtype = str(i.dtype).removeprefix("torch.")
-    hidden, weight, bias = _head(len(i.x_0), i.graph.dim, dtype, i.x_0.device.type)
-    return hidden, weight, None if i.graph.process == "uniform" else bias
+    hidden, weight, bias = _head(len(i.x_0), i.process.dim, dtype, i.x_0.device.type)
+    return hidden, weight, None if i.process.family == "uniform" else bias
 
 
 def _linear_gradient(function: Function, i: Inputs) -> Tensor:
     hidden, weight, bias = _head_of(i)
     leaves = [tensor.detach().requires_grad_() for tensor in (hidden, weight)]
-    loss = function(*leaves, bias, i.x_t, i.x_0, i.sigma, i.graph)
+    loss = function(*leaves, bias, i.x_t, i.x_0, i.sigma, i.process)
     return torch.autograd.grad(loss.sum(), leaves)[1]
 
 
 def _linear_tweedie(function: Function, i: Inputs) -> Tensor:
-    return function(*_head_of(i), i.x_t, i.step["tweedie"], i.graph)
+    return function(*_head_of(i), i.x_t, i.step["tweedie"], i.process)
 
 
 def _unfused_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FORWARD, GRAPHS, LARGE, SMALL, TWEEDIE, Case, Inputs, Run
+from cases import FORWARD, LARGE, PROCESSES, SMALL, TWEEDIE, Case, Inputs, Run
 from gpu_check import STOPPED, Record
-from gpu_devices import DEVICES, GRAPH, Device
+from gpu_devices import DEVICES, PROCESS, Device
 from gpu_models import compiled_models, models
 from gpu_operations import OPERATIONS, Operation
 from torch import Tensor
@@ -46,8 +46,8 @@ def about(device: Device, quick: bool) -> Iterator[Record]:
 
 def launches(device: Device, quick: bool) -> Iterator[Record]:
     """Every operator once a process, dtype and N: what a sanitizer, which takes its time, looks at."""
-    for n, graph, dtype in itertools.product((1025, SMALL, LARGE), GRAPHS, ("float32", "bfloat16")):
-        case = Case(graph, n, 5, dtype, "kernel", device=device.name)
+    for n, process, dtype in itertools.product((1025, SMALL, LARGE), PROCESSES, ("float32", "bfloat16")):
+        case = Case(process, n, 5, dtype, "kernel", device=device.name)
         for operation in OPERATIONS:
             operation.contestant("kernel", case)()
         yield {"kind": "launches", **_shape(case)}
@@ -56,10 +56,10 @@ def launches(device: Device, quick: bool) -> Iterator[Record]:
 def counted(device: Device, quick: bool) -> Iterator[Record]:
     """Every operator once on the main shape: what a profiler, which runs each kernel several times, counts."""
     rows, n = device.shapes[-1 if quick else 0]
-    for graph, dtype in itertools.product(GRAPHS, ("float32", "bfloat16")):
+    for process, dtype in itertools.product(PROCESSES, ("float32", "bfloat16")):
         for operation in OPERATIONS:
             # a fused head launches the same kernels tile by tile: a part of the rows will do
-            case = Case(graph, n, min(rows, 1024) if operation.waits else rows, dtype, "kernel", device=device.name)
+            case = Case(process, n, min(rows, 1024) if operation.waits else rows, dtype, "kernel", device=device.name)
             if dtype in operation.dtypes:
                 operation.contestant("kernel", case)()
                 yield {"kind": "launches", "operation": operation.name, **_shape(case)}
@@ -90,8 +90,8 @@ def buffers(device: Device, quick: bool) -> Iterator[Record]:
 def operators(device: Device, quick: bool) -> Iterator[Record]:
     """Every operator once a process, dtype and N, and again in other ways, which must give the same bits."""
     sizes = (1025, SMALL) if quick else (1025, LARGE, SMALL)
-    for n, graph, dtype in itertools.product(sizes, GRAPHS, ("float32", "bfloat16")):
-        case = Case(graph, n, 5, dtype, "kernel", device=device.name)
+    for n, process, dtype in itertools.product(sizes, PROCESSES, ("float32", "bfloat16")):
+        case = Case(process, n, 5, dtype, "kernel", device=device.name)
         for operation in OPERATIONS:
             record = {"kind": "operators", "operation": operation.name, **_shape(case)}
             try:
@@ -108,7 +108,7 @@ def _ways_that_differ(device: Device, run: Callable[[], Tensor], waits: bool) ->
         return way()
 
     first = seeded(run)
-    ways = {name: way for name, way in device.variants(run).items() if not (waits and name == GRAPH)}
+    ways = {name: way for name, way in device.variants(run).items() if not (waits and name == PROCESS)}
     return [name for name, way in ways.items() if not torch.equal(seeded(way), first)]
 
 
@@ -117,21 +117,21 @@ def accuracy(device: Device, quick: bool) -> Iterator[Record]:
     sys.path.insert(0, str(TESTS))
     from explicit import PROCESSES, Rows, largest_error, random_log_score, random_rows, term_scales
 
-    def value_and_gradient(module: Any, log_score: Tensor, rows: Any, graph: RankOne) -> list[Tensor]:
+    def value_and_gradient(module: Any, log_score: Tensor, rows: Any, process: RankOne) -> list[Tensor]:
         leaf = log_score.requires_grad_()
-        loss = module.score_entropy_loss(leaf, *rows, graph)
+        loss = module.score_entropy_loss(leaf, *rows, process)
         return [loss.detach().cpu(), torch.autograd.grad(loss.sum(), leaf)[0].cpu()]
 
     sizes = (1025, SMALL) if quick else (1025, LARGE, SMALL)
     for n, name, dtype in itertools.product(sizes, PROCESSES, (torch.float32, torch.bfloat16)):
-        graph = PROCESSES[name](n)
-        rows, log_score = random_rows(graph, 24), random_log_score((24, n), dtype)
-        exact = value_and_gradient(reference, log_score.double(), rows, graph)
-        scales = term_scales(log_score, rows, graph)
+        process = PROCESSES[name](n)
+        rows, log_score = random_rows(process, 24), random_log_score((24, n), dtype)
+        exact = value_and_gradient(reference, log_score.double(), rows, process)
+        scales = term_scales(log_score, rows, process)
         there = Rows(*(tensor.to(device.name) for tensor in rows))
         errors = {}
         for who, module in (("kernel", sedd_ext), ("plain", reference)):
-            found = value_and_gradient(module, log_score.to(device.name, copy=True), there, graph)
+            found = value_and_gradient(module, log_score.to(device.name, copy=True), there, process)
             errors[who] = [largest_error(*v) for v in zip(found, exact, scales, strict=True)]
         record = {"kind": "accuracy", "process": name, "n": n, "dtype": str(dtype).removeprefix("torch.")}
         record |= {who: dict(zip(("loss", "gradient"), error, strict=True)) for who, error in errors.items()}
@@ -142,9 +142,9 @@ def accuracy(device: Device, quick: bool) -> Iterator[Record]:
 def tokens(device: Device, quick: bool) -> Iterator[Record]:
     """The samplers' tokens beside those of the CPU for the same seeds; a step at which most rows move."""
     shapes = [(1025, 10_000, 10), (LARGE, 500, 20), (SMALL, 10_000, 10)]  # N, rows, seeds
-    for (n, rows, seeds), graph, dtype in itertools.product(shapes, GRAPHS, ("float32", "bfloat16")):
+    for (n, rows, seeds), process, dtype in itertools.product(shapes, PROCESSES, ("float32", "bfloat16")):
         rows, seeds = (rows // 10, 1) if quick else (rows, seeds)
-        here = Case(graph, n, rows, dtype, "kernel")
+        here = Case(process, n, rows, dtype, "kernel")
         inputs = [here.inputs, dataclasses.replace(here, device=device.name).inputs]
         for sampler in ("tweedie", "euler", "transition"):
             differing = 0
@@ -158,14 +158,14 @@ def tokens(device: Device, quick: bool) -> Iterator[Record]:
 
 
 def _draw(sampler: str, i: Inputs, seed: int) -> Tensor:
-    device, graph, ops = i.x_0.device, i.graph, torch.ops.sedd_ext
+    device, process, ops = i.x_0.device, i.process, torch.ops.sedd_ext
     key = torch.tensor([seed], device=device)
     if sampler == "transition":
-        cumulative = graph.cumulative.to(device) if graph.process == "rank_one" else None
-        drawn = ops.sample_transition(i.x_0, i.sigma.double(), cumulative, graph.process, graph.dim, key)
+        cumulative = process.cumulative.to(device) if process.family == "rank_one" else None
+        drawn = ops.sample_transition(i.x_0, i.sigma.double(), cumulative, process.family, process.dim, key)
     else:
-        step, stationary = i.step[sampler].double(), stationary_for(graph, i.dtype, device)
-        drawn = ops.reverse_sample(i.log_score, i.x_t, step, None, stationary, graph.process, sampler, -1, key)
+        step, stationary = i.step[sampler].double(), stationary_for(process, i.dtype, device)
+        drawn = ops.reverse_sample(i.log_score, i.x_t, step, None, stationary, process.family, sampler, -1, key)
     result: Tensor = drawn.cpu()
     return result
 
@@ -173,8 +173,8 @@ def _draw(sampler: str, i: Inputs, seed: int) -> Tensor:
 def timings(device: Device, quick: bool) -> Iterator[Record]:
     """Each operator beside its limit and the eager reference, or what it fuses."""
     shapes = device.shapes[-1:] if quick else device.shapes
-    for (rows, n), graph, dtype in itertools.product(shapes, GRAPHS, ("float32", "bfloat16")):
-        case = Case(graph, n, rows, dtype, "kernel", smoke=quick, device=device.name)
+    for (rows, n), process, dtype in itertools.product(shapes, PROCESSES, ("float32", "bfloat16")):
+        case = Case(process, n, rows, dtype, "kernel", smoke=quick, device=device.name)
         for operation in OPERATIONS:
             if case.dtype in operation.dtypes:
                 yield _race(device, operation, case, ("kernel", operation.rival, "limit"))
@@ -186,10 +186,10 @@ def compile_timings(device: Device, quick: bool) -> Iterator[Record]:
     On the main shape, where it matters; each compilation takes a good part of a minute.
     """
     (rows, n), told = device.shapes[-1 if quick else 0], (FORWARD + " + backward", TWEEDIE)
-    for graph, dtype in (("absorbing", "bfloat16"), ("absorbing", "float32"), ("uniform", "bfloat16")):
-        case = Case(graph, n, rows, dtype, "kernel", smoke=quick, device=device.name)
+    for process, dtype in (("absorbing", "bfloat16"), ("absorbing", "float32"), ("uniform", "bfloat16")):
+        case = Case(process, n, rows, dtype, "kernel", smoke=quick, device=device.name)
         for operation in OPERATIONS:
-            if operation.name in told and not (graph == "uniform" and operation.name == TWEEDIE):
+            if operation.name in told and not (process == "uniform" and operation.name == TWEEDIE):
                 yield _race(device, operation, case, ("kernel", "compile"))
 
 
@@ -203,7 +203,7 @@ BODIES = {
 
 
 def _shape(case: Case) -> Record:
-    return {"process": case.graph, "rows": case.rows, "n": case.n, "dtype": case.dtype}
+    return {"process": case.process, "rows": case.rows, "n": case.n, "dtype": case.dtype}
 
 
 def _race(device: Device, operation: Operation, case: Case, contestants: Sequence[str]) -> Record:

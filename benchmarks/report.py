@@ -75,7 +75,7 @@ class Result:
 
 
 class Results:
-    """The benchmarks of a run by operation, graph, N, rows, dtype and contestant."""
+    """The benchmarks of a run by operation, process, N, rows, dtype and contestant."""
 
     def __init__(self, run: dict[str, Any]) -> None:
         infos = [(b["stats"]["median"], b["extra_info"]) for b in run["benchmarks"]]
@@ -85,7 +85,7 @@ class Results:
 
     @staticmethod
     def _key(info: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(info[name] for name in ("operation", "graph", "n", "rows", "dtype", "contestant"))
+        return tuple(info[name] for name in ("operation", "process", "n", "rows", "dtype", "contestant"))
 
     def get(
         self,
@@ -93,15 +93,15 @@ class Results:
         contestant: str,
         rows: int,
         n: int = LARGE,
-        graph: str = "absorbing",
+        process: str = "absorbing",
         dtype: str = "float32",
     ) -> Result | None:
-        return self._races.get((operation, graph, n, rows, dtype, contestant))
+        return self._races.get((operation, process, n, rows, dtype, contestant))
 
     def shapes(self, operation: str) -> list[tuple[int, int, str, str]]:
-        """(N, rows, graph, dtype) of an operation's races, in the order they ran."""
+        """(N, rows, process, dtype) of an operation's races, in the order they ran."""
         found = [r.info for r in self._races.values() if r.info["operation"] == operation]
-        return list(dict.fromkeys((i["n"], i["rows"], i["graph"], i["dtype"]) for i in found))
+        return list(dict.fromkeys((i["n"], i["rows"], i["process"], i["dtype"]) for i in found))
 
     def linearity(self, operation: str) -> list[Result]:
         return [r for r in self.all if r.info["linearity"] and r.info["operation"] == operation]
@@ -141,8 +141,8 @@ def target_rows(results: Results) -> list[Row]:
         beyond, cached = (None if r is None else r.times(rival) for r in found)
         return beyond, cached
 
-    def peer(operation: str, contestant: str, graph: str = "absorbing") -> tuple[None, float | None]:
-        found = results.get(operation, contestant, CACHED_ROWS, graph=graph)
+    def peer(operation: str, contestant: str, process: str = "absorbing") -> tuple[None, float | None]:
+        found = results.get(operation, contestant, CACHED_ROWS, process=process)
         return None, None if found is None else found.times("kernel")
 
     rows = [
@@ -157,7 +157,7 @@ def target_rows(results: Results) -> list[Row]:
     for step in (TWEEDIE, EULER):
         rows.append(Row(step, "the read limit", 1.5, kernel(step, "limit")))
     for operation in (FORWARD, BACKWARD, AUTOGRAD, TWEEDIE, EULER):
-        rows.append(Row(f"uniform: {operation}", "absorbing", 1.3, kernel(operation, "absorbing", graph="uniform")))
+        rows.append(Row(f"uniform: {operation}", "absorbing", 1.3, kernel(operation, "absorbing", process="uniform")))
     for operation in (FORWARD, BACKWARD, AUTOGRAD, TWEEDIE, EULER):
         rows.append(Row(f"bfloat16: {operation}", "float32", 1.0, kernel(operation, "float32", dtype="bfloat16")))
     return rows
@@ -212,9 +212,9 @@ def program_tables(results: Results) -> list[str]:
         "| --- | --- | --: | --: | --: | --: |",
     ]
     for operation in (f(model) for f in (training, sampling) for model in MODELS):
-        for _, rows, graph, dtype in results.shapes(operation):
+        for _, rows, process, dtype in results.shapes(operation):
             found = {
-                who: results.get(operation, who, rows, graph=graph, dtype=dtype)
+                who: results.get(operation, who, rows, process=process, dtype=dtype)
                 for who in ("kernel", "unfused", "released", "released, compiled")
             }
             kernel = found.pop("kernel")
@@ -254,14 +254,14 @@ def program_tables(results: Results) -> list[str]:
 
 
 def _peer_rows(results: Results, operation: str, peers: Iterable[str]) -> Iterable[str]:
-    for n, rows, graph, dtype in results.shapes(operation):
-        kernel = results.get(operation, "kernel", rows, n, graph, dtype)
+    for n, rows, process, dtype in results.shapes(operation):
+        kernel = results.get(operation, "kernel", rows, n, process, dtype)
         if kernel is None:
             continue
         limit = kernel.times("limit")
-        cells = [operation, graph, dtype, _time(kernel.seconds), "" if limit is None else f"{limit:.3g}×"]
+        cells = [operation, process, dtype, _time(kernel.seconds), "" if limit is None else f"{limit:.3g}×"]
         for contestant in peers:
-            peer = results.get(operation, contestant, rows, n, graph, dtype)
+            peer = results.get(operation, contestant, rows, n, process, dtype)
             cells.append("" if peer is None else f"{peer.times('kernel'):.3g}×")
         yield "| " + " | ".join(cells) + " |"
 
@@ -298,13 +298,13 @@ def _growth(sweep: list[Result]) -> tuple[float | None, float | None]:
 def _worst_small(results: Results, operation: str) -> tuple[float, str] | None:
     """Where plain PyTorch, eager, comes nearest to the kernel or passes it: N = 27, or few rows."""
     found: list[tuple[float, str]] = []
-    for n, rows, graph, dtype in results.shapes(operation):
+    for n, rows, process, dtype in results.shapes(operation):
         if n == LARGE and rows >= CACHED_ROWS and operation != SAMPLE:
             continue
         for contestant in ("dense", "released"):
-            peer = results.get(operation, contestant, rows, n, graph, dtype)
+            peer = results.get(operation, contestant, rows, n, process, dtype)
             if peer is not None and (times := peer.times("kernel")) is not None:
-                found.append((times, f"{rows:,} x {n:,}, {graph}"))
+                found.append((times, f"{rows:,} x {n:,}, {process}"))
     return min(found, default=None)
 
 
@@ -357,15 +357,15 @@ def tables(run: dict[str, Any], results: Results) -> str:
 
 
 def _shape_rows(results: Results, operation: str, shapes: Iterable[tuple[int, int, str, str]]) -> Iterable[str]:
-    for n, rows, graph, dtype in shapes:
-        kernel = results.get(operation, "kernel", rows, n, graph, dtype)
+    for n, rows, process, dtype in shapes:
+        kernel = results.get(operation, "kernel", rows, n, process, dtype)
         if kernel is None:
             continue
         limit = kernel.info["rival_seconds"].get("limit")
-        cells = [graph, f"{n:,}", f"{rows:,}", dtype, _time(kernel.seconds), f"{kernel.info['gb_per_s']:.3g}"]
+        cells = [process, f"{n:,}", f"{rows:,}", dtype, _time(kernel.seconds), f"{kernel.info['gb_per_s']:.3g}"]
         cells += ["", ""] if limit is None else [_time(limit), f"{limit / kernel.seconds:.0%}"]
         for contestant in PEERS:
-            peer = results.get(operation, contestant, rows, n, graph, dtype)
+            peer = results.get(operation, contestant, rows, n, process, dtype)
             cells.append("" if peer is None else f"{_time(peer.seconds)} ({peer.times('kernel'):.3g}×)")
         yield "| " + " | ".join(cells) + " |"
 
@@ -392,15 +392,15 @@ def draw_bars(results: Results, machine: str, path: Path) -> None:
 
 def _bars(axis: Axes, results: Results, operation: str, rows: int) -> None:
     labels: list[str] = []
-    for graph in ("absorbing", "uniform"):
+    for process in ("absorbing", "uniform"):
         first = len(labels)
         for contestant in ("kernel", "compiled", "dense", "released"):
-            result = results.get(operation, contestant, rows, graph=graph)
+            result = results.get(operation, contestant, rows, process=process)
             if result is not None:
                 bar = axis.bar(len(labels), result.seconds * 1e3, color=COLOURS[contestant])
                 axis.bar_label(bar, fmt="%.3g", fontsize=8)
-                labels.append(f"{contestant}\n{graph}")
-        kernel = results.get(operation, "kernel", rows, graph=graph)
+                labels.append(f"{contestant}\n{process}")
+        kernel = results.get(operation, "kernel", rows, process=process)
         limit = None if kernel is None else kernel.info["rival_seconds"].get("limit")
         if limit is not None:
             axis.hlines(limit * 1e3, first - 0.5, len(labels) - 0.5, colors="black", linestyles="dashed")
@@ -440,8 +440,8 @@ def draw_programs(results: Results, path: Path) -> None:
     operations += [f(model) for f in (training, sampling) for model in MODELS]
     labels: list[str] = []
     for operation in operations:
-        for n, rows, graph, dtype in results.shapes(operation):
-            released = results.get(operation, "released", rows, n, graph, dtype)
+        for n, rows, process, dtype in results.shapes(operation):
+            released = results.get(operation, "released", rows, n, process, dtype)
             times = None if released is None else released.times("kernel")
             if times is not None:
                 bar = axis.barh(len(labels), times, color=COLOURS["kernel" if dtype == "float32" else "compiled"])

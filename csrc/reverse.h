@@ -25,7 +25,7 @@ struct ReverseParams {
     int64_t dim;
     int64_t forbidden;  // a token the step must not return (MASK, at the last step), or -1
     DType dtype;
-    Process process;
+    Family family;
     Step kind;
 };
 
@@ -75,14 +75,14 @@ SEDD_HD Drain<To> converted(const Drain<From>& drain) {
 template <class Real, class Params>
 SEDD_HD Drain<Real> reverse_drain(const Params& p, const ReverseRow& row, double others) {
     const double all = 1.0 + others;
-    return drain_of<Real>(row, p.process == Process::uniform ? all / static_cast<double>(p.dim) : all);
+    return drain_of<Real>(row, p.family == Family::uniform ? all / static_cast<double>(p.dim) : all);
 }
 
 // w(x), given Σ_{y≠x} s_y.
 template <class Params>
 SEDD_HD double reverse_stay(const Params& p, const ReverseRow& row, double others, double pi_x, bool forbidden) {
     const double all = 1.0 + others;
-    const double amount = p.process == Process::uniform ? all / static_cast<double>(p.dim) : all * pi_x;
+    const double amount = p.family == Family::uniform ? all / static_cast<double>(p.dim) : all * pi_x;
     const double w =
         p.kind == Step::euler ? row.stay - others : row.stay * drained(1.0, drain_of<double>(row, amount), 1.0);
     return forbidden || !(w > 0.0) ? 0.0 : w;
@@ -104,13 +104,13 @@ SEDD_HD Fault reverse_fault(const Params& p, int64_t row) {
 // Do the weights of y ≠ x differ from the scores?
 template <class Params>
 SEDD_HD bool reverse_weighs(const Params& p, const ReverseRow& row, int64_t x) {
-    return p.process != Process::absorbing && (row.drain > 0.0 || (p.forbidden >= 0 && p.forbidden != x));
+    return p.family != Family::absorbing && (row.drain > 0.0 || (p.forbidden >= 0 && p.forbidden != x));
 }
 
 // w_y where s_y is known; for y ≠ x.
 template <class Params>
 SEDD_HD double reverse_weight(const Params& p, double score, const Drain<double>& drain, double pi_y, int64_t y) {
-    const double w = drained(score, drain, p.process == Process::uniform ? 1.0 : pi_y);
+    const double w = drained(score, drain, p.family == Family::uniform ? 1.0 : pi_y);
     return y == p.forbidden || !(w > 0.0) ? 0.0 : w;
 }
 
@@ -143,7 +143,7 @@ struct ReverseTileParams {
     int64_t dim;
     int64_t forbidden;
     DType dtype;
-    Process process;
+    Family family;
     Step kind;
     int32_t sweep;  // 0, or 1 for the second
 };

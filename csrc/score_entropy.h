@@ -23,7 +23,7 @@ struct ScoreEntropyParams {
     int64_t rows;
     int64_t dim;
     DType dtype;
-    Process process;
+    Family family;
 };
 
 // The numbers of one row, π_x multiplied in: c and a/D alone grow like 1/π_x.
@@ -99,7 +99,7 @@ struct ScoreEntropyTileParams {
     int64_t first;
     int64_t dim;
     DType dtype;
-    Process process;
+    Family family;
 };
 
 template <class Params>

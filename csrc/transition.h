@@ -16,13 +16,13 @@ struct TransitionParams {
     int64_t rows;
     int64_t dim;
     DType dtype;
-    Process process;
+    Family family;
 };
 
 // One draw from π by inverse CDF: the first token whose cumulative sum exceeds u, so that π_y = 0 is never drawn.
-SEDD_HD int64_t draw_stationary(Process process, const double* cumulative, int64_t dim, double u) {
-    if (process == Process::absorbing) return dim - 1;
-    if (process == Process::uniform) {
+SEDD_HD int64_t draw_stationary(Family family, const double* cumulative, int64_t dim, double u) {
+    if (family == Family::absorbing) return dim - 1;
+    if (family == Family::uniform) {
         const int64_t y = static_cast<int64_t>(u * static_cast<double>(dim));
         return y < dim ? y : dim - 1;
     }
@@ -44,8 +44,8 @@ SEDD_HD int64_t draw_transition(const TransitionParams& p, int64_t row, double b
     const Uniforms u = row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(row));
     const bool moves = u.first < b;
     // No branch on what no processor can predict, but for the search in a vector π.
-    const bool needs = p.process != Process::rank_one || moves;
-    const int64_t y = needs ? draw_stationary(p.process, p.cumulative, p.dim, u.second) : 0;
+    const bool needs = p.family != Family::rank_one || moves;
+    const int64_t y = needs ? draw_stationary(p.family, p.cumulative, p.dim, u.second) : 0;
     return moves ? y : p.x[row];
 }
 
@@ -59,10 +59,10 @@ struct TransitionRow {
 };
 
 // column: a [y = x] + b π_y over y, what x becomes. Else: a [y = x] + b π_x over y, what becomes x.
-SEDD_HD TransitionRow transition_row(bool column, Process process, double sigma, double pi_x) {
+SEDD_HD TransitionRow transition_row(bool column, Family family, double sigma, double pi_x) {
     const Decay d = decay(sigma);
-    const double at_x = process == Process::absorbing && pi_x == 1.0 && column ? 1.0 : d.a + d.b * pi_x;
-    if (column && process == Process::absorbing) return {0.0, 0.0, at_x, d.b};
+    const double at_x = family == Family::absorbing && pi_x == 1.0 && column ? 1.0 : d.a + d.b * pi_x;
+    if (column && family == Family::absorbing) return {0.0, 0.0, at_x, d.b};
     return {d.b, d.b * pi_x, at_x, 0.0};
 }
 

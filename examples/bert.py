@@ -19,7 +19,7 @@ from sedd_ext import Absorbing, linear_score_entropy_loss, sample_transition, tw
 LENGTH = 64  # tokens in a sequence
 EPS = 1e-3  # at t = 1 this fraction of the text is still there
 
-graph = Absorbing(256)  # the bytes 0 to 255; MASK is one token more, number 256, so N = graph.dim = 257
+process = Absorbing(256)  # the bytes 0 to 255; MASK is one token more, number 256, so N = process.dim = 257
 
 
 def noise(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,13 +33,13 @@ def log_score_shift(sigma_bar: Tensor) -> Tensor:
     The scores of a masked position sum to 1 / (e^σ̄ - 1), which spans six orders of magnitude over (0, 1]. With the
     shift, outputs of 0 mean "all N - 1 tokens are equally likely", at every noise level.
     """
-    return torch.log(torch.expm1(sigma_bar)) + math.log(graph.dim - 1)
+    return torch.log(torch.expm1(sigma_bar)) + math.log(process.dim - 1)
 
 
 def make_model() -> ModernBertForMaskedLM:
     """A ModernBERT of 0.4 million parameters. Its vocabulary is that of the process, MASK included."""
     config = ModernBertConfig(
-        vocab_size=graph.dim,
+        vocab_size=process.dim,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,
@@ -71,7 +71,7 @@ def train(
         t = (torch.rand(1) + torch.arange(batch) / batch) % 1.0  # [B], evenly spread: the loss varies less
         sigma_bar, sigma = noise(t.clamp(min=EPS))
 
-        x_t = sample_transition(x_0, sigma_bar[:, None], graph)
+        x_t = sample_transition(x_0, sigma_bar[:, None], process)
         # The network is not told σ̄: under absorbing noise, what is masked does not depend on it, given what is not.
         hidden = model.head(model.model(x_t).last_hidden_state)  # [B, L, d]
         loss = linear_score_entropy_loss(
@@ -81,7 +81,7 @@ def train(
             x_t,
             x_0,
             sigma_bar[:, None],
-            graph,
+            process,
             log_score_shift=log_score_shift(sigma_bar)[:, None],
             loss_weight=sigma[:, None],
             reduction="mean",
@@ -100,12 +100,12 @@ def train(
 @torch.no_grad()
 def sample(model: ModernBertForMaskedLM, num: int = 1, steps: int = 64) -> Tensor:
     """Writes texts [num, LENGTH], from MASK everywhere to none in ``steps`` reverse steps."""
-    x = graph.sample_limit((num, LENGTH))
+    x = process.sample_limit((num, LENGTH))
     sigma_bar, _ = noise(torch.linspace(1.0, 1e-5, steps))
     for i, sigma in enumerate(sigma_bar):
         last = i == steps - 1
         dsigma = sigma if last else sigma - sigma_bar[i + 1]
-        x = tweedie_sample(model(x).logits, x, dsigma, graph, log_score_shift=log_score_shift(sigma), denoise=last)
+        x = tweedie_sample(model(x).logits, x, dsigma, process, log_score_shift=log_score_shift(sigma), denoise=last)
     return x
 
 

@@ -45,8 +45,8 @@ evaluate() { # name
 }
 
 train absorbing
-train uniform-geometric --graph uniform --schedule geometric --schedule_params.sigma_max 20
-train uniform-loglinear --graph uniform
+train uniform-geometric --process uniform --schedule geometric --schedule_params.sigma_max 20
+train uniform-loglinear --process uniform
 for run in absorbing uniform-geometric uniform-loglinear; do evaluate "$run"; done
 "$(dirname "$0")/compare.py" "$folder"/{absorbing,uniform-geometric,uniform-loglinear} --out "$folder/comparison" \
   --words "$folder/train.txt"

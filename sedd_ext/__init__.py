@@ -15,9 +15,9 @@ except ImportError as error:
         "installed package: run Python from another folder, or install with pip install -e ."
     ) from error
 from sedd_ext import reference
-from sedd_ext.graph import Absorbing, Hybrid, RankOne, Uniform
 from sedd_ext.linear_reverse import linear_euler_sample, linear_tweedie_sample
 from sedd_ext.linear_score_entropy import linear_score_entropy_loss
+from sedd_ext.process import Absorbing, Hybrid, RankOne, Uniform
 from sedd_ext.reverse import euler_probs, euler_sample, tweedie_probs, tweedie_sample
 from sedd_ext.score_entropy import score_entropy_loss
 from sedd_ext.transition import sample_transition, transition_column, transition_row

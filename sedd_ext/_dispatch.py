@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from sedd_ext import _C
-from sedd_ext.graph import RankOne
+from sedd_ext.process import RankOne
 
 __all__: list[str] = []
 
 # As in csrc/common/types.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-PROCESSES = {"absorbing": 0, "uniform": 1, "rank_one": 2}
+FAMILIES = {"absorbing": 0, "uniform": 1, "rank_one": 2}
 STEPS = {"euler": 0, "tweedie": 1}
 _HUGE_BYTES = 1 << 24
 # torch calls AMD's devices "cuda" too
@@ -34,13 +34,13 @@ def kind_of(value: object) -> str:
     return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
 
 
-def check_graph(graph: object) -> RankOne:
-    """``graph`` is a process."""
-    if not isinstance(graph, RankOne):
+def check_process(process: object) -> RankOne:
+    """``process`` is a process."""
+    if not isinstance(process, RankOne):
         raise TypeError(
-            f"graph: expected a process (Absorbing, Uniform, Hybrid or RankOne of sedd_ext), got {kind_of(graph)}"
+            f"process: expected a process (Absorbing, Uniform, Hybrid or RankOne of sedd_ext), got {kind_of(process)}"
         )
-    return graph
+    return process
 
 
 def check_tokens(name: str, value: object, shape: torch.Size | None = None, of: str = "log_score") -> Tensor:
@@ -53,12 +53,12 @@ def check_tokens(name: str, value: object, shape: torch.Size | None = None, of: 
     return value
 
 
-def check_log_score(value: object, graph: RankOne) -> Tensor:
-    """``value`` holds log-scores [*B, N] for the graph's N."""
+def check_log_score(value: object, process: RankOne) -> Tensor:
+    """``value`` holds log-scores [*B, N] for the process's N."""
     if not isinstance(value, Tensor) or value.dtype not in DTYPES:
         raise TypeError(f"log_score: expected a float32, bfloat16, float16 or float64 tensor, got {kind_of(value)}")
-    if value.dim() == 0 or value.shape[-1] != graph.dim:
-        raise ValueError(f"log_score: expected shape [*B, {graph.dim}] for {graph}, got {list(value.shape)}")
+    if value.dim() == 0 or value.shape[-1] != process.dim:
+        raise ValueError(f"log_score: expected shape [*B, {process.dim}] for {process}, got {list(value.shape)}")
     check_device("log_score", value.device)
     return value
 
@@ -108,9 +108,9 @@ def per_row(name: str, value: object, batch: torch.Size, device: torch.device) -
     return rows.contiguous()
 
 
-def stationary_for(graph: RankOne, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+def stationary_for(process: RankOne, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """π as the kernels read it: a vector of the compute type, or None where its shape says it all."""
-    return graph._copy("stationary", compute_dtype(dtype), device) if graph.process == "rank_one" else None
+    return process._copy("stationary", compute_dtype(dtype), device) if process.family == "rank_one" else None
 
 
 def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:

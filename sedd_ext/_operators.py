@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from sedd_ext._dispatch import CUDA, DTYPES, PROCESSES, STEPS, compute_dtype, kind_of
+from sedd_ext._dispatch import CUDA, DTYPES, FAMILIES, STEPS, compute_dtype, kind_of
 
 __all__: list[str] = []
 
@@ -33,7 +33,7 @@ def _numbers(dtype: str) -> list[Rule]:
 
 def _vector(dtype: str) -> Rule:
     needed = f"{{0}} is None or {{0}}.dtype is not {dtype} or {{0}}.numel() != dim"
-    wrong = f"({needed}) if process == 'rank_one' else {{0}} is not None"
+    wrong = f"({needed}) if family == 'rank_one' else {{0}} is not None"
     return wrong, ValueError, f"{{dim}} numbers of {{{dtype}}} for a rank_one process, None for any other"
 
 
@@ -77,7 +77,7 @@ RULES: dict[str, list[Rule]] = {
             "bias's dtype and shape, or nothing",
         )
     ],
-    "process": [("{0} not in PROCESSES", ValueError, "'absorbing', 'uniform' or 'rank_one'")],
+    "family": [("{0} not in FAMILIES", ValueError, "'absorbing', 'uniform' or 'rank_one'")],
     "kind": [("{0} not in STEPS", ValueError, "'tweedie' or 'euler'")],
     "dim": [("{0} < 1", ValueError, "a positive number of tokens")],
     "dtype": [("{0} not in dtypes", TypeError, "one of {dtypes}")],
@@ -94,7 +94,7 @@ Beside the arguments they know ``rows``, the number of tokens; ``dim``, N; and `
 
 _KNOWN = {
     "DTYPES": DTYPES,
-    "PROCESSES": PROCESSES,
+    "FAMILIES": FAMILIES,
     "STEPS": STEPS,
     "EXACT": {dtype: compute_dtype(dtype) for dtype in DTYPES},
     "int64": torch.int64,

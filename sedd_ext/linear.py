@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sedd_ext import _C
 from sedd_ext._dispatch import DTYPES, check_device, kind_of
-from sedd_ext.graph import RankOne
+from sedd_ext.process import RankOne
 
 __all__: list[str] = []
 
@@ -41,12 +41,12 @@ def log_score_tile(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: 
     return torch.addmm(bias, hidden, weight.T, out=out)
 
 
-def live_rows(x_t: Tensor, bad: Tensor, stationary: Tensor | None, process: str, dim: int) -> Tensor | None:
+def live_rows(x_t: Tensor, bad: Tensor, stationary: Tensor | None, family: str, dim: int) -> Tensor | None:
     """Indices of the rows that go through the head, of x_t [R]: those with π_x > 0, and bad ones, which kernels report.
 
     None for all of them. Waits for the device: a matrix product's shape depends on their number.
     """
-    if process == "uniform":
+    if family == "uniform":
         return None
     moves = x_t == dim - 1 if stationary is None else stationary[x_t.clamp(0, dim - 1)] > 0
     rows = (moves | bad).nonzero().squeeze(1)
@@ -64,7 +64,7 @@ def is_noise(sigma: Tensor) -> Tensor:
 
 
 def check_linear(
-    hidden: object, weight: object, bias: object, graph: RankOne, buffer_bytes: object
+    hidden: object, weight: object, bias: object, process: RankOne, buffer_bytes: object
 ) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype]:
     """The head's arguments, and the dtype of its matrix products: autocast's where it is on, else their own."""
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
@@ -75,8 +75,8 @@ def check_linear(
     assert isinstance(hidden, Tensor)
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
-    if weight.dim() != 2 or weight.shape[0] != graph.dim:
-        raise ValueError(f"weight: expected shape [{graph.dim}, d] for {graph}, got {list(weight.shape)}")
+    if weight.dim() != 2 or weight.shape[0] != process.dim:
+        raise ValueError(f"weight: expected shape [{process.dim}, d] for {process}, got {list(weight.shape)}")
     check_device("hidden", hidden.device)
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -84,7 +84,7 @@ def check_linear(
             f"got {list(hidden.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected shape [{graph.dim}], got {list(bias.shape)}")
+        raise ValueError(f"bias: expected shape [{process.dim}], got {list(bias.shape)}")
     if not isinstance(buffer_bytes, int) or isinstance(buffer_bytes, bool) or buffer_bytes < 1:
         raise ValueError(f"buffer_bytes: expected a positive int, got {buffer_bytes!r}")
     dtype = weight.dtype

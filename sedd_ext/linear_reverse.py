@@ -10,10 +10,10 @@ from torch import Tensor
 from sedd_ext import _C
 from sedd_ext._dispatch import (
     DTYPES,
-    PROCESSES,
+    FAMILIES,
     STEPS,
     addresses,
-    check_graph,
+    check_process,
     check_same_device,
     check_tokens,
     draw_seed,
@@ -23,7 +23,6 @@ from sedd_ext._dispatch import (
     stationary_for,
 )
 from sedd_ext._operators import define
-from sedd_ext.graph import RankOne
 from sedd_ext.linear import (
     BUFFER_BYTES,
     check_linear,
@@ -33,13 +32,14 @@ from sedd_ext.linear import (
     log_score_tile,
     tile_shape,
 )
+from sedd_ext.process import RankOne
 from sedd_ext.reverse import STEP_NAME, check_tempering, draw_tempered
 
 __all__ = ["linear_euler_sample", "linear_tweedie_sample"]
 
 _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor x_t, Tensor step, Tensor? log_score_shift, "
-    "Tensor? stationary, str process, str kind, int forbidden, ScalarType dtype, int buffer_bytes, Tensor seed"
+    "Tensor? stationary, str family, str kind, int forbidden, ScalarType dtype, int buffer_bytes, Tensor seed"
 )
 _SWEEP_AGAIN = -2
 
@@ -57,7 +57,7 @@ def _sample(
     step: Tensor,
     log_score_shift: Tensor | None,
     stationary: Tensor | None,
-    process: str,
+    family: str,
     kind: str,
     forbidden: int,
     dtype: torch.dtype,
@@ -68,7 +68,7 @@ def _sample(
     stationary = None if stationary is None else stationary.contiguous()
     h, tokens, steps = hidden.reshape(-1, d), x_t.reshape(-1), step.reshape(-1)
     shift = None if log_score_shift is None else log_score_shift.reshape(-1)
-    codes = (DTYPES[dtype], PROCESSES[process], STEPS[kind])
+    codes = (DTYPES[dtype], FAMILIES[family], STEPS[kind])
 
     def draw(rows: Tensor, draws: Tensor, sweep: int) -> Tensor:
         """Tokens of the rows, which are indices into the flattened x_t."""
@@ -102,13 +102,13 @@ def _sample(
                     raise_fault(found, {"x_t": x_t}, dim, (STEP_NAME[kind], step), scores="hidden")
         return out
 
-    rows = live_rows(tokens, ~(is_token(tokens, dim) & is_noise(steps)), stationary, process, dim)
+    rows = live_rows(tokens, ~(is_token(tokens, dim) & is_noise(steps)), stationary, family, dim)
     if rows is None:
         rows = torch.arange(len(tokens), device=tokens.device)
     out = tokens.clone()
     draws = steps.new_empty(len(rows), _C.reverse_draw_numbers)
     drawn = draw(rows, draws, 0)
-    if process != "absorbing" and (kind == "tweedie" or forbidden >= 0):
+    if family != "absorbing" and (kind == "tweedie" or forbidden >= 0):
         again = (drawn == _SWEEP_AGAIN).nonzero().squeeze(1)
         if len(again):
             drawn[again] = draw(rows[again], draws[again], 1)
@@ -127,7 +127,7 @@ def _tempered(
     step: Tensor,
     log_score_shift: Tensor | None,
     stationary: Tensor | None,
-    process: str,
+    family: str,
     kind: str,
     forbidden: int,
     dtype: torch.dtype,
@@ -141,7 +141,7 @@ def _tempered(
     h, out = hidden.reshape(-1, d), x_t.reshape(-1).clone()
     steps = step.reshape(-1)
     shifts = None if log_score_shift is None else log_score_shift.reshape(-1)
-    rows = live_rows(out, ~(is_token(out, dim) & is_noise(steps)), stationary, process, dim)
+    rows = live_rows(out, ~(is_token(out, dim) & is_noise(steps)), stationary, family, dim)
     if rows is None:
         rows = torch.arange(len(out), device=out.device)
     draw_seed(generator, out.device)  # looks at the generator
@@ -152,7 +152,7 @@ def _tempered(
         x = out[at]
         tile = log_score_tile(h[at].to(dtype), w, b, w.new_empty(len(at) * dim))
         shift = None if shifts is None else shifts[at]
-        probs = torch.ops.sedd_ext.reverse_probs(tile, x, steps[at], shift, stationary, process, kind, forbidden)
+        probs = torch.ops.sedd_ext.reverse_probs(tile, x, steps[at], shift, stationary, family, kind, forbidden)
         out[at] = draw_tempered(probs, x, temperature, top_p, uniforms[:, at])
     return out.view(x_t.shape)
 
@@ -164,7 +164,7 @@ def _step(
     bias: Tensor | None,
     x_t: Tensor,
     step: Tensor | float,
-    graph: RankOne,
+    process: RankOne,
     log_score_shift: Tensor | float | None,
     denoise: bool,
     temperature: float,
@@ -172,8 +172,8 @@ def _step(
     generator: torch.Generator | None,
     buffer_bytes: int,
 ) -> Tensor:
-    graph = check_graph(graph)
-    hidden, weight, bias, dtype = check_linear(hidden, weight, bias, graph, buffer_bytes)
+    process = check_process(process)
+    hidden, weight, bias, dtype = check_linear(hidden, weight, bias, process, buffer_bytes)
     batch, device = hidden.shape[:-1], hidden.device
     x_t = check_tokens("x_t", x_t, batch, "hidden")
     check_same_device(hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}), x_t=x_t)
@@ -185,10 +185,10 @@ def _step(
         x_t,
         per_row(STEP_NAME[kind], step, batch, device),
         None if log_score_shift is None else per_row("log_score_shift", log_score_shift, batch, device),
-        stationary_for(graph, dtype, device),
-        graph.process,
+        stationary_for(process, dtype, device),
+        process.family,
         kind,
-        graph.mask_id if denoise and graph.mask_id is not None else -1,
+        process.mask_id if denoise and process.mask_id is not None else -1,
         dtype,
         buffer_bytes,
     )
@@ -207,7 +207,7 @@ def linear_tweedie_sample(
     bias: Tensor | None,
     x_t: Tensor,
     dsigma: Tensor | float,
-    graph: RankOne,
+    process: RankOne,
     *,
     log_score_shift: Tensor | float | None = None,
     denoise: bool = False,
@@ -231,7 +231,7 @@ def linear_tweedie_sample(
         bias: the head's bias [N], or None.
         x_t: the current tokens, [*B], int64, in [0, N).
         dsigma: Δ > 0, a number or a floating-point tensor that broadcasts to [*B].
-        graph: the process; ``graph.dim`` is N.
+        process: the process; ``process.dim`` is N.
         log_score_shift: subtracted from every log-score of its row; a number or a floating-point tensor that broadcasts
             to [*B].
         denoise: the last step (Δ = σ̄(ε)): MASK, where the process has one, gets probability 0.
@@ -258,7 +258,7 @@ def linear_tweedie_sample(
         bias,
         x_t,
         dsigma,
-        graph,
+        process,
         log_score_shift,
         denoise,
         temperature,
@@ -274,7 +274,7 @@ def linear_euler_sample(
     bias: Tensor | None,
     x_t: Tensor,
     step: Tensor | float,
-    graph: RankOne,
+    process: RankOne,
     *,
     log_score_shift: Tensor | float | None = None,
     denoise: bool = False,
@@ -291,7 +291,7 @@ def linear_euler_sample(
         bias: as for :func:`linear_tweedie_sample`.
         x_t: as for :func:`linear_tweedie_sample`.
         step: Δt σ(t) > 0, a number or a floating-point tensor that broadcasts to [*B].
-        graph: as for :func:`linear_tweedie_sample`.
+        process: as for :func:`linear_tweedie_sample`.
         log_score_shift: as for :func:`linear_tweedie_sample`.
         denoise: as for :func:`linear_tweedie_sample`.
         temperature: as for :func:`linear_tweedie_sample`.
@@ -314,7 +314,7 @@ def linear_euler_sample(
         bias,
         x_t,
         step,
-        graph,
+        process,
         log_score_shift,
         denoise,
         temperature,

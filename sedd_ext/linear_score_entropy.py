@@ -10,9 +10,9 @@ from torch import Tensor
 from sedd_ext import _C
 from sedd_ext._dispatch import (
     DTYPES,
-    PROCESSES,
+    FAMILIES,
     addresses,
-    check_graph,
+    check_process,
     check_reduction,
     check_tokens,
     compute_dtype,
@@ -23,7 +23,6 @@ from sedd_ext._dispatch import (
     stationary_for,
 )
 from sedd_ext._operators import define
-from sedd_ext.graph import RankOne
 from sedd_ext.linear import (
     BUFFER_BYTES,
     check_linear,
@@ -33,12 +32,13 @@ from sedd_ext.linear import (
     log_score_tile,
     tile_shape,
 )
+from sedd_ext.process import RankOne
 
 __all__ = ["linear_score_entropy_loss"]
 
 _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor x_t, Tensor x_0, Tensor sigma, Tensor? log_score_shift, "
-    "Tensor? loss_weight, Tensor? stationary, str process, float neg_entropy, ScalarType dtype, int buffer_bytes, "
+    "Tensor? loss_weight, Tensor? stationary, str family, float neg_entropy, ScalarType dtype, int buffer_bytes, "
     "bool grad_hidden, bool grad_weight, bool grad_bias"
 )
 _GRADIENTS = "Tensor, Tensor, Tensor"
@@ -109,7 +109,7 @@ def _forward(
     log_score_shift: Tensor | None,
     loss_weight: Tensor | None,
     stationary: Tensor | None,
-    process: str,
+    family: str,
     neg_entropy: float,
     dtype: torch.dtype,
     buffer_bytes: int,
@@ -122,7 +122,7 @@ def _forward(
     dim, d = weight.shape
     stationary = None if stationary is None else stationary.contiguous()
     bad = ~(is_token(x_t, dim) & is_token(x_0, dim) & is_noise(sigma)).reshape(-1)
-    rows = live_rows(x_t.reshape(-1), bad, stationary, process, dim)
+    rows = live_rows(x_t.reshape(-1), bad, stationary, family, dim)
 
     def live(values: Tensor) -> Tensor:
         values = values.reshape(-1, *values.shape[x_t.dim() :])
@@ -135,7 +135,7 @@ def _forward(
     unit: Tensor | None = None
     if dtype == torch.float16:
         if stationary is None:
-            pi_x = torch.full_like(noise, 1.0 / dim if process == "uniform" else 1.0)
+            pi_x = torch.full_like(noise, 1.0 / dim if family == "uniform" else 1.0)
         else:
             pi_x = stationary[tokens.clamp(0, dim - 1)].double()
     count = h.shape[0]
@@ -173,7 +173,7 @@ def _forward(
                 sweeps[at],
                 losses[at],
             )
-            numbers = (neg_entropy, *tile.shape, first, dim, DTYPES[dtype], PROCESSES[process])
+            numbers = (neg_entropy, *tile.shape, first, dim, DTYPES[dtype], FAMILIES[family])
             sizes = (tile.shape[0], tile.shape[1], DTYPES[dtype])
             fault, row = launch("score_entropy_tile", losses, (*tensors, *numbers), sizes)
             if fault:
@@ -296,7 +296,7 @@ def linear_score_entropy_loss(
     x_t: Tensor,
     x_0: Tensor,
     sigma: Tensor | float,
-    graph: RankOne,
+    process: RankOne,
     *,
     log_score_shift: Tensor | float | None = None,
     loss_weight: Tensor | float | None = None,
@@ -322,7 +322,7 @@ def linear_score_entropy_loss(
         x_t: noised tokens, [*B], int64, in [0, N).
         x_0: clean tokens, [*B], int64, in [0, N).
         sigma: total noise σ̄(t) > 0, a number or a floating-point tensor that broadcasts to [*B].
-        graph: the process; ``graph.dim`` is N.
+        process: the process; ``process.dim`` is N.
         log_score_shift: subtracted from every log-score of its row; a number or a floating-point tensor that broadcasts
             to [*B].
         loss_weight: what each position's loss is multiplied by, the noise rate σ(t) for one; a number or a
@@ -342,8 +342,8 @@ def linear_score_entropy_loss(
 
     Source: SEDD (Lou, Meng & Ermon 2024), Theorem 3.6, in closed form for any rank-one process.
     """
-    graph = check_graph(graph)
-    hidden, weight, bias, dtype = check_linear(hidden, weight, bias, graph, buffer_bytes)
+    process = check_process(process)
+    hidden, weight, bias, dtype = check_linear(hidden, weight, bias, process, buffer_bytes)
     batch, device = hidden.shape[:-1], hidden.device
     x_t, x_0 = check_tokens("x_t", x_t, batch, "hidden"), check_tokens("x_0", x_0, batch, "hidden")
     check_reduction(reduction)
@@ -362,9 +362,9 @@ def linear_score_entropy_loss(
         per_row("sigma", sigma, batch, device),
         None if log_score_shift is None else per_row("log_score_shift", log_score_shift, batch, device),
         None if loss_weight is None else per_row("loss_weight", loss_weight, batch, device),
-        stationary_for(graph, dtype, device),
-        graph.process,
-        graph.neg_entropy,
+        stationary_for(process, dtype, device),
+        process.family,
+        process.neg_entropy,
         dtype,
         buffer_bytes,
         *differentiable,

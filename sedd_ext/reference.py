@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from sedd_ext.graph import RankOne
+from sedd_ext.process import RankOne
 
 __all__ = [
     "dense_score_entropy",
@@ -34,29 +34,29 @@ __all__ = [
 # --------------------------------------------------------------------------------------------------------- transitions
 
 
-def transition_column(x_0: Tensor, sigma: float | Tensor, graph: RankOne) -> Tensor:
+def transition_column(x_0: Tensor, sigma: float | Tensor, process: RankOne) -> Tensor:
     """Column x_0 of exp(σQ), the law of x_t: ``a δ_{y,x0} + (1 - a) π_y``. See :func:`sedd_ext.transition_column`."""
     a, b = _decay(_per_row(sigma, x_0))
-    pi = graph.stationary.to(x_0.device)
-    column = a[..., None] * one_hot(x_0, graph.dim) + b[..., None] * pi
+    pi = process.stationary.to(x_0.device)
+    column = a[..., None] * one_hot(x_0, process.dim) + b[..., None] * pi
     return column.to(_sigma_dtype(sigma))
 
 
-def transition_row(x: Tensor, sigma: float | Tensor, graph: RankOne) -> Tensor:
+def transition_row(x: Tensor, sigma: float | Tensor, process: RankOne) -> Tensor:
     """Row x of exp(σQ), over where x came from: ``a δ_{x,y} + (1 - a) π_x``. See :func:`sedd_ext.transition_row`."""
     a, b = _decay(_per_row(sigma, x))
-    pi = graph.stationary.to(x.device)
-    row = a[..., None] * one_hot(x, graph.dim) + (b * pi[x])[..., None]
+    pi = process.stationary.to(x.device)
+    row = a[..., None] * one_hot(x, process.dim) + (b * pi[x])[..., None]
     return row.to(_sigma_dtype(sigma))
 
 
 def sample_transition(
-    x_0: Tensor, sigma: float | Tensor, graph: RankOne, *, generator: torch.Generator | None = None
+    x_0: Tensor, sigma: float | Tensor, process: RankOne, *, generator: torch.Generator | None = None
 ) -> Tensor:
     """Draws x_t given x_0: with probability 1 - a a token from π, else x_0. See :func:`sedd_ext.sample_transition`."""
     _, b = _decay(_per_row(sigma, x_0))
     moved = _uniform(x_0.shape, x_0.device, generator) < b
-    cumulative = graph.stationary.to(x_0.device).cumsum(0)
+    cumulative = process.stationary.to(x_0.device).cumsum(0)
     return torch.where(moved, _search(cumulative, _uniform(x_0.shape, x_0.device, generator)), x_0)
 
 
@@ -68,7 +68,7 @@ def score_entropy_loss(
     x_t: Tensor,
     x_0: Tensor,
     sigma: float | Tensor,
-    graph: RankOne,
+    process: RankOne,
     *,
     log_score_shift: float | Tensor | None = None,
     reduction: str = "none",
@@ -81,7 +81,7 @@ def score_entropy_loss(
     Source: SEDD, theorem 3.6.
     """
     scores = _shifted(log_score, log_score_shift, x_t)
-    pi = graph.stationary.to(log_score.device)
+    pi = process.stationary.to(log_score.device)
     pi_x, pi_x0 = pi[x_t], pi[x_0]
     live, moved = pi_x > 0, x_t != x_0
 
@@ -99,7 +99,7 @@ def score_entropy_loss(
 
     # Entry y = x and rows with π_x = 0 are left out before any arithmetic: whatever they hold, NaN included, reaches
     # neither the value nor the gradient.
-    left_out = _is_entry(x_t, graph.dim) | ~live[..., None]
+    left_out = _is_entry(x_t, process.dim) | ~live[..., None]
     positive = scores.masked_fill(left_out, -torch.inf).exp().sum(-1)
     weighted = (pi.to(scores.dtype) * scores.masked_fill(left_out | (pi == 0), 0.0)).sum(-1)
     at_x0 = torch.where(live & moved, scores.gather(-1, x_0[..., None]).squeeze(-1), 0.0)
@@ -117,7 +117,7 @@ def tweedie_probs(
     log_score: Tensor,
     x_t: Tensor,
     dsigma: float | Tensor,
-    graph: RankOne,
+    process: RankOne,
     *,
     log_score_shift: float | Tensor | None = None,
     denoise: bool = False,
@@ -129,28 +129,28 @@ def tweedie_probs(
 
     Source: SEDD, equation 19.
     """
-    score, here, pi_x = _reverse_score(log_score, x_t, graph, log_score_shift)
-    pi = graph.stationary.to(score)
+    score, here, pi_x = _reverse_score(log_score, x_t, process, log_score_shift)
+    pi = process.stationary.to(score)
     delta = _per_row(dsigma, x_t)
     grow, (a, b) = torch.expm1(delta).to(score.dtype)[..., None], _decay(delta)
     # e^Δ s_y + (1 - e^Δ) π_y S, written around s_y so that a small Δ cancels nothing
     earlier = score + grow * (score - pi * score.sum(-1, keepdim=True))
     row = a.to(score.dtype)[..., None] * here + (b * pi_x).to(score.dtype)[..., None]
-    return _normalised(earlier.clamp(min=0) * row, graph, denoise)
+    return _normalised(earlier.clamp(min=0) * row, process, denoise)
 
 
 def tweedie_sample(
     log_score: Tensor,
     x_t: Tensor,
     dsigma: float | Tensor,
-    graph: RankOne,
+    process: RankOne,
     *,
     log_score_shift: float | Tensor | None = None,
     denoise: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """A draw from :func:`tweedie_probs`. See :func:`sedd_ext.tweedie_sample`."""
-    probs = tweedie_probs(log_score, x_t, dsigma, graph, log_score_shift=log_score_shift, denoise=denoise)
+    probs = tweedie_probs(log_score, x_t, dsigma, process, log_score_shift=log_score_shift, denoise=denoise)
     return _draw(probs, generator)
 
 
@@ -158,7 +158,7 @@ def euler_probs(
     log_score: Tensor,
     x_t: Tensor,
     step: float | Tensor,
-    graph: RankOne,
+    process: RankOne,
     *,
     log_score_shift: float | Tensor | None = None,
     denoise: bool = False,
@@ -169,32 +169,32 @@ def euler_probs(
 
     Source: SEDD, equation 17.
     """
-    score, here, pi_x = _reverse_score(log_score, x_t, graph, log_score_shift)
+    score, here, pi_x = _reverse_score(log_score, x_t, process, log_score_shift)
     rate = (_per_row(step, x_t) * pi_x).to(score.dtype)[..., None]
     leave = (rate * score).masked_fill(here, 0.0)
     stay = (1 - leave.sum(-1, keepdim=True)).clamp(min=0)
-    return _normalised(torch.where(here, stay, leave), graph, denoise)
+    return _normalised(torch.where(here, stay, leave), process, denoise)
 
 
 def euler_sample(
     log_score: Tensor,
     x_t: Tensor,
     step: float | Tensor,
-    graph: RankOne,
+    process: RankOne,
     *,
     log_score_shift: float | Tensor | None = None,
     denoise: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """A draw from :func:`euler_probs`. See :func:`sedd_ext.euler_sample`."""
-    probs = euler_probs(log_score, x_t, step, graph, log_score_shift=log_score_shift, denoise=denoise)
+    probs = euler_probs(log_score, x_t, step, process, log_score_shift=log_score_shift, denoise=denoise)
     return _draw(probs, generator)
 
 
 # ------------------------------------------------------------------------------------------- for comparison
 
 
-def dense_score_entropy(log_score: Tensor, x_t: Tensor, x_0: Tensor, sigma: Tensor, graph: RankOne) -> Tensor:
+def dense_score_entropy(log_score: Tensor, x_t: Tensor, x_0: Tensor, sigma: Tensor, process: RankOne) -> Tensor:
     """:func:`score_entropy_loss` as fast as plain PyTorch allows: as few passes over [*B, N] as the formula needs.
 
     No boolean gathers, no masks of size N, no Python branch on data, so ``torch.compile`` sees one graph. Entry
@@ -205,7 +205,7 @@ def dense_score_entropy(log_score: Tensor, x_t: Tensor, x_0: Tensor, sigma: Tens
         x_t: noised tokens [*B], int64.
         x_0: clean tokens [*B], int64.
         sigma: σ̄, a tensor broadcastable to [*B].
-        graph: the process.
+        process: the process.
 
     Returns:
         L [*B], float32 (float64 for float64 log-scores).
@@ -217,15 +217,15 @@ def dense_score_entropy(log_score: Tensor, x_t: Tensor, x_0: Tensor, sigma: Tens
     # one gather for both: the gradient of every gather is a tensor [*B, N] of its own
     at_x, at_x0 = scores.gather(-1, torch.stack([x_t, x_0], dim=-1)).unbind(-1)
     positive = scores.exp().sum(-1) - at_x.exp()
-    if graph.process == "absorbing":
+    if process.family == "absorbing":
         ratio = a / b
         loss = positive - moved * (ratio * at_x0 - _k(ratio))
-        return torch.where(x_t == graph.dim - 1, loss, 0.0)
-    if graph.process == "uniform":
-        pi_x = pi_x0 = torch.full_like(at_x, 1 / graph.dim)
+        return torch.where(x_t == process.dim - 1, loss, 0.0)
+    if process.family == "uniform":
+        pi_x = pi_x0 = torch.full_like(at_x, 1 / process.dim)
         weighted = scores.mean(-1)
     else:
-        pi = graph.stationary.to(scores)
+        pi = process.stationary.to(scores)
         pi_x, pi_x0 = pi[x_t], pi[x_0]
         weighted = scores @ pi
     d = torch.where(pi_x > 0, a * ~moved + b * pi_x, 1.0)
@@ -233,14 +233,14 @@ def dense_score_entropy(log_score: Tensor, x_t: Tensor, x_0: Tensor, sigma: Tens
     pair_entropy = torch.xlogy(pi_x, pi_x) + moved * torch.xlogy(pi_x0, pi_x0)
     constant = (
         (torch.xlogy(c, c) - c) * (1 - pi_x - moved * pi_x0)
-        + c * (graph.neg_entropy - pair_entropy)
+        + c * (process.neg_entropy - pair_entropy)
         + moved * _k((a + b * pi_x0) / d)
     )
     loss = positive - c * (weighted - pi_x * at_x) - moved * (a / d) * at_x0 + constant
     return torch.where(pi_x > 0, pi_x * loss, 0.0)
 
 
-def released_score_entropy(log_score: Tensor, sigma: Tensor, x_t: Tensor, x_0: Tensor, graph: RankOne) -> Tensor:
+def released_score_entropy(log_score: Tensor, sigma: Tensor, x_t: Tensor, x_0: Tensor, process: RankOne) -> Tensor:
     """The loss the way the released SEDD code computes it (argument order included), absorbing and uniform only.
 
     The absorbing loss picks the masked rows by boolean gathers; arithmetic is in the dtype of ``log_score``.
@@ -250,7 +250,7 @@ def released_score_entropy(log_score: Tensor, sigma: Tensor, x_t: Tensor, x_0: T
         sigma: σ̄, a tensor broadcastable to [*B].
         x_t: noised tokens [*B], int64.
         x_0: clean tokens [*B], int64.
-        graph: an absorbing or uniform process.
+        process: an absorbing or uniform process.
 
     Returns:
         L [*B].
@@ -262,8 +262,8 @@ def released_score_entropy(log_score: Tensor, sigma: Tensor, x_t: Tensor, x_0: T
     """
     growth = torch.where(sigma < 0.5, torch.expm1(sigma), torch.exp(sigma) - 1)
 
-    if graph.process == "absorbing":
-        masked = x_t == graph.dim - 1
+    if process.family == "absorbing":
+        masked = x_t == process.dim - 1
         ratio = 1 / growth.expand_as(x_t)[masked]
         negative = ratio * log_score[masked].gather(-1, x_0[masked][..., None]).squeeze(-1)
         positive = log_score[masked][:, :-1].exp().sum(dim=-1)
@@ -271,8 +271,8 @@ def released_score_entropy(log_score: Tensor, sigma: Tensor, x_t: Tensor, x_0: T
         loss[masked] += positive - negative + ratio * (ratio.log() - 1)
         return loss
 
-    _only_released(graph)
-    n = graph.dim
+    _only_released(process)
+    n = process.dim
     stay_ratio = 1 - n / (growth + n)
     mean_of_others = log_score.mean(dim=-1) - log_score.gather(-1, x_t[..., None]).squeeze(-1) / n
     at_x0 = log_score.gather(-1, x_0[..., None]).squeeze(-1)
@@ -292,7 +292,7 @@ def released_analytic_step(
     log_score: Tensor,
     x_t: Tensor,
     dsigma: Tensor,
-    graph: RankOne,
+    process: RankOne,
     *,
     denoise: bool = False,
     generator: torch.Generator | None = None,
@@ -305,7 +305,7 @@ def released_analytic_step(
         log_score: [*B, N], entry x_t zero.
         x_t: tokens [*B], int64.
         dsigma: Δ, a tensor broadcastable to [*B].
-        graph: an absorbing or uniform process.
+        process: an absorbing or uniform process.
         denoise: drop MASK (the last entry) before the draw, as its denoiser does for absorbing processes.
         generator: random number generator; torch's default one if None.
 
@@ -317,45 +317,45 @@ def released_analytic_step(
 
     Source: as :func:`released_score_entropy`, with sampling.py and catsample.py; restated.
     """
-    _only_released(graph)
+    _only_released(process)
     score = log_score.exp()
     grow, decay = dsigma.exp()[..., None], torch.exp(-dsigma)[..., None]
     total = score.sum(dim=-1, keepdim=True)
-    if graph.process == "absorbing":
+    if process.family == "absorbing":
         staggered = score.clone()
         staggered *= grow
         staggered[..., -1:] += (1 - grow) * total
-        transition = decay * one_hot(x_t, num_classes=graph.dim)
-        transition = transition + torch.where((x_t == graph.dim - 1)[..., None], 1 - decay, 0.0)
+        transition = decay * one_hot(x_t, num_classes=process.dim)
+        transition = transition + torch.where((x_t == process.dim - 1)[..., None], 1 - decay, 0.0)
     else:
-        staggered = (decay - 1) / (graph.dim * decay) * total + score / decay
+        staggered = (decay - 1) / (process.dim * decay) * total + score / decay
         at_x = x_t[..., None]
-        transition = torch.ones_like(score) * ((1 - decay) / graph.dim)
+        transition = torch.ones_like(score) * ((1 - decay) / process.dim)
         transition = transition.scatter(-1, at_x, torch.zeros_like(transition))
         transition = transition.scatter(-1, at_x, 1 - transition.sum(dim=-1, keepdim=True))
     probs = staggered * transition
-    if denoise and graph.process == "absorbing":
+    if denoise and process.family == "absorbing":
         probs = probs[..., :-1]
     return _one_stage_gumbel(probs, generator)
 
 
 def released_euler_step(
-    log_score: Tensor, x_t: Tensor, step: Tensor, graph: RankOne, *, generator: torch.Generator | None = None
+    log_score: Tensor, x_t: Tensor, step: Tensor, process: RankOne, *, generator: torch.Generator | None = None
 ) -> Tensor:
     """One Euler step of the released SEDD code. Arguments as :func:`released_analytic_step`, ``step`` = Δt σ(t)."""
-    _only_released(graph)
+    _only_released(process)
     at_x = x_t[..., None]
-    if graph.process == "absorbing":
-        transposed = -one_hot(x_t, num_classes=graph.dim)
-        transposed[x_t == graph.dim - 1] += 1
+    if process.family == "absorbing":
+        transposed = -one_hot(x_t, num_classes=process.dim)
+        transposed[x_t == process.dim - 1] += 1
     else:
-        transposed = torch.ones_like(log_score) / graph.dim
-        transposed = transposed.scatter(-1, at_x, -(graph.dim - 1) / graph.dim)
+        transposed = torch.ones_like(log_score) / process.dim
+        transposed = transposed.scatter(-1, at_x, -(process.dim - 1) / process.dim)
     rate = transposed * log_score.exp()
     rate.scatter_(-1, at_x, torch.zeros_like(rate))
     rate.scatter_(-1, at_x, -rate.sum(dim=-1, keepdim=True))
     rate = step[..., None] * rate
-    return _one_stage_gumbel(one_hot(x_t, num_classes=graph.dim).to(rate) + rate, generator)
+    return _one_stage_gumbel(one_hot(x_t, num_classes=process.dim).to(rate) + rate, generator)
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
@@ -401,21 +401,21 @@ def _reduce(loss: Tensor, reduction: str) -> Tensor:
 
 
 def _reverse_score(
-    log_score: Tensor, x_t: Tensor, graph: RankOne, shift: float | Tensor | None
+    log_score: Tensor, x_t: Tensor, process: RankOne, shift: float | Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The scores with s_x = 1, the mask [*B, N] of entry y = x, and π_x in float64.
 
     A row with π_x = 0 stays where it is whatever its scores are, so they are set to 0 there.
     """
-    here = _is_entry(x_t, graph.dim)
-    pi_x = graph.stationary.to(x_t.device)[x_t]
+    here = _is_entry(x_t, process.dim)
+    pi_x = process.stationary.to(x_t.device)[x_t]
     score = _shifted(log_score, shift, x_t).masked_fill((pi_x == 0)[..., None], -torch.inf).exp()
     return score.masked_fill(here, 1.0), here, pi_x
 
 
-def _normalised(weights: Tensor, graph: RankOne, denoise: bool) -> Tensor:
-    if denoise and graph.mask_id is not None:
-        weights = weights.masked_fill(torch.arange(graph.dim, device=weights.device) == graph.mask_id, 0.0)
+def _normalised(weights: Tensor, process: RankOne, denoise: bool) -> Tensor:
+    if denoise and process.mask_id is not None:
+        weights = weights.masked_fill(torch.arange(process.dim, device=weights.device) == process.mask_id, 0.0)
     total = weights.sum(-1, keepdim=True)
     if not bool(((total > 0) & (total < torch.inf)).all()):
         raise ValueError(
@@ -442,9 +442,9 @@ def _draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     return _search(probs.double().cumsum(-1), _uniform(probs.shape[:-1], probs.device, generator))
 
 
-def _only_released(graph: RankOne) -> None:
-    if graph.process == "rank_one":
-        raise NotImplementedError(f"graph: the released code has absorbing and uniform processes only, got {graph}")
+def _only_released(process: RankOne) -> None:
+    if process.family == "rank_one":
+        raise NotImplementedError(f"process: the released code has absorbing and uniform processes only, got {process}")
 
 
 def _one_stage_gumbel(probs: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from sedd_ext._dispatch import (
     DTYPES,
-    PROCESSES,
+    FAMILIES,
     STEPS,
     addresses,
-    check_graph,
     check_log_score,
+    check_process,
     check_tokens,
     compute_dtype,
     draw_seed,
@@ -25,13 +25,13 @@ from sedd_ext._dispatch import (
     stationary_for,
 )
 from sedd_ext._operators import define
-from sedd_ext.graph import RankOne
+from sedd_ext.process import RankOne
 
 __all__ = ["euler_probs", "euler_sample", "tweedie_probs", "tweedie_sample"]
 
 _ARGUMENTS = (
     "Tensor log_score, Tensor x_t, Tensor step, Tensor? log_score_shift, Tensor? stationary, "
-    "str process, str kind, int forbidden"
+    "str family, str kind, int forbidden"
 )
 STEP_NAME = {"tweedie": "dsigma", "euler": "step"}
 """What the noise of a step is called."""
@@ -46,7 +46,7 @@ def _launch(
     step: Tensor,
     log_score_shift: Tensor | None,
     stationary: Tensor | None,
-    process: str,
+    family: str,
     kind: str,
     forbidden: int,
 ) -> Tensor:
@@ -55,7 +55,7 @@ def _launch(
     stationary = None if stationary is None else stationary.contiguous()
     rows, dim, dtype = sizes = (x_t.numel(), log_score.shape[-1], DTYPES[log_score.dtype])
     tensors = addresses(log_score, x_t, step, shift, stationary, out, seed)
-    codes = (dtype, PROCESSES[process], STEPS[kind])
+    codes = (dtype, FAMILIES[family], STEPS[kind])
     status = launch(kernel, out, (*tensors, rows, dim, forbidden, *codes), sizes)
     raise_fault(status, {"x_t": x_t}, log_score.shape[-1], (STEP_NAME[kind], step))
     return out
@@ -136,12 +136,12 @@ def _arguments(
     log_score: Tensor,
     x_t: Tensor,
     step: Tensor | float,
-    graph: RankOne,
+    process: RankOne,
     log_score_shift: Tensor | float | None,
     denoise: bool,
 ) -> tuple[Any, ...]:
-    graph = check_graph(graph)
-    log_score = check_log_score(log_score, graph)
+    process = check_process(process)
+    log_score = check_log_score(log_score, process)
     batch, device = log_score.shape[:-1], log_score.device
     x_t = check_tokens("x_t", x_t, batch)
     return (
@@ -149,10 +149,10 @@ def _arguments(
         x_t,
         per_row(STEP_NAME[kind], step, batch, device),
         None if log_score_shift is None else per_row("log_score_shift", log_score_shift, batch, device),
-        stationary_for(graph, log_score.dtype, device),
-        graph.process,
+        stationary_for(process, log_score.dtype, device),
+        process.family,
         kind,
-        graph.mask_id if denoise and graph.mask_id is not None else -1,
+        process.mask_id if denoise and process.mask_id is not None else -1,
     )
 
 
@@ -160,7 +160,7 @@ def tweedie_probs(
     log_score: Tensor,
     x_t: Tensor,
     dsigma: Tensor | float,
-    graph: RankOne,
+    process: RankOne,
     *,
     log_score_shift: Tensor | float | None = None,
     denoise: bool = False,
@@ -175,7 +175,7 @@ def tweedie_probs(
         log_score: log s_y, [*B, N], float32, bfloat16, float16 or float64. Entry y = x_t is ignored, whatever it holds.
         x_t: the current tokens, [*B], int64, in [0, N).
         dsigma: Δ > 0, a number or a floating-point tensor that broadcasts to [*B].
-        graph: the process; ``graph.dim`` is N.
+        process: the process; ``process.dim`` is N.
         log_score_shift: subtracted from every log-score of its row; a number or a floating-point tensor that broadcasts
             to [*B].
         denoise: the last step (Δ = σ̄(ε)): MASK, where the process has one, gets probability 0.
@@ -191,7 +191,7 @@ def tweedie_probs(
 
     Source: SEDD (Lou, Meng & Ermon 2024), Theorem 4.2, eq. 19; clamped at 0 and normalised.
     """
-    arguments = _arguments("tweedie", log_score, x_t, dsigma, graph, log_score_shift, denoise)
+    arguments = _arguments("tweedie", log_score, x_t, dsigma, process, log_score_shift, denoise)
     result: Tensor = torch.ops.sedd_ext.reverse_probs(*arguments)
     return result
 
@@ -200,7 +200,7 @@ def tweedie_sample(
     log_score: Tensor,
     x_t: Tensor,
     dsigma: Tensor | float,
-    graph: RankOne,
+    process: RankOne,
     *,
     log_score_shift: Tensor | float | None = None,
     denoise: bool = False,
@@ -219,7 +219,7 @@ def tweedie_sample(
         log_score: as for :func:`tweedie_probs`.
         x_t: as for :func:`tweedie_probs`.
         dsigma: as for :func:`tweedie_probs`.
-        graph: as for :func:`tweedie_probs`.
+        process: as for :func:`tweedie_probs`.
         log_score_shift: as for :func:`tweedie_probs`.
         denoise: as for :func:`tweedie_probs`.
         temperature: makes the choice among tokens sharper (below 1) or flatter: where a position goes to if it jumps,
@@ -237,7 +237,7 @@ def tweedie_sample(
 
     Source: SEDD (Lou, Meng & Ermon 2024), Algorithm 2 with eq. 19.
     """
-    arguments = _arguments("tweedie", log_score, x_t, dsigma, graph, log_score_shift, denoise)
+    arguments = _arguments("tweedie", log_score, x_t, dsigma, process, log_score_shift, denoise)
     return _draw(arguments, temperature, top_p, generator)
 
 
@@ -245,7 +245,7 @@ def euler_probs(
     log_score: Tensor,
     x_t: Tensor,
     step: Tensor | float,
-    graph: RankOne,
+    process: RankOne,
     *,
     log_score_shift: Tensor | float | None = None,
     denoise: bool = False,
@@ -260,7 +260,7 @@ def euler_probs(
         log_score: log s_y, [*B, N], float32, bfloat16, float16 or float64. Entry y = x_t is ignored, whatever it holds.
         x_t: the current tokens, [*B], int64, in [0, N).
         step: Δt σ(t) > 0, a number or a floating-point tensor that broadcasts to [*B].
-        graph: the process; ``graph.dim`` is N.
+        process: the process; ``process.dim`` is N.
         log_score_shift: subtracted from every log-score of its row; a number or a floating-point tensor that broadcasts
             to [*B].
         denoise: the last step: MASK, where the process has one, gets probability 0.
@@ -275,7 +275,7 @@ def euler_probs(
 
     Source: SEDD (Lou, Meng & Ermon 2024), eq. 17; clamped at 0 and normalised.
     """
-    arguments = _arguments("euler", log_score, x_t, step, graph, log_score_shift, denoise)
+    arguments = _arguments("euler", log_score, x_t, step, process, log_score_shift, denoise)
     result: Tensor = torch.ops.sedd_ext.reverse_probs(*arguments)
     return result
 
@@ -284,7 +284,7 @@ def euler_sample(
     log_score: Tensor,
     x_t: Tensor,
     step: Tensor | float,
-    graph: RankOne,
+    process: RankOne,
     *,
     log_score_shift: Tensor | float | None = None,
     denoise: bool = False,
@@ -300,7 +300,7 @@ def euler_sample(
         log_score: as for :func:`euler_probs`.
         x_t: as for :func:`euler_probs`.
         step: as for :func:`euler_probs`.
-        graph: as for :func:`euler_probs`.
+        process: as for :func:`euler_probs`.
         log_score_shift: as for :func:`euler_probs`.
         denoise: as for :func:`euler_probs`.
         temperature: as for :func:`tweedie_sample`.
@@ -315,5 +315,5 @@ def euler_sample(
 
     Source: SEDD (Lou, Meng & Ermon 2024), Algorithm 2 with eq. 17.
     """
-    arguments = _arguments("euler", log_score, x_t, step, graph, log_score_shift, denoise)
+    arguments = _arguments("euler", log_score, x_t, step, process, log_score_shift, denoise)
     return _draw(arguments, temperature, top_p, generator)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from sedd_ext._dispatch import (
     DTYPES,
-    PROCESSES,
+    FAMILIES,
     addresses,
-    check_graph,
     check_log_score,
+    check_process,
     check_reduction,
     check_tokens,
     compute_dtype,
@@ -24,13 +24,13 @@ from sedd_ext._dispatch import (
     stationary_for,
 )
 from sedd_ext._operators import define
-from sedd_ext.graph import RankOne
+from sedd_ext.process import RankOne
 
 __all__ = ["score_entropy_loss"]
 
 _ARGUMENTS = (
     "Tensor log_score, Tensor x_t, Tensor x_0, Tensor sigma, Tensor? log_score_shift, Tensor? stationary, "
-    "str process, float neg_entropy"
+    "str family, float neg_entropy"
 )
 
 
@@ -44,7 +44,7 @@ def _launch(
     sigma: Tensor,
     log_score_shift: Tensor | None,
     stationary: Tensor | None,
-    process: str,
+    family: str,
     neg_entropy: float,
 ) -> Tensor:
     # the names keep what .contiguous() may have made alive until the kernel is done
@@ -53,7 +53,7 @@ def _launch(
     stationary = None if stationary is None else stationary.contiguous()
     sizes = (x_t.numel(), log_score.shape[-1], DTYPES[log_score.dtype])
     tensors = addresses(log_score, x_t, x_0, sigma, shift, stationary, grad_loss, out)
-    status = launch(kernel, out, (*tensors, neg_entropy, *sizes, PROCESSES[process]), sizes)
+    status = launch(kernel, out, (*tensors, neg_entropy, *sizes, FAMILIES[family]), sizes)
     raise_fault(status, {"x_t": x_t, "x_0": x_0}, log_score.shape[-1], ("sigma", sigma))
     return out
 
@@ -106,20 +106,20 @@ class _ScoreEntropy(torch.autograd.Function):
         sigma: Tensor,
         log_score_shift: Tensor | None,
         stationary: Tensor | None,
-        process: str,
+        family: str,
         neg_entropy: float,
     ) -> Tensor:
         ctx.save_for_backward(log_score, x_t, x_0, sigma, log_score_shift, stationary)
-        ctx.process, ctx.neg_entropy = process, neg_entropy
+        ctx.family, ctx.neg_entropy = family, neg_entropy
         result: Tensor = torch.ops.sedd_ext.score_entropy(
-            log_score, x_t, x_0, sigma, log_score_shift, stationary, process, neg_entropy
+            log_score, x_t, x_0, sigma, log_score_shift, stationary, family, neg_entropy
         )
         return result
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None, None, None, None]:
         grad = _ScoreEntropyGradient.apply(  # type: ignore[no-untyped-call]
-            grad_loss, *ctx.saved_tensors, ctx.process, ctx.neg_entropy
+            grad_loss, *ctx.saved_tensors, ctx.family, ctx.neg_entropy
         )
         return grad, None, None, None, None, None, None, None
 
@@ -129,7 +129,7 @@ def score_entropy_loss(
     x_t: Tensor,
     x_0: Tensor,
     sigma: Tensor | float,
-    graph: RankOne,
+    process: RankOne,
     *,
     log_score_shift: Tensor | float | None = None,
     reduction: Literal["none", "mean", "sum"] = "none",
@@ -149,7 +149,7 @@ def score_entropy_loss(
         x_t: noised tokens, [*B], int64, in [0, N).
         x_0: clean tokens, [*B], int64, in [0, N).
         sigma: total noise σ̄(t) > 0, a number or a floating-point tensor that broadcasts to [*B].
-        graph: the process; ``graph.dim`` is N.
+        process: the process; ``process.dim`` is N.
         log_score_shift: subtracted from every log-score of its row inside the kernel; a number or a floating-point
             tensor that broadcasts to [*B]. The σ-scaling of absorbing models, log expm1(σ̄) + log(N - 1), goes here.
         reduction: ``"none"`` gives [*B]; ``"mean"`` and ``"sum"`` give a scalar over all positions.
@@ -164,8 +164,8 @@ def score_entropy_loss(
 
     Source: SEDD (Lou, Meng & Ermon 2024), Theorem 3.6, in closed form for any rank-one process.
     """
-    graph = check_graph(graph)
-    log_score = check_log_score(log_score, graph)
+    process = check_process(process)
+    log_score = check_log_score(log_score, process)
     batch = log_score.shape[:-1]
     x_t, x_0 = check_tokens("x_t", x_t, batch), check_tokens("x_0", x_0, batch)
     check_reduction(reduction)
@@ -176,9 +176,9 @@ def score_entropy_loss(
         x_0,
         per_row("sigma", sigma, batch, device),
         None if log_score_shift is None else per_row("log_score_shift", log_score_shift, batch, device),
-        stationary_for(graph, log_score.dtype, device),
-        graph.process,
-        graph.neg_entropy,
+        stationary_for(process, log_score.dtype, device),
+        process.family,
+        process.neg_entropy,
     )
     if reduction == "mean":
         return loss.mean()

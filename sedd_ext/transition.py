@@ -9,9 +9,9 @@ from torch import Tensor
 
 from sedd_ext._dispatch import (
     DTYPES,
-    PROCESSES,
+    FAMILIES,
     addresses,
-    check_graph,
+    check_process,
     check_tokens,
     draw_seed,
     fresh,
@@ -21,7 +21,7 @@ from sedd_ext._dispatch import (
     stationary_for,
 )
 from sedd_ext._operators import define
-from sedd_ext.graph import RankOne
+from sedd_ext.process import RankOne
 
 __all__ = ["sample_transition", "transition_column", "transition_row"]
 
@@ -35,7 +35,7 @@ def _launch(
     stationary: Tensor | None,
     cumulative: Tensor | None,
     seed: Tensor | None,
-    process: str,
+    family: str,
     dim: int,
 ) -> Tensor:
     x, sigma = x.contiguous(), sigma.contiguous()
@@ -43,68 +43,66 @@ def _launch(
     cumulative = None if cumulative is None else cumulative.contiguous()
     sizes = (x.numel(), dim, DTYPES.get(out.dtype, 0))
     tensors = addresses(x, sigma, stationary, cumulative, out, seed)
-    status = launch(kernel, out, (*tensors, *sizes, PROCESSES[process]), sizes)
+    status = launch(kernel, out, (*tensors, *sizes, FAMILIES[family]), sizes)
     raise_fault(status, {name: x}, dim, ("sigma", sigma))
     return out
 
 
-def _fake(x: Tensor, sigma: Tensor, stationary: Tensor | None, process: str, dim: int, dtype: torch.dtype) -> Tensor:
+def _fake(x: Tensor, sigma: Tensor, stationary: Tensor | None, family: str, dim: int, dtype: torch.dtype) -> Tensor:
     return x.new_empty((*x.shape, dim), dtype=dtype)
 
 
-def _column(
-    x_0: Tensor, sigma: Tensor, stationary: Tensor | None, process: str, dim: int, dtype: torch.dtype
-) -> Tensor:
-    out = fresh(_fake(x_0, sigma, stationary, process, dim, dtype))
-    return _launch("transition_column", "x_0", out, x_0, sigma, stationary, None, None, process, dim)
+def _column(x_0: Tensor, sigma: Tensor, stationary: Tensor | None, family: str, dim: int, dtype: torch.dtype) -> Tensor:
+    out = fresh(_fake(x_0, sigma, stationary, family, dim, dtype))
+    return _launch("transition_column", "x_0", out, x_0, sigma, stationary, None, None, family, dim)
 
 
-def _row(x: Tensor, sigma: Tensor, stationary: Tensor | None, process: str, dim: int, dtype: torch.dtype) -> Tensor:
-    out = fresh(_fake(x, sigma, stationary, process, dim, dtype))
-    return _launch("transition_row", "x", out, x, sigma, stationary, None, None, process, dim)
+def _row(x: Tensor, sigma: Tensor, stationary: Tensor | None, family: str, dim: int, dtype: torch.dtype) -> Tensor:
+    out = fresh(_fake(x, sigma, stationary, family, dim, dtype))
+    return _launch("transition_row", "x", out, x, sigma, stationary, None, None, family, dim)
 
 
-def _sample_fake(x_0: Tensor, sigma: Tensor, cumulative: Tensor | None, process: str, dim: int, seed: Tensor) -> Tensor:
+def _sample_fake(x_0: Tensor, sigma: Tensor, cumulative: Tensor | None, family: str, dim: int, seed: Tensor) -> Tensor:
     return x_0.new_empty(x_0.shape)
 
 
-def _sample(x_0: Tensor, sigma: Tensor, cumulative: Tensor | None, process: str, dim: int, seed: Tensor) -> Tensor:
-    out = _sample_fake(x_0, sigma, cumulative, process, dim, seed)
-    return _launch("sample_transition", "x_0", out, x_0, sigma, None, cumulative, seed, process, dim)
+def _sample(x_0: Tensor, sigma: Tensor, cumulative: Tensor | None, family: str, dim: int, seed: Tensor) -> Tensor:
+    out = _sample_fake(x_0, sigma, cumulative, family, dim, seed)
+    return _launch("sample_transition", "x_0", out, x_0, sigma, None, cumulative, seed, family, dim)
 
 
 define(
-    "transition_column(Tensor x_0, Tensor sigma, Tensor? stationary, str process, int dim, ScalarType dtype) -> Tensor",
+    "transition_column(Tensor x_0, Tensor sigma, Tensor? stationary, str family, int dim, ScalarType dtype) -> Tensor",
     _column,
     _fake,
 )
 define(
-    "transition_row(Tensor x, Tensor sigma, Tensor? stationary, str process, int dim, ScalarType dtype) -> Tensor",
+    "transition_row(Tensor x, Tensor sigma, Tensor? stationary, str family, int dim, ScalarType dtype) -> Tensor",
     _row,
     _fake,
 )
 define(
-    "sample_transition(Tensor x_0, Tensor sigma, Tensor? cumulative, str process, int dim, Tensor seed) -> Tensor",
+    "sample_transition(Tensor x_0, Tensor sigma, Tensor? cumulative, str family, int dim, Tensor seed) -> Tensor",
     _sample,
     _sample_fake,
 )
 
 
-def _probabilities(operator: Any, name: str, x: Tensor, sigma: Tensor | float, graph: RankOne) -> Tensor:
-    graph, x = check_graph(graph), check_tokens(name, x)
+def _probabilities(operator: Any, name: str, x: Tensor, sigma: Tensor | float, process: RankOne) -> Tensor:
+    process, x = check_process(process), check_tokens(name, x)
     dtype = torch.float64 if isinstance(sigma, Tensor) and sigma.dtype == torch.float64 else torch.float32
     rows = per_row("sigma", sigma, x.shape, x.device)
-    result: Tensor = operator(x, rows, stationary_for(graph, dtype, x.device), graph.process, graph.dim, dtype)
+    result: Tensor = operator(x, rows, stationary_for(process, dtype, x.device), process.family, process.dim, dtype)
     return result
 
 
-def transition_column(x_0: Tensor, sigma: Tensor | float, graph: RankOne) -> Tensor:
+def transition_column(x_0: Tensor, sigma: Tensor | float, process: RankOne) -> Tensor:
     """Columns of exp(σQ): the distribution p(· | x_0) of the noised token, a [y = x_0] + (1 - a) π_y with a = e^{-σ}.
 
     Args:
         x_0: clean tokens, [*B], int64, in [0, N).
         sigma: total noise σ̄ > 0, a number or a floating-point tensor that broadcasts to [*B].
-        graph: the process; ``graph.dim`` is N.
+        process: the process; ``process.dim`` is N.
 
     Returns:
         Probabilities [*B, N] that sum to 1; float64 if ``sigma`` is a float64 tensor, else float32.
@@ -115,16 +113,16 @@ def transition_column(x_0: Tensor, sigma: Tensor | float, graph: RankOne) -> Ten
 
     Source: SEDD (Lou, Meng & Ermon 2024), section 3.3, in closed form for any rank-one process.
     """
-    return _probabilities(torch.ops.sedd_ext.transition_column, "x_0", x_0, sigma, graph)
+    return _probabilities(torch.ops.sedd_ext.transition_column, "x_0", x_0, sigma, process)
 
 
-def transition_row(x: Tensor, sigma: Tensor | float, graph: RankOne) -> Tensor:
+def transition_row(x: Tensor, sigma: Tensor | float, process: RankOne) -> Tensor:
     """Rows of exp(σQ): the likelihood p(x | y) of every origin y, a [y = x] + (1 - a) π_x with a = e^{-σ}.
 
     Args:
         x: noised tokens, [*B], int64, in [0, N).
         sigma: total noise σ̄ > 0, a number or a floating-point tensor that broadcasts to [*B].
-        graph: the process; ``graph.dim`` is N.
+        process: the process; ``process.dim`` is N.
 
     Returns:
         Likelihoods [*B, N]; float64 if ``sigma`` is a float64 tensor, else float32.
@@ -135,11 +133,11 @@ def transition_row(x: Tensor, sigma: Tensor | float, graph: RankOne) -> Tensor:
 
     Source: SEDD (Lou, Meng & Ermon 2024), section 3.3, in closed form for any rank-one process.
     """
-    return _probabilities(torch.ops.sedd_ext.transition_row, "x", x, sigma, graph)
+    return _probabilities(torch.ops.sedd_ext.transition_row, "x", x, sigma, process)
 
 
 def sample_transition(
-    x_0: Tensor, sigma: Tensor | float, graph: RankOne, *, generator: torch.Generator | None = None
+    x_0: Tensor, sigma: Tensor | float, process: RankOne, *, generator: torch.Generator | None = None
 ) -> Tensor:
     """Noises tokens: x_t ~ p(· | x_0), keeping each with probability e^{-σ}, else drawing it from π.
 
@@ -149,7 +147,7 @@ def sample_transition(
     Args:
         x_0: clean tokens, [*B], int64, in [0, N).
         sigma: total noise σ̄ > 0, a number or a floating-point tensor that broadcasts to [*B].
-        graph: the process; ``graph.dim`` is N.
+        process: the process; ``process.dim`` is N.
         generator: random number generator on the tokens' device; torch's default one if None.
 
     Returns:
@@ -161,10 +159,10 @@ def sample_transition(
 
     Source: SEDD (Lou, Meng & Ermon 2024), Algorithm 1.
     """
-    graph, x_0 = check_graph(graph), check_tokens("x_0", x_0)
+    process, x_0 = check_process(process), check_tokens("x_0", x_0)
     rows = per_row("sigma", sigma, x_0.shape, x_0.device)
-    vector = graph.process == "rank_one"
-    cumulative = graph._copy("cumulative", torch.float64, x_0.device) if vector else None
+    vector = process.family == "rank_one"
+    cumulative = process._copy("cumulative", torch.float64, x_0.device) if vector else None
     seed = draw_seed(generator, x_0.device)
-    result: Tensor = torch.ops.sedd_ext.sample_transition(x_0, rows, cumulative, graph.process, graph.dim, seed)
+    result: Tensor = torch.ops.sedd_ext.sample_transition(x_0, rows, cumulative, process.family, process.dim, seed)
     return result

@@ -162,7 +162,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 
 @pytest.fixture(params=PROCESSES)
-def process(request: pytest.FixtureRequest) -> Callable[[int], RankOne]:
+def process_of(request: pytest.FixtureRequest) -> Callable[[int], RankOne]:
     """Every kind of process in turn: a function from N to the process."""
     return PROCESSES[request.param]
 

@@ -36,14 +36,14 @@ class Rows(NamedTuple):
     sigma: Tensor  # float64
 
 
-def random_rows(graph: RankOne, count: int, seed: int = 0) -> Rows:
+def random_rows(process: RankOne, count: int, seed: int = 0) -> Rows:
     """Rows of all kinds: x_t = x_0, x_t drawn from π, and any token; σ log-uniform in [1e-4, 10]."""
     generator = torch.Generator().manual_seed(seed)
-    x_0 = torch.randint(graph.dim, (count,), generator=generator)
-    anything = torch.randint(graph.dim, (count,), generator=generator)
+    x_0 = torch.randint(process.dim, (count,), generator=generator)
+    anything = torch.randint(process.dim, (count,), generator=generator)
     kind = torch.arange(count) % 3
     x_t = torch.where(
-        kind == 0, graph.sample_limit((count,), generator=generator), torch.where(kind == 1, x_0, anything)
+        kind == 0, process.sample_limit((count,), generator=generator), torch.where(kind == 1, x_0, anything)
     )
     sigma = 10 ** (5 * torch.rand(count, generator=generator, dtype=torch.float64) - 4)
     return Rows(x_t, x_0, sigma)
@@ -54,22 +54,22 @@ def random_log_score(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 1, 
     return (spread * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
 
 
-def generator_matrix(graph: RankOne) -> Tensor:
+def generator_matrix(process: RankOne) -> Tensor:
     """Q = π 1ᵀ - I."""
-    eye = torch.eye(graph.dim, dtype=torch.float64)
-    return graph.stationary[:, None].expand(graph.dim, graph.dim) - eye
+    eye = torch.eye(process.dim, dtype=torch.float64)
+    return process.stationary[:, None].expand(process.dim, process.dim) - eye
 
 
-def transition_matrix(graph: RankOne, sigma: float) -> Tensor:
+def transition_matrix(process: RankOne, sigma: float) -> Tensor:
     """exp(σQ) with no closed form behind it; SciPy's, as torch.matrix_exp leaves errors of 1e-10 in small entries."""
-    return torch.from_numpy(linalg.expm(sigma * generator_matrix(graph).numpy()))
+    return torch.from_numpy(linalg.expm(sigma * generator_matrix(process).numpy()))
 
 
-def score_entropy_by_terms(log_score: Tensor, x: int, x_0: int, sigma: float, graph: RankOne) -> Tensor:
+def score_entropy_by_terms(log_score: Tensor, x: int, x_0: int, sigma: float, process: RankOne) -> Tensor:
     """Σ_{y≠x} Q(x, y) (s_y - r_y log s_y + K(r_y)) of one row [N], with r from the matrix exponential."""
-    rates, column = generator_matrix(graph)[x], transition_matrix(graph, sigma)[:, x_0]
+    rates, column = generator_matrix(process)[x], transition_matrix(process, sigma)[:, x_0]
     loss = torch.zeros((), dtype=torch.float64)
-    for y in range(graph.dim):
+    for y in range(process.dim):
         if y == x or rates[y] == 0:
             continue
         ratio = column[y] / column[x]
@@ -80,9 +80,9 @@ def score_entropy_by_terms(log_score: Tensor, x: int, x_0: int, sigma: float, gr
     return loss
 
 
-def true_log_score(graph: RankOne, p_0: Tensor, x: Tensor, sigma: float) -> Tensor:
+def true_log_score(process: RankOne, p_0: Tensor, x: Tensor, sigma: float) -> Tensor:
     """log p_t(y)/p_t(x) for data with distribution p_0 [N]: what a perfect model returns, [*B, N]."""
-    p_t = (transition_matrix(graph, sigma) @ p_0).clamp(min=0)
+    p_t = (transition_matrix(process, sigma) @ p_0).clamp(min=0)
     return p_t.log() - p_t[x].log()[..., None]
 
 
@@ -93,10 +93,10 @@ class Scales(NamedTuple):
     gradient: Tensor
 
 
-def term_scales(log_score: Tensor, rows: Rows, graph: RankOne) -> Scales:
-    pi_x = graph.stationary[rows.x_t][..., None]
-    column = reference.transition_column(rows.x_0, rows.sigma, graph)
-    here = torch.arange(graph.dim) == rows.x_t[..., None]
+def term_scales(log_score: Tensor, rows: Rows, process: RankOne) -> Scales:
+    pi_x = process.stationary[rows.x_t][..., None]
+    column = reference.transition_column(rows.x_0, rows.sigma, process)
+    here = torch.arange(process.dim) == rows.x_t[..., None]
     ratio = torch.where(pi_x > 0, column / column.gather(-1, rows.x_t[..., None]), 0.0).masked_fill(here, 0.0)
     log_score = log_score.double().masked_fill(here, -torch.inf)
     score = log_score.exp()

@@ -81,7 +81,7 @@ WRONG_SHIFT = [
     (torch.ones(5, 3), ValueError, r"\[5, 3\]"),
     (torch.ones(3, requires_grad=True), ValueError, "requires_grad"),
 ]
-WRONG_GRAPH = [
+WRONG_PROCESS = [
     ("absorbing", TypeError, "str"),
     (None, TypeError, "NoneType"),
 ]
@@ -122,7 +122,7 @@ WRONG = {
     "dsigma": WRONG_SIGMA,
     "step": WRONG_SIGMA,
     "log_score_shift": WRONG_SHIFT,
-    "graph": WRONG_GRAPH,
+    "process": WRONG_PROCESS,
     "generator": [(7, TypeError, "int")],
     "reduction": [("avg", ValueError, "avg"), (None, ValueError, "None")],
 }
@@ -141,7 +141,7 @@ OPTIONS = {
 
 def table() -> Iterator[Any]:
     for operator, call in CALLS.items():
-        for argument in [*call, "graph", *OPTIONS.get(operator, [])]:
+        for argument in [*call, "process", *OPTIONS.get(operator, [])]:
             for number, (value, error, given) in enumerate(WRONG[argument]):
                 yield pytest.param(operator, argument, value, error, given, id=f"{operator}-{argument}-{number}")
 
@@ -151,7 +151,7 @@ def test_operators(
     backend: Backend, operator: str, argument: str, value: Any, error: type[Exception] | BadRows, given: str
 ) -> None:
     function: Callable[..., Tensor] = getattr(backends, operator)
-    arguments = {**CALLS[operator], "graph": Absorbing(6)}
+    arguments = {**CALLS[operator], "process": Absorbing(6)}
     good = function(**arguments)
     assert bad_rows(good) == []
     wrong = {**arguments, argument: value}
@@ -177,9 +177,9 @@ def test_the_gradient_of_a_bad_row(backend: Backend, argument: str, n: int) -> N
     log_score = torch.zeros(3, n, requires_grad=True)
     if backend.names_bad_rows:
         with pytest.raises(ValueError, match=argument):
-            score_entropy_loss(log_score, **rows, graph=Absorbing(n - 1))
+            score_entropy_loss(log_score, **rows, process=Absorbing(n - 1))
         return
-    score_entropy_loss(log_score, **rows, graph=Absorbing(n - 1)).sum().backward()
+    score_entropy_loss(log_score, **rows, process=Absorbing(n - 1)).sum().backward()
     assert log_score.grad is not None
     assert bad_rows(log_score.grad) == [1]
 
@@ -215,18 +215,18 @@ def test_wrong_calls_leave_the_generator_usable(backend: Backend) -> None:
 @pytest.mark.parametrize("operator", CALLS)
 def test_meta_tensors(operator: str) -> None:
     """Shapes alone give a shape; where some arguments have values and others have not, one is named."""
-    function, graph = getattr(backends, operator), Hybrid(6, 0.3)
+    function, process = getattr(backends, operator), Hybrid(6, 0.3)
     arguments = {n: v.to("meta") if isinstance(v, Tensor) else v for n, v in CALLS[operator].items()}
     options = [{"temperature": 0.5}] if "temperature" in OPTIONS.get(operator, []) else []
     for option in [{}, *options]:
-        result, expected = (function(**values, **option, graph=graph) for values in (arguments, CALLS[operator]))
+        result, expected = (function(**values, **option, process=process) for values in (arguments, CALLS[operator]))
         assert result.is_meta
         assert result.shape == expected.shape
         assert result.dtype == expected.dtype
     tensors = [name for name, value in arguments.items() if isinstance(value, Tensor)]
     for name in tensors if len(tensors) > 1 else []:
         with pytest.raises(ValueError, match=r"^\w+: expected a tensor on (cpu|meta)"):
-            function(**{**CALLS[operator], name: arguments[name]}, graph=graph)
+            function(**{**CALLS[operator], name: arguments[name]}, process=process)
     step = next(name for name in ("sigma", "dsigma", "step") if name in arguments)
     with pytest.raises(ValueError, match=f"^{step}: expected a tensor on cpu, got one on meta"):
-        function(**{**CALLS[operator], step: torch.tensor(0.5, device="meta")}, graph=graph)
+        function(**{**CALLS[operator], step: torch.tensor(0.5, device="meta")}, process=process)

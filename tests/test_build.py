@@ -48,9 +48,9 @@ def test_needs_no_torch_library() -> None:
 
 def cpu_threads_used(threads: int) -> int:
     """How many threads worked, as the operating system counts them."""
-    graph = Absorbing(50257)
-    log_score = torch.randn(64, graph.dim)
-    x_t, x_0 = torch.full((64,), graph.mask_id), torch.zeros(64, dtype=torch.int64)
+    process = Absorbing(50257)
+    log_score = torch.randn(64, process.dim)
+    x_t, x_0 = torch.full((64,), process.mask_id), torch.zeros(64, dtype=torch.int64)
     torch.set_num_threads(threads)
 
     def ticks() -> dict[str, int]:
@@ -64,7 +64,7 @@ def cpu_threads_used(threads: int) -> int:
     spent: dict[str, int] = {}
     while sum(spent.values()) < 50:  # half a second of work, however fast the machine
         for _ in range(100):
-            score_entropy_loss(log_score, x_t, x_0, 1.0, graph)
+            score_entropy_loss(log_score, x_t, x_0, 1.0, process)
         spent = {task: now - before.get(task, 0) for task, now in ticks().items()}
     return sum(share >= 0.1 * sum(spent.values()) for share in spent.values())
 
@@ -81,15 +81,15 @@ def test_set_num_threads_is_obeyed(threads: int) -> None:
 
 def test_gil_is_released() -> None:
     """Another Python thread gets to run again and again while one kernel does."""
-    graph = Uniform(50258)
-    log_score = torch.randn(2048, graph.dim)
+    process = Uniform(50258)
+    log_score = torch.randn(2048, process.dim)
     x = torch.zeros(2048, dtype=torch.int64)
     turns = []
 
     def kernel() -> None:
         address = [t.data_ptr() for t in (log_score, x, x, sigma)]
         begin = time.perf_counter()
-        status = _C.score_entropy(*address, 0, 0, 0, out.data_ptr(), graph.neg_entropy, 2048, graph.dim, 0, 1, 1)
+        status = _C.score_entropy(*address, 0, 0, 0, out.data_ptr(), process.neg_entropy, 2048, process.dim, 0, 1, 1)
         turns.append((begin, time.perf_counter(), status))
 
     sigma, out = torch.ones(2048, dtype=torch.float64), torch.empty(2048)
@@ -106,8 +106,8 @@ def test_gil_is_released() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("graph", [Absorbing(N - 1), Uniform(N), Hybrid(N - 1, 0.3)], ids=str)
-def test_instruction_sets_agree(isa: str, graph, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("process", [Absorbing(N - 1), Uniform(N), Hybrid(N - 1, 0.3)], ids=str)
+def test_instruction_sets_agree(isa: str, process, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
     log_score = (1.5 * torch.randn(40, N, generator=generator)).to(dtype)  # float16 gradients stay below 65504
     x_0 = torch.randint(N - 1, (40,), generator=generator)
@@ -116,9 +116,13 @@ def test_instruction_sets_agree(isa: str, graph, dtype: torch.dtype) -> None:
 
     def run(module, values):
         values = values.clone().requires_grad_()
-        loss = module.score_entropy_loss(values, x_t, x_0, sigma, graph, log_score_shift=0.7)
+        loss = module.score_entropy_loss(values, x_t, x_0, sigma, process, log_score_shift=0.7)
         (gradient,) = torch.autograd.grad(loss.sum(), values)
-        return loss.double(), gradient.double(), module.tweedie_probs(values.detach(), x_t, sigma / 20, graph).double()
+        return (
+            loss.double(),
+            gradient.double(),
+            module.tweedie_probs(values.detach(), x_t, sigma / 20, process).double(),
+        )
 
     results, exact = run(sedd_ext, log_score), run(reference, log_score.double())
     digits = 1e-13 if dtype == torch.float64 else 2e-6
@@ -133,23 +137,23 @@ def test_instruction_sets_agree(isa: str, graph, dtype: torch.dtype) -> None:
 def test_special_values_on_every_instruction_set(isa: str) -> None:
     inf, nan = float("inf"), float("nan")
     values = [0.0, -0.0, inf, -inf, nan, 88.7, 88.8, -87.4, -103.9, -104.1, 3.4e38, -3.4e38, 1e-45]
-    graph = Absorbing(1)  # with the other token's loss Σ s = exp(l) at x_0 = MASK: the kernel's exp, seen alone
+    process = Absorbing(1)  # with the other token's loss Σ s = exp(l) at x_0 = MASK: the kernel's exp, seen alone
     log_score = torch.tensor(values)[:, None].expand(-1, 2).contiguous()
     mask = torch.ones(len(values), dtype=torch.int64)
-    loss = score_entropy_loss(log_score, mask, mask, 1.0, graph)
+    loss = score_entropy_loss(log_score, mask, mask, 1.0, process)
     torch.testing.assert_close(loss, torch.tensor(values).exp(), equal_nan=True, rtol=3e-7, atol=1.5e-45)
 
 
 def test_sampler_agrees_on_every_instruction_set(isa: str) -> None:
     """Sums in another order move a boundary between tokens by one part in 10⁷: rarely does a token change."""
-    graph = Absorbing(N - 1)
+    process = Absorbing(N - 1)
     log_score = torch.randn(2000, N, generator=torch.Generator().manual_seed(5))
-    x_t = torch.full((2000,), graph.mask_id)
-    tokens = tweedie_sample(log_score, x_t, 0.5, graph, generator=torch.Generator().manual_seed(1))
+    x_t = torch.full((2000,), process.mask_id)
+    tokens = tweedie_sample(log_score, x_t, 0.5, process, generator=torch.Generator().manual_seed(1))
     _C.select_isa("baseline")
-    other = tweedie_sample(log_score, x_t, 0.5, graph, generator=torch.Generator().manual_seed(1))
+    other = tweedie_sample(log_score, x_t, 0.5, process, generator=torch.Generator().manual_seed(1))
     assert (tokens != other).sum() <= 2
-    assert tweedie_probs(log_score, x_t, 0.5, graph).shape == log_score.shape
+    assert tweedie_probs(log_score, x_t, 0.5, process).shape == log_score.shape
 
 
 def test_a_source_folder_without_kernels_says_so(tmp_path: Path) -> None:

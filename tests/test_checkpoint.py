@@ -44,7 +44,7 @@ def config() -> TrainConfig:
 @pytest.fixture
 def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    return dict(SEDD(config.model.build(), config.make_graph(27)).state_dict())
+    return dict(SEDD(config.model.build(), config.make_process(27)).state_dict())
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_round_trip(save: Callable[..., Path], config: TrainConfig, weights: dic
     assert (state["step"], state["valid"], state["elapsed"], state["data"]) == (500, 1.25, 1.5, {"consumed": 3})
     loaded = load_model(path)
     assert loaded.config.model.build() == config.model.build()
-    assert (loaded.tokenizer.name, loaded.graph.dim) == ("text8", 28)
+    assert (loaded.tokenizer.name, loaded.process.dim) == ("text8", 28)
     assert not loaded.model.training
     for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, weights[name] + 500), "the averaged weights are loaded"

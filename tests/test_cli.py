@@ -199,9 +199,9 @@ BAD = [
     ("train --ema 1.5", "--ema: expected 0 <= ema < 1, got 1.5"),
     ("train --betas [0.9,1]", "--betas: expected 0 <= betas < 1"),
     ("train --betas 0.9", "--betas: expected 2 values, got 1"),
-    ("train --graph circular", "--graph: expected one of absorbing, uniform, hybrid; got 'circular'"),
-    ("train --graph uniforn", "got 'uniforn'; did you mean 'uniform'?"),
-    ("train --graph hybrid --uniform_fraction 2", "--uniform_fraction: expected a number in [0, 1], got 2.0"),
+    ("train --process circular", "--process: expected one of absorbing, uniform, hybrid; got 'circular'"),
+    ("train --process uniforn", "got 'uniforn'; did you mean 'uniform'?"),
+    ("train --process hybrid --uniform_fraction 2", "--uniform_fraction: expected a number in [0, 1], got 2.0"),
     ("train --schedule zigzag", "--schedule: expected one of loglinear, geometric, cosine, polynomial; got 'zigzag'"),
     ("train --schedule_params.power 1", "schedule_params: schedule 'loglinear' has the parameters eps; got 'power'"),
     ("train --schedule_params.zig 1", "--schedule_params.zig: sedd train has no such option"),
@@ -375,7 +375,7 @@ def test_what_is_shown_cannot_steer_the_terminal() -> None:
 def test_configurations_survive_a_file(tmp_path: Path) -> None:
     config = TrainConfig(
         model=ModelOptions(preset="small", length=64),
-        graph="hybrid",
+        process="hybrid",
         schedule="geometric",
         schedule_params={"sigma_max": 5.0},
         betas=(0.8, 0.95),

@@ -17,14 +17,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SUMS = "_ZN4sedd43_GLOBAL__N__b56c716a_10_reverse_cu_d09d9e8b11sums_kernelIfEEvNS_13ReverseParamsENS_6TilingEPf"
 GRADIENT = (
-    "_ZN4sedd49_GLOBAL__N__301e6ede_16_score_entropy_cu_8e9966b815gradient_kernelILNS_7ProcessE1EfEEv"
+    "_ZN4sedd49_GLOBAL__N__301e6ede_16_score_entropy_cu_8e9966b815gradient_kernelILNS_6FamilyE1EfEEv"
     "NS_18ScoreEntropyParamsENS_6TilingEPKNS0_15GradientNumbersINS0_6VectorIT0_E4RealEEE"
 )
 
 PTXAS = """\
 ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_ZN4sedd1cu12probs_kernelILNS_7ProcessE0EfEEvNS_1PE' for 'sm_100'
-ptxas info    : Function properties for _ZN4sedd1cu12probs_kernelILNS_7ProcessE0EfEEvNS_1PE
+ptxas info    : Compiling entry function '_ZN4sedd1cu12probs_kernelILNS_6FamilyE0EfEEvNS_1PE' for 'sm_100'
+ptxas info    : Function properties for _ZN4sedd1cu12probs_kernelILNS_6FamilyE0EfEEvNS_1PE
     24 bytes stack frame, 24 bytes spill stores, 80 bytes spill loads
 ptxas info    : Used 40 registers, used 1 barriers, 24 bytes cumulative stack size, 448 bytes smem
 ptxas info    : Compiling entry function '_ZN4sedd1cu13sample_kernelENS_16TransitionParamsE' for 'sm_100'
@@ -130,7 +130,7 @@ def test_machine_code(check: Any) -> None:
         (SUMS, ("sums_kernel", ["float32"])),
         (GRADIENT, ("gradient_kernel", ["uniform", "float32"])),
         (
-            "_ZN1x8b12probs_kernelILNS_7ProcessE2ENS_8BFloat16EEEvNS_1PEiib",
+            "_ZN1x8b12probs_kernelILNS_6FamilyE2ENS_8BFloat16EEEvNS_1PEiib",
             ("probs_kernel", ["vector", "bfloat16"]),
         ),
         ("_ZN1x815entries_kernelILb0EdEEvNS_16TransitionParamsE", ("entries_kernel", ["false", "float64"])),
@@ -145,9 +145,9 @@ def test_names(check: Any, mangled: str, expected: Any) -> None:
 @pytest.mark.parametrize(
     ("stem", "mangled", "key"),
     [
-        ("score_entropy", "_ZN1x811tile_kernelILb1ELNS_7ProcessE0EfEEvNS_1PE", "score_entropy.tile_kernel<true>"),
-        ("score_entropy", "_ZN1x819tile_numbers_kernelILNS_7ProcessE0EfEEvNS_1PE", "score_entropy.tile_numbers_kernel"),
-        ("reverse", "_ZN1x811tile_kernelILNS_7ProcessE2ENS_4HalfEEEvNS_1PEii", "reverse.tile_kernel"),
+        ("score_entropy", "_ZN1x811tile_kernelILb1ELNS_6FamilyE0EfEEvNS_1PE", "score_entropy.tile_kernel<true>"),
+        ("score_entropy", "_ZN1x819tile_numbers_kernelILNS_6FamilyE0EfEEvNS_1PE", "score_entropy.tile_numbers_kernel"),
+        ("reverse", "_ZN1x811tile_kernelILNS_6FamilyE2ENS_4HalfEEEvNS_1PEii", "reverse.tile_kernel"),
     ],
 )
 def test_kernels_of_one_name_have_their_own_bounds(check: Any, stem: str, mangled: str, key: str) -> None:

@@ -34,12 +34,12 @@ CHANGED = pytest.mark.costly("csrc", "sedd_ext", "tests/cuda_on_cpu")
 MANY_DRAWS = [pytest.param(n, draws, marks=CHANGED) for n, draws in [(27, 50_000), (1000, 8_000), (50_258, 400)]]
 
 
-def everything(graph: RankOne, rows: int, dtype: torch.dtype, offset: int = 0) -> dict[str, Tensor]:
+def everything(process: RankOne, rows: int, dtype: torch.dtype, offset: int = 0) -> dict[str, Tensor]:
     """Every operator's result; the log-scores start `offset` elements behind where torch would put them."""
-    x_t, x_0, sigma = random_rows(graph, rows, seed=graph.dim)
-    values = random_log_score((offset + rows * graph.dim,), dtype)
-    log_score = values.requires_grad_()[offset:].view(rows, graph.dim)
-    loss = score_entropy_loss(log_score, x_t, x_0, sigma, graph)
+    x_t, x_0, sigma = random_rows(process, rows, seed=process.dim)
+    values = random_log_score((offset + rows * process.dim,), dtype)
+    log_score = values.requires_grad_()[offset:].view(rows, process.dim)
+    loss = score_entropy_loss(log_score, x_t, x_0, sigma, process)
     (gradient,) = torch.autograd.grad(loss.sum(), log_score)
     fixed, size = log_score.detach(), 0.2 * sigma
 
@@ -49,21 +49,21 @@ def everything(graph: RankOne, rows: int, dtype: torch.dtype, offset: int = 0) -
     return {
         "loss": loss.detach(),
         "gradient": gradient,
-        "tweedie_probs": tweedie_probs(fixed, x_t, size, graph),
-        "euler_probs": euler_probs(fixed, x_t, size, graph),
-        "tweedie_sample": tweedie_sample(fixed, x_t, size, graph, generator=generator()),
-        "euler_sample": euler_sample(fixed, x_t, size, graph, generator=generator()),
-        "column": transition_column(x_0, sigma.to(loss.dtype), graph),
-        "row": transition_row(x_t, sigma.to(loss.dtype), graph),
-        "sample": sample_transition(x_0, sigma, graph, generator=generator()),
+        "tweedie_probs": tweedie_probs(fixed, x_t, size, process),
+        "euler_probs": euler_probs(fixed, x_t, size, process),
+        "tweedie_sample": tweedie_sample(fixed, x_t, size, process, generator=generator()),
+        "euler_sample": euler_sample(fixed, x_t, size, process, generator=generator()),
+        "column": transition_column(x_0, sigma.to(loss.dtype), process),
+        "row": transition_row(x_t, sigma.to(loss.dtype), process),
+        "sample": sample_transition(x_0, sigma, process, generator=generator()),
     }
 
 
-def check_like_the_cpu(graph: RankOne, rows: int, dtype: torch.dtype, offset: int = 0) -> None:
+def check_like_the_cpu(process: RankOne, rows: int, dtype: torch.dtype, offset: int = 0) -> None:
     """What is a number agrees to the dtype's rounding of sums in another order; tokens are the same."""
-    result = everything(graph, rows, dtype, offset)
+    result = everything(process, rows, dtype, offset)
     with running_on(CPU):
-        expected = everything(graph, rows, dtype, offset)
+        expected = everything(process, rows, dtype, offset)
     digits = 1e-12 if dtype == torch.float64 else 2e-6
     stored = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(dtype, digits)
     for name, value in result.items():
@@ -73,7 +73,7 @@ def check_like_the_cpu(graph: RankOne, rows: int, dtype: torch.dtype, offset: in
             assert torch.equal(value, true), name
         elif name == "loss":
             # as large as the terms that cancel in it: some N e^ℓ
-            torch.testing.assert_close(value, true, rtol=digits, atol=10 * digits * graph.dim)
+            torch.testing.assert_close(value, true, rtol=digits, atol=10 * digits * process.dim)
         else:
             size = true.double().abs().amax(-1, keepdim=True) if true.numel() else true.double()
             relative = stored if name == "gradient" else digits
@@ -84,42 +84,42 @@ def check_like_the_cpu(graph: RankOne, rows: int, dtype: torch.dtype, offset: in
 @pytest.mark.every_variant
 @pytest.mark.parametrize("rows", [0, 1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_width(process: Callable[[int], RankOne], dtype: torch.dtype, rows: int) -> None:
+def test_every_width(process_of: Callable[[int], RankOne], dtype: torch.dtype, rows: int) -> None:
     for n in WIDTHS:
-        if n > 1 or process is PROCESSES["uniform"]:
-            check_like_the_cpu(process(n), rows, dtype)
+        if n > 1 or process_of is PROCESSES["uniform"]:
+            check_like_the_cpu(process_of(n), rows, dtype)
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 3, 5, 7])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_alignment(process: Callable[[int], RankOne], dtype: torch.dtype, offset: int) -> None:
+def test_every_alignment(process_of: Callable[[int], RankOne], dtype: torch.dtype, offset: int) -> None:
     """Rows of an odd length start on every boundary in turn; a view starts where the gradient's memory does not."""
     for n in (2, 5, 131, 1029, 4099):
-        check_like_the_cpu(process(n), 17, dtype, offset)
+        check_like_the_cpu(process_of(n), 17, dtype, offset)
 
 
 @pytest.mark.parametrize("n", [50257, 50258])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_real_vocabulary(process: Callable[[int], RankOne], dtype: torch.dtype, n: int) -> None:
-    check_like_the_cpu(process(n), 5, dtype)
+def test_a_real_vocabulary(process_of: Callable[[int], RankOne], dtype: torch.dtype, n: int) -> None:
+    check_like_the_cpu(process_of(n), 5, dtype)
 
 
 @pytest.mark.parametrize("name", ["tweedie", "euler"])
 @pytest.mark.parametrize(("n", "draws"), [(27, 5_000), (1000, 800), (50_258, 40), *MANY_DRAWS])
-def test_the_cpu_draws_the_same_tokens(process: Callable[[int], RankOne], name: str, n: int, draws: int) -> None:
+def test_the_cpu_draws_the_same_tokens(process_of: Callable[[int], RankOne], name: str, n: int, draws: int) -> None:
     """From the same seed. A sum's order moves a boundary between tokens by 1e-7 of the axis: what falls there differs.
 
     Over all processes 29,200 draws a sampler, and ten times as many where a source has changed. One in 10,000 may
     differ; pytest -rP shows how many do.
     """
-    graph = process(n)
+    process = process_of(n)
     sampler = tweedie_sample if name == "tweedie" else euler_sample
-    x_t, log_score = random_rows(graph, draws).x_t, random_log_score((draws, n), torch.float32)
-    if graph.process == "absorbing":  # a perfect model's scores at this noise; else every MASK would go
+    x_t, log_score = random_rows(process, draws).x_t, random_log_score((draws, n), torch.float32)
+    if process.family == "absorbing":  # a perfect model's scores at this noise; else every MASK would go
         log_score -= log_score.logsumexp(-1, keepdim=True)
-    tokens = sampler(log_score, x_t, 0.5, graph, generator=torch.Generator().manual_seed(3))
+    tokens = sampler(log_score, x_t, 0.5, process, generator=torch.Generator().manual_seed(3))
     with running_on(CPU):
-        expected = sampler(log_score, x_t, 0.5, graph, generator=torch.Generator().manual_seed(3))
+        expected = sampler(log_score, x_t, 0.5, process, generator=torch.Generator().manual_seed(3))
     differing = int((tokens != expected).sum())
     print(f"{differing} of {draws} tokens differ")
     assert differing <= draws // 10_000
@@ -128,15 +128,15 @@ def test_the_cpu_draws_the_same_tokens(process: Callable[[int], RankOne], name: 
 
 def test_a_row_does_not_depend_on_how_many_there_are() -> None:
     """1,024 rows, whose first pass is split over blocks, and 1,025, where each block does its own: the same bits."""
-    graph = Hybrid(5000, 0.3)
-    x_t, log_score = random_rows(graph, 1025).x_t, random_log_score((1025, 5001), torch.bfloat16)
-    many, few = (tweedie_probs(log_score[:rows], x_t[:rows], 0.4, graph) for rows in (1025, 1024))
+    process = Hybrid(5000, 0.3)
+    x_t, log_score = random_rows(process, 1025).x_t, random_log_score((1025, 5001), torch.bfloat16)
+    many, few = (tweedie_probs(log_score[:rows], x_t[:rows], 0.4, process) for rows in (1025, 1024))
     assert torch.equal(many[:1024], few)
 
 
 @pytest.mark.every_variant
-def test_the_same_bits_from_run_to_run(process: Callable[[int], RankOne]) -> None:
-    first, second = (everything(process(3001), 5, torch.float32) for _ in range(2))
+def test_the_same_bits_from_run_to_run(process_of: Callable[[int], RankOne]) -> None:
+    first, second = (everything(process_of(3001), 5, torch.float32) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
@@ -144,9 +144,9 @@ def test_the_same_bits_from_run_to_run(process: Callable[[int], RankOne]) -> Non
 @pytest.mark.parametrize(("n", "size"), [(2049, 82.0), (11, -92.0)])
 def test_totals_beyond_float32(n: int, size: float) -> None:
     """2,049 scores of e^82 add up to more than float32 has, and so does the inverse of ten of e^-92."""
-    for graph in (Absorbing(n - 1), Uniform(n)):
+    for process in (Absorbing(n - 1), Uniform(n)):
         log_score, x_t = torch.full((2, n), size), torch.full((2,), n - 1)
         log_score[0, 7] += 2
-        probs = euler_probs(log_score, x_t, 1.0, graph, denoise=True)
-        exact = reference.euler_probs(log_score.double(), x_t, 1.0, graph, denoise=True)
+        probs = euler_probs(log_score, x_t, 1.0, process, denoise=True)
+        exact = reference.euler_probs(log_score.double(), x_t, 1.0, process, denoise=True)
         torch.testing.assert_close(probs.double(), exact, rtol=1e-4, atol=1e-12)

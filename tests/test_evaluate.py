@@ -12,7 +12,7 @@ from sedd.model import ModelConfig
 from sedd.schedule import get_schedule
 from sedd_ext import Absorbing, Hybrid, RankOne, Uniform, transition_column
 
-GRAPHS = {"absorbing": Absorbing(VOCABULARY), "uniform": Uniform(VOCABULARY), "hybrid": Hybrid(VOCABULARY, 0.3)}
+PROCESSES = {"absorbing": Absorbing(VOCABULARY), "uniform": Uniform(VOCABULARY), "hybrid": Hybrid(VOCABULARY, 0.3)}
 SCHEDULES = ["loglinear", "cosine", "geometric"]
 
 
@@ -20,10 +20,10 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def base(sigma, graph):
+def base(sigma, process):
     """p_base, from the definition: the mean of the columns of exp(σQ) over all tokens but MASK."""
-    n = graph.dim - (graph.mask_id is not None)
-    return transition_column(torch.arange(n), torch.tensor(sigma, dtype=torch.float64), graph).mean(0)
+    n = process.dim - (process.mask_id is not None)
+    return transition_column(torch.arange(n), torch.tensor(sigma, dtype=torch.float64), process).mean(0)
 
 
 def divergence(p, q):
@@ -32,30 +32,30 @@ def divergence(p, q):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", PROCESSES)
 def test_bound_is_the_entropy_where_the_score_is_exact(name, schedule):
     """Averaged over text from p_0, bound - entropy = D_KL(p_1 ‖ p_base) for each token, with p_1 the noised p_0."""
-    graph, schedule = GRAPHS[name], get_schedule(schedule)
+    process, schedule = PROCESSES[name], get_schedule(schedule)
     p_0 = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05], dtype=torch.float64)
-    model = TrueScore(graph, p_0)
+    model = TrueScore(process, p_0)
     blocks = model.draw((400, 25), seeded(1))
-    result = elbo(model, blocks, graph, schedule, draws=100, batch_size=2000, generator=seeded(2))
+    result = elbo(model, blocks, process, schedule, draws=100, batch_size=2000, generator=seeded(2))
     end = schedule.total(torch.ones(1))
-    p_end, p_base = model.p_t(end)[0], base(float(end), graph)
+    p_end, p_base = model.p_t(end)[0], base(float(end), process)
     expected = -float(p_0.log()[blocks].mean()) + float(divergence(p_end, p_base))
     assert result.monte_carlo_error < 0.025
     assert abs(result.nats_per_token - expected) < 4 * result.monte_carlo_error
     assert result.tokens == 10_000
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", PROCESSES)
 def test_bound_is_above_the_entropy_where_the_score_is_wrong(name):
     """By D_KL of the text's law from the model's, here a known number."""
-    graph = GRAPHS[name]
+    process = PROCESSES[name]
     wrong = torch.tensor([0.2, 0.2, 0.2, 0.2, 0.2], dtype=torch.float64)
-    blocks = TrueScore(graph).draw((400, 25), seeded(1))
+    blocks = TrueScore(process).draw((400, 25), seeded(1))
     result = elbo(
-        TrueScore(graph, wrong), blocks, graph, get_schedule("loglinear", eps=1e-6), draws=20, generator=seeded(2)
+        TrueScore(process, wrong), blocks, process, get_schedule("loglinear", eps=1e-6), draws=20, generator=seeded(2)
     )
     assert result.nats_per_token == pytest.approx(math.log(5), abs=4 * result.monte_carlo_error + 1e-4)
 
@@ -65,20 +65,20 @@ EVERY_TEXT = torch.cartesian_prod(*[torch.arange(VOCABULARY)] * 3)
 
 
 @pytest.mark.parametrize("schedule", ["loglinear", "geometric"])
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", PROCESSES)
 def test_bound_of_each_text_is_its_exact_likelihood(name, schedule):
     """Five tokens, length three, any joint distribution: with the exact score the bound is -log p_0 of every text.
 
     At σ̄(1) = 9 or more the base is p_1 but for one part in ten thousand. The mean over the texts has the least noise;
     each of the likelier texts by itself may deviate by its own Monte Carlo error, judged from repeated estimates.
     """
-    graph = GRAPHS[name]
+    process = PROCESSES[name]
     # the geometric one leaves much to the part of the bound before t = 0
     schedule = get_schedule(schedule, **({"eps": 1e-4} if schedule == "loglinear" else {"sigma_min": 0.3}))
     p, options = JOINT.flatten(), {"draws": 100, "batch_size": 20_000}
-    model, exact = JointScore(graph, JOINT), -p.log()
+    model, exact = JointScore(process, JOINT), -p.log()
     estimates = torch.stack(
-        [elbo(model, EVERY_TEXT, graph, schedule, generator=seeded(i), **options).sequences for i in range(30)]
+        [elbo(model, EVERY_TEXT, process, schedule, generator=seeded(i), **options).sequences for i in range(30)]
     )
     for weights in (p, torch.full_like(p, 1 / 125)):
         means = estimates @ weights
@@ -89,7 +89,7 @@ def test_bound_of_each_text_is_its_exact_likelihood(name, schedule):
     # 46 values of Student's t with 29 degrees of freedom: beyond 5.5 in one of 3,000 such tests
     assert float(away[p > 0.004].abs().max()) < 5.5
     for wrong in (-1.0, 1.0):
-        bound = elbo(JointScore(graph, JOINT, wrong), EVERY_TEXT, graph, schedule, generator=seeded(50), **options)
+        bound = elbo(JointScore(process, JOINT, wrong), EVERY_TEXT, process, schedule, generator=seeded(50), **options)
         assert 3 * (bound.nats_per_token - 6 * bound.monte_carlo_error) > float(exact.mean())
 
 
@@ -107,39 +107,39 @@ class Interrupted(TrueScore):
 
 @pytest.mark.parametrize("schedule", ["loglinear", "geometric"])
 def test_an_interrupted_evaluation_goes_on_to_the_same_bound(schedule, tmp_path):
-    graph, schedule = GRAPHS["hybrid"], get_schedule(schedule)
-    model, file = Interrupted(graph), tmp_path / "figures.unfinished"
+    process, schedule = PROCESSES["hybrid"], get_schedule(schedule)
+    model, file = Interrupted(process), tmp_path / "figures.unfinished"
     blocks = model.draw((7, 4), seeded())
     options = {"draws": 5, "batch_size": 4, "unfinished": file}
-    whole = elbo(model, blocks, graph, schedule, draws=5, batch_size=4, generator=seeded(3))
+    whole = elbo(model, blocks, process, schedule, draws=5, batch_size=4, generator=seeded(3))
     calls = 0
     for calls_left in (0, 3, 1, 2):
         model.calls_left = calls_left
         with pytest.raises(KeyboardInterrupt):
-            elbo(model, blocks, graph, schedule, generator=seeded(3), **options)
+            elbo(model, blocks, process, schedule, generator=seeded(3), **options)
         calls += calls_left
         assert file.exists() == (calls > 0)
     model.calls_left = 10**9
-    result = elbo(model, blocks, graph, schedule, generator=seeded(3), **options)
+    result = elbo(model, blocks, process, schedule, generator=seeded(3), **options)
     assert 10**9 - model.calls_left == math.ceil(35 / 4) + (4 if float(schedule.total(torch.zeros(1))) else 0) - calls
     assert torch.equal(result.sequences, whole.sequences)
     assert torch.equal(result.integrand, whole.integrand)
     model.calls_left = 0  # it is all there
-    again = elbo(model, blocks, graph, schedule, generator=seeded(3), **options)
+    again = elbo(model, blocks, process, schedule, generator=seeded(3), **options)
     assert torch.equal(again.sequences, whole.sequences)
     assert list(tmp_path.iterdir()) == [file]
 
 
 def test_an_unfinished_evaluation_of_something_else_is_not_taken(tmp_path):
-    graph, schedule = GRAPHS["absorbing"], get_schedule("loglinear")
-    model, file = Interrupted(graph), tmp_path / "figures.unfinished"
+    process, schedule = PROCESSES["absorbing"], get_schedule("loglinear")
+    model, file = Interrupted(process), tmp_path / "figures.unfinished"
     blocks = model.draw((7, 4), seeded())
     model.calls_left = 2
     with pytest.raises(KeyboardInterrupt):
-        elbo(model, blocks, graph, schedule, draws=2, batch_size=3, generator=seeded(), unfinished=file)
+        elbo(model, blocks, process, schedule, draws=2, batch_size=3, generator=seeded(), unfinished=file)
     model.calls_left = 10**9
     before = file.read_bytes()
-    configured = TrueScore(graph)
+    configured = TrueScore(process)
     configured.config = ModelConfig(time_conditioning=False)
     for other in (
         {"generator": seeded(1)},
@@ -147,10 +147,10 @@ def test_an_unfinished_evaluation_of_something_else_is_not_taken(tmp_path):
         {"batch_size": 2},
         {"blocks": blocks.flip(0)},
         {"schedule": get_schedule("loglinear", eps=1e-2)},
-        {"graph": RankOne(torch.full((6,), 1 / 6, dtype=torch.float64))},
+        {"process": RankOne(torch.full((6,), 1 / 6, dtype=torch.float64))},
         {"model": configured},
     ):
-        options = {"model": model, "graph": graph, "schedule": schedule, "blocks": blocks} | other
+        options = {"model": model, "process": process, "schedule": schedule, "blocks": blocks} | other
         options = {"draws": 2, "batch_size": 3, "generator": seeded()} | options
         with pytest.raises(
             ValueError, match=r"of another model, text, options or version lies here; delete it .*unfinished"
@@ -159,9 +159,9 @@ def test_an_unfinished_evaluation_of_something_else_is_not_taken(tmp_path):
     assert file.read_bytes() == before
     file.write_bytes(before[:-9])
     with pytest.raises(ValueError, match=r"lies here and is damaged"):
-        elbo(model, blocks, graph, schedule, draws=2, batch_size=3, generator=seeded(), unfinished=file)
+        elbo(model, blocks, process, schedule, draws=2, batch_size=3, generator=seeded(), unfinished=file)
     with pytest.raises(ValueError, match=r"unfinished: .* needs a generator"):
-        elbo(model, blocks, graph, schedule, draws=2, unfinished=file)
+        elbo(model, blocks, process, schedule, draws=2, unfinished=file)
 
 
 def test_two_hybrid_processes_are_not_the_same(tmp_path):
@@ -171,7 +171,7 @@ def test_two_hybrid_processes_are_not_the_same(tmp_path):
     model = Interrupted(Hybrid(5, 0.1))
     model.calls_left = 2
     with pytest.raises(KeyboardInterrupt):
-        elbo(model, blocks, model.graph, get_schedule("loglinear"), generator=seeded(), **options)
+        elbo(model, blocks, model.process, get_schedule("loglinear"), generator=seeded(), **options)
     model.calls_left = 10
     with pytest.raises(ValueError, match="lies here"):
         elbo(model, blocks, Hybrid(5, 0.9), get_schedule("loglinear"), generator=seeded(), **options)
@@ -179,13 +179,13 @@ def test_two_hybrid_processes_are_not_the_same(tmp_path):
 
 def test_the_error_of_a_schedule_that_starts_with_noise():
     """The part before t = 0 is in it, and shrinks with the number of draws."""
-    graph, schedule = GRAPHS["uniform"], get_schedule("geometric", sigma_min=0.1)
-    model = TrueScore(graph)
+    process, schedule = PROCESSES["uniform"], get_schedule("geometric", sigma_min=0.1)
+    model = TrueScore(process)
     blocks = model.draw((20, 10), seeded(1))
     errors = []
     for draws in (32, 128):
         results = [
-            elbo(model, blocks, graph, schedule, draws=draws, batch_size=3000, generator=seeded(i)) for i in range(40)
+            elbo(model, blocks, process, schedule, draws=draws, batch_size=3000, generator=seeded(i)) for i in range(40)
         ]
         spread = float(torch.tensor([result.nats_per_token for result in results]).std())
         told = float(torch.tensor([result.monte_carlo_error for result in results]).mean())
@@ -195,17 +195,23 @@ def test_the_error_of_a_schedule_that_starts_with_noise():
 
 
 def test_errors_cover_the_estimates_of_repeated_runs():
-    graph = GRAPHS["absorbing"]
-    model = TrueScore(graph)
+    process = PROCESSES["absorbing"]
+    model = TrueScore(process)
     blocks = model.draw((40, 10), seeded(1))
     schedule = get_schedule("loglinear")
-    results = [elbo(model, blocks, graph, schedule, draws=4, batch_size=160, generator=seeded(i)) for i in range(40)]
+    results = [elbo(model, blocks, process, schedule, draws=4, batch_size=160, generator=seeded(i)) for i in range(40)]
     spread = float(torch.tensor([result.nats_per_token for result in results]).std())
     told = float(torch.tensor([result.monte_carlo_error for result in results]).mean())
     assert 0.5 * told < spread < 1.3 * told
     fresh = [
         elbo(
-            model, model.draw((40, 10), seeded(100 + i)), graph, schedule, draws=4, batch_size=160, generator=seeded(i)
+            model,
+            model.draw((40, 10), seeded(100 + i)),
+            process,
+            schedule,
+            draws=4,
+            batch_size=160,
+            generator=seeded(i),
         )
         for i in range(40)
     ]
@@ -215,10 +221,10 @@ def test_errors_cover_the_estimates_of_repeated_runs():
 
 
 def test_times_are_stratified():
-    graph = GRAPHS["absorbing"]
-    model = TrueScore(graph)
+    process = PROCESSES["absorbing"]
+    model = TrueScore(process)
     times = elbo(
-        model, model.draw((50, 2), seeded()), graph, get_schedule("loglinear"), draws=3, generator=seeded()
+        model, model.draw((50, 2), seeded()), process, get_schedule("loglinear"), draws=3, generator=seeded()
     ).times
     for k in range(3):
         stratum = times[:, k].sort().values
@@ -231,26 +237,26 @@ def test_times_are_stratified():
 
 @pytest.mark.parametrize("sigma", [0.01, 1.0, 6.9, 800.0])
 @pytest.mark.parametrize(
-    "graph",
-    [*GRAPHS.values(), RankOne(torch.tensor([0.5, 0.0, 0.3, 0.2], dtype=torch.float64))],
-    ids=[*GRAPHS, "rank_one"],
+    "process",
+    [*PROCESSES.values(), RankOne(torch.tensor([0.5, 0.0, 0.3, 0.2], dtype=torch.float64))],
+    ids=[*PROCESSES, "rank_one"],
 )
-def test_prior_term_is_the_divergence(graph, sigma):
-    x_0 = torch.arange(graph.dim - (graph.mask_id is not None))
-    column = transition_column(x_0, torch.tensor(sigma, dtype=torch.float64), graph)
-    expected = divergence(column, base(sigma, graph))
-    torch.testing.assert_close(prior_kl(x_0, sigma, graph), expected, rtol=1e-9, atol=1e-15)
+def test_prior_term_is_the_divergence(process, sigma):
+    x_0 = torch.arange(process.dim - (process.mask_id is not None))
+    column = transition_column(x_0, torch.tensor(sigma, dtype=torch.float64), process)
+    expected = divergence(column, base(sigma, process))
+    torch.testing.assert_close(prior_kl(x_0, sigma, process), expected, rtol=1e-9, atol=1e-15)
 
 
 def test_prior_term_of_the_papers_processes():
     x_0 = torch.tensor([[0, 3]])
     sigma = -math.log(1e-3)
-    absorbing = prior_kl(x_0, sigma, GRAPHS["absorbing"])
+    absorbing = prior_kl(x_0, sigma, PROCESSES["absorbing"])
     torch.testing.assert_close(absorbing, torch.full((1, 2), 1e-3 * math.log(VOCABULARY), dtype=torch.float64))
     p = torch.full((5,), 0.999 / 5, dtype=torch.float64)
     p[0] += 1e-3
     to_stationary = float((p * (p * 5).log()).sum())
-    assert float(prior_kl(x_0, sigma, GRAPHS["uniform"])[0, 0]) == pytest.approx(to_stationary, rel=1e-9)
+    assert float(prior_kl(x_0, sigma, PROCESSES["uniform"])[0, 0]) == pytest.approx(to_stationary, rel=1e-9)
 
 
 def test_result_arithmetic():
@@ -274,12 +280,12 @@ def test_result_arithmetic():
 
 @pytest.mark.parametrize("schedule", ["loglinear", "geometric"])
 def test_results_are_joined_by_sequence(schedule):
-    graph = RankOne(torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1], dtype=torch.float64))
+    process = RankOne(torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1], dtype=torch.float64))
     schedule = get_schedule(schedule, **({"sigma_max": 2.0} if schedule == "geometric" else {}))
-    model, generator = TrueScore(graph), seeded(1)
+    model, generator = TrueScore(process), seeded(1)
     blocks = model.draw((7, 6), generator)
     parts = [
-        elbo(model, part, graph, schedule, draws=4, n_bytes=part.numel(), generator=generator)
+        elbo(model, part, process, schedule, draws=4, n_bytes=part.numel(), generator=generator)
         for part in blocks.split([2, 5])
     ]
     whole = joined(parts)
@@ -292,13 +298,15 @@ def test_results_are_joined_by_sequence(schedule):
 
 
 def test_same_seed_same_bound_whatever_the_mode_and_mode_is_restored():
-    graph = GRAPHS["hybrid"]
-    model = TrueScore(graph)
+    process = PROCESSES["hybrid"]
+    model = TrueScore(process)
     blocks = model.draw((5, 4), seeded())
     values = []
     for training in (True, False):
         model.train(training)
-        values.append(elbo(model, blocks, graph, get_schedule("loglinear"), draws=3, generator=seeded()).nats_per_token)
+        values.append(
+            elbo(model, blocks, process, get_schedule("loglinear"), draws=3, generator=seeded()).nats_per_token
+        )
         assert model.training is training
     assert values[0] == values[1]
     assert not any(model.modes)
@@ -353,9 +361,9 @@ def test_a_markov_text_shows_the_order():
 
 
 def test_plot_is_written_whole(tmp_path):
-    graph = GRAPHS["absorbing"]
-    model = TrueScore(graph)
-    result = elbo(model, model.draw((5, 4), seeded()), graph, get_schedule("loglinear"), draws=3, generator=seeded())
+    process = PROCESSES["absorbing"]
+    model = TrueScore(process)
+    result = elbo(model, model.draw((5, 4), seeded()), process, get_schedule("loglinear"), draws=3, generator=seeded())
     plot_bound(result, tmp_path / "bound.png", bins=7)
     assert [path.name for path in tmp_path.iterdir()] == ["bound.png"]
     assert (tmp_path / "bound.png").read_bytes().startswith(b"\x89PNG")
@@ -370,9 +378,9 @@ def test_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
 
 def test_progress_without_rich_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.progress", None)
-    graph = GRAPHS["absorbing"]
+    process = PROCESSES["absorbing"]
     with pytest.raises(ImportError, match=r'pip install "sedd_ext\[train\]"'):
-        elbo(TrueScore(graph), BLOCKS, graph, get_schedule("loglinear"), draws=1, progress=True)
+        elbo(TrueScore(process), BLOCKS, process, get_schedule("loglinear"), draws=1, progress=True)
 
 
 BLOCKS = torch.zeros(2, 3, dtype=torch.int64)
@@ -392,9 +400,9 @@ BLOCKS = torch.zeros(2, 3, dtype=torch.int64)
     ],
 )
 def test_bad_input(blocks, arguments, error, message):
-    graph = GRAPHS["absorbing"]
+    process = PROCESSES["absorbing"]
     with pytest.raises(error, match=message):
-        elbo(TrueScore(graph), blocks, graph, get_schedule("loglinear"), **({"draws": 1} | arguments))
+        elbo(TrueScore(process), blocks, process, get_schedule("loglinear"), **({"draws": 1} | arguments))
 
 
 @pytest.mark.parametrize(

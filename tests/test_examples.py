@@ -74,18 +74,18 @@ def test_readme_scales_the_output_so_that_zeros_mean_equal_probabilities() -> No
     assert bool(output.grad[masked].any(-1).all())
 
 
-@pytest.mark.parametrize(("graph", "shifted"), [(Absorbing(7), True), (Uniform(7), False)])
-def test_the_loss_starts_at_log_n(graph: RankOne, shifted: bool) -> None:
+@pytest.mark.parametrize(("process", "shifted"), [(Absorbing(7), True), (Uniform(7), False)])
+def test_the_loss_starts_at_log_n(process: RankOne, shifted: bool) -> None:
     """The README's claim for outputs of 0, by an integral over t and the sum over x_t."""
     nodes, weights = (torch.tensor(part) for part in numpy.polynomial.legendre.leggauss(500))
     t = (1 + nodes) / 2
     sigma_bar, sigma = -torch.log1p(-0.999 * t), 0.999 / (1 - 0.999 * t)
-    shift = torch.log(torch.expm1(sigma_bar)) + math.log(graph.dim - 1) if shifted else torch.zeros_like(t)
-    x_0 = torch.zeros(len(t), graph.dim, dtype=torch.int64)
-    x_t = torch.arange(graph.dim).expand_as(x_0)
-    output = torch.zeros(*x_t.shape, graph.dim, dtype=torch.float64)
-    loss = score_entropy_loss(output, x_t, x_0, sigma_bar[:, None], graph, log_score_shift=shift[:, None])
-    probability = transition_column(x_0[:, 0], sigma_bar, graph)
+    shift = torch.log(torch.expm1(sigma_bar)) + math.log(process.dim - 1) if shifted else torch.zeros_like(t)
+    x_0 = torch.zeros(len(t), process.dim, dtype=torch.int64)
+    x_t = torch.arange(process.dim).expand_as(x_0)
+    output = torch.zeros(*x_t.shape, process.dim, dtype=torch.float64)
+    loss = score_entropy_loss(output, x_t, x_0, sigma_bar[:, None], process, log_score_shift=shift[:, None])
+    probability = transition_column(x_0[:, 0], sigma_bar, process)
     total = float((weights / 2 * sigma * (probability * loss).sum(-1)).sum())
     assert total == pytest.approx(math.log(7), abs=0.01)
 

@@ -90,11 +90,11 @@ class Toy(torch.nn.Module):
 
     time_conditioning = False
 
-    def __init__(self, config: ModelConfig, graph: RankOne, *_: Any) -> None:
+    def __init__(self, config: ModelConfig, process: RankOne, *_: Any) -> None:
         super().__init__()
         self.config = config
-        self.embedding = torch.nn.Embedding(graph.dim, config.hidden_size)
-        self.linear = torch.nn.Linear(config.hidden_size, graph.dim)
+        self.embedding = torch.nn.Embedding(process.dim, config.hidden_size)
+        self.linear = torch.nn.Linear(config.hidden_size, process.dim)
 
     def hidden(self, x_t: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.dropout(self.embedding(x_t), 0.1, self.training)

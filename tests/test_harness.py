@@ -36,7 +36,7 @@ JOINT = torch.softmax(1.5 * torch.randn(125, generator=GENERATOR, dtype=torch.fl
 def bound(model: TrueScore, context: list[int], continuation: list[int], **options: Any) -> torch.Tensor:
     schedule = options.pop("schedule", LogLinear(1e-4))
     options = {"draws": 2000, "length": 4, "batch_size": 2000} | options
-    return continuation_bound(model, context, continuation, model.graph, schedule, **options)
+    return continuation_bound(model, context, continuation, model.process, schedule, **options)
 
 
 @pytest.mark.parametrize("schedule", [LogLinear(1e-4), Geometric()], ids=["loglinear", "geometric"])

@@ -62,22 +62,22 @@ def test_a_costly_test_runs_where_its_sources_have_changed(pytester: pytest.Pyte
     assert outcomes() == {"passed": 1}
 
 
-def test_a_process_is_what_its_name_says(process: Callable[[int], RankOne], request: pytest.FixtureRequest) -> None:
-    graph = process(7)
-    pi = graph.stationary
+def test_a_process_is_what_its_name_says(process_of: Callable[[int], RankOne], request: pytest.FixtureRequest) -> None:
+    process = process_of(7)
+    pi = process.stationary
     expected = {
-        "absorbing": graph.process == "absorbing" and pi[-1] == 1,
-        "uniform": graph.process == "uniform" and bool((pi == pi[0]).all()),
-        "hybrid": graph.process == "rank_one" and graph.mask_id == 6 and 0 < pi[0] < pi[-1] < 1,
-        "vector": graph.process == "rank_one" and graph.mask_id is None and len(pi.unique()) == 7,
-        "vector_with_zeros": graph.process == "rank_one" and bool((pi == 0).any()),
+        "absorbing": process.family == "absorbing" and pi[-1] == 1,
+        "uniform": process.family == "uniform" and bool((pi == pi[0]).all()),
+        "hybrid": process.family == "rank_one" and process.mask_id == 6 and 0 < pi[0] < pi[-1] < 1,
+        "vector": process.family == "rank_one" and process.mask_id is None and len(pi.unique()) == 7,
+        "vector_with_zeros": process.family == "rank_one" and bool((pi == 0).any()),
     }
     assert set(expected) == set(PROCESSES)
-    assert expected[request.node.callspec.params["process"]]
+    assert expected[request.node.callspec.params["process_of"]]
 
 
 def test_threads_reach_the_kernels(
-    threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, process: Callable[[int], RankOne]
+    threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, process_of: Callable[[int], RankOne]
 ) -> None:
     seen = []
 
@@ -90,7 +90,7 @@ def test_threads_reach_the_kernels(
     )
     for count in (1, 2, 3):
         threads(count)
-        score_entropy_loss(torch.zeros(3, 7), *random_rows(process(7), 3), process(7))
+        score_entropy_loss(torch.zeros(3, 7), *random_rows(process_of(7), 3), process_of(7))
     assert seen == [1, 2, 3]
 
 
@@ -101,7 +101,7 @@ def test_random_log_scores_have_the_dtype(dtype: torch.dtype) -> None:
 
 def test_instruction_sets_have_kernels_of_their_own() -> None:
     """They add up in different orders, and so differ in some last bits of many rows."""
-    graph, n = Absorbing(999), 1000
+    process, n = Absorbing(999), 1000
     log_score, x = random_log_score((200, n), torch.float32), torch.full((200,), n - 1)
     hidden, weight = random_log_score((200, 4), torch.float32, seed=5), random_log_score((n, 4), torch.float32, seed=6)
 
@@ -109,14 +109,14 @@ def test_instruction_sets_have_kernels_of_their_own() -> None:
         with running_on(backend):
             assert _C.isa() == backend.variant
             leaf = log_score.clone().requires_grad_()
-            loss = score_entropy_loss(leaf, x, x - 1, 0.5, graph)
+            loss = score_entropy_loss(leaf, x, x - 1, 0.5, process)
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-            tile = linear_score_entropy_loss(hidden, weight, None, x, x - 1, 0.5, graph)
+            tile = linear_score_entropy_loss(hidden, weight, None, x, x - 1, 0.5, process)
             return {
                 "loss": loss.detach(),
                 "gradient": gradient,
                 "tile": tile,
-                "probs": euler_probs(log_score, x, 0.5, graph),
+                "probs": euler_probs(log_score, x, 0.5, process),
             }
 
     all_results = {backend: results(backend) for backend in BACKENDS["cpu"]}

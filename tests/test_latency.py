@@ -36,9 +36,9 @@ from sedd.schedule import LogLinear
 from sedd_ext import Absorbing, Uniform
 
 
-@pytest.mark.parametrize("graph", [Absorbing(27), Uniform(27)], ids=["absorbing", "uniform"])
-def test_the_twin_has_the_shape_of_the_model(graph: Any) -> None:
-    model = SEDD(ModelConfig(32, 3, 4, 16, 12), graph)
+@pytest.mark.parametrize("process", [Absorbing(27), Uniform(27)], ids=["absorbing", "uniform"])
+def test_the_twin_has_the_shape_of_the_model(process: Any) -> None:
+    model = SEDD(ModelConfig(32, 3, 4, 16, 12), process)
     twin = make_twin(model, 12)
     assert tuple(twin.transformer.wte.weight.shape) == (27, 32), "MASK is no token of the twin"
     assert len(twin.transformer.h) == 3

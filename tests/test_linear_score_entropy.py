@@ -61,16 +61,16 @@ def distance(value: Tensor, exact: Tensor) -> float:
     return float((value.double() - exact).norm() / exact.norm()) if exact.norm() > 0 else float(value.norm())
 
 
-def check_accuracy(head: Head, rows: Rows, graph: RankOne, upstream: Tensor, **options: Any) -> None:
+def check_accuracy(head: Head, rows: Rows, process: RankOne, upstream: Tensor, **options: Any) -> None:
     exact_head = Head(*(None if tensor is None else tensor.double() for tensor in head))
-    exact = results(plain, exact_head, *rows, graph, upstream=upstream, **options)
-    same_dtype = results(plain, head, *rows, graph, upstream=upstream, **options)
-    fused = results(linear_score_entropy_loss, head, *rows, graph, upstream=upstream, buffer_bytes=PART, **options)
+    exact = results(plain, exact_head, *rows, process, upstream=upstream, **options)
+    same_dtype = results(plain, head, *rows, process, upstream=upstream, **options)
+    fused = results(linear_score_entropy_loss, head, *rows, process, upstream=upstream, buffer_bytes=PART, **options)
     assert fused[0].dtype == (torch.float64 if head.hidden.dtype == torch.float64 else torch.float32)
     for gradient, tensor in zip(fused[1:], (t for t in head if t is not None), strict=True):
         assert gradient.dtype == tensor.dtype
         assert gradient.shape == tensor.shape
-    allowed = BOUND[head.hidden.dtype] * math.ceil(graph.dim / 2048)
+    allowed = BOUND[head.hidden.dtype] * math.ceil(process.dim / 2048)
     for value, other, true in zip(fused, same_dtype, exact, strict=True):
         assert distance(value, true) <= distance(other, true) + allowed
 
@@ -78,27 +78,27 @@ def check_accuracy(head: Head, rows: Rows, graph: RankOne, upstream: Tensor, **o
 @every_variant
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [2, 27, 2048, 2049, 5003])
-def test_losses_and_gradients(process: Process, n: int, dtype: torch.dtype) -> None:
+def test_losses_and_gradients(process_of: Process, n: int, dtype: torch.dtype) -> None:
     """N on both sides of a tile's width, with one number for all rows from above, and with different ones."""
-    graph, rows = process(n), random_rows(process(n), 14)
+    process, rows = process_of(n), random_rows(process_of(n), 14)
     head = random_head(14, n, dtype)
     for upstream in (torch.full((14,), 0.25), torch.linspace(-1.0, 2.0, 14)):
-        check_accuracy(head, rows, graph, upstream)
+        check_accuracy(head, rows, process, upstream)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_shift_weight_and_no_bias(process: Process, dtype: torch.dtype) -> None:
-    graph, rows = process(2100), random_rows(process(2100), 14)
+def test_shift_weight_and_no_bias(process_of: Process, dtype: torch.dtype) -> None:
+    process, rows = process_of(2100), random_rows(process_of(2100), 14)
     shift, factor = random_log_score((14,), torch.float64, seed=7), torch.linspace(0.1, 3.0, 14).double()
     for upstream in (torch.ones(14), torch.linspace(-1.0, 2.0, 14)):
         head = random_head(14, 2100, dtype, bias=False)
-        check_accuracy(head, rows, graph, upstream, log_score_shift=shift, loss_weight=factor)
+        check_accuracy(head, rows, process, upstream, log_score_shift=shift, loss_weight=factor)
 
 
 @pytest.mark.parametrize("largest", [8.0, 12.0])
-def test_float16_means_are_finite(process: Process, largest: float) -> None:
+def test_float16_means_are_finite(process_of: Process, largest: float) -> None:
     """e^12 is beyond float16, and a fourteenth of it is not: what the mean of the unfused loss has as its gradient."""
-    graph, rows = process(2100), random_rows(process(2100), 14)._replace(sigma=torch.full((14,), 0.3).double())
+    process, rows = process_of(2100), random_rows(process_of(2100), 14)._replace(sigma=torch.full((14,), 0.3).double())
     rows = rows._replace(x_t=torch.full((14,), 2099), x_0=torch.full((14,), 7))
     head = random_head(14, 2100, torch.float16)
     head.hidden[:, 0], head.weight[:, 0] = 0.0, 0.0
@@ -107,41 +107,45 @@ def test_float16_means_are_finite(process: Process, largest: float) -> None:
     head.bias[2099] = 60000.0  # not in any gradient: entry x
     exact_head = Head(*(None if tensor is None else tensor.double() for tensor in head))
     arguments = {"upstream": torch.ones(()), "reduction": "mean"}
-    exact = results(plain, exact_head, *rows, graph, **arguments)
-    same_dtype = results(plain, head, *rows, graph, **arguments)
-    fused = results(linear_score_entropy_loss, head, *rows, graph, **arguments)
+    exact = results(plain, exact_head, *rows, process, **arguments)
+    same_dtype = results(plain, head, *rows, process, **arguments)
+    fused = results(linear_score_entropy_loss, head, *rows, process, **arguments)
     for value, other, true in zip(fused, same_dtype, exact, strict=True):
         assert bool(other.isfinite().all())
         assert distance(value, true) <= distance(other, true) + 2 * BOUND[torch.float16]
 
 
-def test_one_buffer_or_many_rows_at_once(process: Process) -> None:
-    graph, rows = process(2100), random_rows(process(2100), 30)
+def test_one_buffer_or_many_rows_at_once(process_of: Process) -> None:
+    process, rows = process_of(2100), random_rows(process_of(2100), 30)
     head, up = random_head(30, 2100, torch.float64), torch.linspace(0.0, 1.0, 30).double()
     sizes = [1, 8 * 2048 * 7, 1 << 26]
-    several = [results(linear_score_entropy_loss, head, *rows, graph, upstream=up, buffer_bytes=size) for size in sizes]
+    several = [
+        results(linear_score_entropy_loss, head, *rows, process, upstream=up, buffer_bytes=size) for size in sizes
+    ]
     for one, *others in zip(*several, strict=True):
         for other in others:
             torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
 
 
-def test_reductions(process: Process) -> None:
-    graph, rows = process(27), random_rows(process(27), 14)
+def test_reductions(process_of: Process) -> None:
+    process, rows = process_of(27), random_rows(process_of(27), 14)
     head = random_head(14, 27, torch.float64)
-    none = results(linear_score_entropy_loss, head, *rows, graph, upstream=torch.ones(14))
+    none = results(linear_score_entropy_loss, head, *rows, process, upstream=torch.ones(14))
     for reduction, scale in (("sum", 1.0), ("mean", 1 / 14)):
-        fused = results(linear_score_entropy_loss, head, *rows, graph, upstream=torch.tensor(3.0), reduction=reduction)
+        fused = results(
+            linear_score_entropy_loss, head, *rows, process, upstream=torch.tensor(3.0), reduction=reduction
+        )
         torch.testing.assert_close(fused[0], none[0].sum() * scale)
         for one, other in zip(fused[1:], none[1:], strict=True):
             torch.testing.assert_close(one, other * 3.0 * scale)
 
 
-def test_gradcheck(process: Process) -> None:
-    graph = process(7)
-    rows = random_rows(graph, 9)._replace(sigma=torch.linspace(0.1, 2.0, 9, dtype=torch.float64))
+def test_gradcheck(process_of: Process) -> None:
+    process = process_of(7)
+    rows = random_rows(process, 9)._replace(sigma=torch.linspace(0.1, 2.0, 9, dtype=torch.float64))
     head = [tensor.requires_grad_() for tensor in random_head(9, 7, torch.float64, d=3)]
     assert torch.autograd.gradcheck(
-        lambda *v: linear_score_entropy_loss(*v, *rows, graph, log_score_shift=0.3, loss_weight=rows.sigma),
+        lambda *v: linear_score_entropy_loss(*v, *rows, process, log_score_shift=0.3, loss_weight=rows.sigma),
         head,
         atol=1e-6,
         rtol=1e-5,
@@ -149,28 +153,32 @@ def test_gradcheck(process: Process) -> None:
 
 
 def test_batches() -> None:
-    graph = Uniform(11)
+    process = Uniform(11)
     for shape in [(0,), (3, 0), (), (2, 3)]:
         count = torch.Size(shape).numel()
-        flat, rows = random_head(count, 11, torch.float32), random_rows(graph, count)
+        flat, rows = random_head(count, 11, torch.float32), random_rows(process, count)
         head = flat._replace(hidden=flat.hidden.view(*shape, 6))
         got = results(
-            linear_score_entropy_loss, head, *(v.view(shape) for v in rows), graph, upstream=torch.ones(shape).double()
+            linear_score_entropy_loss,
+            head,
+            *(v.view(shape) for v in rows),
+            process,
+            upstream=torch.ones(shape).double(),
         )
-        expected = results(linear_score_entropy_loss, flat, *rows, graph, upstream=torch.ones(count))
+        expected = results(linear_score_entropy_loss, flat, *rows, process, upstream=torch.ones(count))
         for one, other in zip(got, expected, strict=True):
             assert torch.equal(one.flatten(), other.flatten())
 
 
-def test_strided_inputs(process: Process) -> None:
-    graph, rows = process(27), random_rows(process(27), 14)
+def test_strided_inputs(process_of: Process) -> None:
+    process, rows = process_of(27), random_rows(process_of(27), 14)
     head = random_head(14, 27, torch.float32)
     strided = Head(*(torch.stack([v, v], -1)[..., 0] for v in head))
     assert not strided.weight.is_contiguous()
     wide = [torch.stack([v, v], -1)[..., 0] for v in rows]
     for upstream in (torch.ones(()).expand(14), torch.rand(14, 2)[:, 0]):
         results_of = [
-            results(linear_score_entropy_loss, h, *r, graph, upstream=upstream)
+            results(linear_score_entropy_loss, h, *r, process, upstream=upstream)
             for h, r in ((head, rows), (strided, wide))
         ]
         for one, other in zip(*results_of, strict=True):
@@ -195,13 +203,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
 
 
 def test_rows_that_cannot_move_do_not_reach_the_head(launches: list[tuple[int, bool]]) -> None:
-    graph = Absorbing(26)
+    process = Absorbing(26)
     x_t = torch.tensor([26, 1, 26, 2, 3])
     head = random_head(5, 27, torch.float32)
     head.hidden[[1, 3, 4]] = float("nan")
     sigma = torch.full((5,), 0.5).double()
     loss, *gradients = results(
-        linear_score_entropy_loss, head, x_t, x_t.clamp(max=25), sigma, graph, upstream=torch.ones(5)
+        linear_score_entropy_loss, head, x_t, x_t.clamp(max=25), sigma, process, upstream=torch.ones(5)
     )
     assert launches == [(2, True)]
     assert (loss[[1, 3, 4]] == 0).all()
@@ -211,37 +219,37 @@ def test_rows_that_cannot_move_do_not_reach_the_head(launches: list[tuple[int, b
 
 def test_only_what_is_wanted(launches: list[tuple[int, bool]]) -> None:
     """A frozen head, and no gradient at all."""
-    graph, rows = Uniform(27), random_rows(Uniform(27), 5)
+    process, rows = Uniform(27), random_rows(Uniform(27), 5)
     head = random_head(5, 27, torch.float32)
-    every = results(linear_score_entropy_loss, head, *rows, graph, upstream=torch.ones(5))
+    every = results(linear_score_entropy_loss, head, *rows, process, upstream=torch.ones(5))
     head.hidden.requires_grad_()
-    loss = linear_score_entropy_loss(*head, *rows, graph)
+    loss = linear_score_entropy_loss(*head, *rows, process)
     (gradient,) = torch.autograd.grad(loss.sum(), head.hidden)
     assert torch.equal(gradient, every[1])
     with torch.no_grad():
-        assert torch.equal(linear_score_entropy_loss(*head, *rows, graph), every[0])
-    assert not linear_score_entropy_loss(*(v.detach() for v in head), *rows, graph).requires_grad
+        assert torch.equal(linear_score_entropy_loss(*head, *rows, process), every[0])
+    assert not linear_score_entropy_loss(*(v.detach() for v in head), *rows, process).requires_grad
     assert [with_gradient for _, with_gradient in launches] == [True, True, False, False]
 
 
 def test_one_number_from_above_costs_no_second_product(launches: list[tuple[int, bool]]) -> None:
-    graph, rows = Uniform(27), random_rows(Uniform(27), 6)
+    process, rows = Uniform(27), random_rows(Uniform(27), 6)
     head = random_head(6, 27, torch.float32)
     for upstream in (torch.ones(6), torch.full((6,), 0.3), torch.tensor(2.0).expand(6)):
-        results(linear_score_entropy_loss, head, *rows, graph, upstream=upstream)
+        results(linear_score_entropy_loss, head, *rows, process, upstream=upstream)
     assert len(launches) == 3
-    results(linear_score_entropy_loss, head, *rows, graph, upstream=torch.rand(6))
+    results(linear_score_entropy_loss, head, *rows, process, upstream=torch.rand(6))
     assert len(launches) == 5
 
 
 @pytest.mark.parametrize("reduce", [torch.sum, lambda v: v.sum(-1).sum() / 6, "mean", "sum"])
 def test_sums_and_means_do_not_look_at_what_comes_down(monkeypatch: pytest.MonkeyPatch, reduce: Any) -> None:
     """To look at numbers waits for a GPU."""
-    graph, rows = Uniform(27), random_rows(Uniform(27), 6)
+    process, rows = Uniform(27), random_rows(Uniform(27), 6)
     head = [v.requires_grad_() for v in random_head(6, 27, torch.float32)]
     reduction = reduce if isinstance(reduce, str) else "none"
     loss = linear_score_entropy_loss(
-        head[0].view(2, 3, -1), *head[1:], *(v.view(2, 3) for v in rows), graph, reduction=reduction
+        head[0].view(2, 3, -1), *head[1:], *(v.view(2, 3) for v in rows), process, reduction=reduction
     )
     looked = []
     monkeypatch.setattr(Tensor, "__bool__", lambda tensor: looked.append(tensor) or bool(tensor.item()))
@@ -258,12 +266,12 @@ def forward_as_on_a_gpu(ctx: Any, grad_loss: Tensor, *arguments: Any) -> tuple[T
 
 def test_a_frozen_head_does_not_look_either(launches: list[tuple[int, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of a row's hidden state is what comes down for it times what has been made."""
-    graph, rows = Uniform(27), random_rows(Uniform(27), 6)
+    process, rows = Uniform(27), random_rows(Uniform(27), 6)
     head, upstream = random_head(6, 27, torch.float64), torch.rand(6).double()
-    exact = results(plain, head, *rows, graph, upstream=upstream)
+    exact = results(plain, head, *rows, process, upstream=upstream)
     launches.clear()
     hidden = head.hidden.clone().requires_grad_()
-    loss = linear_score_entropy_loss(hidden, head.weight, head.bias, *rows, graph)
+    loss = linear_score_entropy_loss(hidden, head.weight, head.bias, *rows, process)
     monkeypatch.setattr(module, "_common", lambda _: pytest.fail("looked"))
     (gradient,) = torch.autograd.grad(loss, hidden, upstream)
     torch.testing.assert_close(gradient, exact[1])
@@ -273,9 +281,9 @@ def test_a_frozen_head_does_not_look_either(launches: list[tuple[int, bool]], mo
 # --------------------------------------------------------------------------------------------------------- manners
 
 
-def test_autocast(process: Process) -> None:
+def test_autocast(process_of: Process) -> None:
     """The products in bfloat16, of float32 weights whose gradients stay float32."""
-    graph, rows = process(2100), random_rows(process(2100), 14)
+    process, rows = process_of(2100), random_rows(process_of(2100), 14)
     head = random_head(14, 2100, torch.float32)
 
     def under_autocast(function: Callable[..., Tensor]) -> list[Tensor]:
@@ -283,18 +291,18 @@ def test_autocast(process: Process) -> None:
             with torch.autocast("cpu", torch.bfloat16):
                 return function(*arguments)
 
-        return results(call, head, *rows, graph, upstream=torch.full((14,), 0.5))
+        return results(call, head, *rows, process, upstream=torch.full((14,), 0.5))
 
-    exact = results(plain, Head(*(v.double() for v in head)), *rows, graph, upstream=torch.full((14,), 0.5).double())
+    exact = results(plain, Head(*(v.double() for v in head)), *rows, process, upstream=torch.full((14,), 0.5).double())
     for fused, other, true in zip(*map(under_autocast, (linear_score_entropy_loss, plain)), exact, strict=True):
         assert fused.dtype == torch.float32
         assert 1e-5 < distance(fused, true) <= distance(other, true) + 2 * BOUND[torch.bfloat16]
 
 
 def test_backward_twice_through_a_kept_graph() -> None:
-    graph, rows = Uniform(27), random_rows(Uniform(27), 6)
+    process, rows = Uniform(27), random_rows(Uniform(27), 6)
     head = [v.requires_grad_() for v in random_head(6, 27, torch.float64)]
-    loss = linear_score_entropy_loss(*head, *rows, graph)
+    loss = linear_score_entropy_loss(*head, *rows, process)
     ones, threes = (
         torch.autograd.grad(loss, head, torch.full((6,), scale).double(), retain_graph=True) for scale in (1.0, 3.0)
     )
@@ -308,20 +316,20 @@ def test_backward_twice_through_a_kept_graph() -> None:
 
 
 def test_second_derivatives_are_refused() -> None:
-    graph, rows = Uniform(27), random_rows(Uniform(27), 6)
+    process, rows = Uniform(27), random_rows(Uniform(27), 6)
     head = [v.requires_grad_() for v in random_head(6, 27, torch.float64)]
-    loss = linear_score_entropy_loss(*head, *rows, graph)
+    loss = linear_score_entropy_loss(*head, *rows, process)
     for function in (loss.sum(), (loss**2).sum()):
         (gradient,) = torch.autograd.grad(function, head[0], create_graph=True)
         with pytest.raises(RuntimeError, match=r"linear_score_entropy_loss: .*once"):
             (function + (gradient**2).sum()).backward()
 
 
-def test_inputs_are_left_alone(process: Process) -> None:
-    graph, rows = process(27), random_rows(process(27), 14)
+def test_inputs_are_left_alone(process_of: Process) -> None:
+    process, rows = process_of(27), random_rows(process_of(27), 14)
     head = random_head(14, 27, torch.float32)
     before = [v.clone() for v in (*head, *rows)]
-    results(linear_score_entropy_loss, head, *rows, graph, upstream=torch.rand(14))
+    results(linear_score_entropy_loss, head, *rows, process, upstream=torch.rand(14))
     for now, then in zip((*head, *rows), before, strict=True):
         assert torch.equal(now, then)
 
@@ -329,17 +337,17 @@ def test_inputs_are_left_alone(process: Process) -> None:
 class Model(nn.Module):
     """A model with the fused loss as its end."""
 
-    def __init__(self, graph: RankOne) -> None:
+    def __init__(self, process: RankOne) -> None:
         super().__init__()
-        self.graph = graph
+        self.process = process
         with torch.random.fork_rng():
             torch.manual_seed(3)
-            self.embedding, self.mlp = nn.Embedding(graph.dim, 8), nn.Linear(8, 8)
-            self.head = nn.Linear(8, graph.dim)
+            self.embedding, self.mlp = nn.Embedding(process.dim, 8), nn.Linear(8, 8)
+            self.head = nn.Linear(8, process.dim)
 
     def forward(self, x_t: Tensor, x_0: Tensor, sigma: Tensor) -> Tensor:
         hidden = torch.tanh(self.mlp(self.embedding(x_t)))
-        return linear_score_entropy_loss(hidden, self.head.weight, self.head.bias, x_t, x_0, sigma, self.graph)
+        return linear_score_entropy_loss(hidden, self.head.weight, self.head.bias, x_t, x_0, sigma, self.process)
 
 
 def gradients_of(model: nn.Module, call: Callable[[], Tensor]) -> list[Tensor]:
@@ -389,9 +397,9 @@ class TestInAModel:
 def data_parallel(rank: int, folder: str) -> None:
     """One of two processes that share a batch; the first writes what gradients came out."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    graph = Absorbing(26)
-    model = nn.parallel.DistributedDataParallel(Model(graph))
-    model(*(v[rank::2] for v in random_rows(graph, 24))).mean().backward()
+    process = Absorbing(26)
+    model = nn.parallel.DistributedDataParallel(Model(process))
+    model(*(v[rank::2] for v in random_rows(process, 24))).mean().backward()
     if rank == 0:
         torch.save([p.grad for p in model.parameters()], f"{folder}/gradients.pt")
     dist.destroy_process_group()
@@ -400,26 +408,26 @@ def data_parallel(rank: int, folder: str) -> None:
 @pytest.mark.operators("cpu")  # the two processes have a backend of their own
 def test_data_parallel(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(data_parallel, (str(tmp_path),), nprocs=2)
-    graph = Absorbing(26)
-    model = Model(graph)
-    whole = gradients_of(model, lambda: model(*random_rows(graph, 24)).mean())
+    process = Absorbing(26)
+    model = Model(process)
+    whole = gradients_of(model, lambda: model(*random_rows(process, 24)).mean())
     for one, other in zip(whole, torch.load(tmp_path / "gradients.pt", weights_only=True), strict=True):
         torch.testing.assert_close(one, other)
 
 
 @pytest.mark.operators("cpu", "cuda")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(process: Process, dtype: torch.dtype) -> None:
-    graph, rows = process(27), random_rows(process(27), 14)
+def test_opcheck(process_of: Process, dtype: torch.dtype) -> None:
+    process, rows = process_of(27), random_rows(process_of(27), 14)
     head = random_head(14, 27, dtype)
     arguments = (
         *head,
         *rows,
         random_log_score((14,), torch.float64),
         torch.rand(14).double(),
-        graph.stationary.float() if graph.process == "rank_one" else None,
-        graph.process,
-        graph.neg_entropy,
+        process.stationary.float() if process.family == "rank_one" else None,
+        process.family,
+        process.neg_entropy,
         dtype,
         1 << 20,
     )

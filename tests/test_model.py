@@ -16,11 +16,11 @@ from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
 N_VOCAB = 11
 
 
-def build(graph=None, **overrides):
+def build(process=None, **overrides):
     """A small model whose zero-initialised layers are filled, so that every part takes part."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "n_blocks": 2, "n_heads": 2, "cond_dim": 16, "length": 8, "dropout": 0.0} | overrides
-    model = SEDD(ModelConfig(**sizes), graph or Absorbing(N_VOCAB))
+    model = SEDD(ModelConfig(**sizes), process or Absorbing(N_VOCAB))
     for name, parameter in model.named_parameters():
         if "adaLN" in name or name.startswith("output_layer.linear"):
             torch.nn.init.normal_(parameter, std=0.3)
@@ -44,9 +44,9 @@ def test_small_has_the_released_names_shapes_and_order():
 
 
 def test_medium_has_the_released_names_and_shapes():
-    graph = Uniform(50257)
+    process = Uniform(50257)
     with torch.device("meta"):
-        model = SEDD("medium", graph)
+        model = SEDD("medium", process)
     assert {n: tuple(t.shape) for n, t in model.state_dict().items()} == released.shapes(1024, 24, 16, 50257)
 
 
@@ -88,37 +88,37 @@ def test_shift_formula_and_its_extremes():
 
 
 def test_models_without_a_shift():
-    for graph, options in (
+    for process, options in (
         (Uniform(N_VOCAB), {}),
         (RankOne(torch.tensor([0.1, 0.2, 0.7]), mask_id=2), {}),
         (Absorbing(N_VOCAB), {"scale_by_sigma": False}),
         (Hybrid(N_VOCAB, 0.2), {"hybrid_shift": False}),
     ):
-        model = build(graph, **options)
+        model = build(process, **options)
         assert model.log_score_shift(torch.ones(2), torch.zeros(2, dtype=torch.int64)) is None
 
 
 @pytest.mark.parametrize("uniform_fraction", [0.0, 0.1, 0.5, 0.9])
 def test_hybrid_shift_is_the_score_of_unknown_text(uniform_fraction):
     """At a masked position, p_t(y) / p_t(MASK) for p_0 uniform over the tokens, against exp(σQ) written out."""
-    graph = Hybrid(N_VOCAB, uniform_fraction)
-    model = build(graph)
+    process = Hybrid(N_VOCAB, uniform_fraction)
+    model = build(process)
     sigma = torch.tensor([1e-6, 1e-3, 0.7, 6.9, 20.0], dtype=torch.float64)
     x = torch.tensor([N_VOCAB, 3]).expand(5, 2)
     shift = model.log_score_shift(sigma[:, None], x)
     a = torch.exp(-sigma)[:, None]
-    p_t = a * torch.tensor([1 / N_VOCAB] * N_VOCAB + [0.0]).double() - torch.expm1(-sigma)[:, None] * graph.stationary
+    p_t = a * torch.tensor([1 / N_VOCAB] * N_VOCAB + [0.0]).double() - torch.expm1(-sigma)[:, None] * process.stationary
     torch.testing.assert_close(-shift[:, 0], (p_t[:, 0] / p_t[:, -1]).log(), rtol=1e-6, atol=1e-7)
     assert not bool(shift[:, 1].any())
     assert shift.dtype == torch.float64
 
 
-@pytest.mark.parametrize("graph", [Absorbing(256), Uniform(256), Hybrid(256, 0.1), Hybrid(256, 0.5)], ids=repr)
-def test_every_process_starts_at_the_entropy_of_the_vocabulary(graph):
+@pytest.mark.parametrize("process", [Absorbing(256), Uniform(256), Hybrid(256, 0.1), Hybrid(256, 0.5)], ids=repr)
+def test_every_process_starts_at_the_entropy_of_the_vocabulary(process):
     """An untrained model knows nothing: its bound is log n, plus what MASK's constant log-score costs at first."""
-    model = SEDD(ModelConfig(16, 1, 2, 8, length=16), graph).eval()
+    model = SEDD(ModelConfig(16, 1, 2, 8, length=16), process).eval()
     text = torch.randint(256, (16, 16), generator=torch.Generator().manual_seed(0))
-    result = elbo(model, text, graph, LogLinear(), draws=64, n_bytes=256, generator=torch.Generator().manual_seed(1))
+    result = elbo(model, text, process, LogLinear(), draws=64, n_bytes=256, generator=torch.Generator().manual_seed(1))
     assert math.log(256) - 0.3 < result.nats_per_token < math.log(256) + 0.5
 
 
@@ -145,23 +145,23 @@ def test_matches_an_independent_statement_of_the_network():
 # in another order here than there: 1e-5 is what the two statements may differ by.
 @pytest.mark.costly("python/sedd/model.py", "tests/released.py")
 @pytest.mark.parametrize(
-    ("preset", "graph", "length"),
+    ("preset", "process", "length"),
     [("small", Absorbing(50257), 24), ("small", Uniform(50257), 24), ("medium", Absorbing(50257), 8)],
     ids=["small-absorbing", "small-uniform", "medium-absorbing"],
 )
-def test_log_scores_are_those_of_the_released_model(preset, graph, length):
+def test_log_scores_are_those_of_the_released_model(preset, process, length):
 
     sizes = PRESETS[preset]
-    weights = released.random_weights(sizes.hidden_size, sizes.n_blocks, sizes.n_heads, graph.dim)
+    weights = released.random_weights(sizes.hidden_size, sizes.n_blocks, sizes.n_heads, process.dim)
     with torch.device("meta"):
-        model = SEDD(preset, graph)
+        model = SEDD(preset, process)
     load_weights(model, weights, Path("random weights"))
-    x = torch.randint(graph.dim, (2, length), generator=torch.Generator().manual_seed(1))
-    if graph.mask_id is not None:
-        x[:, ::2] = graph.mask_id
+    x = torch.randint(process.dim, (2, length), generator=torch.Generator().manual_seed(1))
+    if process.mask_id is not None:
+        x[:, ::2] = process.mask_id
     sigma = torch.tensor([0.05, 3.0])
     with torch.no_grad():
-        expected = released.log_score(weights, x, sigma, scale_by_sigma=graph.process == "absorbing")
+        expected = released.log_score(weights, x, sigma, scale_by_sigma=process.family == "absorbing")
         log_score = model.eval()(x, sigma)
     assert 1 < float(log_score.std()) < 20
     torch.testing.assert_close(log_score, expected, rtol=0, atol=1e-5)

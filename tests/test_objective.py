@@ -12,14 +12,14 @@ from sedd.schedule import get_schedule
 from sedd_ext import Absorbing, Hybrid, Uniform, reference, sample_transition
 
 N_VOCAB = 7
-GRAPHS = {"absorbing": Absorbing(N_VOCAB), "uniform": Uniform(N_VOCAB), "hybrid": Hybrid(N_VOCAB, 0.3)}
+PROCESSES = {"absorbing": Absorbing(N_VOCAB), "uniform": Uniform(N_VOCAB), "hybrid": Hybrid(N_VOCAB, 0.3)}
 SCHEDULE = get_schedule("loglinear")
 
 
-def build(graph):
+def build(process):
     torch.manual_seed(0)
     config = ModelConfig(hidden_size=16, n_blocks=1, n_heads=2, cond_dim=8, length=6, dropout=0.0)
-    model = SEDD(config, graph)
+    model = SEDD(config, process)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -34,12 +34,12 @@ def text(batch=4, length=6):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
-def test_loss_and_gradient_equal_the_dense_formulation(graph, fused):
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+def test_loss_and_gradient_equal_the_dense_formulation(process, fused):
     """σ(t) Σ L over every position, from the full [B, L, N] log-scores of the model's own forward()."""
-    model = build(graph)
+    model = build(process)
     x_0, t = text(), torch.tensor([0.03, 0.4, 0.8, 1.0], dtype=torch.float64)
-    loss = score_entropy(model, x_0, t, graph, SCHEDULE, scale=0.5, fused=fused, generator=seeded())
+    loss = score_entropy(model, x_0, t, process, SCHEDULE, scale=0.5, fused=fused, generator=seeded())
     assert loss.shape == (4,)
     assert loss.dtype == torch.float32
     loss.sum().backward()
@@ -47,8 +47,8 @@ def test_loss_and_gradient_equal_the_dense_formulation(graph, fused):
 
     model.zero_grad()
     sigma = SCHEDULE.total(t)
-    x_t = sample_transition(x_0, sigma[:, None], graph, generator=seeded())
-    dense = reference.score_entropy_loss(model(x_t, sigma), x_t, x_0, sigma[:, None], graph).sum(-1)
+    x_t = sample_transition(x_0, sigma[:, None], process, generator=seeded())
+    dense = reference.score_entropy_loss(model(x_t, sigma), x_t, x_0, sigma[:, None], process).sum(-1)
     dense = 0.5 * dense * SCHEDULE.rate(t)
     torch.testing.assert_close(loss, dense.float(), rtol=2e-5, atol=1e-5)
     dense.sum().backward()
@@ -57,80 +57,80 @@ def test_loss_and_gradient_equal_the_dense_formulation(graph, fused):
 
 
 def test_head_runs_on_masked_positions_only():
-    graph = Absorbing(5)
-    model = TrueScore(graph)
+    process = Absorbing(5)
+    model = TrueScore(process)
     t = torch.full((64,), 0.25, dtype=torch.float64)
-    score_entropy(model, torch.zeros(64, 10, dtype=torch.int64), t, graph, SCHEDULE, generator=seeded())
+    score_entropy(model, torch.zeros(64, 10, dtype=torch.int64), t, process, SCHEDULE, generator=seeded())
     assert model.rows_scored[0] == pytest.approx(0.25 * 640, abs=4 * math.sqrt(640 * 0.25 * 0.75))
 
 
 def test_hybrid_without_uniform_part_skips_what_absorbing_skips():
     x_0, t = text(), torch.full((4,), 0.5, dtype=torch.float64)
     rows = []
-    for graph in (Absorbing(N_VOCAB), Hybrid(N_VOCAB, 0.0)):
-        model = TrueScore(graph, torch.full((N_VOCAB,), 1 / N_VOCAB))
-        score_entropy(model, x_0, t, graph, SCHEDULE, generator=seeded())
+    for process in (Absorbing(N_VOCAB), Hybrid(N_VOCAB, 0.0)):
+        model = TrueScore(process, torch.full((N_VOCAB,), 1 / N_VOCAB))
+        score_entropy(model, x_0, t, process, SCHEDULE, generator=seeded())
         rows.append(model.rows_scored[0])
     assert 0 < rows[1] < x_0.numel()
 
 
 def test_a_batch_without_noise_scores_zero_and_has_a_gradient():
-    graph = Absorbing(N_VOCAB)
-    model = build(graph)
-    loss = score_entropy(model, text(), torch.full((4,), 1e-12, dtype=torch.float64), graph, SCHEDULE)
+    process = Absorbing(N_VOCAB)
+    model = build(process)
+    loss = score_entropy(model, text(), torch.full((4,), 1e-12, dtype=torch.float64), process, SCHEDULE)
     assert loss.tolist() == [0.0] * 4
     loss.sum().backward()
     assert not bool(model.output_layer.linear.weight.grad.any())
 
 
-@pytest.mark.parametrize("graph", [Absorbing(5), Uniform(5)], ids=["absorbing", "uniform"])
-def test_model_shift_is_taken_off(graph):
+@pytest.mark.parametrize("process", [Absorbing(5), Uniform(5)], ids=["absorbing", "uniform"])
+def test_model_shift_is_taken_off(process):
     t = torch.full((4,), 0.5, dtype=torch.float64)
     x_0 = torch.randint(4, (4, 6), generator=seeded())
     plain, shifted = (
-        score_entropy(TrueScore(graph, shift=shift), x_0, t, graph, SCHEDULE, generator=seeded())
+        score_entropy(TrueScore(process, shift=shift), x_0, t, process, SCHEDULE, generator=seeded())
         for shift in (None, 2.5)
     )
     torch.testing.assert_close(plain, shifted, rtol=1e-6, atol=1e-6)
 
 
 def test_sequences_are_scored_apart():
-    graph = Absorbing(N_VOCAB)
-    model = build(graph)
+    process = Absorbing(N_VOCAB)
+    model = build(process)
     t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     together = torch.autograd.grad(
-        score_entropy(model, text(3), t, graph, SCHEDULE, generator=seeded())[1], model.output_layer.linear.bias
+        score_entropy(model, text(3), t, process, SCHEDULE, generator=seeded())[1], model.output_layer.linear.bias
     )[0]
     other = text(3)
     other[0] = (other[0] + 1) % N_VOCAB
     apart = torch.autograd.grad(
-        score_entropy(model, other, t, graph, SCHEDULE, generator=seeded())[1], model.output_layer.linear.bias
+        score_entropy(model, other, t, process, SCHEDULE, generator=seeded())[1], model.output_layer.linear.bias
     )[0]
     assert bool(together.any())
     torch.testing.assert_close(together, apart, rtol=1e-6, atol=1e-7)
 
 
 def test_bfloat16_autocast_stays_near_float32():
-    graph = Absorbing(N_VOCAB)
-    model = build(graph)
+    process = Absorbing(N_VOCAB)
+    model = build(process)
     t = torch.tensor([0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
-    exact = score_entropy(model, text(), t, graph, SCHEDULE, generator=seeded())
+    exact = score_entropy(model, text(), t, process, SCHEDULE, generator=seeded())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = score_entropy(model, text(), t, graph, SCHEDULE, generator=seeded())
+        loss = score_entropy(model, text(), t, process, SCHEDULE, generator=seeded())
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, exact, rtol=0.03, atol=0.05)
 
 
 def test_training_learns_a_distribution():
     """A few steps on text of one token lower the loss far below that of the untrained model."""
-    graph = Absorbing(3)
-    model = SEDD(ModelConfig(hidden_size=16, n_blocks=1, n_heads=2, cond_dim=8, dropout=0.0), graph)
+    process = Absorbing(3)
+    model = SEDD(ModelConfig(hidden_size=16, n_blocks=1, n_heads=2, cond_dim=8, dropout=0.0), process)
     optimiser = torch.optim.Adam(model.parameters(), lr=0.02)
     generator = seeded()
     x_0, losses = torch.full((16, 8), 2), []
     for _ in range(60):
         loss = score_entropy(
-            model, x_0, sample_times(16, generator=generator), graph, SCHEDULE, generator=generator
+            model, x_0, sample_times(16, generator=generator), process, SCHEDULE, generator=generator
         ).mean()
         optimiser.zero_grad()
         loss.backward()
@@ -169,18 +169,25 @@ def test_registry():
         (lambda: sample_times(0), "batch: expected a positive number of sequences, got 0"),
         (lambda: sample_times(4, eps=1.0), r"eps: expected a time in \[0, 1\), got 1.0"),
         (
-            lambda: score_entropy(build(GRAPHS["uniform"]), text()[0], torch.ones(1), GRAPHS["uniform"], SCHEDULE),
+            lambda: score_entropy(
+                build(PROCESSES["uniform"]), text()[0], torch.ones(1), PROCESSES["uniform"], SCHEDULE
+            ),
             r"x_0: .*got shape \[6\]",
         ),
         (
-            lambda: score_entropy(build(GRAPHS["uniform"]), text(), torch.ones(3), GRAPHS["uniform"], SCHEDULE),
+            lambda: score_entropy(build(PROCESSES["uniform"]), text(), torch.ones(3), PROCESSES["uniform"], SCHEDULE),
             r"t: expected shape \[4\].*got \[3\]",
         ),
         (
-            lambda: score_entropy(build(GRAPHS["uniform"]), text() + 9, torch.ones(4), GRAPHS["uniform"], SCHEDULE),
+            lambda: score_entropy(
+                build(PROCESSES["uniform"]), text() + 9, torch.ones(4), PROCESSES["uniform"], SCHEDULE
+            ),
             "x_0",
         ),
-        (lambda: score_entropy(build(GRAPHS["uniform"]), text(), torch.zeros(4), GRAPHS["uniform"], SCHEDULE), "sigma"),
+        (
+            lambda: score_entropy(build(PROCESSES["uniform"]), text(), torch.zeros(4), PROCESSES["uniform"], SCHEDULE),
+            "sigma",
+        ),
     ],
 )
 def test_bad_input(call, message):

@@ -17,24 +17,24 @@ from sedd_ext import Hybrid, score_entropy_loss, tweedie_probs
 pytestmark = pytest.mark.operators
 
 N, D = 37, 4
-GRAPH = Hybrid(N - 1, 0.3)
+PROCESS = Hybrid(N - 1, 0.3)
 TOKENS, NOISE = torch.tensor([36, 3, 0]), torch.full((3,), 0.5, dtype=torch.float64)
 HEAD = {"hidden": torch.ones(3, D), "weight": torch.ones(N, D), "bias": torch.ones(N)}
-PI = {"stationary": GRAPH.stationary.float(), "process": "rank_one"}
+PI = {"stationary": PROCESS.stationary.float(), "family": "rank_one"}
 SHIFT, SEED = {"log_score_shift": NOISE}, {"seed": torch.tensor([3])}
 LOSS = {"x_t": TOKENS, "x_0": TOKENS.flip(0), "sigma": NOISE, **SHIFT}
 SCORES = {"log_score": torch.zeros(3, N)}
 STEP = {"kind": "tweedie", "forbidden": N - 1}
 COMPUTE = {"dtype": torch.float32, "buffer_bytes": 1 << 20}
 FLAGS = {"grad_hidden": True, "grad_weight": True, "grad_bias": True}
-LINEAR = {**HEAD, **LOSS, "loss_weight": NOISE, **PI, "neg_entropy": GRAPH.neg_entropy, **COMPUTE, **FLAGS}
+LINEAR = {**HEAD, **LOSS, "loss_weight": NOISE, **PI, "neg_entropy": PROCESS.neg_entropy, **COMPUTE, **FLAGS}
 MADE = {f"{name}_gradient": torch.zeros_like(value) for name, value in HEAD.items()}
 COLUMN = {"sigma": NOISE, **PI, "dim": N, "dtype": torch.float32}
 
 # A call of every operator that is right, with its arguments in order
 CALLS: dict[str, dict[str, Any]] = {
-    "score_entropy": {**SCORES, **LOSS, **PI, "neg_entropy": GRAPH.neg_entropy},
-    "score_entropy_backward": {"grad_loss": torch.ones(3), **SCORES, **LOSS, **PI, "neg_entropy": GRAPH.neg_entropy},
+    "score_entropy": {**SCORES, **LOSS, **PI, "neg_entropy": PROCESS.neg_entropy},
+    "score_entropy_backward": {"grad_loss": torch.ones(3), **SCORES, **LOSS, **PI, "neg_entropy": PROCESS.neg_entropy},
     "reverse_probs": {**SCORES, "x_t": TOKENS, "step": NOISE, **SHIFT, **PI, **STEP},
     "reverse_sample": {**SCORES, "x_t": TOKENS, "step": NOISE, **SHIFT, **PI, **STEP, **SEED},
     "transition_column": {"x_0": TOKENS, **COLUMN},
@@ -42,8 +42,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "sample_transition": {
         "x_0": TOKENS,
         "sigma": NOISE,
-        "cumulative": GRAPH.cumulative,
-        "process": "rank_one",
+        "cumulative": PROCESS.cumulative,
+        "family": "rank_one",
         "dim": N,
         **SEED,
     },
@@ -52,7 +52,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "linear_reverse_sample": {**HEAD, "x_t": TOKENS, "step": NOISE, **SHIFT, **PI, **STEP, **COMPUTE, **SEED},
 }
 WRONG = {
-    "process": ["", "masked", "absorbing"],  # the last one has no vector
+    "family": ["", "masked", "absorbing"],  # the last one has no vector
     "kind": ["", "ancestral"],
     "forbidden": [-2, N, 2**40, -(2**40)],
     "dim": [0, -1, N + 1, 2**40],
@@ -133,8 +133,8 @@ def test_vectors_need_not_be_contiguous() -> None:
 
 class Program(nn.Module):
     def forward(self, log_score: Tensor, x_t: Tensor, x_0: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        loss = score_entropy_loss(log_score, x_t, x_0, sigma, GRAPH)
-        return loss, tweedie_probs(log_score, x_t, sigma, GRAPH)
+        loss = score_entropy_loss(log_score, x_t, x_0, sigma, PROCESS)
+        return loss, tweedie_probs(log_score, x_t, sigma, PROCESS)
 
 
 @pytest.mark.operators("cpu")

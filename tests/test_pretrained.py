@@ -132,7 +132,7 @@ def test_every_format_round_trips(name: str, tmp_path: Path) -> None:
         loaded = load_model(path)
         assert loaded.model.config == ModelConfig(D, BLOCKS, HEADS, COND, LENGTH, dropout=0.1)
         assert not loaded.model.training
-        assert (loaded.graph.process, loaded.graph.dim) == ("absorbing", 258)
+        assert (loaded.process.family, loaded.process.dim) == ("absorbing", 258)
         assert loaded.schedule == LogLinear()
         assert loaded.tokenizer.name == "bytes"
         for key, tensor in loaded.model.state_dict().items():
@@ -144,7 +144,7 @@ def test_every_format_round_trips(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("graph", "schedule"),
+    ("process", "schedule"),
     [
         (Uniform(27), Geometric(1e-4, 10.0)),
         (Hybrid(27, 0.3), Cosine(1e-2)),
@@ -152,16 +152,16 @@ def test_every_format_round_trips(name: str, tmp_path: Path) -> None:
     ],
     ids=["uniform", "hybrid", "absorbing"],
 )
-def test_what_is_saved_is_what_is_loaded(graph: RankOne, schedule: Any, tmp_path: Path) -> None:
+def test_what_is_saved_is_what_is_loaded(process: RankOne, schedule: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = ModelConfig(16, 1, 2, 8, 12, 0.25, False, False)
-    model = SEDD(sizes, graph, schedule, "text8")
+    model = SEDD(sizes, process, schedule, "text8")
     torch.nn.init.normal_(model.output_layer.linear.weight)
     model.save_pretrained(tmp_path / "model")
     loaded = SEDD.from_pretrained(str(tmp_path / "model"))
     assert to_config(loaded) == to_config(model)
     assert loaded.config == sizes
-    torch.testing.assert_close(loaded.graph.stationary, graph.stationary, rtol=1e-9, atol=0)
+    torch.testing.assert_close(loaded.process.stationary, process.stationary, rtol=1e-9, atol=0)
     x, sigma = torch.randint(27, (2, 5)), torch.tensor([0.5, 2.0])
     torch.testing.assert_close(loaded(x, sigma), model.eval()(x, sigma), rtol=0, atol=0)
 
@@ -171,7 +171,7 @@ def trained(folder: Path) -> Path:
     text, run = folder / "text.txt", folder / "run"
     text.write_text("the cat sat on the mat " * 100)
     sizes = ["--model.n_blocks=1", "--model.n_heads=2", "--model.hidden_size=16", "--model.length=8"]
-    options = [f"--data.source={text}", f"--data.cache_dir={folder}", "--tokenizer=text8", "--graph=hybrid"]
+    options = [f"--data.source={text}", f"--data.cache_dir={folder}", "--tokenizer=text8", "--process=hybrid"]
     assert main(["train", *sizes, *options, "--steps=2", f"--run_dir={run}"]) == 0
     return run
 
@@ -179,7 +179,7 @@ def trained(folder: Path) -> Path:
 def test_a_run_is_loaded_by_the_same_name(tmp_path: Path) -> None:
     run = trained(tmp_path)
     model = SEDD.from_pretrained(run)
-    assert (model.graph.process, model.schedule, model.tokenizer) == ("rank_one", LogLinear(), "text8")
+    assert (model.process.family, model.schedule, model.tokenizer) == ("rank_one", LogLinear(), "text8")
     assert main(["convert", str(run), str(tmp_path / "out")]) == 0
     again = load_model(tmp_path / "out")
     assert to_config(again.model) == to_config(model)
@@ -311,7 +311,7 @@ def test_what_a_checkpoint_does_not_say_can_be_said(tmp_path: Path, capsys: pyte
     options = ["--config", str(tmp_path / "mine.yaml")]
     assert main(["convert", str(tmp_path / "weights.pt"), str(tmp_path / "out"), *options]) == 0
     model = SEDD.from_pretrained(tmp_path / "out")
-    assert (model.graph.process, model.schedule, model.tokenizer) == ("uniform", Geometric(sigma_max=10.0), None)
+    assert (model.process.family, model.schedule, model.tokenizer) == ("uniform", Geometric(sigma_max=10.0), None)
     assert model.config.n_heads == HEADS
     with pytest.raises(ValueError, match=r"a model of 258 tokens that does not say how text becomes tokens"):
         load_model(tmp_path / "out")
@@ -499,7 +499,7 @@ def test_a_full_disk_leaves_the_model_that_was_there(tmp_path: Path) -> None:
     ("model", "message"),
     [
         (lambda: SEDD("tiny", Absorbing(27)), "schedule: the model does not know its noise schedule"),
-        (lambda: SEDD("tiny", RankOne(torch.tensor([0.5, 0.25, 0.25])), LogLinear()), "graph: .* has no name"),
+        (lambda: SEDD("tiny", RankOne(torch.tensor([0.5, 0.25, 0.25])), LogLinear()), "process: .* has no name"),
     ],
 )
 def test_a_model_that_cannot_be_described_is_not_saved(model: Callable[[], SEDD], message: str, tmp_path: Path) -> None:

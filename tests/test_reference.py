@@ -28,23 +28,23 @@ EXACT = {"rtol": 1e-12, "atol": 1e-13}
 
 @pytest.mark.parametrize("sigma", SIGMAS)
 @pytest.mark.parametrize("n", [2, 7, 27])
-def test_transition(process: Process, n: int, sigma: float) -> None:
-    graph, tokens = process(n), torch.arange(n)
-    matrix, given = transition_matrix(graph, sigma), torch.tensor(sigma, dtype=torch.float64)
-    torch.testing.assert_close(reference.transition_column(tokens, given, graph), matrix.T, **EXACT)
-    torch.testing.assert_close(reference.transition_row(tokens, given, graph), matrix, **EXACT)
+def test_transition(process_of: Process, n: int, sigma: float) -> None:
+    process, tokens = process_of(n), torch.arange(n)
+    matrix, given = transition_matrix(process, sigma), torch.tensor(sigma, dtype=torch.float64)
+    torch.testing.assert_close(reference.transition_column(tokens, given, process), matrix.T, **EXACT)
+    torch.testing.assert_close(reference.transition_row(tokens, given, process), matrix, **EXACT)
 
 
 @pytest.mark.parametrize("n", [2, 7, 27])
-def test_loss_and_gradient_by_terms(process: Process, n: int) -> None:
-    graph = process(n)
-    rows = random_rows(graph, 24)
+def test_loss_and_gradient_by_terms(process_of: Process, n: int) -> None:
+    process = process_of(n)
+    rows = random_rows(process, 24)
     log_score = random_log_score((24, n), torch.float64).requires_grad_()
-    loss = reference.score_entropy_loss(log_score, *rows, graph)
+    loss = reference.score_entropy_loss(log_score, *rows, process)
     (gradient,) = torch.autograd.grad(loss.sum(), log_score)
     by_terms = torch.stack(
         [
-            score_entropy_by_terms(log_score[i], int(rows.x_t[i]), int(rows.x_0[i]), float(rows.sigma[i]), graph)
+            score_entropy_by_terms(log_score[i], int(rows.x_t[i]), int(rows.x_0[i]), float(rows.sigma[i]), process)
             for i in range(24)
         ]
     )
@@ -53,81 +53,81 @@ def test_loss_and_gradient_by_terms(process: Process, n: int) -> None:
     torch.testing.assert_close(gradient, gradient_by_terms, rtol=1e-11, atol=1e-11)
 
 
-def test_tweedie_with_the_true_score_is_the_posterior(process: Process) -> None:
-    graph, x = process(7), torch.arange(7)
+def test_tweedie_with_the_true_score_is_the_posterior(process_of: Process) -> None:
+    process, x = process_of(7), torch.arange(7)
     p_0 = torch.rand(7, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     p_0 /= p_0.sum()
     sigma, dsigma = 1.3, 0.4
-    p_s, p_t = transition_matrix(graph, sigma - dsigma) @ p_0, transition_matrix(graph, sigma) @ p_0
-    posterior = transition_matrix(graph, dsigma) * p_s / p_t[:, None]  # Bayes; [x_t, x_s]
-    probs = reference.tweedie_probs(true_log_score(graph, p_0, x, sigma), x, dsigma, graph)
+    p_s, p_t = transition_matrix(process, sigma - dsigma) @ p_0, transition_matrix(process, sigma) @ p_0
+    posterior = transition_matrix(process, dsigma) * p_s / p_t[:, None]  # Bayes; [x_t, x_s]
+    probs = reference.tweedie_probs(true_log_score(process, p_0, x, sigma), x, dsigma, process)
     torch.testing.assert_close(probs, posterior, **EXACT)
 
 
-def test_tweedie_by_matrices(process: Process) -> None:
+def test_tweedie_by_matrices(process_of: Process) -> None:
     """With any score: the clamped product of exp(-ΔQ) s and a row of exp(ΔQ)."""
-    graph, x, dsigma = process(7), torch.arange(7), 0.4
+    process, x, dsigma = process_of(7), torch.arange(7), 0.4
     log_score = random_log_score((7, 7), torch.float64)
     score = log_score.exp()
     score[x, x] = 1.0
-    weights = (score @ transition_matrix(graph, -dsigma).T).clamp(min=0) * transition_matrix(graph, dsigma)
+    weights = (score @ transition_matrix(process, -dsigma).T).clamp(min=0) * transition_matrix(process, dsigma)
     expected = weights / weights.sum(-1, keepdim=True)
-    torch.testing.assert_close(reference.tweedie_probs(log_score, x, dsigma, graph), expected, **EXACT)
+    torch.testing.assert_close(reference.tweedie_probs(log_score, x, dsigma, process), expected, **EXACT)
 
 
 @pytest.mark.parametrize("step", [0.01, 3.0])  # the second takes more mass than there is
-def test_euler_by_matrices(process: Process, step: float) -> None:
-    graph, x = process(7), torch.arange(7)
+def test_euler_by_matrices(process_of: Process, step: float) -> None:
+    process, x = process_of(7), torch.arange(7)
     log_score = random_log_score((7, 7), torch.float64)
-    rate = log_score.exp() * generator_matrix(graph)
+    rate = log_score.exp() * generator_matrix(process)
     rate[x, x] = 0.0
     rate[x, x] = -rate.sum(-1)
     weights = (torch.eye(7, dtype=torch.float64) + step * rate).clamp(min=0)
     expected = weights / weights.sum(-1, keepdim=True)
-    torch.testing.assert_close(reference.euler_probs(log_score, x, step, graph), expected, **EXACT)
+    torch.testing.assert_close(reference.euler_probs(log_score, x, step, process), expected, **EXACT)
 
 
 @pytest.mark.parametrize("probs", [reference.tweedie_probs, reference.euler_probs])
-@pytest.mark.parametrize("graph", [Absorbing(6), Hybrid(6, 0.3)], ids=["absorbing", "hybrid"])
-def test_denoising_is_the_step_without_the_mask(probs: Callable[..., torch.Tensor], graph: RankOne) -> None:
+@pytest.mark.parametrize("process", [Absorbing(6), Hybrid(6, 0.3)], ids=["absorbing", "hybrid"])
+def test_denoising_is_the_step_without_the_mask(probs: Callable[..., torch.Tensor], process: RankOne) -> None:
     x, log_score = torch.arange(7), random_log_score((7, 7), torch.float64)
-    expected = probs(log_score, x, 0.1, graph)[:, :-1]
-    if graph.process == "absorbing":  # where nothing but the mask itself is left for the others to become
+    expected = probs(log_score, x, 0.1, process)[:, :-1]
+    if process.family == "absorbing":  # where nothing but the mask itself is left for the others to become
         torch.testing.assert_close(expected[:-1], torch.eye(6, dtype=torch.float64), **EXACT)
-    last = probs(log_score, x, 0.1, graph, denoise=True)
+    last = probs(log_score, x, 0.1, process, denoise=True)
     assert (last[:, -1] == 0).all()
     torch.testing.assert_close(last[:, :-1], expected / expected.sum(-1, keepdim=True), **EXACT)
 
 
-def test_shift_is_subtracted(process: Process) -> None:
-    graph = process(9)
-    rows = random_rows(graph, 12)
+def test_shift_is_subtracted(process_of: Process) -> None:
+    process = process_of(9)
+    rows = random_rows(process, 12)
     log_score = random_log_score((12, 9), torch.float64)
     shift = random_log_score((12,), torch.float64, seed=2)
     shifted = log_score - shift[:, None]
     torch.testing.assert_close(
-        reference.score_entropy_loss(log_score, *rows, graph, log_score_shift=shift),
-        reference.score_entropy_loss(shifted, *rows, graph),
+        reference.score_entropy_loss(log_score, *rows, process, log_score_shift=shift),
+        reference.score_entropy_loss(shifted, *rows, process),
     )
     for probs in (reference.tweedie_probs, reference.euler_probs):
         torch.testing.assert_close(
-            probs(log_score, rows.x_t, 0.1, graph, log_score_shift=shift), probs(shifted, rows.x_t, 0.1, graph)
+            probs(log_score, rows.x_t, 0.1, process, log_score_shift=shift), probs(shifted, rows.x_t, 0.1, process)
         )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_stands_at_x_does_not_matter(process: Process, value: float) -> None:
-    graph = process(9)
-    rows = random_rows(graph, 12)
+def test_what_stands_at_x_does_not_matter(process_of: Process, value: float) -> None:
+    process = process_of(9)
+    rows = random_rows(process, 12)
     log_score = random_log_score((12, 9), torch.float64)
     spoilt = log_score.scatter(-1, rows.x_t[:, None], value)
-    spoilt[graph.stationary[rows.x_t] == 0] = value
+    spoilt[process.stationary[rows.x_t] == 0] = value
     results = []
     for given in (log_score, spoilt):
         leaf = given.clone().requires_grad_()
-        loss = reference.score_entropy_loss(leaf, *rows, graph)
+        loss = reference.score_entropy_loss(leaf, *rows, process)
         (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-        results.append((loss, gradient, *(p(given, rows.x_t, 0.1, graph) for p in PROBS)))
+        results.append((loss, gradient, *(p(given, rows.x_t, 0.1, process) for p in PROBS)))
     for clean, dirty in zip(*results, strict=True):
         assert torch.equal(clean, dirty)
 
@@ -135,16 +135,16 @@ def test_what_stands_at_x_does_not_matter(process: Process, value: float) -> Non
 PROBS = (reference.tweedie_probs, reference.euler_probs)
 
 
-@pytest.mark.parametrize("graph", [Absorbing(26), Uniform(27)], ids=["absorbing", "uniform"])
-def test_released_and_dense_loss_agree(graph: RankOne) -> None:
-    rows = random_rows(graph, 60)
-    if graph.process == "absorbing":  # the released loss takes any masked row for one that has moved
+@pytest.mark.parametrize("process", [Absorbing(26), Uniform(27)], ids=["absorbing", "uniform"])
+def test_released_and_dense_loss_agree(process: RankOne) -> None:
+    rows = random_rows(process, 60)
+    if process.family == "absorbing":  # the released loss takes any masked row for one that has moved
         rows = rows._replace(x_0=rows.x_0.clamp(max=25))
     released_input = random_log_score((60, 27), torch.float64).scatter(-1, rows.x_t[:, None], 0.0).requires_grad_()
     losses = [
-        reference.score_entropy_loss(released_input, *rows, graph),
-        reference.released_score_entropy(released_input, rows.sigma, rows.x_t, rows.x_0, graph).double(),
-        reference.dense_score_entropy(released_input, *rows, graph),
+        reference.score_entropy_loss(released_input, *rows, process),
+        reference.released_score_entropy(released_input, rows.sigma, rows.x_t, rows.x_0, process).double(),
+        reference.dense_score_entropy(released_input, *rows, process),
     ]
     gradients = [torch.autograd.grad(loss.sum(), released_input)[0] for loss in losses]
     # the released code adds entry x and takes it off again, in value and gradient
@@ -153,65 +153,65 @@ def test_released_and_dense_loss_agree(graph: RankOne) -> None:
         torch.testing.assert_close(gradient, gradients[0], rtol=tolerance, atol=tolerance)
 
 
-def test_dense_loss_agrees_for_any_process(process: Process) -> None:
-    graph = process(27)
-    rows = random_rows(graph, 60)
+def test_dense_loss_agrees_for_any_process(process_of: Process) -> None:
+    process = process_of(27)
+    rows = random_rows(process, 60)
     log_score = random_log_score((60, 27), torch.float64)
     torch.testing.assert_close(
-        reference.dense_score_entropy(log_score, *rows, graph),
-        reference.score_entropy_loss(log_score, *rows, graph),
+        reference.dense_score_entropy(log_score, *rows, process),
+        reference.score_entropy_loss(log_score, *rows, process),
         rtol=1e-9,
         atol=1e-9,
     )
 
 
-@pytest.mark.parametrize("graph", [Absorbing(6), Uniform(7)], ids=["absorbing", "uniform"])
-def test_released_steps_draw_from_the_same_law(graph: RankOne) -> None:
+@pytest.mark.parametrize("process", [Absorbing(6), Uniform(7)], ids=["absorbing", "uniform"])
+def test_released_steps_draw_from_the_same_law(process: RankOne) -> None:
     """Where no token is rare: the one-stage Gumbel draw is right there."""
     draws, step = 200_000, 0.3
     log_score = random_log_score((7,), torch.float32, spread=0.5)
     log_score[6] = 0.0
     x, rows, steps = torch.full((draws,), 6), log_score.expand(draws, 7), torch.full((draws,), step)
     generator = torch.Generator().manual_seed(0)
-    tweedie = reference.released_analytic_step(rows, x, steps, graph, generator=generator)
-    last = reference.released_analytic_step(rows, x, steps, graph, denoise=True, generator=generator)
-    euler = reference.released_euler_step(rows, x, steps / 10, graph, generator=generator)
+    tweedie = reference.released_analytic_step(rows, x, steps, process, generator=generator)
+    last = reference.released_analytic_step(rows, x, steps, process, denoise=True, generator=generator)
+    euler = reference.released_euler_step(rows, x, steps / 10, process, generator=generator)
     at_6 = torch.tensor(6)
     for tokens, probs in (
-        (tweedie, reference.tweedie_probs(log_score.double(), at_6, step, graph)),
-        (last, reference.tweedie_probs(log_score.double(), at_6, step, graph, denoise=True)),
-        (euler, reference.euler_probs(log_score.double(), at_6, step / 10, graph)),
+        (tweedie, reference.tweedie_probs(log_score.double(), at_6, step, process)),
+        (last, reference.tweedie_probs(log_score.double(), at_6, step, process, denoise=True)),
+        (euler, reference.euler_probs(log_score.double(), at_6, step / 10, process)),
     ):
         assert chi_square(tokens.bincount(minlength=7), probs) > 1e-3
 
 
 def test_released_code_has_two_processes() -> None:
-    graph = Hybrid(6, 0.1)
-    rows = random_rows(graph, 2)
-    with pytest.raises(NotImplementedError, match="graph: "):
-        reference.released_score_entropy(torch.zeros(2, 7), rows.sigma, rows.x_t, rows.x_0, graph)
-    with pytest.raises(NotImplementedError, match="graph: "):
-        reference.released_analytic_step(torch.zeros(2, 7), rows.x_t, rows.sigma, graph)
-    with pytest.raises(NotImplementedError, match="graph: "):
-        reference.released_euler_step(torch.zeros(2, 7), rows.x_t, rows.sigma, graph)
+    process = Hybrid(6, 0.1)
+    rows = random_rows(process, 2)
+    with pytest.raises(NotImplementedError, match="process: "):
+        reference.released_score_entropy(torch.zeros(2, 7), rows.sigma, rows.x_t, rows.x_0, process)
+    with pytest.raises(NotImplementedError, match="process: "):
+        reference.released_analytic_step(torch.zeros(2, 7), rows.x_t, rows.sigma, process)
+    with pytest.raises(NotImplementedError, match="process: "):
+        reference.released_euler_step(torch.zeros(2, 7), rows.x_t, rows.sigma, process)
 
 
-def test_samplers_draw_from_their_probabilities(process: Process) -> None:
-    graph, draws = process(7), 30_000
+def test_samplers_draw_from_their_probabilities(process_of: Process) -> None:
+    process, draws = process_of(7), 30_000
     generator = torch.Generator().manual_seed(0)
     log_score = random_log_score((7,), torch.float64)
     for x in (0, 6):
         tokens, rows = torch.full((draws,), x), log_score.expand(draws, 7)
-        column = reference.transition_column(torch.tensor(x), torch.tensor(0.7).double(), graph)
+        column = reference.transition_column(torch.tensor(x), torch.tensor(0.7).double(), process)
         for drawn, probs in (
-            (reference.sample_transition(tokens, 0.7, graph, generator=generator), column),
+            (reference.sample_transition(tokens, 0.7, process, generator=generator), column),
             (
-                reference.tweedie_sample(rows, tokens, 0.7, graph, generator=generator),
-                reference.tweedie_probs(log_score, torch.tensor(x), 0.7, graph),
+                reference.tweedie_sample(rows, tokens, 0.7, process, generator=generator),
+                reference.tweedie_probs(log_score, torch.tensor(x), 0.7, process),
             ),
             (
-                reference.euler_sample(rows, tokens, 0.1, graph, generator=generator),
-                reference.euler_probs(log_score, torch.tensor(x), 0.1, graph),
+                reference.euler_sample(rows, tokens, 0.1, process, generator=generator),
+                reference.euler_probs(log_score, torch.tensor(x), 0.1, process),
             ),
         ):
             counts = drawn.bincount(minlength=7)

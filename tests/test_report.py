@@ -63,10 +63,10 @@ def frames(run: Path, seed: int = 0) -> list[str]:
     """The texts of all steps from the sampler itself, MASK as a block."""
     loaded = load_model(run)
     generator = torch.Generator().manual_seed(seed)
-    kept = [loaded.graph.sample_limit((2, 24), generator=torch.Generator().manual_seed(seed))]
+    kept = [loaded.process.sample_limit((2, 24), generator=torch.Generator().manual_seed(seed))]
     sample(
         loaded.model,
-        loaded.graph,
+        loaded.process,
         loaded.schedule,
         batch=2,
         length=24,
@@ -186,7 +186,7 @@ def test_a_failure_leaves_the_page_that_was_there(run: Path, monkeypatch: pytest
 
 
 def test_a_run_with_little_to_tell(tmp_path: Path) -> None:
-    run = train(tmp_path, "--steps=3", "--graph=uniform")
+    run = train(tmp_path, "--steps=3", "--process=uniform")
     metrics = run / "metrics.jsonl"
     with metrics.open("a") as file:
         file.write('{"step": 4, "lo')  # what a killed process was writing

@@ -14,7 +14,7 @@ from sedd.schedule import get_schedule
 from sedd_ext import Absorbing, Hybrid, Uniform
 
 SCHEDULE = get_schedule("loglinear")
-GRAPHS = {"absorbing": Absorbing(VOCABULARY), "uniform": Uniform(VOCABULARY), "hybrid": Hybrid(VOCABULARY, 0.3)}
+PROCESSES = {"absorbing": Absorbing(VOCABULARY), "uniform": Uniform(VOCABULARY), "hybrid": Hybrid(VOCABULARY, 0.3)}
 SHAPE = {"batch": 500, "length": 40}
 
 
@@ -30,22 +30,22 @@ def p_value(tokens, p_0=P_0):
 
 
 @pytest.mark.parametrize("steps", [1, 4, 50])
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", PROCESSES)
 def test_tweedie_with_the_true_score_is_exact_for_any_number_of_steps(name, steps):
     """Positions are independent here, so each Tweedie step is the exact posterior, however long it is."""
-    graph = GRAPHS[name]
+    process = PROCESSES[name]
     # what is left at t = 1 starts from π instead of p_1: an error of ε that 20,000 tokens must not see
     schedule = get_schedule("loglinear", eps=1e-5)
-    tokens = sample(TrueScore(graph), graph, schedule, steps=steps, generator=seeded(steps), **SHAPE)
+    tokens = sample(TrueScore(process), process, schedule, steps=steps, generator=seeded(steps), **SHAPE)
     assert p_value(tokens) > 1e-4
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", PROCESSES)
 def test_euler_with_the_true_score_approaches_the_distribution(name):
-    graph = GRAPHS[name]
+    process = PROCESSES[name]
     schedule = get_schedule("geometric", sigma_min=1e-4, sigma_max=12.0)  # its rate has no spike at t = 1
     fine, coarse = (
-        sample(TrueScore(graph), graph, schedule, sampler="euler", steps=steps, generator=seeded(), **SHAPE)
+        sample(TrueScore(process), process, schedule, sampler="euler", steps=steps, generator=seeded(), **SHAPE)
         for steps in (300, 4)
     )
     error = [
@@ -56,9 +56,9 @@ def test_euler_with_the_true_score_approaches_the_distribution(name):
 
 
 def test_the_sampler_asked_for_is_used():
-    graph = GRAPHS["uniform"]
+    process = PROCESSES["uniform"]
     tweedie, euler = (
-        sample(TrueScore(graph), graph, SCHEDULE, steps=2, sampler=name, generator=seeded(), **SHAPE)
+        sample(TrueScore(process), process, SCHEDULE, steps=2, sampler=name, generator=seeded(), **SHAPE)
         for name in SAMPLERS
     )
     assert p_value(tweedie) > 1e-4 > p_value(euler)
@@ -66,24 +66,24 @@ def test_the_sampler_asked_for_is_used():
 
 def test_a_wrong_score_is_noticed():
     """The chi-square test above can fail: a model of another distribution does."""
-    graph = GRAPHS["absorbing"]
-    wrong = TrueScore(graph, P_0 + torch.tensor([-0.02, 0.02, 0.0, 0.0, 0.0]))
-    assert p_value(sample(wrong, graph, SCHEDULE, steps=4, generator=seeded(), **SHAPE)) < 1e-4
+    process = PROCESSES["absorbing"]
+    wrong = TrueScore(process, P_0 + torch.tensor([-0.02, 0.02, 0.0, 0.0, 0.0]))
+    assert p_value(sample(wrong, process, SCHEDULE, steps=4, generator=seeded(), **SHAPE)) < 1e-4
 
 
 def test_model_shift_is_taken_off():
-    for graph in GRAPHS.values():
+    for process in PROCESSES.values():
         plain, shifted = (
-            sample(TrueScore(graph, shift=shift), graph, SCHEDULE, steps=3, generator=seeded(), batch=8, length=30)
+            sample(TrueScore(process, shift=shift), process, SCHEDULE, steps=3, generator=seeded(), batch=8, length=30)
             for shift in (None, 3.0)
         )
         torch.testing.assert_close(plain, shifted, rtol=0, atol=0)
 
 
 def test_same_seed_same_text():
-    graph = GRAPHS["hybrid"]
+    process = PROCESSES["hybrid"]
     one, two, three = (
-        sample(TrueScore(graph), graph, SCHEDULE, steps=5, generator=seeded(seed), batch=8, length=30)
+        sample(TrueScore(process), process, SCHEDULE, steps=5, generator=seeded(seed), batch=8, length=30)
         for seed in (1, 1, 2)
     )
     assert torch.equal(one, two)
@@ -91,11 +91,11 @@ def test_same_seed_same_text():
 
 
 def test_denoising_step_leaves_no_mask():
-    graph = GRAPHS["absorbing"]
+    process = PROCESSES["absorbing"]
     sampled, rough = (
         sample(
-            TrueScore(graph),
-            graph,
+            TrueScore(process),
+            process,
             get_schedule("geometric", sigma_min=0.1, sigma_max=20.0),
             steps=20,
             denoise=denoise,
@@ -104,14 +104,14 @@ def test_denoising_step_leaves_no_mask():
         )
         for denoise in (True, False)
     )
-    assert not bool((sampled == graph.mask_id).any())
-    assert bool((rough == graph.mask_id).any())
+    assert not bool((sampled == process.mask_id).any())
+    assert bool((rough == process.mask_id).any())
 
 
 def test_head_runs_on_masked_positions_only_and_the_model_rests_when_none_is_left():
-    graph = GRAPHS["absorbing"]
-    model = TrueScore(graph)
-    sample(model, graph, SCHEDULE, steps=200, batch=2, length=10, generator=seeded())
+    process = PROCESSES["absorbing"]
+    model = TrueScore(process)
+    sample(model, process, SCHEDULE, steps=200, batch=2, length=10, generator=seeded())
     assert model.rows_scored[0] == 20
     assert model.rows_scored == sorted(model.rows_scored, reverse=True)
     assert model.rows_scored[-1] > 0
@@ -121,8 +121,8 @@ def test_head_runs_on_masked_positions_only_and_the_model_rests_when_none_is_lef
 class Counting(TrueScore):
     """Absorbing diffusion of text of one token: the network needs no time, and counts the sequences it is shown."""
 
-    def __init__(self, graph, time_conditioning):
-        super().__init__(graph, torch.tensor([1.0]))
+    def __init__(self, process, time_conditioning):
+        super().__init__(process, torch.tensor([1.0]))
         self.time_conditioning = time_conditioning
         self.sequences = []
 
@@ -135,13 +135,13 @@ class Counting(TrueScore):
 
 
 def test_finished_sequences_leave_the_batch():
-    graph = Absorbing(3)
-    model = Counting(graph, time_conditioning=True)
+    process = Absorbing(3)
+    model = Counting(process, time_conditioning=True)
     where = torch.ones(4, 30, dtype=torch.bool)
     where[0] = False  # one sequence with much to do, three with one position each
     where[1:, 0] = False
     tokens = torch.zeros(30, dtype=torch.int64)
-    sample(model, graph, SCHEDULE, batch=4, length=30, steps=50, fixed=(tokens, where), generator=seeded())
+    sample(model, process, SCHEDULE, batch=4, length=30, steps=50, fixed=(tokens, where), generator=seeded())
     assert model.sequences[0] == 4
     assert model.sequences[-1] == 1
     assert model.sequences == sorted(model.sequences, reverse=True)
@@ -149,36 +149,36 @@ def test_finished_sequences_leave_the_batch():
 
 def test_a_network_without_time_rests_while_nothing_changes():
     """Of 400 steps over 8 positions, only those after a change take a function evaluation; the text is the same."""
-    graph, texts, evaluations = Absorbing(3), [], []
+    process, texts, evaluations = Absorbing(3), [], []
     for time_conditioning in (True, False):
-        model = Counting(graph, time_conditioning)
-        texts.append(sample(model, graph, SCHEDULE, batch=3, length=8, steps=400, generator=seeded()))
+        model = Counting(process, time_conditioning)
+        texts.append(sample(model, process, SCHEDULE, batch=3, length=8, steps=400, generator=seeded()))
         evaluations.append(sum(model.sequences))
     assert torch.equal(*texts)
     assert evaluations[0] > 600
     assert evaluations[1] <= 3 * 8
 
 
-def build(graph, **options):
+def build(process, **options):
     torch.manual_seed(0)
     config = ModelConfig(hidden_size=16, n_blocks=1, n_heads=2, cond_dim=8, length=12, dropout=0.0, **options)
-    model = SEDD(config, graph)
+    model = SEDD(config, process)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", PROCESSES)
 def test_the_fused_sampler_has_the_law_of_the_unfused_one(name):
     """One step of a real network: the frequencies of all tokens at a position, compared by a chi-square test."""
-    graph = GRAPHS[name]
-    model = build(graph)
+    process = PROCESSES[name]
+    model = build(process)
     where = torch.arange(3) > 0
     start = (torch.tensor([0, 1, 2]), where)
     counts = [
         sample(
             model,
-            graph,
+            process,
             SCHEDULE,
             batch=20_000,
             length=3,
@@ -186,7 +186,7 @@ def test_the_fused_sampler_has_the_law_of_the_unfused_one(name):
             fixed=start,
             fused=fused,
             generator=seeded(int(fused)),
-        )[:, 0].bincount(minlength=graph.dim)
+        )[:, 0].bincount(minlength=process.dim)
         for fused in (True, False)
     ]
     seen = torch.stack(counts).numpy()
@@ -195,31 +195,31 @@ def test_the_fused_sampler_has_the_law_of_the_unfused_one(name):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_low_temperature_writes_the_likeliest_tokens(fused):
-    graph = GRAPHS["absorbing"]
-    model = build(graph)
+    process = PROCESSES["absorbing"]
+    model = build(process)
     options = {"batch": 2, "length": 12, "steps": 1, "fused": fused}
-    cold = [sample(model, graph, SCHEDULE, temperature=1e-3, generator=seeded(1), **options) for _ in range(2)]
+    cold = [sample(model, process, SCHEDULE, temperature=1e-3, generator=seeded(1), **options) for _ in range(2)]
     # positions that changed at t = 1 took the likeliest token, whatever the random numbers
-    narrow = sample(model, graph, SCHEDULE, top_p=1e-6, generator=seeded(1), **options)
+    narrow = sample(model, process, SCHEDULE, top_p=1e-6, generator=seeded(1), **options)
     assert torch.equal(*cold)
     assert torch.equal(cold[0], narrow)
 
 
 def test_time_conditioning_is_all_that_sigma_does():
-    graph = GRAPHS["absorbing"]
+    process = PROCESSES["absorbing"]
     x = torch.randint(VOCABULARY, (2, 12), generator=seeded())
     for told in (True, False):
-        model = build(graph, time_conditioning=told)
+        model = build(process, time_conditioning=told)
         early, late = (model.hidden(x, torch.full((2,), s)) for s in (0.1, 3.0))
         assert torch.equal(early, late) is not told
         torch.testing.assert_close(model.hidden(x, torch.tensor([0.1])), early)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("given", ["prefix", "suffix", "middle", "spans"])
 def test_infilling_keeps_every_given_token_in_every_step(name, sampler, given):
-    graph = GRAPHS[name]
+    process = PROCESSES[name]
     where = torch.zeros(12, dtype=torch.bool)
     where[{"prefix": slice(0, 4), "suffix": slice(7, 12), "middle": slice(3, 9), "spans": slice(0, 12, 3)}[given]] = (
         True
@@ -227,8 +227,8 @@ def test_infilling_keeps_every_given_token_in_every_step(name, sampler, given):
     tokens = torch.randint(VOCABULARY, (12,), generator=seeded(5))
     seen = []
     filled = sample(
-        TrueScore(graph),
-        graph,
+        TrueScore(process),
+        process,
         SCHEDULE,
         batch=3,
         length=12,
@@ -245,12 +245,12 @@ def test_infilling_keeps_every_given_token_in_every_step(name, sampler, given):
 
 
 def test_infilling_around_given_tokens_leaves_the_rest_to_the_model():
-    graph = GRAPHS["uniform"]
+    process = PROCESSES["uniform"]
     where = torch.arange(40) % 2 == 0
     tokens = torch.full((500, 40), 4)
     x = sample(
-        TrueScore(graph),
-        graph,
+        TrueScore(process),
+        process,
         get_schedule("loglinear", eps=1e-5),
         steps=3,
         fixed=(tokens, where),
@@ -261,46 +261,48 @@ def test_infilling_around_given_tokens_leaves_the_rest_to_the_model():
 
 
 def test_infilling_with_other_positions_in_each_sequence():
-    graph = GRAPHS["absorbing"]
+    process = PROCESSES["absorbing"]
     tokens = torch.randint(VOCABULARY, (2, 6), generator=seeded())
     where = torch.tensor([[True] * 6, [False, True] * 3])
-    x = sample(TrueScore(graph), graph, SCHEDULE, batch=2, length=6, steps=3, fixed=(tokens, where), generator=seeded())
+    x = sample(
+        TrueScore(process), process, SCHEDULE, batch=2, length=6, steps=3, fixed=(tokens, where), generator=seeded()
+    )
     assert torch.equal(x[0], tokens[0])
     assert torch.equal(x[1, 1::2], tokens[1, 1::2])
 
 
 def test_tokens_outside_the_given_positions_do_not_matter():
-    graph = GRAPHS["absorbing"]
+    process = PROCESSES["absorbing"]
     where = torch.tensor([True, False, False])
-    for unknown in (graph.mask_id, -1):
+    for unknown in (process.mask_id, -1):
         fixed = (torch.tensor([2, unknown, unknown]), where)
-        x = sample(TrueScore(graph), graph, SCHEDULE, batch=4, length=3, steps=2, fixed=fixed, generator=seeded())
+        x = sample(TrueScore(process), process, SCHEDULE, batch=4, length=3, steps=2, fixed=fixed, generator=seeded())
         assert x[:, 0].tolist() == [2] * 4
 
 
 def test_mode_is_evaluation_inside_and_restored_outside():
-    graph = GRAPHS["absorbing"]
+    process = PROCESSES["absorbing"]
     for training in (True, False):
-        model = TrueScore(graph).train(training)
-        sample(model, graph, SCHEDULE, batch=1, length=3, steps=2, generator=seeded())
+        model = TrueScore(process).train(training)
+        sample(model, process, SCHEDULE, batch=1, length=3, steps=2, generator=seeded())
         assert model.training is training
         assert model.modes
         assert not any(model.modes)
 
 
 def test_mode_is_restored_after_an_error():
-    graph = GRAPHS["absorbing"]
-    model = TrueScore(graph, torch.full((5,), torch.nan)).train()
+    process = PROCESSES["absorbing"]
+    model = TrueScore(process, torch.full((5,), torch.nan)).train()
     with pytest.raises(ValueError, match="log_score"):
-        sample(model, graph, SCHEDULE, batch=1, length=3, steps=2, generator=seeded())
+        sample(model, process, SCHEDULE, batch=1, length=3, steps=2, generator=seeded())
     assert model.training
 
 
 def test_samples_are_ordinary_tensors():
     """Not inference tensors, which autograd would refuse: a caller may train on what was sampled."""
-    graph = GRAPHS["absorbing"]
+    process = PROCESSES["absorbing"]
     seen = []
-    x = sample(TrueScore(graph), graph, SCHEDULE, batch=1, length=3, steps=2, on_step=lambda *a: seen.append(a[2]))
+    x = sample(TrueScore(process), process, SCHEDULE, batch=1, length=3, steps=2, on_step=lambda *a: seen.append(a[2]))
     assert not x.is_inference()
     assert not any(tokens.is_inference() for tokens in seen)
     x[:] = 0  # a callback's tokens are its own
@@ -309,9 +311,9 @@ def test_samples_are_ordinary_tensors():
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_real_model_samples(dtype):
-    graph = Absorbing(257)
+    process = Absorbing(257)
     x = sample(
-        SEDD("tiny", graph), graph, SCHEDULE, batch=2, length=16, steps=3, generator=seeded(), autocast_dtype=dtype
+        SEDD("tiny", process), process, SCHEDULE, batch=2, length=16, steps=3, generator=seeded(), autocast_dtype=dtype
     )
     assert x.shape == (2, 16)
     assert x.dtype == torch.int64
@@ -324,24 +326,24 @@ def test_weights_are_cast_once_a_sample_and_not_in_every_step():
     calls, shape = [], list(model.blocks[0].attn_qkv.weight.shape)
     model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-        sample(model, model.graph, SCHEDULE, batch=2, length=12, steps=5, autocast_dtype=torch.bfloat16)
+        sample(model, model.process, SCHEDULE, batch=2, length=12, steps=5, autocast_dtype=torch.bfloat16)
     casts = [event for event in profiled.events() if event.name == "aten::_to_copy" and event.input_shapes[0] == shape]
     assert len(calls) >= 5
     assert len(casts) == len(model.blocks)
 
 
 def test_fixed_tokens_in_any_layout():
-    graph = GRAPHS["absorbing"]
+    process = PROCESSES["absorbing"]
     tokens, where = torch.arange(12).remainder(5).view(3, 4).T, torch.tensor([True, False, False]).expand(4, 3)
-    x = sample(TrueScore(graph), graph, SCHEDULE, batch=4, length=3, steps=2, fixed=(tokens, where.T.clone().T))
+    x = sample(TrueScore(process), process, SCHEDULE, batch=4, length=3, steps=2, fixed=(tokens, where.T.clone().T))
     assert torch.equal(x[:, 0], tokens[:, 0])
     assert bool((x < 5).all())
 
 
 def test_progress_is_told_in_lines_where_there_is_no_terminal(capsys, monkeypatch):
     monkeypatch.setattr("sedd.progress.LINE_EVERY", 0.0)
-    graph = GRAPHS["absorbing"]
-    sample(TrueScore(graph), graph, SCHEDULE, batch=1, length=3, steps=2, progress=True)
+    process = PROCESSES["absorbing"]
+    sample(TrueScore(process), process, SCHEDULE, batch=1, length=3, steps=2, progress=True)
     assert capsys.readouterr().err.splitlines()[-1] == "100%  sampling: 3 of 3"
 
 
@@ -366,9 +368,9 @@ TOKENS, WHERE = torch.zeros(3, dtype=torch.int64), torch.tensor([True, False, Fa
     ],
 )
 def test_bad_input(arguments, error, message):
-    graph = GRAPHS["absorbing"]
+    process = PROCESSES["absorbing"]
     with pytest.raises(error, match=message):
-        sample(TrueScore(graph), graph, SCHEDULE, **({"batch": 2, "length": 3, "steps": 2} | arguments))
+        sample(TrueScore(process), process, SCHEDULE, **({"batch": 2, "length": 3, "steps": 2} | arguments))
 
 
 class Reluctant(TrueScore):
@@ -380,20 +382,20 @@ class Reluctant(TrueScore):
 
 @pytest.mark.parametrize("denoise", [True, False])
 def test_the_last_step_leaves_no_mask_whatever_the_scores(denoise):
-    graph = GRAPHS["absorbing"]
-    x = sample(Reluctant(graph), graph, SCHEDULE, batch=2, length=50, steps=2, denoise=denoise)
-    assert bool((x == graph.mask_id).any()) != denoise
+    process = PROCESSES["absorbing"]
+    x = sample(Reluctant(process), process, SCHEDULE, batch=2, length=50, steps=2, denoise=denoise)
+    assert bool((x == process.mask_id).any()) != denoise
 
 
 class Contextual(TrueScore):
     """Scores of a text whose tokens repeat one another, which do not depend on the time."""
 
-    def __init__(self, graph, time_conditioning):
-        super().__init__(graph)
+    def __init__(self, process, time_conditioning):
+        super().__init__(process)
         self.time_conditioning = time_conditioning
 
     def hidden(self, x_t, sigma):
-        counts = torch.nn.functional.one_hot(x_t, self.graph.dim).sum(1)[:, : self.graph.dim - 1]
+        counts = torch.nn.functional.one_hot(x_t, self.process.dim).sum(1)[:, : self.process.dim - 1]
         log_p = torch.log_softmax(2.0 * counts.double(), -1)
         return torch.nn.functional.pad(log_p, (0, 1))[:, None].repeat(1, x_t.shape[1], 1)
 
@@ -403,11 +405,11 @@ class Contextual(TrueScore):
 
 def test_states_that_are_kept_are_those_of_the_tokens_that_are_there():
     """A network that is not told the time draws what it would draw if it were called in every step."""
-    graph = GRAPHS["absorbing"]
+    process = PROCESSES["absorbing"]
     drawn = [
         sample(
-            Contextual(graph, time_conditioning),
-            graph,
+            Contextual(process, time_conditioning),
+            process,
             SCHEDULE,
             batch=4,
             length=12,

@@ -25,22 +25,22 @@ BOUND = {torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6, torch.f
 
 
 def value_and_gradient(
-    function: Callable[..., Tensor], log_score: Tensor, rows: Rows, graph: RankOne, shift: Tensor | None = None
+    function: Callable[..., Tensor], log_score: Tensor, rows: Rows, process: RankOne, shift: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     leaf = log_score.detach().clone().requires_grad_()
-    loss = function(leaf, *rows, graph, log_score_shift=shift)
+    loss = function(leaf, *rows, process, log_score_shift=shift)
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     return loss.detach(), gradient
 
 
-def check_accuracy(log_score: Tensor, rows: Rows, graph: RankOne, shift: Tensor | None = None) -> None:
+def check_accuracy(log_score: Tensor, rows: Rows, process: RankOne, shift: Tensor | None = None) -> None:
     """The error against float64 is no larger than plain PyTorch's in the same dtype, plus a small bound."""
-    exact = value_and_gradient(reference.score_entropy_loss, log_score.double(), rows, graph, shift)
-    plain = value_and_gradient(reference.score_entropy_loss, log_score, rows, graph, shift)
+    exact = value_and_gradient(reference.score_entropy_loss, log_score.double(), rows, process, shift)
+    plain = value_and_gradient(reference.score_entropy_loss, log_score, rows, process, shift)
     shifted = log_score.double() if shift is None else log_score.double() - shift.double()[..., None]
-    scales = term_scales(shifted, rows, graph)
+    scales = term_scales(shifted, rows, process)
     allowed = [largest_error(*v) + BOUND[log_score.dtype] for v in zip(plain, exact, scales, strict=True)]
-    result = value_and_gradient(score_entropy_loss, log_score, rows, graph, shift)
+    result = value_and_gradient(score_entropy_loss, log_score, rows, process, shift)
     assert result[0].dtype == (torch.float64 if log_score.dtype == torch.float64 else torch.float32)
     assert result[1].dtype == log_score.dtype
     errors = [largest_error(*v) for v in zip(result, exact, scales, strict=True)]
@@ -51,26 +51,26 @@ def check_accuracy(log_score: Tensor, rows: Rows, graph: RankOne, shift: Tensor 
 @every_variant
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [2, 3, 17, 27, 1025, 4099, 50258])
-def test_value_and_gradient(process: Process, n: int, dtype: torch.dtype) -> None:
-    graph, count = process(n), 3 if n > 10_000 else 24
-    check_accuracy(random_log_score((count, n), dtype), random_rows(graph, count), graph)
+def test_value_and_gradient(process_of: Process, n: int, dtype: torch.dtype) -> None:
+    process, count = process_of(n), 3 if n > 10_000 else 24
+    check_accuracy(random_log_score((count, n), dtype), random_rows(process, count), process)
 
 
 @every_variant
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_log_score_shift(process: Process, dtype: torch.dtype) -> None:
-    graph = process(1025)
+def test_log_score_shift(process_of: Process, dtype: torch.dtype) -> None:
+    process = process_of(1025)
     shift = random_log_score((24,), torch.float64, seed=2, spread=4.0)
-    check_accuracy(random_log_score((24, 1025), dtype), random_rows(graph, 24), graph, shift)
+    check_accuracy(random_log_score((24, 1025), dtype), random_rows(process, 24), process, shift)
 
 
 @every_variant
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_peaky_log_scores(process: Process, dtype: torch.dtype) -> None:
+def test_peaky_log_scores(process_of: Process, dtype: torch.dtype) -> None:
     """Terms from e^-80 to e^80 (to e^10 in float16, whose gradients end at 65,504)."""
-    graph, spread = process(1025), 10.0 if dtype == torch.float16 else 80.0
+    process, spread = process_of(1025), 10.0 if dtype == torch.float16 else 80.0
     log_score = spread * (2 * torch.rand(24, 1025, generator=torch.Generator().manual_seed(4)) - 1)
-    check_accuracy(log_score.to(dtype), random_rows(graph, 24), graph)
+    check_accuracy(log_score.to(dtype), random_rows(process, 24), process)
 
 
 @every_variant
@@ -86,9 +86,9 @@ def test_exp_is_accurate_to_two_ulp() -> None:
 
 
 def test_one_token_has_nothing_to_learn() -> None:
-    graph, zeros = Uniform(1), torch.zeros(3, dtype=torch.int64)
+    process, zeros = Uniform(1), torch.zeros(3, dtype=torch.int64)
     loss, gradient = value_and_gradient(
-        score_entropy_loss, torch.ones(3, 1), Rows(zeros, zeros, torch.ones(3).double()), graph
+        score_entropy_loss, torch.ones(3, 1), Rows(zeros, zeros, torch.ones(3).double()), process
     )
     torch.testing.assert_close(loss, torch.zeros(3))
     assert (gradient == 0).all()
@@ -98,14 +98,14 @@ def test_one_token_has_nothing_to_learn() -> None:
 @pytest.mark.parametrize("n", [5, 150])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_not_finite_goes_through(process: Process, dtype: torch.dtype, value: float, n: int) -> None:
+def test_what_is_not_finite_goes_through(process_of: Process, dtype: torch.dtype, value: float, n: int) -> None:
     """Row i has the value at entry i, so that every place of a vector loop has it once."""
-    graph = process(n)
+    process = process_of(n)
     log_score = random_log_score((n, n), dtype)
     log_score.fill_diagonal_(value)
-    rows = random_rows(graph, n)
-    exact = value_and_gradient(reference.score_entropy_loss, log_score.double(), rows, graph)
-    result = value_and_gradient(score_entropy_loss, log_score, rows, graph)
+    rows = random_rows(process, n)
+    exact = value_and_gradient(reference.score_entropy_loss, log_score.double(), rows, process)
+    result = value_and_gradient(score_entropy_loss, log_score, rows, process)
     # float16 and bfloat16 round what is finite; what is not must be the same
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
     for got, true in zip(result, exact, strict=True):
@@ -113,25 +113,25 @@ def test_what_is_not_finite_goes_through(process: Process, dtype: torch.dtype, v
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
-def test_what_stands_at_x_does_not_matter(process: Process, value: float) -> None:
-    graph = process(37)
-    rows = random_rows(graph, 48)
+def test_what_stands_at_x_does_not_matter(process_of: Process, value: float) -> None:
+    process = process_of(37)
+    rows = random_rows(process, 48)
     clean = random_log_score((48, 37), torch.float32).scatter(-1, rows.x_t[:, None], 0.0)
     dirty = clean.scatter(-1, rows.x_t[:, None], value)
-    for a, b in zip(*(value_and_gradient(score_entropy_loss, v, rows, graph) for v in (clean, dirty)), strict=True):
+    for a, b in zip(*(value_and_gradient(score_entropy_loss, v, rows, process) for v in (clean, dirty)), strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["absorbing", "vector_with_zeros"])
 def test_rows_that_cannot_move_are_exactly_zero(name: str, dtype: torch.dtype) -> None:
-    graph = PROCESSES[name](38)
-    still = (graph.stationary == 0).nonzero()[:, 0]
+    process = PROCESSES[name](38)
+    still = (process.stationary == 0).nonzero()[:, 0]
     x_0 = torch.where(torch.arange(len(still)) % 2 == 0, still, 0)  # also one that the process could not have made
     rows = Rows(still, x_0, torch.full((len(still),), 0.5, dtype=torch.float64))
     for filling in (1.0, float("nan"), float("inf")):
         log_score = torch.full((len(still), 38), filling, dtype=dtype)
-        for result in value_and_gradient(score_entropy_loss, log_score, rows, graph):
+        for result in value_and_gradient(score_entropy_loss, log_score, rows, process):
             assert (result == 0).all()
 
 
@@ -145,23 +145,23 @@ seeds = st.integers(0, 2**31)
 
 @given(names, dims, sigmas, seeds, st.floats(0.1, 8.0))
 def test_never_negative(name: str, n: int, sigma: float, seed: int, spread: float) -> None:
-    graph = PROCESSES[name](n)
-    rows = random_rows(graph, 9, seed)._replace(sigma=torch.full((9,), sigma, dtype=torch.float64))
+    process = PROCESSES[name](n)
+    rows = random_rows(process, 9, seed)._replace(sigma=torch.full((9,), sigma, dtype=torch.float64))
     log_score = random_log_score((9, n), torch.float64, seed, spread)
-    loss = score_entropy_loss(log_score, *rows, graph)
-    assert (loss >= -1e-13 * term_scales(log_score, rows, graph).loss).all()
+    loss = score_entropy_loss(log_score, *rows, process)
+    assert (loss >= -1e-13 * term_scales(log_score, rows, process).loss).all()
 
 
 @given(names, dims, sigmas, seeds)
 def test_zero_value_and_gradient_at_the_true_ratio(name: str, n: int, sigma: float, seed: int) -> None:
-    graph = PROCESSES[name](n)
+    process = PROCESSES[name](n)
     x_0 = torch.randint(n, (), generator=torch.Generator().manual_seed(seed))
-    column = reference.transition_column(x_0, torch.tensor(sigma, dtype=torch.float64), graph)
+    column = reference.transition_column(x_0, torch.tensor(sigma, dtype=torch.float64), process)
     reachable = column.nonzero()[:, 0]
     log_score = column.log() - column[reachable].log()[:, None]
     rows = Rows(reachable, x_0.expand_as(reachable), torch.full(reachable.shape, sigma, dtype=torch.float64))
-    scales = term_scales(log_score, rows, graph)
-    loss, gradient = value_and_gradient(score_entropy_loss, log_score, rows, graph)
+    scales = term_scales(log_score, rows, process)
+    loss, gradient = value_and_gradient(score_entropy_loss, log_score, rows, process)
     assert (loss.abs() <= 1e-12 * scales.loss).all()
     assert (gradient.abs() <= 1e-12 * scales.gradient).all()
 
@@ -172,28 +172,28 @@ def test_zero_value_and_gradient_at_the_true_ratio(name: str, n: int, sigma: flo
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor, Tensor, Tensor, RankOne]:
     """log_score [4, 6, 11], x_t and x_0 [4, 6], sigma [4, 1], process."""
-    graph = Uniform(11)
-    rows = random_rows(graph, 24)
+    process = Uniform(11)
+    rows = random_rows(process, 24)
     sigma = rows.sigma[:4, None]
-    return random_log_score((4, 6, 11), torch.float32), rows.x_t.view(4, 6), rows.x_0.view(4, 6), sigma, graph
+    return random_log_score((4, 6, 11), torch.float32), rows.x_t.view(4, 6), rows.x_0.view(4, 6), sigma, process
 
 
 def test_batches_and_broadcasting(batch: tuple[Tensor, Tensor, Tensor, Tensor, RankOne]) -> None:
-    log_score, x_t, x_0, sigma, graph = batch
-    loss = score_entropy_loss(log_score, x_t, x_0, sigma, graph)
+    log_score, x_t, x_0, sigma, process = batch
+    loss = score_entropy_loss(log_score, x_t, x_0, sigma, process)
     assert loss.shape == (4, 6)
     for i in range(4):
         for j in range(6):
-            one = score_entropy_loss(log_score[i, j], x_t[i, j], x_0[i, j], sigma[i, 0], graph)
+            one = score_entropy_loss(log_score[i, j], x_t[i, j], x_0[i, j], sigma[i, 0], process)
             assert one.shape == ()
             assert torch.equal(one, loss[i, j])
-    full = score_entropy_loss(log_score, x_t, x_0, sigma.expand(4, 6), graph)
+    full = score_entropy_loss(log_score, x_t, x_0, sigma.expand(4, 6), process)
     assert torch.equal(full, loss)
-    number = score_entropy_loss(log_score, x_t, x_0, 0.37, graph)
-    tensor = score_entropy_loss(log_score, x_t, x_0, torch.tensor(0.37, dtype=torch.float64), graph)
+    number = score_entropy_loss(log_score, x_t, x_0, 0.37, process)
+    tensor = score_entropy_loss(log_score, x_t, x_0, torch.tensor(0.37, dtype=torch.float64), process)
     assert torch.equal(number, tensor)
-    shifted = score_entropy_loss(log_score, x_t, x_0, sigma, graph, log_score_shift=torch.full((6,), 0.5))
-    assert torch.equal(shifted, score_entropy_loss(log_score, x_t, x_0, sigma, graph, log_score_shift=0.5))
+    shifted = score_entropy_loss(log_score, x_t, x_0, sigma, process, log_score_shift=torch.full((6,), 0.5))
+    assert torch.equal(shifted, score_entropy_loss(log_score, x_t, x_0, sigma, process, log_score_shift=0.5))
 
 
 def test_reductions(batch: tuple[Tensor, Tensor, Tensor, Tensor, RankOne]) -> None:
@@ -204,9 +204,9 @@ def test_reductions(batch: tuple[Tensor, Tensor, Tensor, Tensor, RankOne]) -> No
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 5)])
 def test_empty_batches(shape: tuple[int, ...]) -> None:
-    graph, tokens = Absorbing(10), torch.zeros(shape, dtype=torch.int64)
+    process, tokens = Absorbing(10), torch.zeros(shape, dtype=torch.int64)
     log_score = torch.zeros(*shape, 11, requires_grad=True)
-    loss = score_entropy_loss(log_score, tokens, tokens, 0.5, graph)
+    loss = score_entropy_loss(log_score, tokens, tokens, 0.5, process)
     assert loss.shape == shape
     loss.sum().backward()
     assert log_score.grad is not None
@@ -214,17 +214,17 @@ def test_empty_batches(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strided_inputs(process: Process, dtype: torch.dtype) -> None:
+def test_strided_inputs(process_of: Process, dtype: torch.dtype) -> None:
     """Transposed log-scores, every second token, expanded σ: the same as their contiguous copies."""
-    graph = process(27)
-    rows = random_rows(graph, 24)
+    process = process_of(27)
+    rows = random_rows(process, 24)
     log_score = random_log_score((27, 24), dtype).T
     x_t, x_0 = (torch.stack([v, v.flip(0)], dim=-1)[:, 0] for v in (rows.x_t, rows.x_0))
     assert not log_score.is_contiguous()
     assert not x_t.is_contiguous()
-    strided = value_and_gradient(score_entropy_loss, log_score, Rows(x_t, x_0, rows.sigma[:1].expand(24)), graph)
+    strided = value_and_gradient(score_entropy_loss, log_score, Rows(x_t, x_0, rows.sigma[:1].expand(24)), process)
     plain = value_and_gradient(
-        score_entropy_loss, log_score.contiguous(), rows._replace(sigma=rows.sigma[:1].repeat(24)), graph
+        score_entropy_loss, log_score.contiguous(), rows._replace(sigma=rows.sigma[:1].repeat(24)), process
     )
     for a, b in zip(strided, plain, strict=True):
         assert torch.equal(a, b)
@@ -232,21 +232,21 @@ def test_strided_inputs(process: Process, dtype: torch.dtype) -> None:
 
 def test_expanded_log_score() -> None:
     """One row for many positions: stride 0 in the input, a summed gradient out."""
-    graph = Uniform(27)
-    rows = random_rows(graph, 24)
+    process = Uniform(27)
+    rows = random_rows(process, 24)
     log_score = random_log_score((27,), torch.float64).requires_grad_()
-    (gradient,) = torch.autograd.grad(score_entropy_loss(log_score.expand(24, 27), *rows, graph).sum(), log_score)
+    (gradient,) = torch.autograd.grad(score_entropy_loss(log_score.expand(24, 27), *rows, process).sum(), log_score)
     every = log_score.detach().repeat(24, 1).requires_grad_()
-    (expected,) = torch.autograd.grad(score_entropy_loss(every, *rows, graph).sum(), every)
+    (expected,) = torch.autograd.grad(score_entropy_loss(every, *rows, process).sum(), every)
     torch.testing.assert_close(gradient, expected.sum(0))
 
 
-def test_gradients_handed_down(process: Process) -> None:
+def test_gradients_handed_down(process_of: Process) -> None:
     """Stride 0 from .sum(), a vector of weights, and a transposed one give what the chain rule says."""
-    graph = process(27)
-    rows = random_rows(graph, 24)
+    process = process_of(27)
+    rows = random_rows(process, 24)
     log_score = random_log_score((24, 27), torch.float64).requires_grad_()
-    loss = score_entropy_loss(log_score, *rows, graph)
+    loss = score_entropy_loss(log_score, *rows, process)
     (ones,) = torch.autograd.grad(loss, log_score, torch.ones(24, dtype=torch.float64), retain_graph=True)
     (summed,) = torch.autograd.grad(loss.sum(), log_score, retain_graph=True)
     assert torch.equal(summed, ones)
@@ -258,20 +258,20 @@ def test_gradients_handed_down(process: Process) -> None:
 @pytest.mark.costly("csrc", "sedd_ext")
 def test_more_than_two_to_the_31_elements() -> None:
     """43,000 rows of which one is masked: the others are never read, so that the system never provides their memory."""
-    graph, rows = Absorbing(50257), 43_000
+    process, rows = Absorbing(50257), 43_000
     log_score = torch.empty(rows, 50258, dtype=torch.bfloat16)
     log_score[-1] = random_log_score((50258,), torch.bfloat16)
     x_t = torch.zeros(rows, dtype=torch.int64)
-    x_t[-1] = graph.mask_id
-    loss = score_entropy_loss(log_score, x_t, torch.zeros_like(x_t), 0.5, graph)
-    assert torch.equal(loss[-1], score_entropy_loss(log_score[-1], x_t[-1], x_t[0], 0.5, graph))
+    x_t[-1] = process.mask_id
+    loss = score_entropy_loss(log_score, x_t, torch.zeros_like(x_t), 0.5, process)
+    assert torch.equal(loss[-1], score_entropy_loss(log_score[-1], x_t[-1], x_t[0], 0.5, process))
     assert not loss[:-1].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_gradients_round_as_torch_does(dtype: torch.dtype) -> None:
     """Scores of 1 hand the incoming float32 gradient through: any bit pattern, subnormal and overflowing ones too."""
-    graph, rows = Absorbing(40), 20_000
+    process, rows = Absorbing(40), 20_000
     patterns = torch.randint(-(2**31), 2**31, (rows,), generator=torch.Generator().manual_seed(0), dtype=torch.int64)
     handed = patterns.to(torch.int32).view(torch.float32)
     # random patterns seldom have float16's exponents, and never lie half-way between two numbers
@@ -281,20 +281,20 @@ def test_gradients_round_as_torch_does(dtype: torch.dtype) -> None:
     handed[1::4] = (below.float() + above.float()) / 2
     handed[:6] = torch.tensor([65519.0, 65520.0, 2**-25, 1.5 * 2**-24, 0.0, -0.0])
     log_score = torch.zeros(rows, 41, dtype=dtype, requires_grad=True)
-    x_t = torch.full((rows,), graph.mask_id)
+    x_t = torch.full((rows,), process.mask_id)
     (gradient,) = torch.autograd.grad(
-        score_entropy_loss(log_score, x_t, torch.zeros_like(x_t), 0.5, graph), log_score, handed
+        score_entropy_loss(log_score, x_t, torch.zeros_like(x_t), 0.5, process), log_score, handed
     )
     expected = handed.to(dtype)[:, None].expand(rows, 39)
     torch.testing.assert_close(gradient[:, 1:40], expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_inputs_are_left_alone(process: Process) -> None:
-    graph = process(27)
-    rows = random_rows(graph, 24)
+def test_inputs_are_left_alone(process_of: Process) -> None:
+    process = process_of(27)
+    rows = random_rows(process, 24)
     log_score = random_log_score((24, 27), torch.float32)
     before = [v.clone() for v in (log_score, *rows)]
-    value_and_gradient(score_entropy_loss, log_score, rows, graph)
+    value_and_gradient(score_entropy_loss, log_score, rows, process)
     for now, then in zip((log_score, *rows), before, strict=True):
         assert torch.equal(now, then)
 
@@ -311,41 +311,41 @@ def test_no_pull_is_none_at_minus_infinity() -> None:
 
 
 @pytest.mark.parametrize("sigma", [1e-250, 1e-30, 700.0, 1e300])
-def test_extreme_noise(process: Process, sigma: float) -> None:
+def test_extreme_noise(process_of: Process, sigma: float) -> None:
     """Never NaN: what float64 holds is right, and what float32 does not hold is infinite."""
-    graph, x = process(7), torch.tensor([6, 6, 5])
+    process, x = process_of(7), torch.tensor([6, 6, 5])
     rows = Rows(x, torch.tensor([1, 6, 2]), torch.full((3,), sigma, dtype=torch.float64))
     log_score = random_log_score((3, 7), torch.float64, spread=20.0)
-    exact = reference.score_entropy_loss(log_score, *rows, graph)
-    torch.testing.assert_close(score_entropy_loss(log_score, *rows, graph), exact, rtol=1e-12, atol=1e-12)
-    single = score_entropy_loss(log_score.float(), *rows, graph)
+    exact = reference.score_entropy_loss(log_score, *rows, process)
+    torch.testing.assert_close(score_entropy_loss(log_score, *rows, process), exact, rtol=1e-12, atol=1e-12)
+    single = score_entropy_loss(log_score.float(), *rows, process)
     torch.testing.assert_close(single, exact.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_rare_tokens_of_the_stationary_distribution() -> None:
     """π_x = 1.2e-38, the least that a process takes: 1/π_x is in the loss, and float32's end is not."""
-    graph = RankOne(torch.tensor([1.2e-38, 0.5, 0.5], dtype=torch.float64))
+    process = RankOne(torch.tensor([1.2e-38, 0.5, 0.5], dtype=torch.float64))
     rows = Rows(torch.tensor([0]), torch.tensor([1]), torch.tensor([0.5]).double())
     log_score = torch.tensor([[0.0, 1.0, 2.0]])
-    exact = reference.score_entropy_loss(log_score.double(), *rows, graph)
-    torch.testing.assert_close(score_entropy_loss(log_score, *rows, graph), exact.float(), rtol=1e-5, atol=0)
+    exact = reference.score_entropy_loss(log_score.double(), *rows, process)
+    torch.testing.assert_close(score_entropy_loss(log_score, *rows, process), exact.float(), rtol=1e-5, atol=0)
 
 
-def test_gradcheck(process: Process) -> None:
-    graph = process(7)
-    rows = random_rows(graph, 9)._replace(sigma=torch.linspace(0.1, 2.0, 9, dtype=torch.float64))
+def test_gradcheck(process_of: Process) -> None:
+    process = process_of(7)
+    rows = random_rows(process, 9)._replace(sigma=torch.linspace(0.1, 2.0, 9, dtype=torch.float64))
     shift = random_log_score((9,), torch.float64, seed=2)
     log_score = random_log_score((9, 7), torch.float64, spread=1.0).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda v: score_entropy_loss(v, *rows, graph, log_score_shift=shift), (log_score,), atol=1e-6, rtol=1e-5
+        lambda v: score_entropy_loss(v, *rows, process, log_score_shift=shift), (log_score,), atol=1e-6, rtol=1e-5
     )
 
 
 def test_second_derivatives_are_refused() -> None:
     """Never a gradient that lacks a term without saying so, as a gradient penalty would get it."""
-    graph = Uniform(7)
+    process = Uniform(7)
     log_score = random_log_score((9, 7), torch.float64).requires_grad_()
-    loss = score_entropy_loss(log_score, *random_rows(graph, 9), graph)
+    loss = score_entropy_loss(log_score, *random_rows(process, 9), process)
     for function in (loss, loss**2):  # what comes down to the operator has no gradient of its own, or has one
         (gradient,) = torch.autograd.grad(function.sum(), log_score, create_graph=True)
         with pytest.raises(RuntimeError, match=r"score_entropy_loss: .*once"):
@@ -354,14 +354,14 @@ def test_second_derivatives_are_refused() -> None:
 
 @every_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_threads_do_not_change_a_bit(process: Process, threads: Callable[[int], None], dtype: torch.dtype) -> None:
-    graph = process(1025)
-    rows = random_rows(graph, 97)
+def test_threads_do_not_change_a_bit(process_of: Process, threads: Callable[[int], None], dtype: torch.dtype) -> None:
+    process = process_of(1025)
+    rows = random_rows(process, 97)
     log_score = random_log_score((97, 1025), dtype)
     results = []
     for count in (1, 2):
         threads(count)
-        results.append(value_and_gradient(score_entropy_loss, log_score, rows, graph))
+        results.append(value_and_gradient(score_entropy_loss, log_score, rows, process))
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
 
@@ -371,11 +371,11 @@ def test_threads_do_not_change_a_bit(process: Process, threads: Callable[[int], 
 @pytest.mark.parametrize("name", ["absorbing", "hybrid"])
 def test_compile(name: str, compiler: str) -> None:
     torch.compiler.reset()  # one function compiled for every backend and process meets the limit of recompilations
-    graph = PROCESSES[name](27)
-    rows = random_rows(graph, 24)
+    process = PROCESSES[name](27)
+    rows = random_rows(process, 24)
 
     def loss_of(log_score: Tensor, x_t: Tensor, x_0: Tensor, sigma: Tensor, shift: Tensor) -> Tensor:
-        return score_entropy_loss(2 * log_score, x_t, x_0, sigma, graph, log_score_shift=shift, reduction="mean")
+        return score_entropy_loss(2 * log_score, x_t, x_0, sigma, process, log_score_shift=shift, reduction="mean")
 
     compiled = torch.compile(loss_of, fullgraph=True, backend=compiler)
     log_score, shift = random_log_score((24, 27), torch.float32), torch.full((24,), 0.5)
@@ -390,16 +390,16 @@ def test_compile(name: str, compiler: str) -> None:
 
 @pytest.mark.operators("cpu", "cuda")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(process: Process, dtype: torch.dtype) -> None:
-    graph = process(27)
-    rows = random_rows(graph, 24)
+def test_opcheck(process_of: Process, dtype: torch.dtype) -> None:
+    process = process_of(27)
+    rows = random_rows(process, 24)
     arguments = (
         random_log_score((24, 27), dtype),
         *rows,
         random_log_score((24,), torch.float64),
-        graph.stationary.float() if graph.process == "rank_one" else None,
-        graph.process,
-        graph.neg_entropy,
+        process.stationary.float() if process.family == "rank_one" else None,
+        process.family,
+        process.neg_entropy,
     )
     torch.library.opcheck(torch.ops.sedd_ext.score_entropy, to_device(arguments))
     torch.library.opcheck(torch.ops.sedd_ext.score_entropy_backward, to_device((torch.rand(24), *arguments)))

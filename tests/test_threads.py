@@ -105,7 +105,7 @@ def test_quota_of_control_groups(groups: str, files: dict[str, str], quota: floa
 def test_threads_of_torch_live_on(threads: Callable[[int], None]) -> None:
     """A loop with less work than threads must not end those that torch's next operator needs."""
     threads(8)
-    numbers, graph = torch.zeros(1 << 20), Absorbing(1000)
+    numbers, process = torch.zeros(1 << 20), Absorbing(1000)
     tokens = torch.zeros(1100, dtype=torch.int64)  # three pieces of work
 
     def living() -> set[str]:
@@ -113,24 +113,24 @@ def test_threads_of_torch_live_on(threads: Callable[[int], None]) -> None:
         return set(os.listdir("/proc/self/task"))
 
     before = living()
-    sample_transition(tokens, 1.0, graph)
+    sample_transition(tokens, 1.0, process)
     assert living() <= before
 
 
 @pytest.mark.parametrize(("rows", "n"), [(1, 40_000), (2, 40_000), (7, 20_000), (1500, 300), (2999, 27)])
 def test_same_bits_for_any_number_of_threads(rows: int, n: int, threads: Callable[[int], None]) -> None:
     """Every row is computed, whichever thread takes it and however rows are joined into pieces."""
-    graph = Uniform(n)
+    process = Uniform(n)
     generator = torch.Generator().manual_seed(0)
     log_score = torch.randn(rows, n, generator=generator, requires_grad=True)
     x_t, x_0 = torch.randint(n, (2, rows), generator=generator)
 
     def results() -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(1)
-        loss = score_entropy_loss(log_score, x_t, x_0, 1.0, graph)
+        loss = score_entropy_loss(log_score, x_t, x_0, 1.0, process)
         (gradient,) = torch.autograd.grad(loss.sum(), log_score)
-        drawn = tweedie_sample(log_score.detach(), x_t, 1.0, graph, generator=generator)
-        return [loss.detach(), gradient, drawn, sample_transition(x_0, 1.0, graph, generator=generator)]
+        drawn = tweedie_sample(log_score.detach(), x_t, 1.0, process, generator=generator)
+        return [loss.detach(), gradient, drawn, sample_transition(x_0, 1.0, process, generator=generator)]
 
     threads(1)
     alone = results()

@@ -88,10 +88,12 @@ def losses(run: str | Path) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("graph", "precision"), [("absorbing", "fp32"), ("uniform", "fp32"), ("hybrid", "fp32"), ("absorbing", "bf16")]
+    ("process", "precision"), [("absorbing", "fp32"), ("uniform", "fp32"), ("hybrid", "fp32"), ("absorbing", "bf16")]
 )
-def test_the_loss_falls(make_config: MakeConfig, graph: Any, precision: Any) -> None:
-    config = make_config(graph=graph, precision=precision, steps=60, batch_size=16, valid_every=60, checkpoint_every=60)
+def test_the_loss_falls(make_config: MakeConfig, process: Any, precision: Any) -> None:
+    config = make_config(
+        process=process, precision=precision, steps=60, batch_size=16, valid_every=60, checkpoint_every=60
+    )
     outcome = Trainer(config).run()
     values = losses(config.run_dir)
     assert len(values) == outcome.step == 60
@@ -755,7 +757,7 @@ def test_a_run_starts_from_a_model(make_config: MakeConfig, tmp_path: Path) -> N
     [
         ({"model": ModelOptions(hidden_size=32)}, r"model.hidden_size: .* has 16, and cannot start a model with 32"),
         ({"model": ModelOptions(preset="small")}, r"model.\w+: .* has .*, and cannot start a model with"),
-        ({"graph": "uniform"}, r"graph: .*absorbing.*uniform.*--graph"),
+        ({"process": "uniform"}, r"process: .*absorbing.*uniform.*--process"),
         ({"tokenizer": "text8"}, r"tokenizer: .* was trained on bytes tokens"),
     ],
 )
@@ -771,7 +773,7 @@ def test_a_model_that_cannot_be_started_from(
 def test_a_hybrid_run_from_before_the_shift_stays_as_it_was(make_config: MakeConfig) -> None:
     """Its checkpoints do not name the option: loaded and resumed without the shift."""
     tiny = dataclasses.replace(make_config().model, hybrid_shift=False)
-    config = make_config(graph="hybrid", steps=4, model=tiny)
+    config = make_config(process="hybrid", steps=4, model=tiny)
     Trainer(config).run()
     checkpoint = list_checkpoints(Path(config.run_dir))[-1]
     options = json.loads((checkpoint / "config.json").read_text())

@@ -18,10 +18,10 @@ class TrueScore(nn.Module):
     ``log_score_shift`` for the caller to take off again.
     """
 
-    def __init__(self, graph: RankOne, p_0: Tensor = P_0, shift: float | None = None) -> None:
+    def __init__(self, process: RankOne, p_0: Tensor = P_0, shift: float | None = None) -> None:
         super().__init__()
-        self.graph, self.shift = graph, shift
-        self.p_0 = torch.zeros(graph.dim, dtype=torch.float64)
+        self.process, self.shift = process, shift
+        self.p_0 = torch.zeros(process.dim, dtype=torch.float64)
         self.p_0[: len(p_0)] = p_0
         self.time_conditioning = True
         self.rows_scored: list[int] = []
@@ -29,7 +29,7 @@ class TrueScore(nn.Module):
 
     def p_t(self, sigma: Tensor) -> Tensor:
         a = torch.exp(-sigma.double())[..., None]
-        return a * self.p_0 - torch.expm1(-sigma.double())[..., None] * self.graph.stationary
+        return a * self.p_0 - torch.expm1(-sigma.double())[..., None] * self.process.stationary
 
     def hidden(self, x_t: Tensor, sigma: Tensor) -> Tensor:
         self.modes.append(self.training)
@@ -59,19 +59,19 @@ class JointScore(TrueScore):
     added to the log-scores of all tokens but the one that is there, to be wrong by a known amount.
 
     Args:
-        graph: the process.
+        process: the process.
         joint: probability of each text [n, ..., n], float64, one axis a position.
         error: what the log-scores are too high by.
     """
 
-    def __init__(self, graph: RankOne, joint: Tensor, error: float = 0.0) -> None:
-        super().__init__(graph)
+    def __init__(self, process: RankOne, joint: Tensor, error: float = 0.0) -> None:
+        super().__init__(process)
         self.joint, self.error = joint, error
 
     def hidden(self, x_t: Tensor, sigma: Tensor) -> Tensor:
         a, n = torch.exp(-sigma.double())[:, None, None], self.joint.shape[0]
         # q[b, x_0, x_t]: what becomes of each token
-        q = a * torch.eye(n, self.graph.dim, dtype=torch.float64) + (1 - a) * self.graph.stationary
+        q = a * torch.eye(n, self.process.dim, dtype=torch.float64) + (1 - a) * self.process.stationary
         p = self.joint.expand(len(x_t), *self.joint.shape)
         for axis in range(1, p.dim()):
             p = torch.einsum("b...x,bxy->b...y", p.movedim(axis, -1), q).movedim(-1, axis)

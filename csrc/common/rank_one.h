@@ -25,11 +25,11 @@ SEDD_HD bool valid_token(int64_t token, int64_t dim) { return token >= 0 && toke
 
 // π_y. `stationary` is read for a vector π only.
 template <class Real>
-SEDD_HD double stationary_at(Process process, const Real* stationary, int64_t dim, int64_t y) {
-    switch (process) {
-        case Process::absorbing:
+SEDD_HD double stationary_at(Family family, const Real* stationary, int64_t dim, int64_t y) {
+    switch (family) {
+        case Family::absorbing:
             return y == dim - 1 ? 1.0 : 0.0;
-        case Process::uniform:
+        case Family::uniform:
             return 1.0 / static_cast<double>(dim);
         default:
             return static_cast<double>(stationary[y]);

@@ -15,7 +15,7 @@ namespace sedd {
 enum class DType : int32_t { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
 // Shape of the stationary distribution π; kernels are specialised on it.
-enum class Process : int32_t {
+enum class Family : int32_t {
     absorbing = 0,  // π = e_M, M = dim - 1
     uniform = 1,    // π = 1/dim
     rank_one = 2,   // π is a vector

@@ -77,27 +77,27 @@ bool select_isa(const char* name) {
 }
 
 Status score_entropy_cpu(const ScoreEntropyParams& p, int threads) {
-    return launch(kernels().score_entropy(p.dtype, p.process), p, p.dim, 0, threads);
+    return launch(kernels().score_entropy(p.dtype, p.family), p, p.dim, 0, threads);
 }
 
 Status score_entropy_backward_cpu(const ScoreEntropyParams& p, int threads) {
-    return launch(kernels().score_entropy_backward(p.dtype, p.process), p, p.dim, 0, threads);
+    return launch(kernels().score_entropy_backward(p.dtype, p.family), p, p.dim, 0, threads);
 }
 
 Status score_entropy_tile_cpu(const ScoreEntropyTileParams& p, int threads) {
-    return launch(kernels().score_entropy_tile(p.dtype, p.process), p, p.width, 0, threads);
+    return launch(kernels().score_entropy_tile(p.dtype, p.family), p, p.width, 0, threads);
 }
 
 Status reverse_probs_cpu(const ReverseParams& p, int threads) {
-    return launch(kernels().reverse_probs(p.dtype, p.process), p, p.dim, 0, threads);
+    return launch(kernels().reverse_probs(p.dtype, p.family), p, p.dim, 0, threads);
 }
 
 Status reverse_sample_cpu(const ReverseParams& p, int threads) {
-    return launch(kernels().reverse_sample(p.dtype, p.process), p, p.dim, reverse_scratch(p.dim), threads);
+    return launch(kernels().reverse_sample(p.dtype, p.family), p, p.dim, reverse_scratch(p.dim), threads);
 }
 
 Status reverse_tile_cpu(const ReverseTileParams& p, int threads) {
-    return launch(kernels().reverse_tile(p.dtype, p.process), p, p.width, reverse_scratch(p.width), threads);
+    return launch(kernels().reverse_tile(p.dtype, p.family), p, p.width, reverse_scratch(p.width), threads);
 }
 
 }  // namespace sedd

@@ -12,22 +12,22 @@ using RowKernel = void (*)(const Params& params, int64_t begin, int64_t end, voi
 
 struct KernelTable {
     const char* isa;
-    RowKernel<ScoreEntropyParams> (*score_entropy)(DType, Process);
-    RowKernel<ScoreEntropyParams> (*score_entropy_backward)(DType, Process);
-    RowKernel<ScoreEntropyTileParams> (*score_entropy_tile)(DType, Process);
-    RowKernel<ReverseParams> (*reverse_probs)(DType, Process);
-    RowKernel<ReverseParams> (*reverse_sample)(DType, Process);
-    RowKernel<ReverseTileParams> (*reverse_tile)(DType, Process);
+    RowKernel<ScoreEntropyParams> (*score_entropy)(DType, Family);
+    RowKernel<ScoreEntropyParams> (*score_entropy_backward)(DType, Family);
+    RowKernel<ScoreEntropyTileParams> (*score_entropy_tile)(DType, Family);
+    RowKernel<ReverseParams> (*reverse_probs)(DType, Family);
+    RowKernel<ReverseParams> (*reverse_sample)(DType, Family);
+    RowKernel<ReverseTileParams> (*reverse_tile)(DType, Family);
 };
 
-#define SEDD_DECLARE_KERNELS(isa)                                         \
-    namespace isa {                                                       \
-    RowKernel<ScoreEntropyParams> score_entropy(DType, Process);          \
-    RowKernel<ScoreEntropyParams> score_entropy_backward(DType, Process); \
-    RowKernel<ScoreEntropyTileParams> score_entropy_tile(DType, Process); \
-    RowKernel<ReverseParams> reverse_probs(DType, Process);               \
-    RowKernel<ReverseParams> reverse_sample(DType, Process);              \
-    RowKernel<ReverseTileParams> reverse_tile(DType, Process);            \
+#define SEDD_DECLARE_KERNELS(isa)                                        \
+    namespace isa {                                                      \
+    RowKernel<ScoreEntropyParams> score_entropy(DType, Family);          \
+    RowKernel<ScoreEntropyParams> score_entropy_backward(DType, Family); \
+    RowKernel<ScoreEntropyTileParams> score_entropy_tile(DType, Family); \
+    RowKernel<ReverseParams> reverse_probs(DType, Family);               \
+    RowKernel<ReverseParams> reverse_sample(DType, Family);              \
+    RowKernel<ReverseTileParams> reverse_tile(DType, Family);            \
     }
 
 SEDD_DECLARE_KERNELS(baseline)

@@ -60,14 +60,14 @@ double sum_scores(const T* log_score, int64_t begin, int64_t end, int64_t skip, 
 
 // Σ w_y over [begin, end) with w_y = max(0, s_y - drain π_y), a constant π being part of the drain already; with kKeep,
 // w takes the place of s.
-template <Process P, bool kKeep, class Real>
+template <Family P, bool kKeep, class Real>
 double sum_weights(Real* scores, const Real* stationary, int64_t begin, int64_t end, const Drain<Real>& drain) {
     constexpr int width = Lanes<Real>::width;
     using Vec = typename Lanes<Real>::Vec;
     const Vec high = broadcast(drain.high), low = broadcast(drain.low), zero = {};
     Vec sums[kUnroll] = {};
     const auto weigh = [&](Vec s, auto load_pi) {
-        if constexpr (P == Process::rank_one) {
+        if constexpr (P == Family::rank_one) {
             const Vec pi = load_pi();
             return max_or_second((s - high * pi) - low * pi, zero);
         } else {
@@ -137,7 +137,7 @@ inline int64_t pick_block(const double* blocks, int64_t count, double& target) {
 
 // Entries [first, first + width) of a row: sums of their scores s_y, or in a second sweep of their weights w_y, and
 // which of them a point on the axis of these sums falls on.
-template <Process P, class T>
+template <Family P, class T>
 struct Part {
     using Real = Compute<T>;
 
@@ -168,7 +168,7 @@ struct Part {
         if (!weighted) return add(Count<kKeep>{});
         add(Count<1>{});
         if (place <= forbidden && forbidden < place + n) scores[forbidden - place] = Real(0);
-        return sum_weights<P, kKeep>(scores, P == Process::rank_one ? stationary + place : nullptr, 0, n, drain);
+        return sum_weights<P, kKeep>(scores, P == Family::rank_one ? stationary + place : nullptr, 0, n, drain);
     }
 
     double sum() const {
@@ -190,7 +190,7 @@ struct Part {
 };
 
 // Checks a row and finds its numbers. Rows of one sequence share σ, and with it, but for a vector π, everything else.
-template <Process P, class Real, class Params>
+template <Family P, class Real, class Params>
 class Rows {
   public:
     explicit Rows(const Params& p) : p_(p), stationary_(static_cast<const Real*>(p.stationary)) {}
@@ -221,7 +221,7 @@ class Rows {
     double step_ = -1.0;
 };
 
-template <Process P, class T>
+template <Family P, class T>
 void probs_rows(const ReverseParams& p, int64_t begin, int64_t end, void*, Status& status) {
     using Real = Compute<T>;
     const Real* stationary = static_cast<const Real*>(p.stationary);
@@ -249,7 +249,7 @@ void probs_rows(const ReverseParams& p, int64_t begin, int64_t end, void*, Statu
         const double self = reverse_stay(p, row.numbers, others, row.pi_x, row.x == p.forbidden);
         double total = self;
         if (p.forbidden >= 0) out[p.forbidden] = Real(0);
-        if constexpr (P == Process::absorbing) {  // π_y = 0: nothing to drain
+        if constexpr (P == Family::absorbing) {  // π_y = 0: nothing to drain
             total += others;
         } else {
             total += sum_weights<P, true>(out, stationary, 0, p.dim, reverse_drain<Real>(p, row.numbers, others));
@@ -264,7 +264,7 @@ void probs_rows(const ReverseParams& p, int64_t begin, int64_t end, void*, Statu
     }
 }
 
-template <Process P, class T>
+template <Family P, class T>
 void sample_rows(const ReverseParams& p, int64_t begin, int64_t end, void* scratch, Status& status) {
     using Real = Compute<T>;
     const Real* stationary = static_cast<const Real*>(p.stationary);
@@ -308,12 +308,12 @@ void sample_rows(const ReverseParams& p, int64_t begin, int64_t end, void* scrat
     }
 }
 
-template <Process P, class T>
+template <Family P, class T>
 void tile_rows(const ReverseTileParams& p, int64_t begin, int64_t end, void* scratch, Status& status) {
     using Real = Compute<T>;
     const Real* stationary = static_cast<const Real*>(p.stationary);
     const bool last = p.first + p.width == p.dim;
-    const bool weighted = P != Process::absorbing && p.sweep != 0;  // π_y = 0: nothing to drain
+    const bool weighted = P != Family::absorbing && p.sweep != 0;  // π_y = 0: nothing to drain
     double* blocks = static_cast<double*>(scratch);
     Real* scores = reinterpret_cast<Real*>(blocks + reverse_blocks(p.width));
     Rows<P, Real, ReverseTileParams> row(p);
@@ -351,20 +351,20 @@ void tile_rows(const ReverseTileParams& p, int64_t begin, int64_t end, void* scr
 
 }  // namespace
 
-RowKernel<ReverseParams> reverse_probs(DType dtype, Process process) {
-    return pick(dtype, process, [](auto element, auto kind) -> RowKernel<ReverseParams> {
+RowKernel<ReverseParams> reverse_probs(DType dtype, Family family) {
+    return pick(dtype, family, [](auto element, auto kind) -> RowKernel<ReverseParams> {
         return probs_rows<kind.value, typename decltype(element)::Type>;
     });
 }
 
-RowKernel<ReverseParams> reverse_sample(DType dtype, Process process) {
-    return pick(dtype, process, [](auto element, auto kind) -> RowKernel<ReverseParams> {
+RowKernel<ReverseParams> reverse_sample(DType dtype, Family family) {
+    return pick(dtype, family, [](auto element, auto kind) -> RowKernel<ReverseParams> {
         return sample_rows<kind.value, typename decltype(element)::Type>;
     });
 }
 
-RowKernel<ReverseTileParams> reverse_tile(DType dtype, Process process) {
-    return pick(dtype, process, [](auto element, auto kind) -> RowKernel<ReverseTileParams> {
+RowKernel<ReverseTileParams> reverse_tile(DType dtype, Family family) {
+    return pick(dtype, family, [](auto element, auto kind) -> RowKernel<ReverseTileParams> {
         return tile_rows<kind.value, typename decltype(element)::Type>;
     });
 }

@@ -17,16 +17,16 @@ struct Sums {
 };
 
 // Adds the sums over kCount vectors from y on, vector k to accumulator k.
-template <Process P, int kCount, class T, class Real, class Vec>
+template <Family P, int kCount, class T, class Real, class Vec>
 inline void add_vectors(Vec* scores, Vec* dot, const T* log_score, const Real* stationary, int64_t y, Vec shift) {
     Vec l[kCount];
     prefetch<kCount>(log_score + y);
-    load_vectors<P == Process::rank_one>(log_score + y, l);
+    load_vectors<P == Family::rank_one>(log_score + y, l);
     SEDD_UNROLL for (int k = 0; k < kCount; ++k) l[k] -= shift;
-    if constexpr (P == Process::uniform) {
+    if constexpr (P == Family::uniform) {
         SEDD_UNROLL for (int k = 0; k < kCount; ++k) dot[k] += l[k];
     }
-    if constexpr (P == Process::rank_one) {
+    if constexpr (P == Family::rank_one) {
         SEDD_UNROLL for (int k = 0; k < kCount; ++k) {
             const Vec pi = load(stationary + y + k * Lanes<Real>::width);
             dot[k] += where_nonzero(pi, pi * l[k]);
@@ -37,7 +37,7 @@ inline void add_vectors(Vec* scores, Vec* dot, const T* log_score, const Real* s
 }
 
 // Adds the sums over [begin, end).
-template <Process P, class T, class Real = Compute<T>>
+template <Family P, class T, class Real = Compute<T>>
 void add_sums(Sums& sums, const T* log_score, const Real* stationary, int64_t begin, int64_t end, Real shift) {
     using Vec = typename Lanes<Real>::Vec;
     constexpr int width = Lanes<Real>::width;
@@ -54,31 +54,31 @@ void add_sums(Sums& sums, const T* log_score, const Real* stationary, int64_t be
             const int64_t n = stop - y;
             const Vec l = load_partial(log_score + y, n, -__builtin_inff()) - shifts;
             scores[1] += exp_lanes(l);
-            if constexpr (P == Process::uniform) {
+            if constexpr (P == Family::uniform) {
                 dot[1] += load_partial(log_score + y, n, static_cast<float>(shift)) - shifts;
             }
-            if constexpr (P == Process::rank_one) {
+            if constexpr (P == Family::rank_one) {
                 const Vec pi = load_partial(stationary + y, n, 0.0f);
                 dot[1] += where_nonzero(pi, pi * l);
             }
         }
         sums.scores += sum_lanes((scores[0] + scores[1]) + (scores[2] + scores[3]));
-        if (P != Process::absorbing) sums.dot += sum_lanes((dot[0] + dot[1]) + (dot[2] + dot[3]));
+        if (P != Family::absorbing) sums.dot += sum_lanes((dot[0] + dot[1]) + (dot[2] + dot[3]));
     }
 }
 
 // Adds the sums over kCount vectors and puts factor s_y - offset π_y in the place of ℓ_y.
-template <Process P, int kCount, class T, class Real, class Vec>
+template <Family P, int kCount, class T, class Real, class Vec>
 inline void turn_vectors(Vec* scores, Vec* dot, T* log_score, const Real* stationary, int64_t y, Vec shift, Vec factor,
                          Vec offset) {
-    constexpr bool ordered = P == Process::rank_one;
+    constexpr bool ordered = P == Family::rank_one;
     Vec l[kCount], drop[kCount];
     load_vectors<ordered>(log_score + y, l);
     SEDD_UNROLL for (int k = 0; k < kCount; ++k) l[k] -= shift;
     SEDD_UNROLL for (int k = 0; k < kCount; ++k) {
         drop[k] = offset;
-        if constexpr (P == Process::uniform) dot[k] += l[k];
-        if constexpr (P == Process::rank_one) {
+        if constexpr (P == Family::uniform) dot[k] += l[k];
+        if constexpr (P == Family::rank_one) {
             const Vec pi = load(stationary + y + k * Lanes<Real>::width);
             dot[k] += where_nonzero(pi, pi * l[k]);
             drop[k] *= pi;
@@ -88,13 +88,13 @@ inline void turn_vectors(Vec* scores, Vec* dot, T* log_score, const Real* statio
     SEDD_UNROLL for (int k = 0; k < kCount; ++k) {
         scores[k] += l[k];
         l[k] *= factor;
-        if constexpr (P != Process::absorbing) l[k] -= drop[k];
+        if constexpr (P != Family::absorbing) l[k] -= drop[k];
     }
     store_vectors<ordered>(log_score + y, l);
 }
 
 // The same over [begin, end).
-template <Process P, class T, class Real = Compute<T>>
+template <Family P, class T, class Real = Compute<T>>
 void turn(Sums& sums, T* log_score, const Real* stationary, int64_t begin, int64_t end, Real shift, Real factor,
           Real offset) {
     using Vec = typename Lanes<Real>::Vec;
@@ -115,11 +115,11 @@ void turn(Sums& sums, T* log_score, const Real* stationary, int64_t begin, int64
             const Vec s = exp_lanes(load_partial(log_score + y, n, -__builtin_inff()) - shifts);
             Vec gradient = factors * s;
             scores[1] += s;
-            if constexpr (P == Process::uniform) {
+            if constexpr (P == Family::uniform) {
                 dot[1] += load_partial(log_score + y, n, static_cast<float>(shift)) - shifts;
                 gradient -= offsets;
             }
-            if constexpr (P == Process::rank_one) {
+            if constexpr (P == Family::rank_one) {
                 const Vec pi = load_partial(stationary + y, n, 0.0f);
                 dot[1] += where_nonzero(pi, pi * (load_partial(log_score + y, n, 0.0f) - shifts));
                 gradient -= offsets * pi;
@@ -127,15 +127,15 @@ void turn(Sums& sums, T* log_score, const Real* stationary, int64_t begin, int64
             store_partial(log_score + y, gradient, n);
         }
         sums.scores += sum_lanes((scores[0] + scores[1]) + (scores[2] + scores[3]));
-        if (P != Process::absorbing) sums.dot += sum_lanes((dot[0] + dot[1]) + (dot[2] + dot[3]));
+        if (P != Family::absorbing) sums.dot += sum_lanes((dot[0] + dot[1]) + (dot[2] + dot[3]));
     }
 }
 
 // out_y = factor s_y - offset π_y over kCount vectors from y on, where a constant π is part of the offset already.
-template <Process P, int kCount, class T, class Real, class Vec>
+template <Family P, int kCount, class T, class Real, class Vec>
 inline void write_vectors(T* out, const T* log_score, const Real* stationary, int64_t y, Vec shift, Vec factor,
                           Vec offset) {
-    constexpr bool ordered = P == Process::rank_one;
+    constexpr bool ordered = P == Family::rank_one;
     Vec l[kCount];
     prefetch<kCount>(log_score + y);
     load_vectors<ordered>(log_score + y, l);
@@ -143,13 +143,13 @@ inline void write_vectors(T* out, const T* log_score, const Real* stationary, in
     exp_lanes(l);
     SEDD_UNROLL for (int k = 0; k < kCount; ++k) {
         l[k] *= factor;
-        if constexpr (P == Process::uniform) l[k] -= offset;
-        if constexpr (P == Process::rank_one) l[k] -= offset * load(stationary + y + k * Lanes<Real>::width);
+        if constexpr (P == Family::uniform) l[k] -= offset;
+        if constexpr (P == Family::rank_one) l[k] -= offset * load(stationary + y + k * Lanes<Real>::width);
     }
     store_vectors<ordered>(out + y, l);
 }
 
-template <Process P, class T, class Real = Compute<T>>
+template <Family P, class T, class Real = Compute<T>>
 void write_gradient(T* out, const T* log_score, const Real* stationary, int64_t begin, int64_t end, Real shift,
                     Real factor, Real offset) {
     using Vec = typename Lanes<Real>::Vec;
@@ -168,14 +168,14 @@ void write_gradient(T* out, const T* log_score, const Real* stationary, int64_t 
     } else {
         const int64_t n = end - y;
         Vec gradient = factors * exp_lanes(load_partial(log_score + y, n, 0.0f) - shifts);
-        if constexpr (P == Process::uniform) gradient -= offsets;
-        if constexpr (P == Process::rank_one) gradient -= offsets * load_partial(stationary + y, n, 0.0f);
+        if constexpr (P == Family::uniform) gradient -= offsets;
+        if constexpr (P == Family::rank_one) gradient -= offsets * load_partial(stationary + y, n, 0.0f);
         store_partial(out + y, gradient, n);
     }
 }
 
 // Checks a row and finds its numbers. Rows of one sequence share σ, and with it, but for a vector π, everything else.
-template <Process P, class Real, class Params>
+template <Family P, class Real, class Params>
 class Rows {
   public:
     explicit Rows(const Params& p) : p_(p), stationary_(static_cast<const Real*>(p.stationary)) {}
@@ -194,7 +194,7 @@ class Rows {
         if (pi_x == 0.0) return true;
         shift = p_.shift != nullptr ? p_.shift[row] : 0.0;
         const int same = x == x_0;
-        if (P == Process::rank_one || sigma_[same] != sigma) {
+        if (P == Family::rank_one || sigma_[same] != sigma) {
             sigma_[same] = sigma;
             const double pi_x0 = stationary_at(P, stationary_, p_.dim, x_0);
             numbers_[same] = score_entropy_row(sigma, pi_x, pi_x0, same != 0, p_.neg_entropy);
@@ -214,7 +214,7 @@ class Rows {
     ScoreEntropyRow numbers_[2] = {};
 };
 
-template <Process P, class T>
+template <Family P, class T>
 void forward_rows(const ScoreEntropyParams& p, int64_t begin, int64_t end, void*, Status& status) {
     using Real = Compute<T>;
     const Real* stationary = static_cast<const Real*>(p.stationary);
@@ -231,13 +231,13 @@ void forward_rows(const ScoreEntropyParams& p, int64_t begin, int64_t end, void*
         Sums sums;
         add_sums<P>(sums, l, stationary, 0, row.x, shift);
         add_sums<P>(sums, l, stationary, row.x + 1, p.dim, shift);
-        const double dot = P == Process::uniform ? sums.dot / static_cast<double>(p.dim) : sums.dot;
+        const double dot = P == Family::uniform ? sums.dot / static_cast<double>(p.dim) : sums.dot;
         const double l_x_0 = read_one(l + row.x_0) - row.shift;
         loss[i] = static_cast<Real>(score_entropy_value(row.numbers, sums.scores, dot, l_x_0));
     }
 }
 
-template <Process P, class T>
+template <Family P, class T>
 void backward_rows(const ScoreEntropyParams& p, int64_t begin, int64_t end, void*, Status& status) {
     using Real = Compute<T>;
     const Real* stationary = static_cast<const Real*>(p.stationary);
@@ -254,7 +254,7 @@ void backward_rows(const ScoreEntropyParams& p, int64_t begin, int64_t end, void
         const ScoreEntropyGradient gradient =
             score_entropy_gradient(row.numbers, static_cast<const Real*>(p.grad_loss)[i],
                                    read_one(l + row.x_0) - row.shift, stationary_at(P, stationary, p.dim, row.x_0));
-        const double offset = P == Process::uniform ? gradient.offset * row.pi_x : gradient.offset;
+        const double offset = P == Family::uniform ? gradient.offset * row.pi_x : gradient.offset;
         const auto write = [&](int64_t from, int64_t to) {
             write_gradient<P>(out, l, stationary, from, to, shift, static_cast<Real>(gradient.factor),
                               static_cast<Real>(offset));
@@ -266,11 +266,11 @@ void backward_rows(const ScoreEntropyParams& p, int64_t begin, int64_t end, void
     }
 }
 
-template <Process P, class T>
+template <Family P, class T>
 void tile_rows(const ScoreEntropyTileParams& p, int64_t begin, int64_t end, void*, Status& status) {
     using Real = Compute<T>;
     const Real* stationary = static_cast<const Real*>(p.stationary);
-    if (P == Process::rank_one) stationary += p.first;
+    if (P == Family::rank_one) stationary += p.first;
     Rows<P, Real, ScoreEntropyTileParams> row(p);
     for (int64_t i = begin; i < end; ++i) {
         ScoreEntropySweep& sweep = p.sweeps[i];
@@ -291,7 +291,7 @@ void tile_rows(const ScoreEntropyTileParams& p, int64_t begin, int64_t end, void
             } else {
                 const double factor = p.grad_loss[i] * sweep.row.weight;
                 const double offset =
-                    p.grad_loss[i] * sweep.row.slope * (P == Process::uniform ? sweep.row.weight : 1.0);
+                    p.grad_loss[i] * sweep.row.slope * (P == Family::uniform ? sweep.row.weight : 1.0);
                 turn<P>(sums, l, stationary, from, to, static_cast<Real>(shift), static_cast<Real>(factor),
                         static_cast<Real>(offset));
             }
@@ -313,7 +313,7 @@ void tile_rows(const ScoreEntropyTileParams& p, int64_t begin, int64_t end, void
             }
         }
         if (p.first + p.width < p.dim) continue;
-        const double dot = P == Process::uniform ? sweep.dot / static_cast<double>(p.dim) : sweep.dot;
+        const double dot = P == Family::uniform ? sweep.dot / static_cast<double>(p.dim) : sweep.dot;
         static_cast<Real*>(p.out)[i] =
             sweep.row.weight == 0.0
                 ? Real(0)
@@ -323,20 +323,20 @@ void tile_rows(const ScoreEntropyTileParams& p, int64_t begin, int64_t end, void
 
 }  // namespace
 
-RowKernel<ScoreEntropyParams> score_entropy(DType dtype, Process process) {
-    return pick(dtype, process, [](auto element, auto kind) -> RowKernel<ScoreEntropyParams> {
+RowKernel<ScoreEntropyParams> score_entropy(DType dtype, Family family) {
+    return pick(dtype, family, [](auto element, auto kind) -> RowKernel<ScoreEntropyParams> {
         return forward_rows<kind.value, typename decltype(element)::Type>;
     });
 }
 
-RowKernel<ScoreEntropyParams> score_entropy_backward(DType dtype, Process process) {
-    return pick(dtype, process, [](auto element, auto kind) -> RowKernel<ScoreEntropyParams> {
+RowKernel<ScoreEntropyParams> score_entropy_backward(DType dtype, Family family) {
+    return pick(dtype, family, [](auto element, auto kind) -> RowKernel<ScoreEntropyParams> {
         return backward_rows<kind.value, typename decltype(element)::Type>;
     });
 }
 
-RowKernel<ScoreEntropyTileParams> score_entropy_tile(DType dtype, Process process) {
-    return pick(dtype, process, [](auto element, auto kind) -> RowKernel<ScoreEntropyTileParams> {
+RowKernel<ScoreEntropyTileParams> score_entropy_tile(DType dtype, Family family) {
+    return pick(dtype, family, [](auto element, auto kind) -> RowKernel<ScoreEntropyTileParams> {
         return tile_rows<kind.value, typename decltype(element)::Type>;
     });
 }

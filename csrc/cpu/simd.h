@@ -76,33 +76,33 @@ template <class T>
 struct Element {
     using Type = T;
 };
-template <Process P>
+template <Family P>
 struct Kind {
-    static constexpr Process value = P;
+    static constexpr Family value = P;
 };
 
 // f(Element<T>, Kind<P>) for the dtype's T and the process's P.
 template <class F>
-auto pick(DType dtype, Process process, F f) {
-    const auto with_process = [&](auto element) {
-        switch (process) {
-            case Process::absorbing:
-                return f(element, Kind<Process::absorbing>{});
-            case Process::uniform:
-                return f(element, Kind<Process::uniform>{});
+auto pick(DType dtype, Family family, F f) {
+    const auto with_family = [&](auto element) {
+        switch (family) {
+            case Family::absorbing:
+                return f(element, Kind<Family::absorbing>{});
+            case Family::uniform:
+                return f(element, Kind<Family::uniform>{});
             default:
-                return f(element, Kind<Process::rank_one>{});
+                return f(element, Kind<Family::rank_one>{});
         }
     };
     switch (dtype) {
         case DType::float32:
-            return with_process(Element<float>{});
+            return with_family(Element<float>{});
         case DType::float64:
-            return with_process(Element<double>{});
+            return with_family(Element<double>{});
         case DType::bfloat16:
-            return with_process(Element<BFloat16>{});
+            return with_family(Element<BFloat16>{});
         default:
-            return with_process(Element<Half>{});
+            return with_family(Element<Half>{});
     }
 }
 

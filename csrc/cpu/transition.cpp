@@ -25,17 +25,17 @@ Status fill(const TransitionParams& p, int threads) {
         for (int64_t row = begin; row < end; ++row) {
             if (!enter(p, row, status)) continue;
             const int64_t x = p.x[row];
-            const double pi = stationary_at(p.process, stationary, p.dim, x);
+            const double pi = stationary_at(p.family, stationary, p.dim, x);
             if (p.sigma[row] != sigma || pi != pi_x) {
-                numbers = transition_row(kColumn, p.process, sigma = p.sigma[row], pi_x = pi);
+                numbers = transition_row(kColumn, p.family, sigma = p.sigma[row], pi_x = pi);
             }
             Real* out = static_cast<Real*>(p.out) + row * p.dim;
-            if (kColumn && p.process == Process::rank_one) {
+            if (kColumn && p.family == Family::rank_one) {
                 const Real vector = static_cast<Real>(numbers.vector);
                 for (int64_t y = 0; y < p.dim; ++y) out[y] = vector * stationary[y];
             } else {
                 std::fill(out, out + p.dim, static_cast<Real>(numbers.constant));
-                if (kColumn && p.process == Process::absorbing) out[p.dim - 1] = static_cast<Real>(numbers.at_mask);
+                if (kColumn && p.family == Family::absorbing) out[p.dim - 1] = static_cast<Real>(numbers.at_mask);
             }
             out[x] = static_cast<Real>(numbers.at_x);
         }

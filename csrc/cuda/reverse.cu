@@ -31,7 +31,7 @@ constexpr int64_t kSharedBytes = 48 << 10;
 // For a valid x.
 template <class Real, class Params>
 __device__ __forceinline__ double row_pi(const Params& p, int64_t row) {
-    return stationary_at(p.process, static_cast<const Real*>(p.stationary), p.dim, p.x_t[row]);
+    return stationary_at(p.family, static_cast<const Real*>(p.stationary), p.dim, p.x_t[row]);
 }
 
 template <class Real, class Params>
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) sums_kernel(ReverseParams p, Ti
 }
 
 // w_y of one row for y ≠ x; drain is 0 where the weights are the scores.
-template <Process P, class Real>
+template <Family P, class Real>
 struct Weights {
     const Real* stationary;
     Real shift;
@@ -91,14 +91,14 @@ struct Weights {
 
     __device__ __forceinline__ Real operator()(int y, Real l) const {
         const Real s = exponential(l - shift);
-        if constexpr (P == Process::absorbing) return s;
-        const Real w = drained(s, drain, P == Process::rank_one ? stationary[y] : Real(1));
+        if constexpr (P == Family::absorbing) return s;
+        const Real w = drained(s, drain, P == Family::rank_one ? stationary[y] : Real(1));
         return w > Real(0) && y != forbidden ? w : Real(0);
     }
 };
 
 // Σ w_y over a segment without y = x: the same number on every lane.
-template <Process P, class T, class Real = RealOf<T>>
+template <Family P, class T, class Real = RealOf<T>>
 __device__ __forceinline__ Real segment_weights(const T* row, int dim, int segment, int x,
                                                 const Weights<P, Real>& weights) {
     Real sum = 0;
@@ -168,7 +168,7 @@ __device__ __forceinline__ Pick pick_segment(const Real* sums, int segments, dou
 }
 
 // The entry of a segment at the given share of its weights. By a whole warp; -1 if there is no weight in it at all.
-template <Process P, class T, class Real = RealOf<T>>
+template <Family P, class T, class Real = RealOf<T>>
 __device__ __forceinline__ int pick_entry(const T* row, int dim, int segment, int x, const Weights<P, Real>& weights,
                                           double share) {
     constexpr int width = Vector<T>::kWidth;
@@ -227,7 +227,7 @@ struct Scale {
 };
 
 // Writes the probabilities of a segment.
-template <Process P, class T, class Real = RealOf<T>>
+template <Family P, class T, class Real = RealOf<T>>
 __device__ __forceinline__ void write_probs(Real* out, const T* row, int dim, int segment, int x, Real self,
                                             const Weights<P, Real>& weights, const Scale<Real>& scale) {
     constexpr int width = Vector<T>::kWidth, out_width = Vector<Real>::kWidth;
@@ -262,7 +262,7 @@ struct RowState {
     }
 };
 
-template <Process P, class T>
+template <Family P, class T>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     probs_kernel(ReverseParams p, int segments, int row_warps, bool clamped, const RealOf<T>* few_sums) {
     using Real = RealOf<T>;
@@ -334,7 +334,7 @@ struct SampleState {
     bool refused;  // the entry drawn in the first sweep
 };
 
-template <Process P, class T>
+template <Family P, class T>
 __global__ void __launch_bounds__(kWarps* kWarp, 3)
     sample_kernel(ReverseParams p, int segments, int row_warps, bool clamped, const RealOf<T>* few_sums) {
     using Real = RealOf<T>;
@@ -378,7 +378,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
         const Uniforms u = uniforms(0);
         const int y = draw(others, others, u.first);
         token = y;
-        if (P != Process::absorbing && clamped) {
+        if (P != Family::absorbing && clamped) {
             bool refused = false;
             if (y >= 0 && y != x) {
                 const double score = static_cast<double>(exponential(Vector<T>::read(log_score + y) - task.shift));
@@ -392,7 +392,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
             }
         }
     }
-    if (P != Process::absorbing && clamped) {
+    if (P != Family::absorbing && clamped) {
         __syncthreads();  // it is known whether the entry was refused, and the sums have been read
         moves = moves && state.refused;
         if (moves) {
@@ -410,7 +410,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
 }
 
 // A tile of a row: its sum joins the row's, and perhaps one of its entries becomes the one drawn.
-template <Process P, class T>
+template <Family P, class T>
 __global__ void __launch_bounds__(kWarps* kWarp, 3) tile_kernel(ReverseTileParams p, int segments, int row_warps) {
     using Real = RealOf<T>;
     SEDD_DYNAMIC_SHARED(Real, all_sums);
@@ -422,7 +422,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3) tile_kernel(ReverseTileParam
     const int width = static_cast<int>(p.width), skip = 0 <= x_here && x_here < p.width ? static_cast<int>(x_here) : -1;
     const T* log_score = static_cast<const T*>(p.log_score) + (task.moves() ? task.row * p.width : 0);
     const Real* stationary = static_cast<const Real*>(p.stationary);
-    Weights<P, Real> weights{P == Process::rank_one ? stationary + p.first : nullptr,
+    Weights<P, Real> weights{P == Family::rank_one ? stationary + p.first : nullptr,
                              task.shift,
                              {},
                              p.sweep != 0 ? static_cast<int>(p.forbidden - p.first) : -1};
@@ -471,7 +471,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3) tile_kernel(ReverseTileParam
 
 // ---- launchers ----
 
-template <Process P, class T>
+template <Family P, class T>
 const char* launch_tile(const ReverseTileParams& p, const CudaLaunch& launch) {
     const int segments = static_cast<int>(num_segments(p.width, p.dtype));
     int row_warps = 1;
@@ -488,12 +488,12 @@ const char* launch_tile(const ReverseTileParams& p, const CudaLaunch& launch) {
 // Is there anything in a pass of its own?
 bool splits(int64_t rows, int64_t segments) { return rows <= kFewRows && segments > kWarps; }
 
-template <bool kSample, Process P, class T>
+template <bool kSample, Family P, class T>
 const char* launch_typed(const ReverseParams& p, const CudaLaunch& launch) {
     using Real = RealOf<T>;
     if (const char* why = too_large(p.rows, p.dim, p.rows)) return why;
     const Tiling tiling = tile(p.dim, p.dtype);
-    const bool clamped = P != Process::absorbing && (p.kind == Step::tweedie || p.forbidden >= 0);
+    const bool clamped = P != Family::absorbing && (p.kind == Step::tweedie || p.forbidden >= 0);
     constexpr int wanted = kSample ? kWarps : kMaxWarps;
     int row_warps = 1;
     while (row_warps < wanted && row_warps < tiling.segments) row_warps *= 2;
@@ -521,8 +521,8 @@ const char* launch_typed(const ReverseParams& p, const CudaLaunch& launch) {
 
 template <bool kSample>
 const char* launch_all(const ReverseParams& p, const CudaLaunch& launch) {
-    return on_device(p, launch, [&](auto process, auto* type) {
-        return launch_typed<kSample, process.value, std::remove_pointer_t<decltype(type)>>(p, launch);
+    return on_device(p, launch, [&](auto family, auto* type) {
+        return launch_typed<kSample, family.value, std::remove_pointer_t<decltype(type)>>(p, launch);
     });
 }
 
@@ -537,8 +537,8 @@ const char* reverse_sample_cuda(const ReverseParams& p, const CudaLaunch& launch
 }
 
 const char* reverse_tile_cuda(const ReverseTileParams& p, const CudaLaunch& launch) {
-    return on_device(p, launch, [&](auto process, auto* type) {
-        return launch_tile<process.value, std::remove_pointer_t<decltype(type)>>(p, launch);
+    return on_device(p, launch, [&](auto family, auto* type) {
+        return launch_tile<family.value, std::remove_pointer_t<decltype(type)>>(p, launch);
     });
 }
 

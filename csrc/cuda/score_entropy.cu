@@ -28,7 +28,7 @@ namespace {
 constexpr int kRowThreads = 128;  // of a block, in the kernels that work by the row
 
 // Does the row enter the sums at all?
-template <Process P, class Real, class Params>
+template <Family P, class Real, class Params>
 __device__ __forceinline__ bool is_live(const Params& p, int64_t row) {
     const int64_t x = p.x_t[row];
     return valid_token(x, p.dim) && can_move<P>(static_cast<const Real*>(p.stationary), p.dim, x);
@@ -40,7 +40,7 @@ __device__ __forceinline__ Real shift_of(const double* shift, int64_t row) {
 }
 
 // scores[row, segment] = Σ s_y, dots[row, segment] = Σ ℓ_y (uniform) or Σ π_y ℓ_y (vector π), over y ≠ x.
-template <Process P, class T>
+template <Family P, class T>
 __global__ void __launch_bounds__(kWarps* kWarp)
     sums_kernel(ScoreEntropyParams p, Tiling tiling, RealOf<T>* scores, RealOf<T>* dots) {
     using Real = RealOf<T>;
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 #pragma unroll
             for (int j = 0; j < width; ++j) {
                 l[j] -= shift;
-                if constexpr (P == Process::rank_one) {
+                if constexpr (P == Family::rank_one) {
                     const Real pi = stationary[y + j];
                     terms[j] = pi != Real(0) ? pi * l[j] : Real(0);  // not 0 · ∞
                 } else {
@@ -68,27 +68,27 @@ __global__ void __launch_bounds__(kWarps* kWarp)
                 l[j] = exponential(l[j]);
             }
             score += sum_of(l);
-            if constexpr (P != Process::absorbing) dot += sum_of(terms);
+            if constexpr (P != Family::absorbing) dot += sum_of(terms);
         },
         [&](int y, Real l) {
             l -= shift;
             score += exponential(l);
-            if constexpr (P == Process::uniform) dot += l;
-            if constexpr (P == Process::rank_one) {
+            if constexpr (P == Family::uniform) dot += l;
+            if constexpr (P == Family::rank_one) {
                 const Real pi = stationary[y];
                 if (pi != Real(0)) dot += pi * l;
             }
         });
     score = warp_sum(score);
-    if constexpr (P != Process::absorbing) dot = warp_sum(dot);
+    if constexpr (P != Family::absorbing) dot = warp_sum(dot);
     if (lane_of() != 0) return;
     const int64_t at = place.row * tiling.segments + place.segment;
     scores[at] = score;
-    if constexpr (P != Process::absorbing) dots[at] = dot;
+    if constexpr (P != Family::absorbing) dots[at] = dot;
 }
 
 // The row's own numbers: all but the sums. Of a live row without fault.
-template <Process P, class Real, class Params>
+template <Family P, class Real, class Params>
 __device__ __forceinline__ ScoreEntropyRow row_numbers(const Params& p, int64_t row) {
     const Real* stationary = static_cast<const Real*>(p.stationary);
     const int64_t x = p.x_t[row], x_0 = p.x_0[row];
@@ -103,7 +103,7 @@ __device__ __forceinline__ double log_score_x_0(const ScoreEntropyParams& p, int
 }
 
 // A row's sums of segments become its loss. One thread a row where there is one segment, else one warp.
-template <Process P, class T>
+template <Family P, class T>
 __global__ void __launch_bounds__(kRowThreads)
     loss_kernel(ScoreEntropyParams p, int segments, const RealOf<T>* scores, const RealOf<T>* dots) {
     using Real = RealOf<T>;
@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(kRowThreads)
     const Real* row_scores = scores + row * segments;
     const Real* row_dots = dots + row * segments;
     double score = lanes == 1 ? row_scores[0] : sum_segments(row_scores, segments), dot = 0.0;
-    if constexpr (P != Process::absorbing) dot = lanes == 1 ? row_dots[0] : sum_segments(row_dots, segments);
-    if constexpr (P == Process::uniform) dot /= static_cast<double>(p.dim);
+    if constexpr (P != Family::absorbing) dot = lanes == 1 ? row_dots[0] : sum_segments(row_dots, segments);
+    if constexpr (P == Family::uniform) dot /= static_cast<double>(p.dim);
     if (!first) return;
     *loss = static_cast<Real>(score_entropy_value(row_numbers<P, Real>(p, row), score, dot, log_score_x_0<T>(p, row)));
 }
@@ -131,7 +131,7 @@ struct GradientNumbers {
     Real factor, offset, at_x_0;
 };
 
-template <Process P, class T>
+template <Family P, class T>
 __global__ void __launch_bounds__(kRowThreads)
     numbers_kernel(ScoreEntropyParams p, GradientNumbers<RealOf<T>>* numbers) {
     using Real = RealOf<T>;
@@ -147,11 +147,11 @@ __global__ void __launch_bounds__(kRowThreads)
     const ScoreEntropyGradient g = score_entropy_gradient(
         row_numbers<P, Real>(p, row), static_cast<const Real*>(p.grad_loss)[row], log_score_x_0<T>(p, row), pi_x0);
     numbers[row] = {static_cast<Real>(g.factor),
-                    static_cast<Real>(P == Process::uniform ? g.offset / static_cast<double>(p.dim) : g.offset),
+                    static_cast<Real>(P == Family::uniform ? g.offset / static_cast<double>(p.dim) : g.offset),
                     static_cast<Real>(g.at_x_0)};
 }
 
-template <Process P, class T>
+template <Family P, class T>
 __global__ void __launch_bounds__(kWarps* kWarp)
     gradient_kernel(ScoreEntropyParams p, Tiling tiling, const GradientNumbers<RealOf<T>>* numbers) {
     using Real = RealOf<T>;
@@ -176,9 +176,9 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     const Real shift = shift_of<Real>(p.shift, place.row);
     const auto gradient = [&](int y, Real l) {
         const Real s = n.factor * exponential(l - shift);
-        if constexpr (P == Process::absorbing) return s;
-        if constexpr (P == Process::uniform) return s - n.offset;
-        if constexpr (P == Process::rank_one) return s - n.offset * stationary[y];
+        if constexpr (P == Family::absorbing) return s;
+        if constexpr (P == Family::uniform) return s - n.offset;
+        if constexpr (P == Family::rank_one) return s - n.offset * stationary[y];
     };
     const auto special = [&](int y, Real g) { return y == x ? Real(0) : y == x_0 ? n.at_x_0 : g; };
     const auto in_vector = [](int entry, int y) {
@@ -207,7 +207,7 @@ __device__ __forceinline__ int in_tile(const ScoreEntropyTileParams& p, int64_t 
 
 // What the row's other kernels need to know: by the first tile its numbers; with each tile those of its gradient, and
 // ℓ_{x0} before the gradient takes its place. A bad row's weight is NaN.
-template <Process P, class T>
+template <Family P, class T>
 __global__ void __launch_bounds__(kRowThreads)
     tile_numbers_kernel(ScoreEntropyTileParams p, GradientNumbers<RealOf<T>>* numbers) {
     using Real = RealOf<T>;
@@ -232,11 +232,11 @@ __global__ void __launch_bounds__(kRowThreads)
     const ScoreEntropyGradient g =
         score_entropy_gradient(sweep.row, p.grad_loss[row], x_0 >= 0 ? sweep.log_score_x_0 : 0.0, pi_x0);
     numbers[row] = {static_cast<Real>(g.factor),
-                    static_cast<Real>(P == Process::uniform ? g.offset / static_cast<double>(p.dim) : g.offset),
+                    static_cast<Real>(P == Family::uniform ? g.offset / static_cast<double>(p.dim) : g.offset),
                     static_cast<Real>(g.at_x_0)};
 }
 
-template <bool kGradient, Process P, class T>
+template <bool kGradient, Family P, class T>
 __global__ void __launch_bounds__(kWarps* kWarp)
     tile_kernel(ScoreEntropyTileParams p, Tiling tiling, const GradientNumbers<RealOf<T>>* numbers, RealOf<T>* scores,
                 RealOf<T>* dots) {
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
         }
         return;
     }
-    const Real* stationary = P == Process::rank_one ? static_cast<const Real*>(p.stationary) + p.first : nullptr;
+    const Real* stationary = P == Family::rank_one ? static_cast<const Real*>(p.stationary) + p.first : nullptr;
     const int x = in_tile(p, p.x_t[place.row]), x_0 = kGradient ? in_tile(p, p.x_0[place.row]) : -1;
     const Real shift = shift_of<Real>(p.shift, place.row);
     GradientNumbers<Real> n{};
@@ -267,12 +267,12 @@ __global__ void __launch_bounds__(kWarps* kWarp)
         s = exponential(l);
         d = l;
         Real offset = n.offset;
-        if constexpr (P == Process::rank_one) {
+        if constexpr (P == Family::rank_one) {
             const Real pi = stationary[y];
             d = pi != Real(0) ? pi * l : Real(0);  // not 0 · ∞
             offset *= pi;
         }
-        if constexpr (P == Process::absorbing) return n.factor * s;
+        if constexpr (P == Family::absorbing) return n.factor * s;
         return n.factor * s - offset;
     };
     visit(
@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 #pragma unroll
             for (int j = 0; j < width; ++j) l[j] = term(y + j, l[j], s[j], d[j]);
             score += sum_of(s);
-            if constexpr (P != Process::absorbing) dot += sum_of(d);
+            if constexpr (P != Family::absorbing) dot += sum_of(d);
             if constexpr (kGradient) {
                 if (static_cast<unsigned>(x_0 - y) < static_cast<unsigned>(width)) {
 #pragma unroll
@@ -295,22 +295,22 @@ __global__ void __launch_bounds__(kWarps* kWarp)
             Real s, d;
             const Real g = term(y, l, s, d);
             score += s;
-            if constexpr (P != Process::absorbing) dot += d;
+            if constexpr (P != Family::absorbing) dot += d;
             if constexpr (kGradient) V::write(row + y, y == x_0 ? n.at_x_0 : g);
         });
     score = warp_sum(score);
-    if constexpr (P != Process::absorbing) dot = warp_sum(dot);
+    if constexpr (P != Family::absorbing) dot = warp_sum(dot);
     if (lane_of() != 0) return;
     if constexpr (kGradient) {  // nobody has touched x
         if (x >= 0 && x / (kSegmentVectors * width) == place.segment) V::write(row + x, Real(0));
     }
     const int64_t at = place.row * tiling.segments + place.segment;
     scores[at] = score;
-    if constexpr (P != Process::absorbing) dots[at] = dot;
+    if constexpr (P != Family::absorbing) dots[at] = dot;
 }
 
 // A tile's sums of segments join those of the row; with the last tile they become its loss.
-template <Process P, class T>
+template <Family P, class T>
 __global__ void __launch_bounds__(kRowThreads)
     tile_loss_kernel(ScoreEntropyTileParams p, int segments, const RealOf<T>* scores, const RealOf<T>* dots) {
     using Real = RealOf<T>;
@@ -321,13 +321,13 @@ __global__ void __launch_bounds__(kRowThreads)
     double score = 0.0, dot = 0.0;
     if (weight > 0.0) {
         score = sum_segments(scores + row * segments, segments);
-        if constexpr (P != Process::absorbing) dot = sum_segments(dots + row * segments, segments);
+        if constexpr (P != Family::absorbing) dot = sum_segments(dots + row * segments, segments);
     }
     if (lane_of() != 0) return;
     sweep.scores += score;
     sweep.dot += dot;
     if (p.first + p.width < p.dim) return;
-    const double whole_dot = P == Process::uniform ? sweep.dot / static_cast<double>(p.dim) : sweep.dot;
+    const double whole_dot = P == Family::uniform ? sweep.dot / static_cast<double>(p.dim) : sweep.dot;
     static_cast<Real*>(p.out)[row] =
         weight == 0.0 ? Real(0)
                       : static_cast<Real>(score_entropy_value(sweep.row, sweep.scores, whole_dot, sweep.log_score_x_0));
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(kRowThreads)
 
 // ---- launchers ----
 
-template <Process P, class T>
+template <Family P, class T>
 const char* launch_typed(const ScoreEntropyTileParams& p, const CudaLaunch& launch) {
     using Real = RealOf<T>;
     const Tiling tiling = tile(p.width, p.dtype);
@@ -358,7 +358,7 @@ const char* launch_typed(const ScoreEntropyTileParams& p, const CudaLaunch& laun
     return launch_error();
 }
 
-template <bool kBackward, Process P, class T>
+template <bool kBackward, Family P, class T>
 const char* launch_typed(const ScoreEntropyParams& p, const CudaLaunch& launch) {
     using Real = RealOf<T>;
     const Tiling tiling = tile(p.dim, p.dtype);
@@ -384,8 +384,8 @@ const char* launch_typed(const ScoreEntropyParams& p, const CudaLaunch& launch) 
 
 template <bool kBackward>
 const char* launch_all(const ScoreEntropyParams& p, const CudaLaunch& launch) {
-    return on_device(p, launch, [&](auto process, auto* type) {
-        return launch_typed<kBackward, process.value, std::remove_pointer_t<decltype(type)>>(p, launch);
+    return on_device(p, launch, [&](auto family, auto* type) {
+        return launch_typed<kBackward, family.value, std::remove_pointer_t<decltype(type)>>(p, launch);
     });
 }
 
@@ -400,8 +400,8 @@ const char* score_entropy_backward_cuda(const ScoreEntropyParams& p, const CudaL
 }
 
 const char* score_entropy_tile_cuda(const ScoreEntropyTileParams& p, const CudaLaunch& launch) {
-    return on_device(p, launch, [&](auto process, auto* type) {
-        return launch_typed<process.value, std::remove_pointer_t<decltype(type)>>(p, launch);
+    return on_device(p, launch, [&](auto family, auto* type) {
+        return launch_typed<family.value, std::remove_pointer_t<decltype(type)>>(p, launch);
     });
 }
 

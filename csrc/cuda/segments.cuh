@@ -84,14 +84,14 @@ const char* with_type(DType dtype, F f) {
 
 // Calls f with an object whose type has the process as its value.
 template <class F>
-const char* with_process(Process process, F f) {
-    switch (process) {
-        case Process::absorbing:
-            return f(std::integral_constant<Process, Process::absorbing>{});
-        case Process::uniform:
-            return f(std::integral_constant<Process, Process::uniform>{});
+const char* with_family(Family family, F f) {
+    switch (family) {
+        case Family::absorbing:
+            return f(std::integral_constant<Family, Family::absorbing>{});
+        case Family::uniform:
+            return f(std::integral_constant<Family, Family::uniform>{});
         default:
-            return f(std::integral_constant<Process, Process::rank_one>{});
+            return f(std::integral_constant<Family, Family::rank_one>{});
     }
 }
 
@@ -100,8 +100,8 @@ template <class Params, class F>
 const char* on_device(const Params& p, const CudaLaunch& launch, F f) {
     if (p.rows == 0) return nullptr;
     if (const char* why = use_device(launch.device)) return why;
-    return with_type(
-        p.dtype, [&](auto* type) { return with_process(p.process, [&](auto process) { return f(process, type); }); });
+    return with_type(p.dtype,
+                     [&](auto* type) { return with_family(p.family, [&](auto family) { return f(family, type); }); });
 }
 
 namespace {
@@ -123,10 +123,10 @@ __device__ __forceinline__ Place place_of(const Tiling& tiling) {
 __device__ __forceinline__ int lane_of() { return static_cast<int>(threadIdx.x) % kWarp; }
 
 // Can a row at x move at all, π_x > 0? For a valid x.
-template <Process P, class Real>
+template <Family P, class Real>
 __device__ __forceinline__ bool can_move(const Real* stationary, int64_t dim, int64_t x) {
-    if constexpr (P == Process::absorbing) return x == dim - 1;
-    if constexpr (P == Process::rank_one) return stationary[x] > Real(0);
+    if constexpr (P == Family::absorbing) return x == dim - 1;
+    if constexpr (P == Family::rank_one) return stationary[x] > Real(0);
     return true;
 }
 

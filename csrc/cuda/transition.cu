@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kRowThreads) numbers_kernel(TransitionParams p
         numbers[row] = {nan, nan, nan, nan};
         return;
     }
-    const double pi_x = stationary_at(p.process, static_cast<const Real*>(p.stationary), p.dim, p.x[row]);
-    const TransitionRow n = transition_row(kColumn, p.process, p.sigma[row], pi_x);
+    const double pi_x = stationary_at(p.family, static_cast<const Real*>(p.stationary), p.dim, p.x[row]);
+    const TransitionRow n = transition_row(kColumn, p.family, p.sigma[row], pi_x);
     numbers[row] = {static_cast<Real>(n.vector), static_cast<Real>(n.constant), static_cast<Real>(n.at_x),
                     static_cast<Real>(n.at_mask)};
 }
@@ -66,8 +66,8 @@ const char* launch_typed(const TransitionParams& p, const CudaLaunch& launch) {
     auto* numbers = static_cast<RowNumbers<Real>*>(launch.workspace);
     SEDD_LAUNCH((numbers_kernel<kColumn, Real>), blocks_for(p.rows, kRowThreads), kRowThreads, 0, stream_of(launch), p,
                 numbers);
-    const bool has_mask = kColumn && p.process == Process::absorbing;
-    if (kColumn && p.process == Process::rank_one) {
+    const bool has_mask = kColumn && p.family == Family::absorbing;
+    if (kColumn && p.family == Family::rank_one) {
         SEDD_LAUNCH((entries_kernel<true, Real>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p,
                     tiling, has_mask, numbers);
     } else {

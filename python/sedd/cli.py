@@ -63,7 +63,7 @@ examples:
   sedd train --data.source Salesforce/wikitext --data.subset wikitext-103-raw-v1 --tokenizer gpt2 \\
       --model.preset small --batch_size 32 --accumulate 16 --lr 3e-4 --warmup 2500 --ema 0.9999 --run_dir runs/small
       the paper's settings
-  sedd train --graph uniform --schedule geometric --schedule_params.sigma_max 20 --run_dir runs/uniform
+  sedd train --process uniform --schedule geometric --schedule_params.sigma_max 20 --run_dir runs/uniform
   sedd train --config runs/book/config.json --lr 1e-3 --run_dir runs/book2
   sedd train --run_dir runs/book --resume --steps 40000
   sedd train --init runs/book --data.source mine.txt --run_dir runs/mine --lr 3e-4 --lr_schedule linear --steps 5000

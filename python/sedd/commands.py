@@ -25,7 +25,7 @@ from rich.text import Text
 from torch import Tensor
 
 from sedd.checkpoint import best_checkpoint, list_checkpoints, read_state
-from sedd.config import GraphName, TrainConfig, check_choice, check_options, resolve_device
+from sedd.config import ProcessName, TrainConfig, check_choice, check_options, resolve_device
 from sedd.data import DataConfig
 from sedd.files import RunLock, write_json
 from sedd.hints import program
@@ -101,7 +101,7 @@ def train(config: TrainConfig, resume: bool, lock: RunLock) -> int:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     model = f"{config.model.preset} model" if config.init is None else f"model that began as {config.init}"
     out.print(
-        f"{model}, {parameters / 1e6:.2f} M parameters, {config.graph} noise, "
+        f"{model}, {parameters / 1e6:.2f} M parameters, {config.process} noise, "
         f"{config.tokenizer} tokens in blocks of {trainer.length}, {trainer.device} "
         f"({str(trainer.autocast_dtype or torch.float32)[6:]}); everything goes to {trainer.run_dir}"
     )
@@ -196,7 +196,7 @@ def _generate(loaded: LoadedModel, options: SamplingOptions, live: bool, tokens:
         with Live(console=out, transient=True, auto_refresh=False) if live else nullcontext() as view:
             written = draw(
                 loaded.model,
-                loaded.graph,
+                loaded.process,
                 loaded.schedule,
                 batch=min(options.batch_size, options.num - first),
                 length=len(tokens),
@@ -242,7 +242,7 @@ def info(run: str | None) -> int:
             ("schedules", SCHEDULES),
             ("objectives", OBJECTIVES),
             ("samplers", SAMPLERS),
-            ("graphs", get_args(GraphName)),
+            ("processes", get_args(ProcessName)),
         ):
             table.add_row(f"{name}:", ", ".join(registry))
         for name, preset in PRESETS.items():

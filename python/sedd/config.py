@@ -24,8 +24,8 @@ from sedd.schedule import SCHEDULES, get_schedule
 from sedd_ext import Absorbing, Hybrid, RankOne, Uniform, has_cuda_kernels
 
 __all__ = [
-    "GraphName",
     "ModelOptions",
+    "ProcessName",
     "TrainConfig",
     "autocast_dtype",
     "check_options",
@@ -35,7 +35,7 @@ __all__ = [
     "resolve_device",
 ]
 
-GraphName = Literal["absorbing", "uniform", "hybrid"]
+ProcessName = Literal["absorbing", "uniform", "hybrid"]
 
 # What a resumed run may change: where it lives, when it ends, what it reports and keeps, and, after a divergence, the
 # step size. Everything else would make it another run.
@@ -119,10 +119,10 @@ class TrainConfig:
     sizes of the model are then its own. --resume does not read it again."""
     model: ModelOptions = field(default_factory=ModelOptions)
     """Size of the model"""
-    graph: GraphName = "absorbing"
+    process: ProcessName = "absorbing"
     """How noise corrupts a token: into MASK, into any token, or a mixture of both."""
     uniform_fraction: float = 0.1
-    """For graph hybrid: the part of the noise that replaces a token by a random one."""
+    """For process hybrid: the part of the noise that replaces a token by a random one."""
     schedule: str = "loglinear"
     """How the total noise grows with time: loglinear, geometric, cosine or polynomial."""
     schedule_params: dict[str, float] = field(default_factory=dict)
@@ -227,11 +227,11 @@ class TrainConfig:
         """Returns the names in ``log``."""
         return [name.strip() for name in self.log.split(",")]
 
-    def make_graph(self, vocab_size: int) -> RankOne:
+    def make_process(self, vocab_size: int) -> RankOne:
         """Returns the forward process over a vocabulary of ``vocab_size`` tokens (MASK not counted)."""
-        if self.graph == "hybrid":
+        if self.process == "hybrid":
             return Hybrid(vocab_size, self.uniform_fraction)
-        return (Absorbing if self.graph == "absorbing" else Uniform)(vocab_size)
+        return (Absorbing if self.process == "absorbing" else Uniform)(vocab_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the options as JSON-ready values."""
@@ -360,6 +360,8 @@ def read_options(path: Path | str) -> dict[str, Any]:
         ValueError: the file cannot be read (:func:`sedd.plain.read_plain`), or an option is unknown or of another type.
     """
     options = read_plain(path)
+    if "graph" in options and "process" not in options:  # its name in runs of earlier versions
+        options["process"] = options.pop("graph")
     try:
         return checked(TrainConfig, options)
     except ValueError as error:

@@ -143,7 +143,7 @@ class Onset(Schedule):
 def elbo(
     model: ScoreModel,
     blocks: Tensor,
-    graph: RankOne,
+    process: RankOne,
     schedule: Schedule,
     *,
     draws: int,
@@ -170,7 +170,7 @@ def elbo(
     Args:
         model: the score model. It is put into evaluation mode, and back into its own mode at the end.
         blocks: text [S, L], int64, without MASK tokens.
-        graph: the forward process the model was trained for.
+        process: the forward process the model was trained for.
         schedule: its noise schedule.
         draws: times drawn per sequence.
         n_bytes: number of bytes of text in the blocks, for ``bits_per_byte``.
@@ -198,7 +198,7 @@ def elbo(
     for name, value in (("draws", draws), ("batch_size", batch_size), ("n_bytes", n_bytes)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    _check_blocks(blocks, graph)
+    _check_blocks(blocks, process)
     device = torch.device(device) if device is not None else device_of(model)
     n_sequences, length = blocks.shape
     start, end = (float(s) for s in schedule.total(torch.tensor([0.0, 1.0])))
@@ -219,8 +219,8 @@ def elbo(
     if unfinished is not None:
         if generator is None:
             raise ValueError("unfinished: an evaluation that may be resumed needs a generator of its own")
-        what = (*model.parameters(), graph.stationary, blocks, *(t for _, t in parts))
-        settings = f"{graph} {schedule} {getattr(model, 'config', '')} {batch_size} {autocast_dtype}"
+        what = (*model.parameters(), process.stationary, blocks, *(t for _, t in parts))
+        settings = f"{process} {schedule} {getattr(model, 'config', '')} {batch_size} {autocast_dtype}"
         saved = Unfinished(unfinished, identity(what, settings))
         done = saved.resume(values, generator)
     training = model.training
@@ -235,7 +235,7 @@ def elbo(
                 last = first + len(owner)
                 if last > done:
                     x_0 = blocks[owner.to(blocks.device)].to(device)
-                    values[first:last] = score_entropy(model, x_0, t, graph, part, generator=generator).double()
+                    values[first:last] = score_entropy(model, x_0, t, process, part, generator=generator).double()
                     done = last
                     if saved is not None and generator is not None:
                         saved.update(values[:done], generator.get_state())
@@ -252,7 +252,7 @@ def elbo(
         part.view(t.shape).clone()
         for part, (_, t) in zip(values.cpu().split([t.numel() for _, t in parts]), parts, strict=True)
     )
-    prior = prior_kl(blocks.cpu(), end, graph).sum(dim=1)
+    prior = prior_kl(blocks.cpu(), end, process).sum(dim=1)
     return ElboResult(
         sequences=prior + integrand.mean(dim=1) + sum(part.mean(dim=1) for part in onset),
         length=length,
@@ -272,7 +272,7 @@ def _stratified(n_sequences: int, draws: int, generator: torch.Generator | None,
     return (torch.arange(1, draws + 1, device=device) - place) / draws
 
 
-def prior_kl(x_0: Tensor, sigma: float, graph: RankOne) -> Tensor:
+def prior_kl(x_0: Tensor, sigma: float, process: RankOne) -> Tensor:
     """The prior term of the bound, D_KL(p_{T|0}(·|x_0) ‖ p_base), for each token in closed form.
 
     With ``a = exp(-σ̄(T))``, ``p_{T|0} = a δ_{x_0} + (1-a) π``. The base is the distribution of a uniformly random token
@@ -284,16 +284,16 @@ def prior_kl(x_0: Tensor, sigma: float, graph: RankOne) -> Tensor:
     Args:
         x_0: tokens, any shape, int64, none of them MASK.
         sigma: σ̄(T), the total noise at the end.
-        graph: the process.
+        process: the process.
 
     Returns:
         Nats, float64, of the shape of ``x_0``, on the CPU.
     """
     a, b = math.exp(-sigma), -math.expm1(-sigma)
-    stationary = graph.stationary
-    base = torch.full_like(stationary, a / (graph.dim - (graph.mask_id is not None)))
-    if graph.mask_id is not None:
-        base[graph.mask_id] = 0.0
+    stationary = process.stationary
+    base = torch.full_like(stationary, a / (process.dim - (process.mask_id is not None)))
+    if process.mask_id is not None:
+        base[process.mask_id] = 0.0
     base += b * stationary
     # Σ_y p log(p/base), first as if x_0 had no mass of its own, then with the term of y = x_0 exchanged
     away = torch.special.entr(b * stationary).neg() - torch.special.xlogy(b * stationary, base)
@@ -302,16 +302,16 @@ def prior_kl(x_0: Tensor, sigma: float, graph: RankOne) -> Tensor:
     return terms[x_0.cpu()]
 
 
-def _check_blocks(blocks: Tensor, graph: RankOne) -> None:
+def _check_blocks(blocks: Tensor, process: RankOne) -> None:
     if blocks.dtype != torch.int64:
         raise TypeError(f"blocks: expected an int64 tensor [S, L], got {blocks.dtype}")
     if blocks.dim() != 2 or blocks.numel() == 0:
         raise ValueError(f"blocks: expected a non-empty tensor [S, L], got shape {list(blocks.shape)}")
     low, high = (int(value) for value in blocks.aminmax())
-    if low < 0 or high >= graph.dim:
-        raise ValueError(f"blocks: expected tokens in [0, {graph.dim}), got values from {low} to {high}")
-    if graph.mask_id is not None and bool((blocks == graph.mask_id).any()):
-        raise ValueError(f"blocks: expected text, got the MASK token {graph.mask_id} in it")
+    if low < 0 or high >= process.dim:
+        raise ValueError(f"blocks: expected tokens in [0, {process.dim}), got values from {low} to {high}")
+    if process.mask_id is not None and bool((blocks == process.mask_id).any()):
+        raise ValueError(f"blocks: expected text, got the MASK token {process.mask_id} in it")
 
 
 def ngram_bits(train_tokens: Tensor, valid_tokens: Tensor, dim: int, order: int) -> float:

@@ -280,7 +280,7 @@ def _writer(loaded: LoadedModel, length: int, options: GenerativeOptions, progre
             count = min(options.batch_size, options.num - first)
             part = sample(
                 loaded.model,
-                loaded.graph,
+                loaded.process,
                 loaded.schedule,
                 batch=count,
                 length=length,

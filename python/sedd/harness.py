@@ -111,7 +111,7 @@ def continuation_bound(
     model: ScoreModel,
     context: Sequence[int],
     continuation: Sequence[int],
-    graph: RankOne,
+    process: RankOne,
     schedule: Schedule,
     *,
     draws: int,
@@ -133,7 +133,7 @@ def continuation_bound(
         model: the score model, in evaluation mode.
         context: the tokens before the continuation, possibly none.
         continuation: tokens to score, at least one.
-        graph: the forward process.
+        process: the forward process.
         schedule: the noise schedule.
         draws: number of noise levels.
         length: the most tokens that the model takes; context and continuation together must fit.
@@ -160,21 +160,21 @@ def continuation_bound(
     # one row is one noise level of a text of full length, so that a place in the text always has the same noise
     padded = torch.zeros(draws, length, dtype=torch.int64, device=device)
     padded[:, :total] = text
-    result = prior_kl(text[len(context) :], end, graph).sum() + torch.zeros(draws, dtype=torch.float64)
+    result = prior_kl(text[len(context) :], end, process).sum() + torch.zeros(draws, dtype=torch.float64)
     for part, times in parts:
-        noised = sample_transition(padded, part.total(times).unsqueeze(-1), graph, generator=generator)[:, :total]
+        noised = sample_transition(padded, part.total(times).unsqueeze(-1), process, generator=generator)[:, :total]
         noised[:, : len(context)] = text[: len(context)]
         for first in range(0, draws, batch_size):
             rows = slice(first, first + batch_size)
             x_t, t = noised[rows].contiguous(), times[rows]
             with torch.no_grad():
-                loss = noised_score_entropy(model, text.expand(len(x_t), -1), x_t, t, graph, part, given=len(context))
+                loss = noised_score_entropy(model, text.expand(len(x_t), -1), x_t, t, process, part, given=len(context))
             result[rows] += loss.double().cpu()
     return result
 
 
 def greedy_continuation(
-    model: ScoreModel, context: Sequence[int], n: int, graph: RankOne, schedule: Schedule, *, seed: int = 0
+    model: ScoreModel, context: Sequence[int], n: int, process: RankOne, schedule: Schedule, *, seed: int = 0
 ) -> list[int]:
     """Greedy decoding after a context: step by step, the most probable token at the position where the model is surest.
 
@@ -187,7 +187,7 @@ def greedy_continuation(
         model: the score model, in evaluation mode.
         context: the tokens before the continuation, possibly none.
         n: number of tokens to write, at least 1.
-        graph: the forward process.
+        process: the forward process.
         schedule: the noise schedule.
         seed: seed of the noise.
 
@@ -196,7 +196,7 @@ def greedy_continuation(
 
     Source: Deschenaux & Gulcehre 2024, appendix A.2, for greedy decoding; they do not define the order, which is ours.
     """
-    written = dict(_greedy(model, context, n, graph, schedule, seed))
+    written = dict(_greedy(model, context, n, process, schedule, seed))
     return [written[place] for place in range(n)]
 
 
@@ -204,30 +204,30 @@ def is_greedy(
     model: ScoreModel,
     context: Sequence[int],
     continuation: Sequence[int],
-    graph: RankOne,
+    process: RankOne,
     schedule: Schedule,
     *,
     seed: int = 0,
 ) -> bool:
     """Whether :func:`greedy_continuation` gives exactly these tokens. Stops at the first difference."""
-    steps = _greedy(model, context, len(continuation), graph, schedule, seed)
+    steps = _greedy(model, context, len(continuation), process, schedule, seed)
     return all(continuation[place] == token for place, token in steps)
 
 
 @torch.no_grad()
 def _greedy(
-    model: ScoreModel, context: Sequence[int], n: int, graph: RankOne, schedule: Schedule, seed: int
+    model: ScoreModel, context: Sequence[int], n: int, process: RankOne, schedule: Schedule, seed: int
 ) -> Iterator[tuple[int, int]]:
     """Positions and tokens of :func:`greedy_continuation` in the order in which they are written."""
     device = device_of(model)
-    x = graph.sample_limit((n,), generator=_generator(seed, context, device), device=device)
+    x = process.sample_limit((n,), generator=_generator(seed, context, device), device=device)
     start = torch.tensor(context, dtype=torch.int64, device=device)
     open_places = torch.ones(n, dtype=torch.bool, device=device)
     for step in range(n):
         sigma = schedule.total(torch.tensor([1 - step / n], dtype=torch.float64)).to(device)
         hidden = model.hidden(torch.cat([start, x]).unsqueeze(0), sigma)[0, len(context) :]
         shift = model.log_score_shift(sigma, x)
-        probs = tweedie_probs(model.head(hidden).float(), x, float(sigma), graph, log_score_shift=shift, denoise=True)
+        probs = tweedie_probs(model.head(hidden).float(), x, float(sigma), process, log_score_shift=shift, denoise=True)
         best, token = probs.max(-1)
         place = int(torch.where(open_places, best, -1.0).argmax())
         x[place] = token[place]

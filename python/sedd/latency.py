@@ -89,7 +89,7 @@ def make_twin(model: SEDD, length: int) -> Any:
         ) from error
     sizes = model.config
     config = transformers.GPT2Config(
-        vocab_size=model.graph.dim - (model.graph.mask_id is not None),
+        vocab_size=model.process.dim - (model.process.mask_id is not None),
         n_positions=length + 1,
         n_embd=sizes.hidden_size,
         n_layer=sizes.n_blocks,
@@ -164,7 +164,7 @@ def latency(run: str, options: LatencyOptions) -> int:
     def diffuse(batch: int, steps: int) -> None:
         sample(
             model,
-            model.graph,
+            model.process,
             schedule,
             batch=batch,
             length=length,

@@ -137,7 +137,7 @@ class SEDDLM(TemplateLM):  # type: ignore[misc]
                 self.loaded.model,
                 context,
                 continuation,
-                self.loaded.graph,
+                self.loaded.process,
                 self.loaded.schedule,
                 draws=self.draws,
                 length=self.length,
@@ -149,7 +149,7 @@ class SEDDLM(TemplateLM):  # type: ignore[misc]
     def _is_greedy(self, context: Sequence[int], continuation: Sequence[int]) -> bool:
         loaded = self.loaded
         with self._autocast():
-            return is_greedy(loaded.model, context, continuation, loaded.graph, loaded.schedule, seed=self.seed)
+            return is_greedy(loaded.model, context, continuation, loaded.process, loaded.schedule, seed=self.seed)
 
     def _autocast(self) -> torch.autocast:
         dtype = self.loaded.autocast_dtype
@@ -166,7 +166,7 @@ class SEDDLM(TemplateLM):  # type: ignore[misc]
         random = bool(options.get("do_sample", False)) and temperature > 0
         text = sample(
             self.loaded.model,
-            self.loaded.graph,
+            self.loaded.process,
             self.loaded.schedule,
             batch=1,
             length=given + n,

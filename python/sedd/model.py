@@ -262,11 +262,11 @@ class _OutputLayer(nn.Module):
         return _modulate(self.norm_final(x), shift, scale)
 
 
-def _uniform_fraction(graph: RankOne) -> float | None:
+def _uniform_fraction(process: RankOne) -> float | None:
     """The part λ of a hybrid process's noise that goes to tokens, uniformly; None for other processes."""
-    if graph.process != "rank_one" or graph.mask_id != graph.dim - 1:
+    if process.family != "rank_one" or process.mask_id != process.dim - 1:
         return None
-    tokens, mask = graph.stationary[:-1], float(graph.stationary[-1])
+    tokens, mask = process.stationary[:-1], float(process.stationary[-1])
     hybrid = mask > 0 and torch.allclose(tokens, tokens.mean().expand_as(tokens), rtol=1e-9, atol=0)
     return 1 - mask if hybrid else None
 
@@ -293,7 +293,7 @@ from sedd import load_model
 from sedd.sample import sample
 
 loaded = load_model("NAME")
-tokens = sample(loaded.model, loaded.graph, loaded.schedule, batch=1, length={{ length }}, steps=128)
+tokens = sample(loaded.model, loaded.process, loaded.schedule, batch=1, length={{ length }}, steps=128)
 print(loaded.tokenizer.decode(tokens[0].tolist()))
 ```
 {{ text | default("", true) }}
@@ -314,7 +314,7 @@ class SEDD(
 
     Args:
         config: the sizes, or the name of one of :data:`PRESETS`.
-        graph: the forward process the model belongs to; its ``dim`` is the size of embedding and head.
+        process: the forward process the model belongs to; its ``dim`` is the size of embedding and head.
         schedule: the noise schedule it is trained with: not used by the network, but saved with it.
         tokenizer: the tokeniser of its text, or the name of one that is known by name; saved with it.
 
@@ -327,7 +327,7 @@ class SEDD(
     def __init__(
         self,
         config: ModelConfig | str,
-        graph: RankOne,
+        process: RankOne,
         schedule: Schedule | None = None,
         tokenizer: str | Tokenizer | None = None,
     ) -> None:
@@ -337,21 +337,21 @@ class SEDD(
                 raise ValueError(f"config: expected a ModelConfig or one of {', '.join(PRESETS)}, got {config!r}")
             config = PRESETS[config]
         self.config = config
-        self.graph = graph
+        self.process = process
         self.schedule = schedule
         # those without files are known by name, and are loaded when they are needed
         if isinstance(tokenizer, Tokenizer) and not tokenizer.files():
             tokenizer = tokenizer.name
         self.tokenizer = tokenizer
-        self.dim = graph.dim
-        self.scale_by_sigma = config.scale_by_sigma and graph.process == "absorbing"
-        self.uniform_fraction = _uniform_fraction(graph) if config.hybrid_shift else None
+        self.dim = process.dim
+        self.scale_by_sigma = config.scale_by_sigma and process.family == "absorbing"
+        self.uniform_fraction = _uniform_fraction(process) if config.hybrid_shift else None
         self.time_conditioning = config.time_conditioning
-        self.vocab_embed = _Embedding(config.hidden_size, graph.dim)
+        self.vocab_embed = _Embedding(config.hidden_size, process.dim)
         self.sigma_map = _SigmaEmbedding(config.cond_dim)
         self.rotary_emb = _Rotary(config.hidden_size // config.n_heads)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.n_blocks))
-        self.output_layer = _OutputLayer(config, graph.dim)
+        self.output_layer = _OutputLayer(config, process.dim)
         if self.uniform_fraction is not None:
             with torch.no_grad():
                 self.output_layer.linear.bias[-1] = self._mask_log_score(self.uniform_fraction)

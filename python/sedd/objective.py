@@ -55,7 +55,7 @@ def score_entropy(
     model: ScoreModel,
     x_0: Tensor,
     t: Tensor,
-    graph: RankOne,
+    process: RankOne,
     schedule: Schedule,
     *,
     scale: float = 1.0,
@@ -74,7 +74,7 @@ def score_entropy(
         model: the score model, in training or evaluation mode as the caller wants it.
         x_0: text [B, L], int64.
         t: time of each sequence [B], in (0, 1].
-        graph: the forward process.
+        process: the forward process.
         schedule: the noise schedule.
         scale: factor of the result. Gradients are made in the forward pass: a training loss that is a mean had better
             say so here than divide afterwards.
@@ -93,8 +93,8 @@ def score_entropy(
         raise ValueError(f"x_0: expected a tensor [B, L], got shape {list(x_0.shape)}")
     if t.shape != x_0.shape[:1]:
         raise ValueError(f"t: expected shape [{x_0.shape[0]}], one time for each sequence, got {list(t.shape)}")
-    x_t = sample_transition(x_0, schedule.total(t).unsqueeze(-1), graph, generator=generator)
-    return noised_score_entropy(model, x_0, x_t, t, graph, schedule, scale=scale, fused=fused)
+    x_t = sample_transition(x_0, schedule.total(t).unsqueeze(-1), process, generator=generator)
+    return noised_score_entropy(model, x_0, x_t, t, process, schedule, scale=scale, fused=fused)
 
 
 def noised_score_entropy(
@@ -102,7 +102,7 @@ def noised_score_entropy(
     x_0: Tensor,
     x_t: Tensor,
     t: Tensor,
-    graph: RankOne,
+    process: RankOne,
     schedule: Schedule,
     *,
     given: int = 0,
@@ -112,7 +112,7 @@ def noised_score_entropy(
     """:func:`score_entropy` of text that has been noised already, or of its end, given its beginning.
 
     Args:
-        model, x_0, t, graph, schedule, scale, fused: as there.
+        model, x_0, t, process, schedule, scale, fused: as there.
         x_t: noised text [B, L], int64.
         given: so many tokens at the beginning are read by the model and not scored.
 
@@ -131,32 +131,32 @@ def noised_score_entropy(
             x_t,
             x_0,
             sigma.unsqueeze(-1),
-            graph,
+            process,
             log_score_shift=shift,
             loss_weight=rate.unsqueeze(-1),
         )
         return loss.sum(1).float()
-    rows = _scored_rows(x_t, graph)
+    rows = _scored_rows(x_t, process)
     sequence = rows // x_t.shape[1]
     loss = score_entropy_loss(
         model.head(hidden.flatten(0, 1).index_select(0, rows)),
         x_t.flatten()[rows],
         x_0.flatten()[rows],
         sigma[sequence],
-        graph,
+        process,
         log_score_shift=None if shift is None else shift.expand_as(x_t).flatten()[rows],
     )
     total = loss.new_zeros(x_0.shape[0]).index_add(0, sequence, loss)
     return (rate * total).float()
 
 
-def _scored_rows(x_t: Tensor, graph: RankOne) -> Tensor:
+def _scored_rows(x_t: Tensor, process: RankOne) -> Tensor:
     """Indices into the flattened x_t [B, L] of every token that the process can have produced: π_x > 0."""
-    if graph.process == "uniform":
+    if process.family == "uniform":
         return torch.arange(x_t.numel(), device=x_t.device)
-    if graph.process == "absorbing":
-        return (x_t.flatten() == graph.dim - 1).nonzero().squeeze(1)
-    return (graph.stationary > 0).to(x_t.device)[x_t.flatten()].nonzero().squeeze(1)
+    if process.family == "absorbing":
+        return (x_t.flatten() == process.dim - 1).nonzero().squeeze(1)
+    return (process.stationary > 0).to(x_t.device)[x_t.flatten()].nonzero().squeeze(1)
 
 
 Objective = Callable[..., Tensor]

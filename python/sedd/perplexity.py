@@ -239,7 +239,7 @@ def _score(
         return elbo(
             loaded.model,
             part,
-            loaded.graph,
+            loaded.process,
             loaded.schedule,
             draws=options.draws,
             n_bytes=count_bytes(part, loaded.tokenizer),

@@ -51,7 +51,7 @@ from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
 __all__ = ["LoadedModel", "load_model", "load_pretrained", "model_card", "to_config"]
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-GRAPHS = {"absorb": "absorbing", "absorbing_state": "absorbing", "uniform_state": "uniform"}
+PROCESSES = {"absorb": "absorbing", "absorbing_state": "absorbing", "uniform_state": "uniform"}
 VOCABULARIES = {50_257: "gpt2", 257: "bytes", 27: "text8"}
 """The tokeniser of a model that does not name its own, by its number of tokens."""
 
@@ -63,7 +63,7 @@ class LoadedModel:
     Attributes:
         path: the checkpoint folder of a run, else the folder or file of the model.
         model: in evaluation mode, with the averaged weights.
-        graph: the forward process.
+        process: the forward process.
         schedule: the noise schedule.
         tokenizer: text to tokens and back.
         config: the options of its run; None for a model that is not a run of ours.
@@ -72,7 +72,7 @@ class LoadedModel:
 
     path: Path
     model: SEDD
-    graph: RankOne
+    process: RankOne
     schedule: Schedule
     tokenizer: Tokenizer
     config: TrainConfig | None = None
@@ -108,21 +108,21 @@ def load_model(name_or_path: Path | str, device: torch.device | str = "cpu") -> 
     assert model.schedule is not None
     if model.tokenizer is None:
         raise ValueError(
-            f"{path}: a model of {model.graph.dim} tokens that does not say how text becomes tokens; its "
+            f"{path}: a model of {model.process.dim} tokens that does not say how text becomes tokens; its "
             f"config.json may say so: tokenizer, one of {', '.join(TOKENIZERS)}, or tokenizer.json beside it"
         )
     tokenizer = model.tokenizer if isinstance(model.tokenizer, Tokenizer) else get_tokenizer(model.tokenizer)
-    return LoadedModel(path, model, model.graph, model.schedule, tokenizer)
+    return LoadedModel(path, model, model.process, model.schedule, tokenizer)
 
 
 def _load_checkpoint(checkpoint: Path, device: torch.device | str) -> LoadedModel:
     state, config = read_state(checkpoint), read_config(checkpoint)
     tokenizer = read_tokenizer(checkpoint, config)
-    graph = config.make_graph(tokenizer.vocab_size)
+    process = config.make_process(tokenizer.vocab_size)
     schedule = get_schedule(config.schedule, **config.schedule_params)
-    model = _build(config.model.build(), graph, schedule, tokenizer)
+    model = _build(config.model.build(), process, schedule, tokenizer)
     load_weights(model, read_tensors(checkpoint, "ema", state), checkpoint / "ema.safetensors")
-    return LoadedModel(checkpoint, model.to(device).eval(), graph, schedule, tokenizer, config, state)
+    return LoadedModel(checkpoint, model.to(device).eval(), process, schedule, tokenizer, config, state)
 
 
 @contextmanager
@@ -155,7 +155,7 @@ def load_pretrained(
             ``cache_dir``, ``force_download``, ``local_files_only``.
 
     Returns:
-        The model in evaluation mode and float32, with ``graph``, ``schedule`` and ``tokenizer`` (a name, a tokeniser
+        The model in evaluation mode and float32, with ``process``, ``schedule`` and ``tokenizer`` (a name, a tokeniser
         that was saved with it, or None where it is unknown) as attributes.
 
     Raises:
@@ -190,26 +190,26 @@ def to_config(model: SEDD) -> dict[str, Any]:
 
     Returns:
         ``tokens`` (size of the vocabulary without MASK), ``tokenizer`` (a name, "tokenizer.json" for that file beside
-        it, or None), ``graph`` (``type`` absorb, uniform or hybrid), ``noise`` (``type`` and the parameters of the
+        it, or None), ``process`` (``type`` absorb, uniform or hybrid), ``noise`` (``type`` and the parameters of the
         schedule) and ``model`` (the sizes).
 
     Raises:
         ValueError: the model was made without a schedule, or its process or schedule has no name.
     """
-    graph, schedule = model.graph, model.schedule
+    process, schedule = model.process, model.schedule
     if schedule is None:
         raise ValueError("schedule: the model does not know its noise schedule; make it as SEDD(..., schedule=...)")
     names = [name for name, kind in SCHEDULES.items() if type(schedule) is kind]
     if not names:
         raise ValueError(f"schedule: {type(schedule).__name__} is none of {', '.join(SCHEDULES)}, so it has no name")
-    tokens = graph.dim - (graph.mask_id is not None)
-    kind: dict[str, Any] = {"type": "absorb" if graph.process == "absorbing" else graph.process}
-    if graph.process == "rank_one":
-        kind = {"type": "hybrid", "uniform_fraction": round(float(graph.stationary[0]) * tokens, 12)}
-        if graph.mask_id != tokens or not torch.allclose(
-            graph.stationary, Hybrid(tokens, kind["uniform_fraction"]).stationary, rtol=1e-9, atol=0
+    tokens = process.dim - (process.mask_id is not None)
+    kind: dict[str, Any] = {"type": "absorb" if process.family == "absorbing" else process.family}
+    if process.family == "rank_one":
+        kind = {"type": "hybrid", "uniform_fraction": round(float(process.stationary[0]) * tokens, 12)}
+        if process.mask_id != tokens or not torch.allclose(
+            process.stationary, Hybrid(tokens, kind["uniform_fraction"]).stationary, rtol=1e-9, atol=0
         ):
-            raise ValueError("graph: a process with a stationary distribution of its own has no name to be saved by")
+            raise ValueError("process: a process with a stationary distribution of its own has no name to be saved by")
     return {
         "tokens": tokens,
         "tokenizer": TOKENIZER_FILES[0] if isinstance(model.tokenizer, Tokenizer) else model.tokenizer,
@@ -265,13 +265,13 @@ def _from_config(config: Mapping[str, Any], weights: Mapping[str, Tensor], folde
             if name in sizes and value != sizes[name]:
                 raise ValueError(f"model.{name}: {value}, but the tensors are those of {sizes[name]}")
             sizes[name] = value
-    graph = _graph(config, dim)
-    if graph.process == "rank_one":  # a model that was saved before the shift existed was trained without it
+    process = _process(config, dim)
+    if process.family == "rank_one":  # a model that was saved before the shift existed was trained without it
         sizes.setdefault("hybrid_shift", False)
-    tokens = dim - (graph.mask_id is not None)
+    tokens = dim - (process.mask_id is not None)
     if config.get("tokens", tokens) != tokens or isinstance(config.get("tokens"), bool):
         raise ValueError(f"tokens: {config['tokens']}, but the embedding has {dim} rows, MASK counted")
-    return _build(ModelConfig(**sizes), graph, _schedule(config), _tokenizer(config, tokens, folder))
+    return _build(ModelConfig(**sizes), process, _schedule(config), _tokenizer(config, tokens, folder))
 
 
 def _tokenizer(config: Mapping[str, Any], tokens: int, folder: Path) -> str | Tokenizer | None:
@@ -296,10 +296,10 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return section
 
 
-def _graph(config: Mapping[str, Any], dim: int) -> RankOne:
+def _process(config: Mapping[str, Any], dim: int) -> RankOne:
     section = _section(config, "graph")
     name = section.get("type") or config.get("diffusion")
-    kind = GRAPHS.get(str(name), str(name))
+    kind = PROCESSES.get(str(name), str(name))
     if kind == "absorbing":
         return Absorbing(dim - 1)
     if kind == "uniform":
@@ -333,10 +333,10 @@ def _number(section: Mapping[str, Any], name: str) -> float:
     return number
 
 
-def _build(config: ModelConfig, graph: RankOne, schedule: Schedule, tokenizer: str | Tokenizer | None) -> SEDD:
+def _build(config: ModelConfig, process: RankOne, schedule: Schedule, tokenizer: str | Tokenizer | None) -> SEDD:
     """A model whose weights are not set yet: nothing is drawn that would be overwritten."""
     with torch.device("meta"):
-        return SEDD(config, graph, schedule=schedule, tokenizer=tokenizer)
+        return SEDD(config, process, schedule=schedule, tokenizer=tokenizer)
 
 
 # -- where it is -------------------------------------------------------------------------------------------------------

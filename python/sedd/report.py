@@ -126,7 +126,7 @@ def _facts(loaded: LoadedModel) -> dict[str, str]:
     assert state is not None
     facts = {
         "parameters": f"{sum(p.numel() for p in loaded.model.parameters()):,}",
-        "noise": f"{config.graph}, {config.schedule}",
+        "noise": f"{config.process}, {config.schedule}",
         "tokens": f"{config.tokenizer}, {loaded.tokenizer.vocab_size:,}",
         "block": f"{loaded.model.config.length} tokens",
         "trained for": f"{state['step']:,} steps, {state['elapsed'] / 60:.1f} min",
@@ -142,7 +142,9 @@ def _film(loaded: LoadedModel, options: ReportOptions) -> tuple[list[str], dict[
     length = options.length or loaded.model.config.length
     shape = (options.samples, length)
     # the sampler's own first draw from this seed
-    start = loaded.graph.sample_limit(shape, generator=torch.Generator(device).manual_seed(options.seed), device=device)
+    start = loaded.process.sample_limit(
+        shape, generator=torch.Generator(device).manual_seed(options.seed), device=device
+    )
     frames = [start[0].tolist()]
 
     def record(step: int, steps: int, tokens: Tensor) -> None:
@@ -150,7 +152,7 @@ def _film(loaded: LoadedModel, options: ReportOptions) -> tuple[list[str], dict[
 
     written = sample(
         loaded.model,
-        loaded.graph,
+        loaded.process,
         loaded.schedule,
         batch=options.samples,
         length=length,
@@ -162,7 +164,7 @@ def _film(loaded: LoadedModel, options: ReportOptions) -> tuple[list[str], dict[
         progress=console().is_terminal,
         autocast_dtype=loaded.autocast_dtype,
     )
-    mask = loaded.graph.mask_id
+    mask = loaded.process.mask_id
     # what a token shows depends on its neighbours, with which it may make a character; MASK is no █ that was written
     numbers: dict[tuple[str, bool], int] = {}
     shown = [

@@ -31,7 +31,7 @@ class Positions:
         hidden: states before the head [R, d].
         x_t: tokens [R].
         shift: what is taken off their log-scores, a tensor [1], or None.
-        graph: the process.
+        process: the process.
         options: temperature, top_p and generator.
     """
 
@@ -40,7 +40,7 @@ class Positions:
     hidden: Tensor
     x_t: Tensor
     shift: Tensor | None
-    graph: RankOne
+    process: RankOne
     options: dict[str, Any]
 
     def tweedie(self, dsigma: float, denoise: bool = False) -> Tensor:
@@ -54,8 +54,8 @@ class Positions:
     def _draw(self, linear: Callable[..., Tensor], plain: Callable[..., Tensor], size: float, denoise: bool) -> Tensor:
         options = {"log_score_shift": self.shift, "denoise": denoise, **self.options}
         if self.linear_head is not None:
-            return linear(self.hidden, *self.linear_head, self.x_t, size, self.graph, **options)
-        return plain(self.model.head(self.hidden), self.x_t, size, self.graph, **options)
+            return linear(self.hidden, *self.linear_head, self.x_t, size, self.process, **options)
+        return plain(self.model.head(self.hidden), self.x_t, size, self.process, **options)
 
 
 def tweedie(positions: Positions, t: Tensor, t_next: Tensor, schedule: Schedule) -> Tensor:
@@ -86,7 +86,7 @@ SAMPLERS: dict[str, Sampler] = {"tweedie": tweedie, "euler": euler}
 
 def sample(
     model: ScoreModel,
-    graph: RankOne,
+    process: RankOne,
     schedule: Schedule,
     *,
     batch: int,
@@ -113,7 +113,7 @@ def sample(
 
     Args:
         model: the score model. Used in evaluation mode and left in the mode it was in.
-        graph: the forward process the model was trained for.
+        process: the forward process the model was trained for.
         schedule: its noise schedule.
         batch: number of sequences B.
         length: tokens in each, L.
@@ -150,10 +150,10 @@ def sample(
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler: expected one of {', '.join(map(repr, SAMPLERS))}, got {sampler!r}")
     device = torch.device(device) if device is not None else device_of(model)
-    x = graph.sample_limit((batch, length), generator=generator, device=device)
+    x = process.sample_limit((batch, length), generator=generator, device=device)
     free = torch.ones_like(x, dtype=torch.bool)
     if fixed is not None:
-        tokens, is_fixed = _checked(fixed, graph, batch, length)
+        tokens, is_fixed = _checked(fixed, process, batch, length)
         x = torch.where(is_fixed.to(device), tokens.to(device), x).contiguous()
         free = ~is_fixed.to(device)
 
@@ -173,13 +173,13 @@ def sample(
         stack.callback(model.train, training)
         stack.enter_context(torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None))
         for i in track(range(total), "sampling", progress):
-            changing = free & (x == graph.mask_id) if graph.process == "absorbing" else free
+            changing = free & (x == process.mask_id) if process.family == "absorbing" else free
             if bool(changing.any()):
                 sigma = schedule.total(times[i : i + 1]).to(device)
                 with torch.no_grad():
                     hidden, x_t = states(x, sigma, changing), x[changing]
                     shift = model.log_score_shift(sigma, x_t)
-                    positions = Positions(model, head, hidden, x_t, shift, graph, options)
+                    positions = Positions(model, head, hidden, x_t, shift, process, options)
                     if i < steps:
                         tokens = SAMPLERS[sampler](positions, times[i], times[i + 1], schedule)
                     else:
@@ -213,7 +213,7 @@ class _States:
         return self.kept[changing]
 
 
-def _checked(fixed: tuple[Tensor, Tensor], graph: RankOne, batch: int, length: int) -> tuple[Tensor, Tensor]:
+def _checked(fixed: tuple[Tensor, Tensor], process: RankOne, batch: int, length: int) -> tuple[Tensor, Tensor]:
     """Checks the given tokens of an infilling and expands them to [B, L]."""
     tokens, is_fixed = fixed
     for name, tensor, dtype in (("tokens", tokens, torch.int64), ("positions", is_fixed, torch.bool)):
@@ -225,13 +225,13 @@ def _checked(fixed: tuple[Tensor, Tensor], graph: RankOne, batch: int, length: i
             )
     tokens, is_fixed = tokens.expand(batch, length), is_fixed.to(tokens.device).expand(batch, length)
     given = tokens[is_fixed]
-    if bool(((given < 0) | (given >= graph.dim)).any()):
+    if bool(((given < 0) | (given >= process.dim)).any()):
         raise ValueError(
-            f"fixed: expected tokens in [0, {graph.dim}), got values from {int(given.min())} to {int(given.max())}"
+            f"fixed: expected tokens in [0, {process.dim}), got values from {int(given.min())} to {int(given.max())}"
         )
-    if graph.mask_id is not None and bool((given == graph.mask_id).any()):
+    if process.mask_id is not None and bool((given == process.mask_id).any()):
         raise ValueError(
-            f"fixed: the MASK token {graph.mask_id} is no text; leave its position unfixed to have it filled"
+            f"fixed: the MASK token {process.mask_id} is no text; leave its position unfixed to have it filled"
         )
     if bool(is_fixed.all()):
         raise ValueError("fixed: every position is given, nothing is left to sample")

@@ -146,10 +146,10 @@ class Trainer:
         begin = None if checkpoint is not None or config.init is None else load_pretrained(config.init)
         if begin is not None:
             config = self.config = self._checked_init(begin)
-        self.graph = config.make_graph(self.tokenizer.vocab_size)
+        self.process = config.make_process(self.tokenizer.vocab_size)
         self.schedule = get_schedule(config.schedule, **config.schedule_params)
         self.objective = OBJECTIVES[config.objective]
-        self.model = SEDD(config.model.build(), self.graph, self.schedule, self.tokenizer)
+        self.model = SEDD(config.model.build(), self.process, self.schedule, self.tokenizer)
         if begin is not None:
             load_weights(self.model, begin.state_dict(), Path(str(config.init)))
         self.model.to(self.device)
@@ -195,17 +195,17 @@ class Trainer:
         """Options whose model has the sizes of ``--init``, if those that were given agree with it."""
         config, vocabulary = self.config, self.tokenizer.vocab_size
         theirs = begin.tokenizer if isinstance(begin.tokenizer, str | None) else begin.tokenizer.name
-        wanted = config.make_graph(vocabulary)
+        wanted = config.make_process(vocabulary)
         if theirs not in (None, self.tokenizer.name):
             raise ValueError(
                 f"tokenizer: {config.init} was trained on {begin.tokenizer if theirs == begin.tokenizer else 'other'} "
                 f"tokens, and cannot start a run on {config.tokenizer} tokens; give its own by --tokenizer"
             )
-        same = begin.graph.process == wanted.process and begin.graph.dim == wanted.dim
-        if not same or not torch.equal(begin.graph.stationary, wanted.stationary):
+        same = begin.process.family == wanted.family and begin.process.dim == wanted.dim
+        if not same or not torch.equal(begin.process.stationary, wanted.stationary):
             raise ValueError(
-                f"graph: {config.init} was trained with {begin.graph}, and cannot start a run with {wanted}; give its "
-                "own by --graph and --uniform_fraction, and the tokeniser by --tokenizer"
+                f"process: {config.init} was trained with {begin.process}, and cannot start a run with {wanted}; give "
+                "its own by --process and --uniform_fraction, and the tokeniser by --tokenizer"
             )
         fixed = {name: value for name, value in dataclasses.asdict(begin.config).items() if name not in FREE_SIZES}
         given = {name: value for name, value in dataclasses.asdict(config.model).items() if value is not None}
@@ -236,7 +236,7 @@ class Trainer:
                     self.model,
                     tokens,
                     part_times,
-                    self.graph,
+                    self.process,
                     self.schedule,
                     scale=1 / (count * self.length),
                     fused=config.fused_head,
@@ -373,7 +373,7 @@ class Trainer:
         result = elbo(
             self.ema,
             self.valid_blocks,
-            self.graph,
+            self.process,
             self.schedule,
             draws=self.config.valid_draws,
             n_bytes=count_bytes(self.valid_blocks, self.tokenizer),
@@ -402,7 +402,7 @@ class Trainer:
         """Texts of the averaged weights, always from the same random numbers."""
         tokens = sample(
             self.ema,
-            self.graph,
+            self.process,
             self.schedule,
             batch=self.config.valid_samples,
             length=self.length,

@@ -119,7 +119,7 @@ const char* reverse_sample_cuda(const ReverseParams& p, const CudaLaunch& launch
 const char* reverse_tile_cuda(const ReverseTileParams& p, const CudaLaunch&) {
     reverse_tile_cpu(p, 1);
     for (int64_t row = 0; row < p.rows; ++row) {
-        const bool stays = p.process == Process::absorbing && p.x_t[row] != p.dim - 1;
+        const bool stays = p.family == Family::absorbing && p.x_t[row] != p.dim - 1;
         if (reverse_fault(p, row) != Fault::none || (stays && p.x_t[row] == p.forbidden)) p.out[row] = -1;
     }
     return nullptr;

@@ -28,13 +28,13 @@ extern "C" unsigned cuda_on_cpu_contexts();
 namespace {
 
 using sedd::DType;
-using sedd::Process;
+using sedd::Family;
 using sedd::Step;
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN(), kInfinity = std::numeric_limits<double>::infinity();
 constexpr const char* kSchedules[] = {"forward", "reverse", "greedy", "random"};
 constexpr const char* kDTypes[] = {"float32", "float64", "bfloat16", "float16"};
-constexpr const char* kProcesses[] = {"absorbing", "uniform", "rank_one"};
+constexpr const char* kFamilies[] = {"absorbing", "uniform", "rank_one"};
 constexpr int kMostDifferences = 10;  // that are printed before the driver gives up
 
 // ---- Memory ----
@@ -140,7 +140,7 @@ class Array {
 
 struct Shape {
     DType dtype;
-    Process process;
+    Family family;
     int64_t rows, dim;
     bool behind;      // the log-scores start one element behind a 16-byte boundary
     bool out_behind;  // the results do
@@ -164,14 +164,14 @@ struct Problem {
         seed = {static_cast<int64_t>(random() >> 1)};
         make_stationary();
         for (int64_t row = 0; row < s.rows; ++row) make_row(row, static_cast<size_t>(row));
-        forbidden = s.process == Process::absorbing ? s.dim - 1 : x_t[0];
+        forbidden = s.family == Family::absorbing ? s.dim - 1 : x_t[0];
     }
 
     double score(int64_t row, int64_t y) const {
         return std::exp(log_score[row * shape.dim + y] - shift[static_cast<size_t>(row)]);
     }
     bool is_token(int64_t token) const { return 0 <= token && token < shape.dim; }
-    const void* stationary() const { return shape.process == Process::rank_one ? pi.data() : nullptr; }
+    const void* stationary() const { return shape.family == Family::rank_one ? pi.data() : nullptr; }
     const double* shifts() const { return shape.shifted ? shift.data() : nullptr; }
 
     Shape shape;
@@ -184,7 +184,7 @@ struct Problem {
   private:
     double uniform() { return static_cast<double>(random() >> 11) * 0x1p-53; }
     int64_t token() { return static_cast<int64_t>(uniform() * static_cast<double>(shape.dim)); }
-    int64_t token_of_pi() { return sedd::draw_stationary(shape.process, cumulative.data(), shape.dim, uniform()); }
+    int64_t token_of_pi() { return sedd::draw_stationary(shape.family, cumulative.data(), shape.dim, uniform()); }
 
     // A vector π is like the frequencies of words, with every third token missing.
     void make_stationary() {
@@ -193,11 +193,11 @@ struct Problem {
         double total = 0.0;
         for (int64_t y = 0; y < dim; ++y) {
             double& weight = weights[static_cast<size_t>(y)];
-            switch (shape.process) {
-                case Process::absorbing:
+            switch (shape.family) {
+                case Family::absorbing:
                     weight = y == dim - 1;
                     break;
-                case Process::uniform:
+                case Family::uniform:
                     weight = 1.0;
                     break;
                 default:
@@ -603,7 +603,7 @@ class Driver {
             ++differences_;
             const Shape& s = p.shape;
             std::printf("%s, %s, %s, %lld rows, N = %lld%s%s%s, %s: %s\n", operation,
-                        kProcesses[static_cast<int>(s.process)], kDTypes[static_cast<int>(s.dtype)],
+                        kFamilies[static_cast<int>(s.family)], kDTypes[static_cast<int>(s.dtype)],
                         static_cast<long long>(s.rows), static_cast<long long>(s.dim),
                         s.behind ? ", behind a boundary" : "", s.out_behind ? " into one behind" : "",
                         s.shifted ? ", shifted" : "", schedule.c_str(), what.c_str());
@@ -621,10 +621,19 @@ class Driver {
         const Shape& s = p.shape;
         Expected loss(s.rows), gradient(s.rows * s.dim);
         score_entropy(p, loss, gradient);
-        sedd::ScoreEntropyParams params{
-            p.log_score.data(), p.x_t.data(), p.x_0.data(),  p.sigma.data(), p.shifts(), p.stationary(),
-            p.grad_loss.data(), nullptr,      p.neg_entropy, s.rows,         s.dim,      s.dtype,
-            s.process};
+        sedd::ScoreEntropyParams params{p.log_score.data(),
+                                        p.x_t.data(),
+                                        p.x_0.data(),
+                                        p.sigma.data(),
+                                        p.shifts(),
+                                        p.stationary(),
+                                        p.grad_loss.data(),
+                                        nullptr,
+                                        p.neg_entropy,
+                                        s.rows,
+                                        s.dim,
+                                        s.dtype,
+                                        s.family};
         check(p, "score_entropy", compute_type(s.dtype), loss, sedd::score_entropy_workspace(s.rows, s.dim, s.dtype),
               [&](void* out, const sedd::CudaLaunch& where) {
                   params.out = out;
@@ -663,7 +672,7 @@ class Driver {
                 {tile.entries.data(), p.x_t.data(), p.x_0.data(), p.sigma.data(), p.shifts(), p.stationary(),
                  gradient != nullptr ? static_cast<double*>(grad_loss.data()) : nullptr,
                  static_cast<sedd::ScoreEntropySweep*>(sweeps.data()), loss, p.neg_entropy, s.rows, tile.width,
-                 tile.first, s.dim, s.dtype, s.process},
+                 tile.first, s.dim, s.dtype, s.family},
                 {workspace.data(), where.stream, where.device});
             if (error != nullptr) return error;
             if (gradient != nullptr) tile.write_to(gradient);
@@ -674,7 +683,7 @@ class Driver {
     void run_transition(const Problem& p) {
         const Shape& s = p.shape;
         sedd::TransitionParams params{p.x_0.data(), p.sigma.data(), p.stationary(), nullptr, nullptr,
-                                      nullptr,      s.rows,         s.dim,          s.dtype, s.process};
+                                      nullptr,      s.rows,         s.dim,          s.dtype, s.family};
         const int64_t workspace = sedd::transition_workspace(s.rows, s.dim, s.dtype);
         check(p, "transition_column", s.dtype, transition_entries(p, true), workspace,
               [&](void* out, const sedd::CudaLaunch& where) {
@@ -687,7 +696,7 @@ class Driver {
                   return sedd::transition_row_cuda(params, where);
               });
         params.seed = p.seed.data();
-        params.cumulative = s.process == Process::rank_one ? p.cumulative.data() : nullptr;
+        params.cumulative = s.family == Family::rank_one ? p.cumulative.data() : nullptr;
         check_tokens(
             p, "sample_transition", 0,
             [&](void* out, const sedd::CudaLaunch& where) {
@@ -726,7 +735,7 @@ class Driver {
                                    s.dim,
                                    forbidden,
                                    s.dtype,
-                                   s.process,
+                                   s.family,
                                    kind};
         const int64_t workspace = sedd::reverse_workspace(s.rows, s.dim, s.dtype);
         const std::string name = kind == Step::euler ? "euler" : "tweedie";
@@ -782,7 +791,7 @@ class Driver {
                 const char* error = sedd::reverse_tile_cuda(
                     {tile.entries.data(), whole.x_t, whole.step, whole.shift, whole.stationary,
                      static_cast<sedd::ReverseDraw*>(draws.data()), out + sweep * s.rows, whole.seed, p.places.data(),
-                     s.rows, tile.width, tile.first, s.dim, whole.forbidden, s.dtype, s.process, whole.kind, sweep},
+                     s.rows, tile.width, tile.first, s.dim, whole.forbidden, s.dtype, s.family, whole.kind, sweep},
                     where);
                 if (error != nullptr) return error;
             }
@@ -822,7 +831,7 @@ std::string run_far_row() {
     const std::vector<double> step(rows, 1.0);
     const char* error =
         sedd::reverse_sample_cuda({memory, x.data(), step.data(), nullptr, nullptr, out.data(), seed.data(), rows, dim,
-                                   -1, DType::bfloat16, Process::absorbing, Step::euler},
+                                   -1, DType::bfloat16, Family::absorbing, Step::euler},
                                   {nullptr, nullptr, 0});
     munmap(memory, bytes);
     if (error != nullptr) return error;
@@ -840,15 +849,15 @@ std::string run_on(const std::string& family, int device) {
     const char* error = nullptr;
     if (family == "reverse") {
         error = sedd::reverse_sample_cuda({log_score.data(), x.data(), noise.data(), nullptr, nullptr, &out,
-                                           seed.data(), 1, 3, -1, DType::float32, Process::uniform, Step::euler},
+                                           seed.data(), 1, 3, -1, DType::float32, Family::uniform, Step::euler},
                                           where);
     } else if (family == "score_entropy") {
         error = sedd::score_entropy_cuda({log_score.data(), x.data(), x.data(), noise.data(), nullptr, nullptr, nullptr,
-                                          &out, -std::log(3.0), 1, 3, DType::float32, Process::uniform},
+                                          &out, -std::log(3.0), 1, 3, DType::float32, Family::uniform},
                                          where);
     } else {
         error = sedd::sample_transition_cuda(
-            {x.data(), noise.data(), nullptr, nullptr, &out, seed.data(), 1, 3, DType::float32, Process::uniform},
+            {x.data(), noise.data(), nullptr, nullptr, &out, seed.data(), 1, 3, DType::float32, Family::uniform},
             where);
     }
     if (error != nullptr) return error;
@@ -903,15 +912,14 @@ int main(int count, char** words) {
     }
     Driver driver(schedules, in_turn, only);
     for (const DType dtype : {DType::float32, DType::float64, DType::bfloat16, DType::float16}) {
-        for (const Process process : {Process::absorbing, Process::uniform, Process::rank_one}) {
-            if (quick && (dtype == DType::float16 || (dtype == DType::float64 && process != Process::rank_one)))
-                continue;
+        for (const Family family : {Family::absorbing, Family::uniform, Family::rank_one}) {
+            if (quick && (dtype == DType::float16 || (dtype == DType::float64 && family != Family::rank_one))) continue;
             for (const int64_t dim : widths(dtype, quick)) {
                 for (const int64_t rows : {1, 3, 9}) {
                     if (quick && rows != 9) continue;
                     for (const bool behind : {false, true}) {
                         const bool even = (rows + dim + behind) % 2 == 0;
-                        driver.run({dtype, process, rows, dim, behind, even, even});
+                        driver.run({dtype, family, rows, dim, behind, even, even});
                         if (quick && driver.differences() > 0) return 1;
                     }
                 }
@@ -923,7 +931,7 @@ int main(int count, char** words) {
     // More rows than have their sums in a pass of their own.
     if (!quick && (only.empty() || only == "reverse")) {
         Driver many(schedules, true, "reverse");
-        many.run({DType::float64, Process::rank_one, 1027, 9 * 256 - 7, true, false, false});
+        many.run({DType::float64, Family::rank_one, 1027, 9 * 256 - 7, true, false, false});
         cases += many.cases();
         differences += many.differences();
     }

@@ -12,30 +12,30 @@ from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
 
 
 @pytest.mark.parametrize("n", [2, 7, 50258])
-def test_stationary_is_a_probability_vector(process: Callable[[int], RankOne], n: int) -> None:
-    graph = process(n)
-    pi = graph.stationary
-    assert graph.dim == n
+def test_stationary_is_a_probability_vector(process_of: Callable[[int], RankOne], n: int) -> None:
+    process = process_of(n)
+    pi = process.stationary
+    assert process.dim == n
     assert pi.shape == (n,)
     assert pi.dtype == torch.float64
     assert (pi >= 0).all()
     assert float(pi.sum()) == pytest.approx(1, abs=1e-12)
-    torch.testing.assert_close(graph.cumulative, pi.cumsum(0))
-    assert graph.neg_entropy == pytest.approx(float(torch.xlogy(pi, pi).sum()), rel=1e-12)
+    torch.testing.assert_close(process.cumulative, pi.cumsum(0))
+    assert process.neg_entropy == pytest.approx(float(torch.xlogy(pi, pi).sum()), rel=1e-12)
 
 
-def test_generator_keeps_the_stationary_distribution(process: Callable[[int], RankOne]) -> None:
-    graph = process(7)
-    q = generator_matrix(graph)
+def test_generator_keeps_the_stationary_distribution(process_of: Callable[[int], RankOne]) -> None:
+    process = process_of(7)
+    q = generator_matrix(process)
     torch.testing.assert_close(q.sum(0), torch.zeros(7, dtype=torch.float64), rtol=0, atol=1e-15)
-    torch.testing.assert_close(q @ graph.stationary, torch.zeros(7, dtype=torch.float64), rtol=0, atol=1e-15)
+    torch.testing.assert_close(q @ process.stationary, torch.zeros(7, dtype=torch.float64), rtol=0, atol=1e-15)
 
 
 def test_the_three_named_processes() -> None:
     absorbing, uniform, hybrid = Absorbing(4), Uniform(4), Hybrid(4, 0.2)
-    assert (absorbing.dim, absorbing.mask_id, absorbing.process) == (5, 4, "absorbing")
-    assert (uniform.dim, uniform.mask_id, uniform.process) == (4, None, "uniform")
-    assert (hybrid.dim, hybrid.mask_id, hybrid.process) == (5, 4, "rank_one")
+    assert (absorbing.dim, absorbing.mask_id, absorbing.family) == (5, 4, "absorbing")
+    assert (uniform.dim, uniform.mask_id, uniform.family) == (4, None, "uniform")
+    assert (hybrid.dim, hybrid.mask_id, hybrid.family) == (5, 4, "rank_one")
     assert absorbing.stationary.tolist() == [0, 0, 0, 0, 1]
     assert uniform.stationary.tolist() == [0.25] * 4
     torch.testing.assert_close(hybrid.stationary, torch.tensor([0.05, 0.05, 0.05, 0.05, 0.8], dtype=torch.float64))
@@ -48,27 +48,27 @@ def test_hybrid_ends_are_absorbing_and_uniform() -> None:
 
 def test_a_float32_vector_is_normalised_and_not_aliased() -> None:
     given = torch.rand(50258).softmax(0)
-    graph = RankOne(given)
-    before = graph.stationary.clone()
+    process = RankOne(given)
+    before = process.stationary.clone()
     given.zero_()
-    assert float(graph.stationary.sum()) == pytest.approx(1, abs=1e-12)
-    torch.testing.assert_close(graph.stationary, before, rtol=0, atol=0)
+    assert float(process.stationary.sum()) == pytest.approx(1, abs=1e-12)
+    torch.testing.assert_close(process.stationary, before, rtol=0, atol=0)
 
 
-def test_sample_limit_draws_from_the_stationary_distribution(process: Callable[[int], RankOne]) -> None:
-    graph = process(13)
-    tokens = graph.sample_limit((400, 500), generator=torch.Generator().manual_seed(0))
+def test_sample_limit_draws_from_the_stationary_distribution(process_of: Callable[[int], RankOne]) -> None:
+    process = process_of(13)
+    tokens = process.sample_limit((400, 500), generator=torch.Generator().manual_seed(0))
     assert tokens.shape == (400, 500)
     assert tokens.dtype == torch.int64
-    if graph.process == "absorbing":
-        assert (tokens == graph.mask_id).all()
+    if process.family == "absorbing":
+        assert (tokens == process.mask_id).all()
     else:
-        assert chi_square(tokens.flatten().bincount(minlength=13), graph.stationary) > 1e-3
+        assert chi_square(tokens.flatten().bincount(minlength=13), process.stationary) > 1e-3
 
 
-def test_sample_limit_obeys_the_generator(process: Callable[[int], RankOne]) -> None:
-    graph = process(1000)
-    first, second = (graph.sample_limit((50,), generator=torch.Generator().manual_seed(3)) for _ in range(2))
+def test_sample_limit_obeys_the_generator(process_of: Callable[[int], RankOne]) -> None:
+    process = process_of(1000)
+    first, second = (process.sample_limit((50,), generator=torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -116,9 +116,9 @@ def test_bad_input(make: Callable[[], RankOne], error: type[Exception], message:
 def test_no_copy_is_made_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A first use there cannot work: the error says what to do. Later uses take the copy that is there."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    graph, device = Hybrid(4, 0.5), torch.device("cuda", 0)
-    with pytest.raises(RuntimeError, match=r"graph: .*stationary.*float32 on cuda:0.*call the operator once before"):
-        graph._copy("stationary", torch.float32, device)
-    graph._copies["stationary", torch.float32, device] = made = graph.stationary.float()
-    assert graph._copy("stationary", torch.float32, device) is made
-    graph._copy("stationary", torch.float32, torch.device("cpu"))
+    process, device = Hybrid(4, 0.5), torch.device("cuda", 0)
+    with pytest.raises(RuntimeError, match=r"process: .*stationary.*float32 on cuda:0.*call the operator once before"):
+        process._copy("stationary", torch.float32, device)
+    process._copies["stationary", torch.float32, device] = made = process.stationary.float()
+    assert process._copy("stationary", torch.float32, device) is made
+    process._copy("stationary", torch.float32, torch.device("cpu"))

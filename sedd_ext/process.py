@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = ["Absorbing", "Hybrid", "RankOne", "Uniform"]
 
-Process = Literal["absorbing", "uniform", "rank_one"]
+Family = Literal["absorbing", "uniform", "rank_one"]
 _MOST_TOKENS = 2**53  # whose places float64 tells apart
 _LEAST = torch.finfo(torch.float32).tiny  # the kernels hold π in float32, with full precision from here on
 
@@ -36,7 +36,7 @@ class RankOne:
     Attributes:
         dim: N, the length of the vocabulary axis.
         mask_id: the MASK token, or None.
-        process: the shape of π that the kernels are specialised for: ``"absorbing"`` (all of it on the last token),
+        family: the shape of π that the kernels are specialised for: ``"absorbing"`` (all of it on the last token),
             ``"uniform"`` (1/N everywhere) or ``"rank_one"`` (a vector).
         neg_entropy: Σ_y π_y log π_y, the constant H of the score-entropy loss.
 
@@ -45,7 +45,7 @@ class RankOne:
 
     dim: int
     mask_id: int | None
-    process: Process
+    family: Family
     neg_entropy: float
 
     def __init__(self, stationary: Tensor, *, mask_id: int | None = None) -> None:
@@ -80,24 +80,24 @@ class RankOne:
         self._stationary: Tensor | None = vector
         self._cumulative: Tensor | None = vector.cumsum(0)
 
-    def _set(self, process: Process, dim: int, mask_id: int | None, neg_entropy: float) -> None:
-        self.process, self.dim, self.mask_id, self.neg_entropy = process, dim, mask_id, neg_entropy
+    def _set(self, family: Family, dim: int, mask_id: int | None, neg_entropy: float) -> None:
+        self.family, self.dim, self.mask_id, self.neg_entropy = family, dim, mask_id, neg_entropy
         self._copies: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     @classmethod
-    def _closed_form(cls, process: Process, dim: int, mask_id: int | None, neg_entropy: float) -> RankOne:
+    def _closed_form(cls, family: Family, dim: int, mask_id: int | None, neg_entropy: float) -> RankOne:
         """A process whose π needs no vector."""
-        graph = cls.__new__(cls)
-        graph._set(process, dim, mask_id, neg_entropy)
-        graph._stationary = graph._cumulative = None
-        return graph
+        process = cls.__new__(cls)
+        process._set(family, dim, mask_id, neg_entropy)
+        process._stationary = process._cumulative = None
+        return process
 
     @property
     def stationary(self) -> Tensor:
         """π, float64 [N]."""
         if self._stationary is not None:
             return self._stationary
-        if self.process == "uniform":
+        if self.family == "uniform":
             return torch.full((self.dim,), 1.0 / self.dim, dtype=torch.float64)
         vector = torch.zeros(self.dim, dtype=torch.float64)
         vector[-1] = 1.0
@@ -115,8 +115,8 @@ class RankOne:
         if copy is None:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
-                    f"graph: {self} has no copy of its {name} vector in {dtype} on {device} yet, and none can be made "
-                    "while a CUDA graph is captured; call the operator once before, with tensors of the same dtype"
+                    f"process: {self} has no copy of its {name} vector in {dtype} on {device} yet, and none can be "
+                    "made while a CUDA graph is captured; call the operator once before, with tensors of the same dtype"
                 )
             with torch.inference_mode(False):  # what is kept may be saved for a backward pass later
                 copy = getattr(self, name).to(device=device, dtype=dtype)
@@ -143,9 +143,9 @@ class RankOne:
         """
         if device is None:
             device = generator.device if generator is not None else "cpu"
-        if self.process == "absorbing":
+        if self.family == "absorbing":
             return torch.full(tuple(shape), self.dim - 1, dtype=torch.int64, device=device)
-        if self.process == "uniform":
+        if self.family == "uniform":
             return torch.randint(self.dim, tuple(shape), generator=generator, device=device)
         cumulative = self._copy("cumulative", torch.float64, torch.device(device))
         u = torch.rand(tuple(shape), generator=generator, device=device, dtype=torch.float64)
@@ -154,7 +154,7 @@ class RankOne:
 
     def __repr__(self) -> str:
         mask = "" if self.mask_id is None else f", mask_id={self.mask_id}"
-        return f"RankOne({self.process}, dim={self.dim}{mask})"
+        return f"RankOne({self.family}, dim={self.dim}{mask})"
 
 
 def _positive(name: str, value: int) -> int:
