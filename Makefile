@@ -1,4 +1,4 @@
-# make demo and make test do everything from a fresh clone; the other targets are for development.
+# make demo and make test work in a fresh clone; the other targets are for development.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -13,9 +13,9 @@ MINUTES ?= 5
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
 
-# Without a GPU the demo has no use for CUDA kernels, which take minutes to build where nvcc is found.
+# Without a GPU the demo does not need the CUDA kernels, which take minutes to build if nvcc is installed.
 demo: export SEDD_CUDA := $(or $(SEDD_CUDA),$(if $(shell command -v nvidia-smi),auto,off))
-demo: $(VENV)/.train ## train a tiny model on Python's own text for 5 minutes (MINUTES=5), then evaluate, sample and infill
+demo: $(VENV)/.train ## train a tiny model on the sources of Python for 5 minutes (MINUTES=5), then evaluate, sample and infill
 	@rm -rf $(RUN)
 	@printf '\n== 1 of 4: training on the sources and documentation of this Python, $(MINUTES) minutes\n'
 	$(BIN)/sedd train --run_dir $(RUN) --max_minutes $(MINUTES)
@@ -27,53 +27,53 @@ demo: $(VENV)/.train ## train a tiny model on Python's own text for 5 minutes (M
 	$(BIN)/sedd infill $(RUN) 'def {{10}}(self):{{40}}return {{12}}' --seed 1
 	@$(BIN)/python examples/demo_summary.py $(RUN)
 
-# Processes of one thread each: two of them test faster than one of two threads.
+# One thread per process: two such processes test faster than one with two threads.
 test: export OMP_NUM_THREADS := 1
-test: $(VENV)/.dev ## run the tests, but for costly ones of what has not changed
+test: $(VENV)/.dev ## run the tests; skip costly ones whose sources have not changed
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 test-all: export OMP_NUM_THREADS := 1
-test-all: $(VENV)/.dev ## run all tests, under all schedules of the emulation, and note that the costly ones passed
+test-all: $(VENV)/.dev ## run all tests under all schedules of the emulation, and record which costly ones passed
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal --all --record
 
-breaks: $(VENV)/.dev ## break the package and its tests on purpose, to see that a test notices
+breaks: $(VENV)/.dev ## break the package and its tests on purpose; a test must fail each time
 	$(BIN)/python tests/breaks.py
 
-bench: $(VENV)/.dev ## run the benchmarks, draw the picture and refresh the table in docs/performance.md
+bench: $(VENV)/.dev ## run the benchmarks, and update the picture and the table in docs/performance.md
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only -q --benchmark-json=benchmarks/results/latest.json
 	$(BIN)/python benchmarks/report.py benchmarks/results/latest.json
 	$(BIN)/python benchmarks/profiles.py
 
-cuda-check: $(VENV)/.dev ## check nvcc's machine code, without a GPU, and refresh the table in docs/kernels.md
+cuda-check: $(VENV)/.dev ## check the machine code of nvcc (needs no GPU), and update the table in docs/kernels.md
 	$(BIN)/python benchmarks/cuda_check.py --docs docs/kernels.md
 
 gpu-check: export SEDD_CUDA := on
 gpu-check: $(VENV)/.dev ## on a machine with a GPU: tests, compute-sanitizer and timings in ten minutes
 	$(BIN)/python benchmarks/gpu_check.py $(FLAGS)
 
-# With the packages of $(PYTHON), whichever those are; OUT= names the folder of the report, and
-# FLAGS="--device cpu --quick" rehearses.
-gpu-check-offline: ## the same without network or .venv, build included
+# Uses the installed packages of $(PYTHON). OUT= sets the folder of the report; FLAGS="--device cpu --quick" is a quick
+# test without a GPU.
+gpu-check-offline: ## the same without network or .venv, including the build
 	$(PYTHON) benchmarks/gpu_check.py --build $(FLAGS)
 
-gpu-profile: ## without network or .venv: ncu's counters of each kernel, and the fused head's tile sizes
+gpu-profile: ## without network or .venv: ncu counters of each kernel, and tile sizes of the fused head
 	$(PYTHON) benchmarks/gpu_check.py --build --profile $(FLAGS)
 
-lint: $(VENV)/.dev ## ruff, mypy and clang-format, changing nothing
+lint: $(VENV)/.dev ## check with ruff, mypy and clang-format, without changes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
-format: $(VENV)/.dev ## let ruff and clang-format change the files
+format: $(VENV)/.dev ## format with ruff and clang-format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
-clean: ## remove the environment and everything that was built
+clean: ## remove the environment and all build outputs
 	rm -rf $(VENV) build dist *.egg-info sedd_ext/_C.*.so
 
-# An environment with the package and the extra that the stamp is named after; built anew when a source changes.
+# Environment with the package and the extra named by the stamp file; rebuilt when a source changes.
 $(VENV)/.%: $(SOURCES)
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found: install Python 3.10 or newer, or set PYTHON="; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) is older than 3.10: set PYTHON= to a newer one"; exit 1; }
@@ -84,6 +84,6 @@ $(VENV)/.%: $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@printf '== pip downloads PyTorch and the other packages, builds the kernels (about 1 minute; CUDA kernels take more), and installs everything\n'
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@# setuptools warns at length of editable installs
+	@# setuptools prints long warnings about editable installs
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install -c constraints.txt -e ".[$*]"
 	@touch $@

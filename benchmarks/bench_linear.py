@@ -23,10 +23,10 @@ from cases import (
     smaller,
 )
 from memory import measure_memory
+from peers import dense_score_entropy, released_analytic_step, released_score_entropy
 from torch import Tensor
 
-from sedd_ext import linear_score_entropy_loss, linear_tweedie_sample, score_entropy_loss, tweedie_sample
-from sedd_ext.reference import dense_score_entropy, released_analytic_step, released_score_entropy
+from sedd_ext import Tweedie, linear_reverse_sample, linear_score_entropy_loss, reverse_sample, score_entropy_loss
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -97,12 +97,12 @@ def sample(case: Case, d: int) -> Run:
     step = i.step["tweedie"]
     match case.contestant:
         case "kernel":
-            return lambda: linear_tweedie_sample(*parts, i.x_t, step, i.process)
+            return lambda: linear_reverse_sample(*parts, i.x_t, Tweedie(step), i.process)
         case "limit":
             scores = torch.empty(len(parts.hidden), len(parts.weight), dtype=parts.hidden.dtype)
             return lambda: torch.addmm(parts.bias, parts.hidden, parts.weight.T, out=scores)
         case "unfused":
-            return lambda: tweedie_sample(F.linear(*parts), i.x_t, step, i.process)
+            return lambda: reverse_sample(F.linear(*parts), i.x_t, Tweedie(step), i.process)
     return lambda: released_analytic_step(F.linear(*parts).float(), i.x_t, step, i.process)
 
 

@@ -8,14 +8,18 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import EULER, PEERS, PROCESSES, TWEEDIE, Case, Race, Run, compiled, linear_cases, operator_cases, plain_read
+from peers import released_analytic_step, released_euler_step
 from torch import Tensor
 
-from sedd_ext import RankOne, euler_sample, tweedie_sample
-from sedd_ext.reference import released_analytic_step, released_euler_step
+from sedd_ext import Euler, RankOne, Tweedie, reverse_sample
 
 Step = Callable[[Tensor, Tensor, Tensor, RankOne], Tensor]
-KERNELS: dict[str, Step] = {"tweedie": tweedie_sample, "euler": euler_sample}
+STEPS = {"tweedie": Tweedie, "euler": Euler}
 RELEASED: dict[str, Step] = {"tweedie": released_analytic_step, "euler": released_euler_step}
+
+
+def kernel_step(log_score: Tensor, x_t: Tensor, step: Tensor, process: RankOne, kind: str) -> Tensor:
+    return reverse_sample(log_score, x_t, STEPS[kind](step), process)
 
 
 def dense_step(log_score: Tensor, x_t: Tensor, step: Tensor, process: RankOne, kind: str) -> Tensor:
@@ -52,9 +56,8 @@ def _same_draws(kind: str, function: Step, process: RankOne) -> None:
     x_t, step = torch.full((20_000,), process.dim - 1), torch.full((20_000,), 0.1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        mine, theirs = (
-            f(log_score, x_t, step, process).bincount(minlength=process.dim) for f in (KERNELS[kind], function)
-        )
+        kernel = functools.partial(kernel_step, kind=kind)
+        mine, theirs = (f(log_score, x_t, step, process).bincount(minlength=process.dim) for f in (kernel, function))
     torch.testing.assert_close(theirs / 20_000, mine / 20_000, rtol=0, atol=0.02)
 
 
@@ -64,7 +67,7 @@ def _step(kind: str, case: Case) -> Run:
     if case.contestant == "limit":
         return plain_read(x)
     if case.contestant == "kernel":
-        return lambda: KERNELS[kind](x, x_t, step, i.process)
+        return lambda: kernel_step(x, x_t, step, i.process, kind)
     dense = functools.partial(dense_step, kind=kind)
     function = RELEASED[kind] if case.contestant == "released" else dense
     _same_draws(kind, function, PROCESSES[case.process](6))

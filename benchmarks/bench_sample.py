@@ -10,25 +10,23 @@ import pytest
 import torch
 from cases import MODEL_LENGTH, Case, Race, Run, compiled, memory_cases, model_cases, sampling, smaller, whole_model
 from memory import measure_memory
+from peers import released_analytic_step
 from torch import Tensor
 
-from sedd.sample import T_END, sample
-from sedd.schedule import get_schedule
-from sedd_ext.reference import released_analytic_step
+from sedd.diffusion.samplers import T_END, sample
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-SCHEDULE = get_schedule("loglinear")
 STEPS = 4
 
 
 def released(case: Case, model: str, batch: int, length: int) -> Run:
     """The released sampler: all positions of all sequences in every step, in float32 behind the model."""
-    network, process = whole_model(model, case)
-    forward = compiled(network, case) if "compiled" in case.contestant else network
+    network, diffusion = whole_model(model, case)
+    process, forward = diffusion.process, compiled(network, case) if "compiled" in case.contestant else network
     times = torch.linspace(1.0, T_END, STEPS + 1, dtype=torch.float64)
-    sigmas = [*SCHEDULE.total(times).tolist(), 0.0]
+    sigmas = [*diffusion.schedule.total(times).tolist(), 0.0]
 
     @torch.no_grad()
     def run() -> Tensor:
@@ -55,11 +53,9 @@ def whole(case: Case, model: str, length: int = MODEL_LENGTH) -> Run:
 
         return run
     fused = case.contestant.startswith("kernel")
-    network, process = whole_model(model, case)
+    _, diffusion = whole_model(model, case)
     return lambda: sample(
-        network,
-        process,
-        SCHEDULE,
+        diffusion,
         batch=batch,
         length=length,
         steps=STEPS,

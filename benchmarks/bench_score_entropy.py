@@ -21,11 +21,11 @@ from cases import (
     operator_cases,
     plain_read,
 )
+from peers import dense_score_entropy, released_score_entropy
 from torch import Tensor
 
 from sedd_ext import RankOne, score_entropy_loss
 from sedd_ext._dispatch import stationary_for
-from sedd_ext.reference import dense_score_entropy, released_score_entropy
 from sedd_ext.score_entropy import _launch
 
 

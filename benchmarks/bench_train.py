@@ -10,26 +10,24 @@ import pytest
 import torch
 from cases import MODEL_LENGTH, Case, Race, Run, compiled, memory_cases, model_cases, smaller, training, whole_model
 from memory import measure_memory
+from peers import released_score_entropy
 from torch import Tensor
 
-from sedd.objective import sample_times, score_entropy
-from sedd.schedule import get_schedule
+from sedd.diffusion import sample_times
 from sedd_ext import sample_transition
-from sedd_ext.reference import released_score_entropy
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-SCHEDULE = get_schedule("loglinear")
-
 
 def released(case: Case, model: str) -> Callable[[Tensor, Tensor], Tensor]:
     """σ(t) Σ L from the log-scores of all positions, which the model returns."""
-    network, process = whole_model(model, case)
+    network, diffusion = whole_model(model, case)
+    process, schedule = diffusion.process, diffusion.schedule
     forward = compiled(network, case) if "compiled" in case.contestant else network
 
     def loss(x_0: Tensor, t: Tensor) -> Tensor:
-        sigma, rate = SCHEDULE.total(t)[:, None], SCHEDULE.rate(t)[:, None]
+        sigma, rate = schedule.total(t)[:, None], schedule.rate(t)[:, None]
         x_t = sample_transition(x_0, sigma, process)
         return (rate * released_score_entropy(forward(x_t, sigma[:, 0]), sigma, x_t, x_0, process)).sum()
 
@@ -38,13 +36,13 @@ def released(case: Case, model: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 def step(case: Case, model: str, length: int = MODEL_LENGTH) -> Run:
     """A step on times spread over (0, 1), the same for all."""
-    network, process = whole_model(model, case)
+    _, diffusion = whole_model(model, case)
     batch = max(1, case.rows // length)
     generator = torch.Generator().manual_seed(0)
-    x_0 = torch.randint(process.dim - 1, (batch, length), generator=generator).to(case.device)
+    x_0 = torch.randint(diffusion.process.dim - 1, (batch, length), generator=generator).to(case.device)
     times = sample_times(batch, generator=generator).to(case.device)
     scale = 1 / x_0.numel()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(diffusion.parameters(), lr=1e-6, fused=True)
     theirs = released(case, model) if "released" in case.contestant else None
     fused = case.contestant.startswith("kernel")
 
@@ -53,7 +51,7 @@ def step(case: Case, model: str, length: int = MODEL_LENGTH) -> Run:
             if theirs is not None:
                 loss = scale * theirs(x_0, times)
             else:
-                loss = score_entropy(network, x_0, times, process, SCHEDULE, scale=scale, fused=fused).sum()
+                loss = diffusion(x_0, times, scale=scale, fused=fused).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -146,18 +146,18 @@ def prepare() -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
     import torch
 
-    from sedd.model import PRESETS, SEDD
-    from sedd.objective import sample_times, score_entropy
-    from sedd.schedule import get_schedule
+    from sedd.diffusion import Diffusion, ScoreEntropy, get_schedule, sample_times
+    from sedd.network import DiffusionTransformer
     from sedd_ext import Absorbing, sample_transition, score_entropy_loss
 
-    letters, words, schedule = Absorbing(256), Absorbing(50257), get_schedule("loglinear")
-    model = SEDD(PRESETS["tiny"], letters, schedule, "bytes")
+    letters, words = Absorbing(256), Absorbing(50257)
+    network = DiffusionTransformer("tiny", letters.dim)
+    model = Diffusion(network, letters, get_schedule("loglinear"), ScoreEntropy())
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     text, tokens = torch.randint(256, (8, 128)), torch.randint(50257, (8, 1024))
 
     def training() -> None:
-        score_entropy(model, text, sample_times(8), letters, schedule, scale=1 / text.numel()).sum().backward()
+        model(text, sample_times(8), scale=1 / text.numel()).sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sedd.model import SEDD, ModelConfig
+from sedd.diffusion import Diffusion, ScoreEntropy, get_schedule
+from sedd.hub import SEDD
+from sedd.network import ModelConfig
 from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
 
 # GPT-2's vocabulary with MASK, and text8's 27 symbols. At the large one 512 rows of float32 are 103 MB, about what a
@@ -64,25 +66,26 @@ def sampling(model: str) -> str:
     return f"sampling ({model})"
 
 
-def whole_model(name: str, case: Case) -> tuple[SEDD, RankOne]:
-    """A model of GPT-2's tokens, as it is before training, and its process; for a smoke run, a tiny one.
+def whole_model(name: str, case: Case) -> tuple[SEDD, Diffusion]:
+    """A network for GPT-2's tokens, as it is before training, and the model around it; for a smoke run, a tiny one.
 
     Its hidden states come through torch.compile where the contestant is the kernel, compiled.
     """
     sizes = (16, 1, 2, SMALL) if case.smoke else (*MODELS[name], LARGE)
-    network, process = _whole_model(*sizes, case.device)
+    network, diffusion = _whole_model(*sizes, case.device)
     vars(network).pop("hidden", None)  # the last contestant's
     if case.contestant == "kernel, compiled":
         network.hidden = compiled(network.hidden, case)  # type: ignore[method-assign]
-    return network, process
+    return network, diffusion
 
 
 @functools.lru_cache(maxsize=1)
-def _whole_model(width: int, blocks: int, heads: int, n: int, device: str) -> tuple[SEDD, RankOne]:
+def _whole_model(width: int, blocks: int, heads: int, n: int, device: str) -> tuple[SEDD, Diffusion]:
     torch.manual_seed(0)
     config = ModelConfig(hidden_size=width, n_blocks=blocks, n_heads=heads, length=MODEL_LENGTH, dropout=0.0)
-    process = Absorbing(n - 1)
-    return SEDD(config, process).to(device), process
+    network = SEDD(config, Absorbing(n - 1)).to(device)
+    schedule = get_schedule("loglinear")
+    return network, Diffusion(network, network.process, schedule, ScoreEntropy(), network.parameterization)
 
 
 def model_cases(*contestants: str) -> list[tuple[str, Case]]:

@@ -13,10 +13,12 @@ from bench_linear import head
 from bench_reverse import dense_step
 from bench_transition import dense_probabilities
 from cases import COLUMN, EULER, FORWARD, ROW, SAMPLE, TWEEDIE, Case, Inputs, Run, compiled, plain_read
+from peers import dense_score_entropy
 from torch import Tensor
 
 import sedd_ext
-from sedd_ext import RankOne, reference
+from sedd_ext import Euler, RankOne, Tweedie, reference
+from sedd_ext.step import Step
 
 Function = Callable[..., Tensor]
 
@@ -95,19 +97,19 @@ def _gradient(function: Function, i: Inputs) -> Tensor:
 
 
 def _tweedie(function: Function, i: Inputs) -> Tensor:
-    return function(i.log_score, i.x_t, i.step["tweedie"], i.process)
+    return function(i.log_score, i.x_t, Tweedie(i.step["tweedie"]), i.process)
 
 
 def _euler(function: Function, i: Inputs) -> Tensor:
-    return function(i.log_score, i.x_t, i.step["euler"], i.process)
+    return function(i.log_score, i.x_t, Euler(i.step["euler"]), i.process)
 
 
 def _noise(function: Function, i: Inputs) -> Tensor:
     return function(i.x_0, i.sigma, i.process)
 
 
-def _dense_step(log_score: Tensor, x_t: Tensor, step: Tensor, process: RankOne, kind: str) -> Tensor:
-    return dense_step(log_score.float(), x_t, step, process, kind)
+def _dense_step(log_score: Tensor, x_t: Tensor, step: Step, process: RankOne) -> Tensor:
+    return dense_step(log_score.float(), x_t, step.noise, process, step.name)
 
 
 # The output head and what comes behind it: of a model's width on a GPU, of a small one where that is rehearsed.
@@ -133,7 +135,7 @@ def _linear_gradient(function: Function, i: Inputs) -> Tensor:
 
 
 def _linear_tweedie(function: Function, i: Inputs) -> Tensor:
-    return function(*_head_of(i), i.x_t, i.step["tweedie"], i.process)
+    return function(*_head_of(i), i.x_t, Tweedie(i.step["tweedie"]), i.process)
 
 
 def _unfused_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -141,7 +143,7 @@ def _unfused_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: An
 
 
 def _unfused_tweedie(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-    return sedd_ext.tweedie_sample(F.linear(hidden, weight, bias), *rest)
+    return sedd_ext.reverse_sample(F.linear(hidden, weight, bias), *rest)
 
 
 def _products(i: Inputs, *, backward: bool) -> Run:
@@ -159,14 +161,14 @@ def _products(i: Inputs, *, backward: bool) -> Run:
 # The matrix products alone; the weight is shared by all rows, so that a row's bytes are next to none.
 PRODUCT = Limit(functools.partial(_products, backward=False), lambda *_: 24)
 PRODUCTS = Limit(functools.partial(_products, backward=True), lambda *_: 28)
-_dense_loss, _partial = reference.dense_score_entropy, functools.partial
+_dense_loss, _partial = dense_score_entropy, functools.partial
 OPERATIONS = (
     Operation(FORWARD, "score_entropy_loss", _loss, READ, _dense_loss),
     Operation(FORWARD + " + backward", "score_entropy_loss", _gradient, READ_TWICE_AND_WRITE, _dense_loss),
-    Operation(TWEEDIE, "tweedie_sample", _tweedie, READ, _partial(_dense_step, kind="tweedie")),
-    Operation(EULER, "euler_sample", _euler, READ, _partial(_dense_step, kind="euler")),
-    Operation("tweedie probs", "tweedie_probs", _tweedie, READ_AND_WRITE_FLOAT32),
-    Operation("euler probs", "euler_probs", _euler, READ_AND_WRITE_FLOAT32),
+    Operation(TWEEDIE, "reverse_sample", _tweedie, READ, _dense_step),
+    Operation(EULER, "reverse_sample", _euler, READ, _dense_step),
+    Operation("tweedie probs", "reverse_probs", _tweedie, READ_AND_WRITE_FLOAT32),
+    Operation("euler probs", "reverse_probs", _euler, READ_AND_WRITE_FLOAT32),
     Operation(COLUMN, "transition_column", _noise, WRITE, _partial(dense_probabilities, column=True)),
     Operation(ROW, "transition_row", _noise, WRITE, _partial(dense_probabilities, column=False)),
     Operation(SAMPLE, "sample_transition", _noise, TOKENS),
@@ -179,6 +181,6 @@ OPERATIONS = (
         waits=True,
     ),
     Operation(
-        "linear tweedie sample", "linear_tweedie_sample", _linear_tweedie, PRODUCT, unfused=_unfused_tweedie, waits=True
+        "linear tweedie sample", "linear_reverse_sample", _linear_tweedie, PRODUCT, unfused=_unfused_tweedie, waits=True
     ),
 )

@@ -21,7 +21,7 @@ import pytest
 import torch
 from cases import FORWARD, LARGE, PROCESSES, SMALL, TWEEDIE, Case, Inputs, Run
 from gpu_check import STOPPED, Record
-from gpu_devices import DEVICES, PROCESS, Device
+from gpu_devices import DEVICES, GRAPH, Device
 from gpu_models import compiled_models, models
 from gpu_operations import OPERATIONS, Operation
 from torch import Tensor
@@ -108,7 +108,7 @@ def _ways_that_differ(device: Device, run: Callable[[], Tensor], waits: bool) ->
         return way()
 
     first = seeded(run)
-    ways = {name: way for name, way in device.variants(run).items() if not (waits and name == PROCESS)}
+    ways = {name: way for name, way in device.variants(run).items() if not (waits and name == GRAPH)}
     return [name for name, way in ways.items() if not torch.equal(seeded(way), first)]
 
 

@@ -1,4 +1,4 @@
-// pybind11: the CPU's launchers, which give back the first bad row, and what was built.
+// pybind11: the CPU launchers, which return the first bad row; the codes of arguments; and how the module was built.
 #include "bindings.h"
 
 #include <stdexcept>
@@ -14,30 +14,39 @@ namespace py = pybind11;
 
 namespace {
 
-using sedd::pointer;
-
-// (fault, row): 0 when all rows were good.
-template <auto kLaunch>
-struct Cpu {
-    template <class Params>
-    py::tuple operator()(const Params& params, int threads) const {
+// Binds a launcher of the CPU. The result is (fault, row); fault is 0 if all rows are good.
+template <class Params>
+void bind(py::module_& m, const char* name, sedd::Status (*launch)(const Params&, int)) {
+    m.def(name, [name, launch](const py::dict& arguments) {
+        Params params;
+        sedd::CpuLaunch where;
+        sedd::read_arguments(arguments, name, params, where);
         sedd::Status status;
         {
             const py::gil_scoped_release release;
-            status = kLaunch(params, threads);
+            status = launch(params, where.threads);
         }
         return py::make_tuple(static_cast<int>(status.fault), status.row);
-    }
-};
+    });
+    m.attr("arguments")[name] = sedd::argument_names<Params, sedd::CpuLaunch>();
+}
 
-// Asks for huge pages under a buffer that is about to be written for the first time: faulting in 4 KiB pages costs more
-// than the gradient that goes into them. A hint only; what the system says is not looked at.
+// The codes of an enumeration, by name.
+template <class Enum>
+py::dict codes(std::initializer_list<std::pair<const char*, Enum>> values) {
+    py::dict result;
+    for (const auto& [name, value] : values) result[name] = static_cast<int>(value);
+    return result;
+}
+
+// Asks for huge pages for a buffer before its first write, because page faults of 4 KiB pages take longer than
+// computing the gradient that is written. This is a hint; errors are ignored.
 void advise_huge_pages(uintptr_t address, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t huge = uintptr_t{2} << 20;
     const uintptr_t begin = (address + huge - 1) / huge * huge;
     const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / huge * huge;
-    if (begin < end) madvise(pointer(begin), end - begin, MADV_HUGEPAGE);
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
     (void)address, (void)bytes;
 #endif
@@ -60,22 +69,38 @@ void select_isa(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Kernels of sedd_ext. Private: addresses are not checked here but in the package's Python modules.";
+    using sedd::DType;
+    using sedd::Family;
+    using sedd::Fault;
+    using sedd::Step;
+    m.doc() = "Kernels of sedd_ext. Private: the Python modules of the package check the tensors.";
     m.attr("__version__") = SEDD_VERSION;
     m.attr("cuda") = SEDD_CUDA_VERSION;  // "" without CUDA kernels
     m.attr("compiler") = SEDD_COMPILER;
     m.attr("least_noise") = sedd::kLeastNoise;
-    m.attr("reverse_draw_numbers") = sizeof(sedd::ReverseDraw) / sizeof(double);  // rows of them lie in float64 tensors
+    // sizes of structs in float64 tensors
+    m.attr("reverse_draw_numbers") = sizeof(sedd::ReverseDraw) / sizeof(double);
     m.attr("score_entropy_sweep_numbers") = sizeof(sedd::ScoreEntropySweep) / sizeof(double);
-    m.def("score_entropy", sedd::bind_score_entropy<Cpu<sedd::score_entropy_cpu>, int>);
-    m.def("score_entropy_backward", sedd::bind_score_entropy<Cpu<sedd::score_entropy_backward_cpu>, int>);
-    m.def("score_entropy_tile", sedd::bind_score_entropy_tile<Cpu<sedd::score_entropy_tile_cpu>, int>);
-    m.def("transition_column", sedd::bind_transition<Cpu<sedd::transition_column_cpu>, int>);
-    m.def("transition_row", sedd::bind_transition<Cpu<sedd::transition_row_cpu>, int>);
-    m.def("sample_transition", sedd::bind_transition<Cpu<sedd::sample_transition_cpu>, int>);
-    m.def("reverse_probs", sedd::bind_reverse<Cpu<sedd::reverse_probs_cpu>, int>);
-    m.def("reverse_sample", sedd::bind_reverse<Cpu<sedd::reverse_sample_cpu>, int>);
-    m.def("reverse_tile", sedd::bind_reverse_tile<Cpu<sedd::reverse_tile_cpu>, int>);
+    m.attr("sweep_again") = sedd::kSweepAgain;
+    m.attr("dtypes") = codes<DType>({{"float32", DType::float32},
+                                     {"float64", DType::float64},
+                                     {"bfloat16", DType::bfloat16},
+                                     {"float16", DType::float16}});
+    m.attr("families") =
+        codes<Family>({{"absorbing", Family::absorbing}, {"uniform", Family::uniform}, {"rank_one", Family::rank_one}});
+    m.attr("steps") = codes<Step>({{"euler", Step::euler}, {"tweedie", Step::tweedie}});
+    m.attr("faults") =
+        codes<Fault>({{"x_t", Fault::x_t}, {"x_0", Fault::x_0}, {"sigma", Fault::sigma}, {"total", Fault::total}});
+    m.attr("arguments") = py::dict();
+    bind(m, "score_entropy", sedd::score_entropy_cpu);
+    bind(m, "score_entropy_backward", sedd::score_entropy_backward_cpu);
+    bind(m, "score_entropy_tile", sedd::score_entropy_tile_cpu);
+    bind(m, "transition_column", sedd::transition_column_cpu);
+    bind(m, "transition_row", sedd::transition_row_cpu);
+    bind(m, "sample_transition", sedd::sample_transition_cpu);
+    bind(m, "reverse_probs", sedd::reverse_probs_cpu);
+    bind(m, "reverse_sample", sedd::reverse_sample_cpu);
+    bind(m, "reverse_tile", sedd::reverse_tile_cpu);
     m.def("advise_huge_pages", advise_huge_pages);
     m.def("isa", [] { return sedd::kernels().isa; });
     m.def("available_isas", available_isas);

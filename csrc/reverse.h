@@ -1,9 +1,13 @@
 // One reverse step of a position: Euler (τ-leaping, SEDD eq. 17) and Tweedie (eq. 19), for any rank-one process.
 //
-// Up to a factor of the row, which the normalisation drops, both have the form
-//   w(y) = max(0, s_y - drain π_y S) for y ≠ x,   w(x) = max(0, stay - leave Σ_{y≠x} s_y),   S = 1 + Σ_{y≠x} s_y
-// Euler divided by Δt σ π_x; Tweedie by (e^Δ - 1) π_x, so that no Δ overflows. Tweedie's w(x) is `stay` (1 - drain π_x
-// S).
+// The probabilities are the weights w, normalised. S = 1 + Σ_{y≠x} s_y is the sum of the scores with s_x = 1.
+//
+// clang-format off
+//   Tweedie, divided by (e^Δ - 1) π_x so that no Δ overflows, with drain = 1 - e^{-Δ}:
+//     w(y) = max(0, s_y - drain π_y S) for y ≠ x,   w(x) = max(0, stay (1 - drain π_x S))
+//   Euler, divided by Δt σ π_x, with drain = 0:
+//     w(y) = s_y for y ≠ x,                         w(x) = max(0, stay - Σ_{y≠x} s_y)
+// clang-format on
 #pragma once
 
 #include "common/random.h"
@@ -16,7 +20,7 @@ enum class Step : int32_t { euler = 0, tweedie = 1 };
 struct ReverseParams {
     const void* log_score;   // [rows, dim] of dtype, contiguous
     const int64_t* x_t;      // [rows]
-    const double* step;      // [rows] Δσ (Tweedie) or Δt·σ(t) (Euler)
+    const double* noise;     // [rows] Δ (Tweedie) or Δt σ(t) (Euler)
     const double* shift;     // [rows] subtracted from the row's log-scores, or null
     const void* stationary;  // [dim] of the compute type, for a vector π; else null
     void* out;               // probabilities [rows, dim] of the compute type, or int64 tokens [rows]
@@ -26,27 +30,28 @@ struct ReverseParams {
     int64_t forbidden;  // a token the step must not return (MASK, at the last step), or -1
     DType dtype;
     Family family;
-    Step kind;
+    Step step;
 };
 
+// The numbers of one row.
 struct ReverseRow {
     double drain;
     double kept;  // 1 - drain, to full precision
     double stay;
 };
 
-// For π_x > 0; a token with π_x = 0 stays.
-SEDD_HD ReverseRow reverse_row(Step kind, double step, double pi_x) {
-    if (kind == Step::euler) return {0.0, 1.0, 1.0 / (step * pi_x)};
-    const Decay d = decay(step);
+// Requires π_x > 0; a token with π_x = 0 stays.
+SEDD_HD ReverseRow reverse_row(Step step, double noise, double pi_x) {
+    if (step == Step::euler) return {0.0, 1.0, 1.0 / (noise * pi_x)};
+    const Decay d = decay(noise);
     const double self = d.a + d.b * pi_x;  // p(x_t = x | x_{t-Δt} = x)
-    // Where all scores are equal every weight is proportional to a, which float32 holds up to Δ = 80; beyond it, a is
-    // nothing beside any difference of scores.
+    // If all scores are equal, every weight is proportional to a. float32 represents a up to Δ = 80. For a larger Δ, a
+    // is negligible beside any difference of scores.
     return {d.b, d.a > 1e-35 ? d.a : 1e-35, self / (d.b * pi_x)};
 }
 
-// drain · amount as high + low: float32 has no number for 1 - e^{-Δ} with Δ > 17, and float64 none with Δ > 37. What
-// remains of a score, (s - high) - low, is then right even where all scores are equal and only e^{-Δ} of them remains.
+// drain · amount, split into high + low. 1 - e^{-Δ} rounds to 1 for Δ > 17 in float32 and for Δ > 37 in float64. With
+// the split, (s - high) - low is accurate even if all scores are equal and only e^{-Δ} of them remains.
 template <class Real>
 struct Drain {
     Real high, low;
@@ -65,13 +70,13 @@ SEDD_HD Drain<Real> drain_of(const ReverseRow& row, double amount) {
     return {high, static_cast<Real>(row.drain > 0.5 ? (amount - rest) - row.kept * amount : product - rest)};
 }
 
-// From double to float and back, as it was.
+// Converts between float and double.
 template <class To, class From>
 SEDD_HD Drain<To> converted(const Drain<From>& drain) {
     return {static_cast<To>(drain.high), static_cast<To>(drain.low)};
 }
 
-// What multiplies π_y in max(0, s_y - drain π_y S), given Σ_{y≠x} s_y; a constant π is part of it already.
+// The factor of π_y in max(0, s_y - drain π_y S), given others = Σ_{y≠x} s_y. It includes π_y if π is constant.
 template <class Real, class Params>
 SEDD_HD Drain<Real> reverse_drain(const Params& p, const ReverseRow& row, double others) {
     const double all = 1.0 + others;
@@ -84,7 +89,7 @@ SEDD_HD double reverse_stay(const Params& p, const ReverseRow& row, double other
     const double all = 1.0 + others;
     const double amount = p.family == Family::uniform ? all / static_cast<double>(p.dim) : all * pi_x;
     const double w =
-        p.kind == Step::euler ? row.stay - others : row.stay * drained(1.0, drain_of<double>(row, amount), 1.0);
+        p.step == Step::euler ? row.stay - others : row.stay * drained(1.0, drain_of<double>(row, amount), 1.0);
     return forbidden || !(w > 0.0) ? 0.0 : w;
 }
 
@@ -92,51 +97,54 @@ SEDD_HD bool valid_total(double total) { return total > 0.0 && total <= 1.797693
 
 template <class Params>
 SEDD_HD Fault reverse_fault(const Params& p, int64_t row) {
-    return !valid_token(p.x_t[row], p.dim) ? Fault::x_t : !valid_sigma(p.step[row]) ? Fault::sigma : Fault::none;
+    return !valid_token(p.x_t[row], p.dim) ? Fault::x_t : !valid_sigma(p.noise[row]) ? Fault::sigma : Fault::none;
 }
 
 // ---- samples ----
 //
-// The weights are not known before the scores' total is. So an entry is drawn from the scores (x from its own weight),
-// and where the two differ it is taken with probability w / s ≤ 1; a row whose entry is refused goes through a second
-// sweep, of the weights. The law is exact, and at the step sizes of a sampler nearly all rows are read once.
+// The weights depend on the total of the scores, which is known only after a pass over the row. So the kernels draw an
+// entry from the scores (x from its weight) and accept it with probability w / s ≤ 1. A rejected row takes a second
+// sweep, which draws from the weights. The distribution is exact, and at a sampler's step sizes nearly all rows are
+// read once.
 
-// Do the weights of y ≠ x differ from the scores?
+// Whether the weights of y ≠ x differ from the scores.
 template <class Params>
 SEDD_HD bool reverse_weighs(const Params& p, const ReverseRow& row, int64_t x) {
     return p.family != Family::absorbing && (row.drain > 0.0 || (p.forbidden >= 0 && p.forbidden != x));
 }
 
-// w_y where s_y is known; for y ≠ x.
+// w_y, given s_y, for y ≠ x.
 template <class Params>
 SEDD_HD double reverse_weight(const Params& p, double score, const Drain<double>& drain, double pi_y, int64_t y) {
     const double w = drained(score, drain, p.family == Family::uniform ? 1.0 : pi_y);
     return y == p.forbidden || !(w > 0.0) ? 0.0 : w;
 }
 
-// ---- a row that comes in tiles of the vocabulary, from left to right ----
+// ---- rows in tiles of the vocabulary, from left to right ----
 //
-// One sweep keeps the running total T and one entry, which a tile of sum S replaces by a draw from itself with
-// probability S / T: after the last tile every entry has had its due.
+// A sweep keeps the running total T and one drawn entry. A tile with the sum S replaces the drawn entry, with
+// probability S / T, by an entry drawn from the tile. After the last tile, the probability of each entry is
+// proportional to its score (first sweep) or weight (second sweep).
 
+// The state of a row between two tiles.
 struct ReverseDraw {
-    double others;        // Σ_{y≠x} s_y, and
-    Drain<double> drain;  // what multiplies π_y: since the end of the first sweep
-    double total;         // of the tiles seen in this sweep
-    double score;         // s_y of the entry drawn
-    int64_t token;        // the entry
+    double others;        // Σ_{y≠x} s_y; set at the end of the first sweep
+    Drain<double> drain;  // the factor of π_y; set at the end of the first sweep
+    double total;         // of the tiles of this sweep so far
+    double score;         // s_y of the drawn entry
+    int64_t token;        // the drawn entry
 };
 
 struct ReverseTileParams {
     const void* log_score;   // [rows, width] of dtype, contiguous: entries [first, first + width) of every row
     const int64_t* x_t;      // [rows]
-    const double* step;      // [rows]
+    const double* noise;     // [rows]
     const double* shift;     // [rows] or null
     const void* stationary;  // [dim] of the compute type, for a vector π; else null
-    ReverseDraw* draws;      // [rows] from one tile to the next; the first one of a sweep sets them
-    int64_t* out;            // [rows] tokens, or kSweepAgain; written with the last tile, which ends at dim
+    ReverseDraw* draws;      // [rows] state between tiles; the first tile of a sweep initialises it
+    int64_t* out;            // [rows] tokens, or kSweepAgain; written by the last tile, which ends at dim
     const int64_t* seed;     // [1]
-    const int64_t* places;   // [rows] a row's number, which its random numbers follow from
+    const int64_t* row_ids;  // [rows] index of the row in the whole batch; selects its random numbers
     int64_t rows;
     int64_t width;
     int64_t first;
@@ -144,20 +152,22 @@ struct ReverseTileParams {
     int64_t forbidden;
     DType dtype;
     Family family;
-    Step kind;
+    Step step;
     int32_t sweep;  // 0, or 1 for the second
 };
 
+// The "token" of a row whose draw was rejected and that needs the second sweep.
 constexpr int64_t kSweepAgain = -2;
 
-// The tile's random number, on the axis of the total so far: below the tile's sum, it picks a new entry.
+// A random number in [0, total), where total includes this tile. If it is below the tile's sum, it selects an entry of
+// the tile.
 SEDD_HD double tile_target(const ReverseTileParams& p, int64_t row, double total) {
     const uint64_t draw = static_cast<uint64_t>(p.first) + (static_cast<uint64_t>(p.sweep) << 32);
-    return row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(p.places[row]), draw).first * total;
+    return row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(p.row_ids[row]), draw).first * total;
 }
 
-// The row's token after the last tile; -1 if it has no distribution. Leaves what a second sweep needs to know. For π_x
-// > 0; pi_y is that of the entry drawn.
+// The row's token after the last tile, or -1 if the row has no distribution. Stores in `d` what a second sweep needs.
+// Requires π_x > 0. pi_y belongs to the drawn entry.
 template <class Real>
 SEDD_HD int64_t finish_draw(const ReverseTileParams& p, int64_t row, const ReverseRow& r, ReverseDraw& d, double pi_x,
                             double pi_y) {
@@ -168,7 +178,7 @@ SEDD_HD int64_t finish_draw(const ReverseTileParams& p, int64_t row, const Rever
     }
     const double self = reverse_stay(p, r, d.others, pi_x, x == p.forbidden), total = self + d.total;
     if (!valid_total(1.0 + d.others)) return -1;
-    const Uniforms u = row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(p.places[row]),
+    const Uniforms u = row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(p.row_ids[row]),
                                     static_cast<uint64_t>(2 + p.sweep) << 32);
     if (!valid_total(total)) return -1;
     if (u.first * total < self || d.total == 0.0) return self > 0.0 ? x : -1;
@@ -180,8 +190,8 @@ Status reverse_probs_cpu(const ReverseParams& params, int threads);
 Status reverse_sample_cpu(const ReverseParams& params, int threads);
 Status reverse_tile_cpu(const ReverseTileParams& params, int threads);
 
-// Return before the kernels have run: null, or what the CUDA runtime said. A bad row's probabilities are NaN, its token
-// is -1.
+// Asynchronous. Return null, or the error message of the CUDA runtime. A bad row gets probabilities of NaN, or token
+// -1.
 const char* reverse_probs_cuda(const ReverseParams& params, const CudaLaunch& launch);
 const char* reverse_sample_cuda(const ReverseParams& params, const CudaLaunch& launch);
 const char* reverse_tile_cuda(const ReverseTileParams& params, const CudaLaunch& launch);

@@ -1,9 +1,12 @@
 // Diffusion-weighted denoising score entropy of one position (SEDD, Theorem 3.6), for any rank-one process.
 //
-//   L(x, x0) = π_x { Σ_{y≠x} s_y - c Σ_{y≠x} π_y ℓ_y - [x≠x0] (a/D) ℓ_{x0} + C },   s = exp(ℓ), D = a [x=x0] + b π_x, c
-//   = b/D ∂L/∂ℓ_y  = π_x ( s_y - c π_y - [y=x0≠x] a/D ) for y ≠ x, 0 at y = x
+// clang-format off
+//   L(x, x0) = π_x { Σ_{y≠x} s_y - c Σ_{y≠x} π_y ℓ_y - [x≠x0] (a/D) ℓ_{x0} + C }
+//   ∂L/∂ℓ_y  = π_x ( s_y - c π_y - [y=x0≠x] a/D ) for y ≠ x,   0 for y = x
+//   with the log-scores ℓ, s = exp(ℓ), D = a [x=x0] + b π_x, c = b/D
+// clang-format on
 //
-// Everything but the two sums over y is a number of the row: that is what this header computes, on every device.
+// This header computes the numbers of a row, on every device. The kernels add the two sums over y.
 #pragma once
 
 #include "common/rank_one.h"
@@ -26,11 +29,11 @@ struct ScoreEntropyParams {
     Family family;
 };
 
-// The numbers of one row, π_x multiplied in: c and a/D alone grow like 1/π_x.
+// The numbers of one row. They include the factor π_x, because c and a/D alone grow like 1/π_x.
 struct ScoreEntropyRow {
-    double weight;    // π_x: the rate x -> y, the same for every y
-    double slope;     // π_x c: what multiplies Σ π_y ℓ_y
-    double pull;      // π_x a/D if x ≠ x0, else 0: what multiplies ℓ_{x0}
+    double weight;    // π_x, the factor of Σ s_y
+    double slope;     // π_x c, the factor of Σ π_y ℓ_y
+    double pull;      // π_x a/D if x ≠ x0, else 0; the factor of ℓ_{x0}
     double constant;  // π_x C
 };
 
@@ -54,11 +57,11 @@ SEDD_HD ScoreEntropyRow score_entropy_row(double sigma, double pi_x, double pi_x
 // L from Σ_{y≠x} s_y, Σ_{y≠x} π_y ℓ_y and ℓ_{x0}.
 SEDD_HD double score_entropy_value(const ScoreEntropyRow& row, double scores, double dot, double log_score_x_0) {
     double value = row.weight * scores + row.constant - row.slope * dot;
-    if (row.pull != 0.0) value -= row.pull * log_score_x_0;  // at -∞, no pull is none
+    if (row.pull != 0.0) value -= row.pull * log_score_x_0;  // 0 · (-∞) would be NaN
     return value;
 }
 
-// ∂L/∂ℓ_y, times what comes down from above: factor s_y - offset π_y, 0 at y = x, at_x_0 at y = x0 ≠ x.
+// ∂L/∂ℓ_y times the upstream gradient: factor s_y - offset π_y; 0 for y = x; at_x_0 for y = x0 ≠ x.
 struct ScoreEntropyGradient {
     double factor;
     double offset;
@@ -71,16 +74,16 @@ SEDD_HD ScoreEntropyGradient score_entropy_gradient(const ScoreEntropyRow& row, 
             grad_loss * (row.weight * exp(log_score_x_0) - row.slope * pi_x0 - row.pull)};
 }
 
-// ---- rows that come in tiles of the vocabulary, from left to right, as the head's matrix product makes them ----
+// ---- rows in tiles of the vocabulary, from left to right, as the fused head computes them ----
 //
-// The gradient needs no normaliser, so that a tile becomes its gradient in the same sweep that adds up the loss, and
-// nothing of a row need be there at once.
+// The gradient needs no normaliser. So one sweep adds up the loss and overwrites each tile with its gradient.
 
+// The state of a row between two tiles.
 struct ScoreEntropySweep {
     ScoreEntropyRow row;
-    double scores;         // Σ s_y and
-    double dot;            // Σ π_y ℓ_y (Σ ℓ_y for a constant π), y ≠ x, of the tiles seen
-    double log_score_x_0;  // once its tile has been seen
+    double scores;         // Σ s_y over y ≠ x of the tiles so far
+    double dot;            // Σ π_y ℓ_y (Σ ℓ_y for a constant π) over the same
+    double log_score_x_0;  // set by the tile that contains x0
 };
 
 struct ScoreEntropyTileParams {
@@ -90,9 +93,9 @@ struct ScoreEntropyTileParams {
     const double* sigma;        // [rows]
     const double* shift;        // [rows] or null
     const void* stationary;     // [dim] of the compute type, for a vector π; else null
-    const double* grad_loss;    // [rows], and the gradient takes the place of the log-scores; or null: the loss alone
-    ScoreEntropySweep* sweeps;  // [rows] from one tile to the next; the first one sets them
-    void* out;                  // loss [rows] of the compute type, written with the last tile, which ends at dim
+    const double* grad_loss;    // [rows]: the kernel overwrites the log-scores with the gradient; or null: loss only
+    ScoreEntropySweep* sweeps;  // [rows] state between tiles; the first tile initialises it
+    void* out;                  // loss [rows] of the compute type; written by the last tile, which ends at dim
     double neg_entropy;
     int64_t rows;
     int64_t width;
@@ -110,16 +113,16 @@ SEDD_HD Fault score_entropy_fault(const Params& p, int64_t row) {
                                              : Fault::none;
 }
 
-// Rows are split over `threads`; the first bad row comes back in the status.
+// Run on `threads` threads. The status names the first bad row.
 Status score_entropy_cpu(const ScoreEntropyParams& params, int threads);
 Status score_entropy_backward_cpu(const ScoreEntropyParams& params, int threads);
 Status score_entropy_tile_cpu(const ScoreEntropyTileParams& params, int threads);
 
-// Return before the kernels have run: null, or what the CUDA runtime said. A bad row's loss and gradient are NaN.
+// Asynchronous. Return null, or the error message of the CUDA runtime. A bad row gets a loss and gradient of NaN.
 const char* score_entropy_cuda(const ScoreEntropyParams& params, const CudaLaunch& launch);
 const char* score_entropy_backward_cuda(const ScoreEntropyParams& params, const CudaLaunch& launch);
 const char* score_entropy_tile_cuda(const ScoreEntropyTileParams& params, const CudaLaunch& launch);
-// Bytes of workspace that they take.
+// Bytes of workspace that they need.
 int64_t score_entropy_workspace(int64_t rows, int64_t dim, DType dtype);
 int64_t score_entropy_backward_workspace(int64_t rows, int64_t dim, DType dtype);
 int64_t score_entropy_tile_workspace(int64_t rows, int64_t width, DType dtype);

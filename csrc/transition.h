@@ -1,4 +1,4 @@
-// Columns, rows and samples of exp(σQ) = a I + (1 - a) π 1ᵀ, in closed form: never an N×N matrix.
+// Columns, rows and samples of exp(σQ) = a I + (1 - a) π 1ᵀ, in closed form, without an N×N matrix.
 #pragma once
 
 #include "common/random.h"
@@ -7,7 +7,7 @@
 namespace sedd {
 
 struct TransitionParams {
-    const int64_t* x;          // [rows] token the column or row belongs to
+    const int64_t* x;          // [rows] tokens whose column or row to compute
     const double* sigma;       // [rows]
     const void* stationary;    // [dim] of the output type, for a vector π; else null
     const double* cumulative;  // [dim] cumulative sums of a vector π; sampling only
@@ -19,7 +19,7 @@ struct TransitionParams {
     Family family;
 };
 
-// One draw from π by inverse CDF: the first token whose cumulative sum exceeds u, so that π_y = 0 is never drawn.
+// A draw from π by inverse CDF: the first token whose cumulative sum exceeds u. A token with π_y = 0 is never drawn.
 SEDD_HD int64_t draw_stationary(Family family, const double* cumulative, int64_t dim, double u) {
     if (family == Family::absorbing) return dim - 1;
     if (family == Family::uniform) {
@@ -43,14 +43,14 @@ SEDD_HD int64_t draw_stationary(Family family, const double* cumulative, int64_t
 SEDD_HD int64_t draw_transition(const TransitionParams& p, int64_t row, double b) {
     const Uniforms u = row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(row));
     const bool moves = u.first < b;
-    // No branch on what no processor can predict, but for the search in a vector π.
+    // Whether a token moves is unpredictable, so there is no branch on it, except around the search in a vector π.
     const bool needs = p.family != Family::rank_one || moves;
     const int64_t y = needs ? draw_stationary(p.family, p.cumulative, p.dim, u.second) : 0;
     return moves ? y : p.x[row];
 }
 
-// A row of the result: `vector` π_y for a vector π, else `constant`, but for the entries x and, in a column of
-// absorbing diffusion, MASK.
+// A row of the result: `vector` π_y for a vector π, else `constant`. The entries x and, in a column of absorbing
+// diffusion, MASK have values of their own.
 struct TransitionRow {
     double vector;
     double constant;
@@ -58,7 +58,8 @@ struct TransitionRow {
     double at_mask;
 };
 
-// column: a [y = x] + b π_y over y, what x becomes. Else: a [y = x] + b π_x over y, what becomes x.
+// A column is a [y = x] + b π_y over y, the distribution of what x becomes. A row is a [y = x] + b π_x over y, the
+// likelihood of each origin y of x.
 SEDD_HD TransitionRow transition_row(bool column, Family family, double sigma, double pi_x) {
     const Decay d = decay(sigma);
     const double at_x = family == Family::absorbing && pi_x == 1.0 && column ? 1.0 : d.a + d.b * pi_x;
@@ -74,8 +75,8 @@ Status transition_column_cpu(const TransitionParams& params, int threads);
 Status transition_row_cpu(const TransitionParams& params, int threads);
 Status sample_transition_cpu(const TransitionParams& params, int threads);
 
-// Return before the kernels have run: null, or what the CUDA runtime said. A bad row's probabilities are NaN, its token
-// is -1.
+// Asynchronous. Return null, or the error message of the CUDA runtime. A bad row gets probabilities of NaN, or token
+// -1.
 const char* transition_column_cuda(const TransitionParams& params, const CudaLaunch& launch);
 const char* transition_row_cuda(const TransitionParams& params, const CudaLaunch& launch);
 const char* sample_transition_cuda(const TransitionParams& params, const CudaLaunch& launch);

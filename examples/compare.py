@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Runs side by side: a table of their figures and a picture of what they write, from the files of `sedd eval --json`.
+"""Compares runs: a table of their results and a plot of their samples, from the files of `sedd eval --json`.
 
 python examples/compare.py RUN... --out NAME [--words FILE]
 
-reads RUN/eval/perplexity.json and, where it is there, RUN/eval/generative.json, and writes NAME.md and NAME.png.
-A judge of real text has little to tell of what small models write; for texts of letters and spaces --words, with the
-text they were trained on, tells how many of the letters written stand in a word that occurs in it twice or more.
+Reads RUN/eval/perplexity.json and, if it exists, RUN/eval/generative.json. Writes NAME.md and NAME.png. The perplexity
+under a judge of real text says little about the samples of small models. For text of letters and spaces, --words takes
+the training text and adds the fraction of sampled letters in words that occur at least twice in it.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from matplotlib.figure import Figure
 
 
 def figure(value: float | None, error: float | None, digits: int) -> str:
-    """A number with its error, where it has one; null is what JSON says of infinity."""
+    """Formats a number with its error, if it has one; None (null in JSON) is infinity."""
     text = "inf" if value is None else f"{value:.{digits}{'f' if value < 1e6 else 'e'}}"
     return text if error is None else f"{text} ± {error:.{digits}f}"
 
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
-    """Likelihoods as a Markdown table, a row for each run and text."""
+    """Likelihoods as a Markdown table, with a row for each run and text."""
     lines = ["| run | text | bits per byte | nats per token | perplexity | mean of exp |", "| --- " * 6 + "|"]
     for name, run in runs.items():
         for text, row in run["perplexity"]["texts"].items():
@@ -42,14 +42,14 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def letters_in_words(text: str, words: set[str]) -> float:
-    """The fraction of a text's letters that stand in one of the words; the ends, which may be cut, do not count."""
+    """Fraction of the letters of a text that are in the given words, without the first and last word of the text."""
     found = text.split(" ")[1:-1]
     letters = sum(len(word) for word in found)
     return sum(len(word) for word in found if word in words) / max(1, letters)
 
 
 def written(runs: dict[str, dict[str, Any]]) -> str:
-    """What the runs write, as a Markdown table, a row for each sampler and number of steps."""
+    """Evaluations of samples as a Markdown table, with a row for each run, sampler and number of steps."""
     judge = next(iter(runs.values()))["generative"]["settings"]["judge"]
     lines = [
         f"| run | sampler | steps | perplexity ({judge}) | entropy, nats | unique | repeated | letters in words | "
@@ -71,7 +71,7 @@ def written(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def picture(runs: dict[str, dict[str, Any]]) -> Figure:
-    """What was measured, against steps: a colour for each run, a line style for each sampler."""
+    """Plots the measures against steps, with a colour for each run and a line style for each sampler."""
     first = next(iter(runs.values()))["generative"]
     measures = {"perplexity": f"perplexity of {first['settings']['judge']}", "entropy": "unigram entropy, nats"}
     if "words" in first["rows"][0]:
@@ -109,28 +109,28 @@ def picture(runs: dict[str, dict[str, Any]]) -> Figure:
 
 
 def main() -> None:
-    """Reads, compares, writes."""
+    """Reads the results, compares the runs and writes the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--out", required=True, type=Path, help="what is written, without .md and .png")
-    parser.add_argument("--words", type=Path, help="the text of letters and spaces that the runs were trained on")
+    parser.add_argument("--out", required=True, type=Path, help="output files, without the suffixes .md and .png")
+    parser.add_argument("--words", type=Path, help="training text of the runs, of letters and spaces")
     options = parser.parse_args()
     runs: dict[str, dict[str, Any]] = {}
     for run in options.runs:
         files = {kind: run / "eval" / f"{kind}.json" for kind in ("perplexity", "generative")}
         files = {kind: path for kind, path in files.items() if path.is_file()}
         if "perplexity" not in files:
-            parser.error(f"{run}: there is no eval/perplexity.json; make it with sedd eval perplexity --json")
+            parser.error(f"{run}: no eval/perplexity.json; create it with sedd eval perplexity --json")
         name = run.resolve().name
         if name in runs:
-            parser.error(f"{run}: a run of that name is given already; the table could not tell them apart")
+            parser.error(f"{run}: expected runs with different names, got {name} twice")
         runs[name] = {kind: json.loads(path.read_text(encoding="utf-8")) for kind, path in files.items()}
     text = table(runs)
     judged = {name: run for name, run in runs.items() if "generative" in run}
     judges = {name: run["generative"]["settings"]["judge"] for name, run in judged.items()}
     if len(set(judges.values())) > 1:
         found = ", ".join(f"{name}: {judge}" for name, judge in judges.items())
-        parser.error(f"the judges differ ({found}); call sedd eval generative with one --judge for all")
+        parser.error(f"expected one judge for all runs, got {found}; run sedd eval generative with the same --judge")
     if options.words is not None:
         counts = Counter(options.words.read_text(encoding="utf-8").split())
         words = {word for word, count in counts.items() if count > 1}

@@ -1,6 +1,6 @@
-"""The closing words of ``make demo``: what the figures of a run mean, and what to try next.
+"""The summary at the end of ``make demo``: what the results of a run mean, and what to try next.
 
-``python examples/demo_summary.py RUN`` reads ``RUN/eval/perplexity.json``, which ``sedd eval perplexity --json`` wrote.
+``python examples/demo_summary.py RUN`` reads ``RUN/eval/perplexity.json``, written by ``sedd eval perplexity --json``.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def summary(run: Path) -> str:
-    """The figures in words."""
+    """Explains the results in words."""
     figures = json.loads((run / "eval" / "perplexity.json").read_text(encoding="utf-8"))
     state = json.loads((Path(figures["model"]) / "state.json").read_text(encoding="utf-8"))
     texts = figures["texts"]
@@ -19,7 +19,7 @@ def summary(run: Path) -> str:
     model, bigram, unigram = (texts[name]["bits_per_byte"] for name in ("validation text", "bigram", "unigram"))
     if model < bigram:
         verdict = (
-            "So the model predicts from more context than the byte before. Expect samples with the layout of Python "
+            "So the model uses more context than the previous byte. Expect samples with the layout of Python "
             "code and some of its keywords, but with misspelt names and without meaning: this is what a model of this "
             "size learns in minutes."
         )
@@ -42,17 +42,17 @@ def summary(run: Path) -> str:
 
 
 def main() -> None:
-    """Prints the summary, and commands to go on with."""
+    """Prints the summary and commands to try next."""
     run = Path(sys.argv[1])
     sedd = os.path.relpath(Path(sys.executable).parent / "sedd")
     print("\n" + textwrap.fill(summary(run), 100))
     print(f"""
 What to try next:
-  {sedd} train --run_dir {run} --resume --max_minutes 30     train on, to 30 minutes in all
-  {sedd} sample {run} --live                                 watch it write a text
-  {sedd} report {run}                                        see the whole run on one page
+  {sedd} train --run_dir {run} --resume --max_minutes 30     continue training, to 30 minutes in total
+  {sedd} sample {run} --live                                 watch the model generate a text
+  {sedd} report {run}                                        create a page about the run
   {sedd} train --run_dir runs/mine --data.source FILE.txt     train on your own text
-The README says how to use the operators in your own trainer; examples/bert.py is a complete one.""")
+The README explains how to use the operators in your own trainer; examples/bert.py is a complete example.""")
 
 
 if __name__ == "__main__":

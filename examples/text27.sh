@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The text8 experiment of the SEDD paper, small enough for a laptop: absorbing noise against uniform noise (geometric and
-# log-linear schedule), one model size and one number of steps for all, then bits per character on text that was held out.
+# The text8 experiment of the SEDD paper at the size of a laptop: compares absorbing noise with uniform noise (geometric and
+# log-linear schedules) at one model size and number of steps, by bits per character on held-out text.
 #
 #   bash examples/text27.sh FOLDER FILE...
 #
 # FILE: text of a-z and space (text8, or anything converted to its 27 symbols), plain or .gz; several are joined. The first
-# 90 % are trained on, the next 5 % choose the checkpoint, the last 5 % are scored. FOLDER gets everything that is written;
-# a second call goes on where the first one stopped. Variables: JUDGE, a causal language model (a hub name, a folder or a
-# .gguf file) that gives the perplexity of what the models write (without one that part is left out); STEPS=6000 of
-# training, DRAWS=16 noise levels a block, NUM=96 texts written, PRESET=tiny, SEDD=sedd (the command).
+# 90 % are for training, the next 5 % for validation, the last 5 % for the test. All results are written to FOLDER; a
+# second call resumes. Variables: JUDGE, a causal language model (a hub name, a folder or a .gguf file) that computes the
+# perplexity of samples (without it, this part is skipped); STEPS=6000 training steps, DRAWS=16 noise levels per block,
+# NUM=96 samples, PRESET=tiny, SEDD=sedd (the command).
 set -euo pipefail
 if [ $# -lt 2 ]; then sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
 sedd=${SEDD:-sedd}

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# GPT-2 tokens at the smallest size: train on one WikiText file, score another one, write, and be judged.
+# GPT-2 tokens at the smallest size: trains on one WikiText file, scores another one, samples, and evaluates the samples.
 #
 #   bash examples/wikitext.sh FOLDER TRAIN.raw TEST.raw
 #
-# FOLDER gets everything that is written; a second call goes on where the first one stopped. Variables: JUDGE, a causal
-# language model (a hub name, a folder or a .gguf file) that gives the perplexity of what is written (without one that part
-# is left out); MINUTES=15 of training, DRAWS=16 noise levels a block, NUM=32 texts written, SEDD=sedd (the command).
+# All results are written to FOLDER; a second call resumes. Variables: JUDGE, a causal language model (a hub name, a folder
+# or a .gguf file) that computes the perplexity of samples (without it, this part is skipped); MINUTES=15 of training,
+# DRAWS=16 noise levels per block, NUM=32 samples, SEDD=sedd (the command).
 set -euo pipefail
 if [ $# -ne 3 ]; then sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
 sedd=${SEDD:-sedd}

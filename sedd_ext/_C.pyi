@@ -1,118 +1,49 @@
-"""The compiled kernels (csrc/bindings.cpp). Addresses are those of contiguous tensors; results are (fault, row).
+"""The compiled kernels (csrc/bindings.cpp), and what Python must know of them.
 
-With CUDA (csrc/cuda/bindings.cpp) there are also NAME_cuda, with the workspace's address, the stream and the device in
-place of the threads, which gives back None or the runtime's error, and NAME_workspace(rows, dim, dtype) in bytes.
+A kernel takes a dict of its arguments by name: contiguous tensors (or their addresses, or None), numbers and codes. It
+returns (fault, row), the code of a fault and the first bad row, or (0, -1). A missing, unknown or additional name is a
+TypeError.
+
+A build with CUDA (csrc/cuda/bindings.cpp) also has NAME_cuda(arguments), which takes the workspace, the stream and the
+device in place of the threads and returns None or the error of the CUDA runtime, and NAME_workspace(arguments), the
+size of the workspace in bytes.
 """
+
+from typing import Any
 
 __version__: str
 cuda: str
+"""Version of nvcc, or "" without CUDA kernels."""
 compiler: str
+
 least_noise: float
+"""Smaller noise is a fault."""
 reverse_draw_numbers: int
+"""float64 numbers per row between two tiles of ``reverse_tile``."""
 score_entropy_sweep_numbers: int
+"""The same for ``score_entropy_tile``."""
+sweep_again: int
+"""The token of a row for which ``reverse_tile`` needs a second sweep."""
+
+dtypes: dict[str, int]
+families: dict[str, int]
+steps: dict[str, int]
+faults: dict[str, int]
+arguments: dict[str, tuple[str, ...]]
+"""The names of each kernel's arguments; ``cuda_arguments`` are those of the CUDA kernels."""
+cuda_arguments: dict[str, tuple[str, ...]]
 
 _Status = tuple[int, int]
 
-def score_entropy(
-    log_score: int,
-    x_t: int,
-    x_0: int,
-    sigma: int,
-    shift: int,
-    stationary: int,
-    grad_loss: int,
-    out: int,
-    neg_entropy: float,
-    rows: int,
-    dim: int,
-    dtype: int,
-    family: int,
-    threads: int,
-    /,
-) -> _Status: ...
-
-score_entropy_backward = score_entropy
-
-def score_entropy_tile(
-    log_score: int,
-    x_t: int,
-    x_0: int,
-    sigma: int,
-    shift: int,
-    stationary: int,
-    grad_loss: int,
-    sweeps: int,
-    out: int,
-    neg_entropy: float,
-    rows: int,
-    width: int,
-    first: int,
-    dim: int,
-    dtype: int,
-    family: int,
-    threads: int,
-    /,
-) -> _Status: ...
-def transition_column(
-    x: int,
-    sigma: int,
-    stationary: int,
-    cumulative: int,
-    out: int,
-    seed: int,  # an address too
-    rows: int,
-    dim: int,
-    dtype: int,
-    family: int,
-    threads: int,
-    /,
-) -> _Status: ...
-
-transition_row = transition_column
-sample_transition = transition_column
-
-def reverse_probs(
-    log_score: int,
-    x_t: int,
-    step: int,
-    shift: int,
-    stationary: int,
-    out: int,
-    seed: int,  # an address too
-    rows: int,
-    dim: int,
-    forbidden: int,
-    dtype: int,
-    family: int,
-    kind: int,
-    threads: int,
-    /,
-) -> _Status: ...
-
-reverse_sample = reverse_probs
-
-def reverse_tile(
-    log_score: int,
-    x_t: int,
-    step: int,
-    shift: int,
-    stationary: int,
-    draws: int,
-    out: int,
-    seed: int,  # an address too
-    places: int,
-    rows: int,
-    width: int,
-    first: int,
-    dim: int,
-    forbidden: int,
-    dtype: int,
-    family: int,
-    kind: int,
-    sweep: int,
-    threads: int,
-    /,
-) -> _Status: ...
+def score_entropy(arguments: dict[str, Any], /) -> _Status: ...
+def score_entropy_backward(arguments: dict[str, Any], /) -> _Status: ...
+def score_entropy_tile(arguments: dict[str, Any], /) -> _Status: ...
+def transition_column(arguments: dict[str, Any], /) -> _Status: ...
+def transition_row(arguments: dict[str, Any], /) -> _Status: ...
+def sample_transition(arguments: dict[str, Any], /) -> _Status: ...
+def reverse_probs(arguments: dict[str, Any], /) -> _Status: ...
+def reverse_sample(arguments: dict[str, Any], /) -> _Status: ...
+def reverse_tile(arguments: dict[str, Any], /) -> _Status: ...
 def advise_huge_pages(address: int, bytes: int, /) -> None: ...
 def isa() -> str: ...
 def available_isas() -> list[str]: ...

@@ -1,8 +1,9 @@
 """Score-entropy discrete diffusion over the vocabulary axis: compiled kernels as PyTorch operators.
 
-Processes: :func:`Absorbing`, :func:`Uniform`, :func:`Hybrid`, :class:`RankOne`. Operators: :func:`score_entropy_loss`,
-:func:`transition_column`, :func:`transition_row`, :func:`sample_transition`, :func:`tweedie_probs`,
-:func:`tweedie_sample`, :func:`euler_probs`, :func:`euler_sample`. The same in plain PyTorch: :mod:`sedd_ext.reference`.
+Processes: :func:`Absorbing`, :func:`Uniform`, :func:`Hybrid`, :class:`RankOne`. Reverse steps: :class:`Tweedie`,
+:class:`Euler`. Operators: :func:`score_entropy_loss`, :func:`transition_column`, :func:`transition_row`,
+:func:`sample_transition`, :func:`reverse_probs`, :func:`reverse_sample`; with the output head fused in,
+:func:`linear_score_entropy_loss`, :func:`linear_reverse_sample`. The same in plain PyTorch: :mod:`sedd_ext.reference`.
 """
 
 import torch  # noqa: F401 - before the kernels: they use the OpenMP runtime that torch loads
@@ -15,11 +16,12 @@ except ImportError as error:
         "installed package: run Python from another folder, or install with pip install -e ."
     ) from error
 from sedd_ext import reference
-from sedd_ext.linear_reverse import linear_euler_sample, linear_tweedie_sample
+from sedd_ext.linear_reverse import linear_reverse_sample
 from sedd_ext.linear_score_entropy import linear_score_entropy_loss
 from sedd_ext.process import Absorbing, Hybrid, RankOne, Uniform
-from sedd_ext.reverse import euler_probs, euler_sample, tweedie_probs, tweedie_sample
+from sedd_ext.reverse import reverse_probs, reverse_sample
 from sedd_ext.score_entropy import score_entropy_loss
+from sedd_ext.step import Euler, Tweedie
 from sedd_ext.transition import sample_transition, transition_column, transition_row
 
 __version__: str = _C.__version__
@@ -29,21 +31,20 @@ has_cuda_kernels: bool = bool(_C.cuda)
 
 __all__ = [
     "Absorbing",
+    "Euler",
     "Hybrid",
     "RankOne",
+    "Tweedie",
     "Uniform",
     "__version__",
-    "euler_probs",
-    "euler_sample",
     "has_cuda_kernels",
-    "linear_euler_sample",
+    "linear_reverse_sample",
     "linear_score_entropy_loss",
-    "linear_tweedie_sample",
     "reference",
+    "reverse_probs",
+    "reverse_sample",
     "sample_transition",
     "score_entropy_loss",
     "transition_column",
     "transition_row",
-    "tweedie_probs",
-    "tweedie_sample",
 ]

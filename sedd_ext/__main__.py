@@ -1,4 +1,4 @@
-"""``python -m sedd_ext``: what was built, and what of it this machine uses."""
+"""``python -m sedd_ext`` prints what was built and what this machine uses of it."""
 
 import torch
 
@@ -6,7 +6,7 @@ from sedd_ext import _C
 
 
 def _cuda() -> str:
-    """Whether CUDA kernels were built, and what there is to run them on."""
+    """Whether CUDA kernels were built, and the devices that can run them."""
     if not _C.cuda:
         return "not built"
     if torch.version.cuda is None:

@@ -1,4 +1,4 @@
-"""What every operator shares: checks of its arguments, their form for the kernels, and the errors that come back."""
+"""Shared by all operators: checks of arguments, calls of kernels, and errors that kernels report."""
 
 from __future__ import annotations
 
@@ -14,28 +14,27 @@ from sedd_ext.process import RankOne
 
 __all__: list[str] = []
 
-# As in csrc/common/types.h.
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-FAMILIES = {"absorbing": 0, "uniform": 1, "rank_one": 2}
-STEPS = {"euler": 0, "tweedie": 1}
-_HUGE_BYTES = 1 << 24
+DTYPES = {getattr(torch, name): code for name, code in _C.dtypes.items()}
+"""The codes of dtypes in kernel calls. Those of families and steps are ``FAMILIES`` and ``STEPS``."""
+FAMILIES, STEPS = _C.families, _C.steps
 # torch calls AMD's devices "cuda" too
 CUDA = ("cuda",) if _C.cuda and torch.version.hip is None else ()
-_FAULT_X_T, _FAULT_X_0, _FAULT_SIGMA, _FAULT_TOTAL = 1, 2, 3, 4
+_HUGE_BYTES = 1 << 24
+_FAULTS = {code: name for name, code in _C.faults.items()}
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that log-scores of ``dtype`` are computed in."""
+    """The dtype in which the kernels compute with log-scores of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def kind_of(value: object) -> str:
-    """What an error message calls a value."""
+    """The name of a value's type in an error message."""
     return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
 
 
 def check_process(process: object) -> RankOne:
-    """``process`` is a process."""
+    """Checks that ``process`` is a process."""
     if not isinstance(process, RankOne):
         raise TypeError(
             f"process: expected a process (Absorbing, Uniform, Hybrid or RankOne of sedd_ext), got {kind_of(process)}"
@@ -44,43 +43,44 @@ def check_process(process: object) -> RankOne:
 
 
 def check_tokens(name: str, value: object, shape: torch.Size | None = None, of: str = "log_score") -> Tensor:
-    """``value`` is an int64 tensor on a device that has kernels, and of the given shape."""
+    """Checks that ``value`` is an int64 tensor of the given shape on a device that has kernels."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
         raise TypeError(f"{name}: expected an int64 tensor, got {kind_of(value)}")
     if shape is not None and value.shape != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, {of}'s but for its last axis, got {list(value.shape)}")
-    check_device(name, value.device)
+    check_device(name, value)
     return value
 
 
 def check_log_score(value: object, process: RankOne) -> Tensor:
-    """``value`` holds log-scores [*B, N] for the process's N."""
+    """Checks that ``value`` is a tensor of log-scores [*B, N] for the N of the process."""
     if not isinstance(value, Tensor) or value.dtype not in DTYPES:
         raise TypeError(f"log_score: expected a float32, bfloat16, float16 or float64 tensor, got {kind_of(value)}")
     if value.dim() == 0 or value.shape[-1] != process.dim:
         raise ValueError(f"log_score: expected shape [*B, {process.dim}] for {process}, got {list(value.shape)}")
-    check_device("log_score", value.device)
+    check_device("log_score", value)
     return value
 
 
-def check_device(name: str, device: torch.device) -> None:
-    """There are kernels for the device."""
-    if device.type not in ("cpu", "meta", *CUDA):
-        kinds = "CUDA devices and the CPU" if CUDA else "the CPU"
+def check_device(name: str, value: Tensor) -> None:
+    """Checks that there are kernels for the device of ``value``."""
+    # these properties are cheap; device.type takes 0.6 µs
+    if not (value.is_cpu or (value.is_cuda and CUDA) or value.is_meta):
+        expected = "a CUDA device or the CPU" if CUDA else "the CPU"
         raise NotImplementedError(
-            f"{name}: this build has kernels for {kinds} only, got a tensor on {device}; "
-            "sedd_ext.reference computes the same on any device"
+            f"{name}: expected a tensor on {expected}, for which this build has kernels, got one on {value.device}; "
+            "sedd_ext.reference takes tensors on any device"
         )
 
 
 def check_reduction(value: object) -> None:
-    """``value`` is the name of a reduction."""
+    """Checks that ``value`` is the name of a reduction."""
     if value not in ("none", "mean", "sum"):
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {value!r}")
 
 
 def check_same_device(**tensors: Tensor) -> None:
-    """All tensors lie on the first one's device."""
+    """Checks that all tensors are on the device of the first one."""
     (first_name, first), *others = tensors.items()
     for name, tensor in others:
         if tensor.device != first.device:
@@ -90,7 +90,15 @@ def check_same_device(**tensors: Tensor) -> None:
 
 
 def per_row(name: str, value: object, batch: torch.Size, device: torch.device) -> Tensor:
-    """A number, or numbers that broadcast to the batch, as float64 [*B]."""
+    """``value``, a number or numbers that broadcast to the batch, as a contiguous float64 tensor [*B]."""
+    if (
+        isinstance(value, Tensor)
+        and value.dtype is torch.float64
+        and value.shape == batch
+        and value.device == device
+        and not value.requires_grad
+    ):
+        return value.contiguous()  # the usual case, without the calls below
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return torch.full(batch, float(value), dtype=torch.float64, device=device)
     if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -109,12 +117,12 @@ def per_row(name: str, value: object, batch: torch.Size, device: torch.device) -
 
 
 def stationary_for(process: RankOne, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """π as the kernels read it: a vector of the compute type, or None where its shape says it all."""
+    """π for the kernels: a vector of the compute dtype, or None if the family alone determines it."""
     return process._copy("stationary", compute_dtype(dtype), device) if process.family == "rank_one" else None
 
 
 def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """63 random bits from the generator, int64 [1]: the key of all the rows' random numbers."""
+    """63 random bits from the generator, int64 [1]. They seed the random numbers of all rows."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator or None, got {kind_of(generator)}")
     if generator is not None and generator.device.type != device.type:
@@ -123,122 +131,124 @@ def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor
 
 
 def fresh(tensor: Tensor) -> Tensor:
-    """A new tensor, before its first use: a large one is put on huge pages, if the system has them for the asking.
+    """Asks for huge pages for a large new tensor, which must not have been written yet. Returns the tensor.
 
-    To fault in 4 KiB pages takes longer than to compute what goes into them.
+    Page faults of 4 KiB pages take longer than the computation of what is written.
     """
     size = tensor.numel() * tensor.element_size()
-    if size >= _HUGE_BYTES and tensor.device.type == "cpu":
+    if size >= _HUGE_BYTES and tensor.is_cpu:
         _C.advise_huge_pages(tensor.data_ptr(), size)
     return tensor
 
 
-def address(tensor: Tensor | None) -> int:
-    """Where a contiguous tensor's data lies; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def addresses(*tensors: Tensor | None) -> list[int]:
-    """:func:`address` of each."""
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """``tensor.contiguous()``, or None."""
+    return None if tensor is None else tensor.contiguous()
 
 
 Status = tuple[int, int]
-"""(fault, row) as in csrc/common/types.h: the first bad row, or (0, -1)."""
+"""(fault, row): the code of a fault and the first bad row, or (0, -1)."""
 
 
-def _launch_cpu(kernel: str, out: Tensor, arguments: tuple[Any, ...], sizes: tuple[int, int, int]) -> Status:
-    status: Status = getattr(_C, kernel)(*arguments, torch.get_num_threads())
+def _launch_cpu(kernel: str, arguments: dict[str, Any]) -> Status:
+    arguments["threads"] = torch.get_num_threads()
+    status: Status = getattr(_C, kernel)(arguments)
     return status
 
 
-def launch_cuda(
-    kernel: str,
-    out: Tensor,
-    arguments: tuple[Any, ...],
-    sizes: tuple[int, int, int],
-    kernels: Any = _C,
-    stream: int | None = None,
-) -> Status:
-    """Starts a kernel on the current stream of ``out``'s device and does not wait: bad rows show in ``out``.
+def launch_cuda(kernel: str, arguments: dict[str, Any], kernels: Any = _C, stream: int | None = None) -> Status:
+    """Starts a kernel on the current stream of the output's device and does not wait. Bad rows appear in the output.
 
-    The caller's current device is the same afterwards, and has no context that it did not have before.
+    The current device of the caller does not change, and no context is created on it.
 
     Args:
         kernel: its name in the extension, without the device.
-        out: the tensor that the kernel writes.
-        arguments: the kernel's, but for the last ones.
-        sizes: rows, dim and the code of the dtype, which say how much scratch memory it takes.
+        arguments: as for :func:`launch`.
         kernels: the module that holds the kernels.
         stream: a cudaStream_t, in place of the current one.
+
+    Raises:
+        RuntimeError: the CUDA runtime reports an error.
     """
-    workspace = out.new_empty(getattr(kernels, f"{kernel}_workspace")(*sizes), dtype=torch.uint8)
+    out = arguments["out"]
     device = out.device.index or 0
+    arguments["workspace"] = out.new_empty(getattr(kernels, f"{kernel}_workspace")(arguments), dtype=torch.uint8)
+    arguments["device"] = device
     guard: AbstractContextManager[Any] = nullcontext()
     if stream is None:
-        # what torch.compile's code calls: torch.cuda.current_stream takes microseconds to make an object
+        # the code of torch.compile calls this too; torch.cuda.current_stream takes microseconds to create an object
         stream = torch._C._cuda_getCurrentRawStream(device)
         if device != torch.cuda.current_device():
             guard = torch.cuda.device(device)
+    arguments["stream"] = stream
     with guard:
-        error = getattr(kernels, f"{kernel}_cuda")(*arguments, address(workspace), stream, device)
+        error = getattr(kernels, f"{kernel}_cuda")(arguments)
     if error is not None:
         raise RuntimeError(f"{kernel}: CUDA: {error}")
     return 0, -1
 
 
 def empty_beside(log_score: Tensor, dtype: torch.dtype) -> Tensor:
-    """A new tensor of ``log_score``'s shape; on a GPU it starts as far behind a 16-byte boundary as ``log_score`` does.
+    """A new tensor of ``log_score``'s shape; on a GPU it starts at the same offset from a 16-byte boundary.
 
-    The CUDA kernels read a row in vectors of 16 bytes from boundary to boundary, and write it in vectors only where the
-    output's boundaries are at the same entries. A view such as ``log_score[1:]`` may start between two.
+    The CUDA kernels read aligned vectors of 16 bytes. They can write such vectors only if the boundaries of the output
+    are at the same entries. A view such as ``log_score[1:]`` may start between two boundaries.
     """
-    if log_score.device.type == "cpu" or not log_score.is_contiguous():  # another layout is copied, to a boundary
-        return log_score.new_empty(log_score.shape, dtype=dtype)
+    if log_score.is_cpu or not log_score.is_contiguous():  # a copy to contiguous memory starts at a boundary
+        return torch.empty_like(log_score, dtype=dtype, memory_format=torch.contiguous_format)
     before = log_score.storage_offset() % (16 // dtype.itemsize)
     return log_score.new_empty(before + log_score.numel(), dtype=dtype)[before:].view(log_score.shape)
 
 
-LAUNCHERS: dict[str, Callable[[str, Tensor, tuple[Any, ...], tuple[int, int, int]], Status]] = {
-    "cpu": _launch_cpu,
-    "cuda": launch_cuda,
-}
+LAUNCHERS: dict[str, Callable[[str, dict[str, Any]], Status]] = {"cpu": _launch_cpu, "cuda": launch_cuda}
 
 
-def launch(kernel: str, out: Tensor, arguments: tuple[Any, ...], sizes: tuple[int, int, int]) -> Status:
-    """Runs a kernel where ``out`` lies; see :func:`launch_cuda`."""
-    return LAUNCHERS[out.device.type](kernel, out, arguments, sizes)
+def launch(kernel: str, **arguments: Any) -> Status:
+    """Runs a kernel on the device of the tensor ``out``.
+
+    Args:
+        kernel: its name in the extension, without the device.
+        arguments: all arguments of the kernel by name, as ``_C.arguments`` lists them, except for threads, workspace,
+            stream and device, which this function adds. Values are contiguous tensors, which the call keeps alive,
+            None, numbers and codes.
+
+    Returns:
+        The first bad row; on a GPU (0, -1), as the call does not wait.
+
+    Raises:
+        TypeError: an argument is missing, or the kernel has no argument of this name.
+    """
+    return LAUNCHERS["cpu" if arguments["out"].is_cpu else "cuda"](kernel, arguments)
 
 
 def raise_fault(
     status: Status, tokens: dict[str, Tensor], dim: int, sigma: tuple[str, Tensor], scores: str = "log_score"
 ) -> None:
-    """Turns what a kernel returned into a ValueError that names the argument, the first bad row and its value.
+    """Raises a ValueError for a fault of a kernel. It names the argument, the first bad row and its value.
 
     Args:
-        status: what the kernel returned.
+        status: the result of the kernel.
         tokens: the token arguments by name, in the order of the kernel's faults (x_t, then x_0).
         dim: N.
-        sigma: the noise argument's name and values.
-        scores: the argument that the scores come from.
+        sigma: name and values of the noise argument.
+        scores: name of the argument that determines the scores.
     """
-    fault, row = status
-    if fault == 0:
+    code, row = status
+    if code == 0:
         return
-    shape = sigma[1].shape
+    fault, shape = _FAULTS[code], sigma[1].shape
     where = f"at index {_index(row, shape)}" if shape else "as its value"
-    if fault in (_FAULT_X_T, _FAULT_X_0):
-        name, values = list(tokens.items())[-1 if fault == _FAULT_X_0 else 0]
+    if fault in ("x_t", "x_0"):
+        name, values = list(tokens.items())[-1 if fault == "x_0" else 0]
         raise ValueError(f"{name}: expected tokens in [0, {dim}), got {int(values.reshape(-1)[row])} {where}")
-    if fault == _FAULT_SIGMA:
+    if fault == "sigma":
         name, values = sigma
         value = float(values.reshape(-1)[row])
         wanted = f"numbers of at least {_C.least_noise}" if 0 < value < _C.least_noise else "finite numbers above 0"
         raise ValueError(f"{name}: expected {wanted}, got {value} {where}")
-    assert fault == _FAULT_TOTAL
     raise ValueError(
-        f"{scores}: expected scores whose probabilities have a finite sum above 0, got a row without "
-        f"({where}): NaN, a log-score above 88, or nothing but zeros at a step that may not return MASK"
+        f"{scores}: expected scores whose probabilities have a finite sum above 0, got a row ({where}) with NaN, a "
+        "log-score above 88, or no token other than MASK at a step that must not return MASK"
     )
 
 

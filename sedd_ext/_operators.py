@@ -1,7 +1,7 @@
-"""Registers the operators, each behind a check of everything that its kernels read memory by.
+"""Registers the operators, with checks of everything that determines which memory a kernel accesses.
 
-The public functions refuse wrong arguments in their users' words. ``torch.ops.sedd_ext`` can be called without them,
-as a program exported with ``torch.export`` does, so the operators themselves check dtypes, sizes, devices and names.
+The public functions check their arguments and raise readable errors. A program exported with ``torch.export`` calls
+``torch.ops.sedd_ext`` directly, so the operators check dtypes, sizes, devices and names too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def _vector(dtype: str) -> Rule:
 
 RULES: dict[str, list[Rule]] = {
     **{name: _numbers("int64") for name in ("x_t", "x_0", "x")},
-    **{name: _numbers("float64") for name in ("sigma", "step", "log_score_shift", "loss_weight")},
+    **{name: _numbers("float64") for name in ("sigma", "noise", "log_score_shift", "loss_weight")},
     "log_score": [
         ("exact is None", TypeError, _ANY_FLOAT),
         ("{0}.numel() != rows * dim", ValueError, "shape [*B, N] for {rows} tokens"),
@@ -78,7 +78,7 @@ RULES: dict[str, list[Rule]] = {
         )
     ],
     "family": [("{0} not in FAMILIES", ValueError, "'absorbing', 'uniform' or 'rank_one'")],
-    "kind": [("{0} not in STEPS", ValueError, "'tweedie' or 'euler'")],
+    "step": [("{0} not in STEPS", ValueError, "'tweedie' or 'euler'")],
     "dim": [("{0} < 1", ValueError, "a positive number of tokens")],
     "dtype": [("{0} not in dtypes", TypeError, "one of {dtypes}")],
     "stationary": [_vector("exact")],
@@ -87,9 +87,9 @@ RULES: dict[str, list[Rule]] = {
     "buffer_bytes": [("{0} < 1", ValueError, "a positive number")],
     "seed": [("{0}.dtype is not int64 or {0}.numel() != 1", ValueError, "one number of int64")],
 }
-"""By an argument's name in the schema: Python's words for what is wrong with it, the error, and what is expected.
+"""For each argument of a schema: a Python expression that is true if it is wrong, the error, and what is expected.
 
-Beside the arguments they know ``rows``, the number of tokens; ``dim``, N; and ``exact``, the dtype of π.
+The expressions use the arguments and ``rows``, the number of tokens; ``dim``, N; and ``exact``, the dtype of π.
 """
 
 _KNOWN = {
@@ -103,10 +103,10 @@ _KNOWN = {
 
 
 def checked(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function behind the rules of the schema's arguments.
+    """``function`` with a check of its arguments by the rules of the schema.
 
-    One Python function is made of all rules, as dataclasses make theirs: a loop over the rules takes twice as long as
-    reading the tensors' attributes does, and that is about a microsecond.
+    The rules are compiled into one Python function, as in dataclasses. It takes about a microsecond, which is the time
+    to read the attributes of the tensors; a loop over the rules would take twice as long.
     """
     arguments = dict(reversed(pair) for pair in re.findall(r"(\w+\??) (\w+)[,)]", schema.split("->")[0]))
     rules = []
@@ -135,7 +135,7 @@ def check({", ".join(arguments)}):
     return function({", ".join(arguments)})
 """
     tensors = [(name, f"{name} is None", TypeError, "a tensor") for name in arguments if arguments[name] == "Tensor"]
-    # out of a transition come probabilities
+    # transitions return probabilities
     dtypes = [torch.float32, torch.float64] if scores is None else list(DTYPES)
     space: dict[str, Any] = {
         **_KNOWN,
@@ -149,7 +149,7 @@ def check({", ".join(arguments)}):
 
 
 def _refuse(rules: list[tuple[str, str, type[Exception], str]], dtypes: Any, values: dict[str, Any]) -> NoReturn:
-    """Raises the error of the first rule that is broken."""
+    """Raises the error of the first broken rule."""
     known = {**_KNOWN, "dtypes": dtypes, **values}
     for name, wrong, error, expected in rules:
         if eval(wrong, known):
@@ -160,7 +160,7 @@ def _refuse(rules: list[tuple[str, str, type[Exception], str]], dtypes: Any, val
 
 
 def _same_device(names: list[str], arguments: tuple[Any, ...]) -> None:
-    """All tensors lie on the first one's device. Torch itself leads to the CPU only if all are there."""
+    """Checks that all tensors are on one device. Torch itself selects the CPU only if all tensors are there."""
     first, *others = ((n, v) for n, v in zip(names, arguments, strict=True) if isinstance(v, Tensor))
     for name, value in others:
         if value.device != first[1].device:
@@ -169,13 +169,26 @@ def _same_device(names: list[str], arguments: tuple[Any, ...]) -> None:
             )
 
 
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    torch.dtype: "ScalarType",
+    **{kind: kind.__name__ for kind in (str, float, int, bool)},
+}
+
+
+def schema(arguments: type) -> str:
+    """The arguments of an operator in the language of schemas, from the annotations of a NamedTuple."""
+    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(arguments).items())
+
+
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Registers an operator.
 
     Args:
-        schema: as torch writes it; the arguments' names say what is checked (:data:`RULES`).
-        implementation: on all devices that have kernels.
-        fake: what it does to shapes and dtypes.
+        schema: in torch's language; the names of the arguments select the checks (:data:`RULES`).
+        implementation: for all devices that have kernels.
+        fake: computes the shapes and dtypes of the results.
     """
     name = schema.split("(", 1)[0]
     names = re.findall(r"(\w+)[,)]", schema.split("->")[0])

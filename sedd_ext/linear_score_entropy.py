@@ -1,202 +1,167 @@
-"""The output head and score entropy in one operator, forward and backward, without log-scores of rows × N."""
+"""The output head and score entropy in one operator, forward and backward, without a rows × N tensor."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sedd_ext import _C
 from sedd_ext._dispatch import (
-    DTYPES,
     FAMILIES,
-    addresses,
     check_process,
     check_reduction,
     check_tokens,
     compute_dtype,
-    fresh,
+    contiguous,
     launch,
     per_row,
-    raise_fault,
     stationary_for,
 )
-from sedd_ext._operators import define
-from sedd_ext.linear import (
-    BUFFER_BYTES,
-    check_linear,
-    is_noise,
-    is_token,
-    live_rows,
-    log_score_tile,
-    tile_shape,
-)
+from sedd_ext._operators import define, schema
+from sedd_ext.head import BUFFER_BYTES, Gradients, Head, Rows, Tile, check_head
 from sedd_ext.process import RankOne
 
 __all__ = ["linear_score_entropy_loss"]
 
-_ARGUMENTS = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor x_t, Tensor x_0, Tensor sigma, Tensor? log_score_shift, "
-    "Tensor? loss_weight, Tensor? stationary, str family, float neg_entropy, ScalarType dtype, int buffer_bytes, "
-    "bool grad_hidden, bool grad_weight, bool grad_bias"
-)
+
+class Arguments(NamedTuple):
+    """The arguments of the operator and of its backward."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    x_t: Tensor
+    x_0: Tensor
+    sigma: Tensor
+    log_score_shift: Tensor | None
+    loss_weight: Tensor | None
+    stationary: Tensor | None
+    family: str
+    neg_entropy: float
+    dtype: torch.dtype
+    buffer_bytes: int
+    grad_hidden: bool
+    grad_weight: bool
+    grad_bias: bool
+
+    @property
+    def wanted(self) -> tuple[bool, bool, bool]:
+        """Which gradients are needed."""
+        return self.grad_hidden, self.grad_weight, self.grad_bias
+
+
+_TENSORS = 9
+"""The number of tensors among the arguments. They come first."""
 _GRADIENTS = "Tensor, Tensor, Tensor"
 
 
-def _fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and the gradients of hidden, weight and bias; a gradient nobody wants is empty."""
-    dtype, _, grad_hidden, grad_weight, grad_bias = rest[-5:]
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and the gradients of hidden, weight and bias; a gradient that is not needed is empty."""
+    a = Arguments(*arguments)
     return (
-        hidden.new_empty(x_t.shape, dtype=compute_dtype(dtype)),
-        hidden.new_empty(hidden.shape if grad_hidden else (0,)),
-        weight.new_empty(weight.shape if grad_weight else (0,)),
-        (weight if bias is None else bias).new_empty(weight.shape[:1] if grad_bias else (0,)),
+        a.hidden.new_empty(a.x_t.shape, dtype=compute_dtype(a.dtype)),
+        a.hidden.new_empty(a.hidden.shape if a.grad_hidden else (0,)),
+        a.weight.new_empty(a.weight.shape if a.grad_weight else (0,)),
+        (a.weight if a.bias is None else a.bias).new_empty(a.weight.shape[:1] if a.grad_bias else (0,)),
     )
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool, unit: Tensor | None) -> None:
-    """total = a @ b for the first, total += a @ b for the others; 16-bit products are added up in float32.
+class _RowValues(NamedTuple):
+    """The values of the rows that go through the head, [R] each."""
 
-    ``unit`` is what the product is in units of, if that is not 1.
+    x_t: Tensor
+    x_0: Tensor
+    sigma: Tensor
+    shift: Tensor | None
+    loss_weight: Tensor
+
+    def of(self, rows: slice) -> _RowValues:
+        """The values of a slice of these rows."""
+        x_t, x_0, sigma, shift, loss_weight = self
+        return _RowValues(x_t[rows], x_0[rows], sigma[rows], None if shift is None else shift[rows], loss_weight[rows])
+
+
+@torch.no_grad()
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = Arguments(*arguments)
+    loss, hidden_gradient, weight_gradient, bias_gradient = _fake(*a)
+    dim, stationary = a.weight.shape[0], contiguous(a.stationary)
+    rows = Rows(a.x_t, a.sigma, stationary, a.family, dim, a.x_0)
+    head = Head(rows.select(a.hidden).to(a.dtype), a.weight, a.bias, a.buffer_bytes)
+    gradients = Gradients(head, weight_gradient, bias_gradient, a.grad_hidden)
+    sigma = rows.select(a.sigma)
+    values = _RowValues(
+        rows.select(a.x_t),
+        rows.select(a.x_0),
+        sigma,
+        None if a.log_score_shift is None else rows.select(a.log_score_shift),
+        torch.ones_like(sigma) if a.loss_weight is None else rows.select(a.loss_weight),
+    )
+    losses = loss.new_zeros(sigma.shape[0])
+    sweeps = sigma.new_empty(sigma.shape[0], _C.score_entropy_sweep_numbers)
+    for tile in head.tiles():
+        v = values.of(tile.rows)
+        weights, unit = (v.loss_weight if any(a.wanted) else None), None
+        if weights is not None and a.dtype == torch.float16:
+            unit = _unit(tile, v, stationary, a.family, dim)
+            weights = weights / unit
+        fault, row = launch(
+            "score_entropy_tile",
+            **tile.arguments(dim),
+            x_t=v.x_t,
+            x_0=v.x_0,
+            sigma=v.sigma,
+            shift=v.shift,
+            stationary=stationary,
+            grad_loss=weights,
+            sweeps=sweeps[tile.rows],
+            out=losses[tile.rows],
+            neg_entropy=a.neg_entropy,
+            family=FAMILIES[a.family],
+        )
+        if fault:
+            status = fault, tile.rows.start + row
+            rows.raise_fault(status, {"x_t": a.x_t, "x_0": a.x_0}, ("sigma", a.sigma))
+        if any(a.wanted):
+            gradients.add(tile, unit)
+    if a.loss_weight is not None:
+        losses *= values.loss_weight.to(losses.dtype)
+    loss = rows.restore(losses, loss)
+    if a.grad_hidden:
+        hidden_gradient = rows.restore(gradients.hidden.to(a.hidden.dtype), hidden_gradient)
+    return loss, hidden_gradient, weight_gradient, bias_gradient
+
+
+def _unit(tile: Tile, v: _RowValues, stationary: Tensor | None, family: str, dim: int) -> Tensor:
+    """The unit of the gradients of a float16 tile: a power of two, as a float64 number on the device.
+
+    With it, neither a gradient nor a product of gradients with the weight or the hidden states overflows float16, and
+    small ones lose as few digits as possible. No gradient exceeds ``loss_weight (π_x s + 1 + a/b)``. This function sets
+    entry x of the tile, which has no gradient, to -inf.
     """
-    if total.dtype != a.dtype:
-        product = torch.mm(a, b)
-        if unit is not None:
-            product = product.to(total.dtype) * unit
-        total.copy_(product) if first else total.add_(product)
-    elif first:  # addmm with beta = 0 takes 1.4 times as long
-        torch.mm(a, b, out=total)
+    if stationary is None:
+        pi_x = torch.full_like(v.sigma, 1.0 / dim if family == "uniform" else 1.0)
     else:
-        torch.addmm(total, a, b, out=total)
+        pi_x = stationary[v.x_t.clamp(0, dim - 1)].double()
+    if v.shift is not None:
+        pi_x = pi_x * torch.exp(-v.shift)
+    scores, (rows, width) = tile.log_score, tile.log_score.shape
+    entry = (v.x_t - tile.entries.start)[:, None]
+    is_here = (entry >= 0) & (entry < width)
+    entry = entry.clamp(0, width - 1)
+    scores.scatter_(1, entry, torch.where(is_here, -torch.inf, scores.gather(1, entry)))
+    bound = v.loss_weight.abs() * (pi_x * scores.amax(1).double().exp() + 1 + 1 / torch.expm1(v.sigma))
+    bound = torch.where(bound < 1e38, bound, 0.0)  # a larger gradient overflows float32 too
+    room = 2.0**14 / torch.maximum(width * _largest(tile.weight), rows * _largest(tile.hidden).clamp(min=1.0))
+    return (_largest(bound) / room.clamp(max=2.0**14)).log2().ceil().exp2()
 
 
 def _largest(values: Tensor) -> Tensor:
     """The largest finite magnitude, at least 1e-30."""
     finite = torch.where(values.isfinite(), values, 0.0).abs()
     return torch.cat([finite.double().flatten(), finite.new_full((1,), 1e-30, dtype=torch.float64)]).amax()
-
-
-def _unit(
-    tile: Tensor, w: Tensor, h: Tensor, first: int, x_t: Tensor, weights: Tensor, sigma: Tensor, pi_x: Tensor
-) -> Tensor:
-    """A power of two that the gradients of a float16 tile are made in units of, as a float64 number on the device.
-
-    With it, neither a gradient nor a product of gradients with w or h exceeds float16's range, and small ones lose as
-    few digits as that allows. Entry x, which has no gradient, becomes -inf in the tile. No gradient exceeds
-    ``weight (π_x s + 1 + a/b)``.
-    """
-    place = (x_t - first)[:, None]
-    here = (place >= 0) & (place < tile.shape[1])
-    at = place.clamp(0, tile.shape[1] - 1)
-    tile.scatter_(1, at, torch.where(here, -torch.inf, tile.gather(1, at)))
-    bound = weights.abs() * (pi_x * tile.amax(1).double().exp() + 1 + 1 / torch.expm1(sigma))
-    bound = torch.where(bound < 1e38, bound, 0.0)  # beyond it, float32 has no gradient either
-    room = 2.0**14 / torch.maximum(tile.shape[1] * _largest(w), tile.shape[0] * _largest(h).clamp(min=1.0))
-    return (_largest(bound) / room.clamp(max=2.0**14)).log2().ceil().exp2()
-
-
-@torch.no_grad()
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    x_t: Tensor,
-    x_0: Tensor,
-    sigma: Tensor,
-    log_score_shift: Tensor | None,
-    loss_weight: Tensor | None,
-    stationary: Tensor | None,
-    family: str,
-    neg_entropy: float,
-    dtype: torch.dtype,
-    buffer_bytes: int,
-    grad_hidden: bool,
-    grad_weight: bool,
-    grad_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    flags = (grad_hidden, grad_weight, grad_bias)
-    loss, *gradients = _fake(hidden, weight, bias, x_t, dtype, buffer_bytes, *flags)
-    dim, d = weight.shape
-    stationary = None if stationary is None else stationary.contiguous()
-    bad = ~(is_token(x_t, dim) & is_token(x_0, dim) & is_noise(sigma)).reshape(-1)
-    rows = live_rows(x_t.reshape(-1), bad, stationary, family, dim)
-
-    def live(values: Tensor) -> Tensor:
-        values = values.reshape(-1, *values.shape[x_t.dim() :])
-        return values.contiguous() if rows is None else values[rows]
-
-    h = live(hidden).to(dtype)
-    tokens, clean, noise = live(x_t), live(x_0), live(sigma)
-    shift = None if log_score_shift is None else live(log_score_shift)
-    factor = torch.ones_like(noise) if loss_weight is None else live(loss_weight)
-    unit: Tensor | None = None
-    if dtype == torch.float16:
-        if stationary is None:
-            pi_x = torch.full_like(noise, 1.0 / dim if family == "uniform" else 1.0)
-        else:
-            pi_x = stationary[tokens.clamp(0, dim - 1)].double()
-    count = h.shape[0]
-    losses = loss.new_zeros(count)
-    sweeps = noise.new_empty(count, _C.score_entropy_sweep_numbers)
-    exact = loss.dtype  # that gradients are added up in
-    h_grad = h.new_zeros(h.shape if grad_hidden else (0,), dtype=exact)
-    for gradient in gradients[1:]:
-        fresh(gradient) if count else gradient.zero_()
-    part, width = tile_shape(count, dim, dtype, h.device, buffer_bytes)
-    buffer = h.new_empty(min(part, count) * width)
-    ones = h.new_ones(1, part)
-
-    for first in range(0, dim, width):
-        entries = slice(first, first + width)
-        w = weight[entries].to(dtype)
-        b = None if bias is None else bias[entries].to(dtype)
-        w_grad, b_grad = (gradient[entries].to(exact) for gradient in gradients[1:])  # itself, if it has the dtype
-        for begin in range(0, count, part):
-            at = slice(begin, begin + part)
-            tile = log_score_tile(h[at], w, b, buffer)
-            weights = factor[at] if any(flags) else None
-            if dtype == torch.float16 and weights is not None:
-                scale = torch.exp(-shift[at]) if shift is not None else 1.0
-                unit = _unit(tile, w, h[at], first, tokens[at], weights, noise[at], pi_x[at] * scale)
-                weights = weights / unit
-            tensors = addresses(
-                tile,
-                tokens[at],
-                clean[at],
-                noise[at],
-                None if shift is None else shift[at],
-                stationary,
-                weights,
-                sweeps[at],
-                losses[at],
-            )
-            numbers = (neg_entropy, *tile.shape, first, dim, DTYPES[dtype], FAMILIES[family])
-            sizes = (tile.shape[0], tile.shape[1], DTYPES[dtype])
-            fault, row = launch("score_entropy_tile", losses, (*tensors, *numbers), sizes)
-            if fault:
-                row = begin + row if rows is None else int(rows[begin + row])
-                raise_fault((fault, row), {"x_t": x_t, "x_0": x_0}, dim, ("sigma", sigma))
-            if grad_hidden:
-                _add_product(h_grad[at], tile, w, first == 0, unit)
-            if grad_weight:
-                _add_product(w_grad, tile.T, h[at], begin == 0, unit)
-            if grad_bias:
-                _add_product(b_grad.unsqueeze(0), ones[:, : len(tile)], tile, begin == 0, unit)
-        for gradient, total in zip(gradients[1:], (w_grad, b_grad), strict=True):
-            if gradient.dtype != exact:
-                gradient[entries] = total
-    if loss_weight is not None:
-        losses *= factor.to(exact)
-    if rows is None:
-        loss, gradients[0] = losses.view(loss.shape), h_grad.to(hidden.dtype).view(gradients[0].shape)
-    else:
-        loss.zero_().view(-1)[rows] = losses
-        if grad_hidden:
-            gradients[0].zero_().view(-1, d)[rows] = h_grad.to(hidden.dtype)
-    return loss, gradients[0], gradients[1], gradients[2]
 
 
 def _backward_fake(
@@ -209,25 +174,24 @@ def _backward_fake(
 def _backward(
     grad_loss: Tensor, hidden_gradient: Tensor, weight_gradient: Tensor, bias_gradient: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    gradients = (hidden_gradient, weight_gradient, bias_gradient)
-    _, grad_weight, grad_bias = arguments[-3:]
-    if not grad_weight and not grad_bias:  # a row's gradient is proportional to what comes down for it
+    a, gradients = Arguments(*arguments), (hidden_gradient, weight_gradient, bias_gradient)
+    if not a.grad_weight and not a.grad_bias:  # the gradient of a row is proportional to the upstream one of the row
         factors = grad_loss.unsqueeze(-1).to(hidden_gradient.dtype)
-        return hidden_gradient * factors if arguments[-3] else hidden_gradient.clone(), *map(torch.clone, gradients[1:])
+        return hidden_gradient * factors if a.grad_hidden else hidden_gradient.clone(), *map(torch.clone, gradients[1:])
     factor = _common(grad_loss)
     if factor is not None:
         return tuple(gradient * factor.to(gradient.dtype) for gradient in gradients)
-    loss_weight = grad_loss.double() if arguments[7] is None else arguments[7] * grad_loss
+    loss_weight = grad_loss.double() if a.loss_weight is None else a.loss_weight * grad_loss
     everything: tuple[Tensor, ...] = torch.ops.sedd_ext.linear_score_entropy(
-        *arguments[:7], loss_weight.contiguous(), *arguments[8:]
+        *a._replace(loss_weight=loss_weight.contiguous())
     )
     return everything[1:]
 
 
 def _common(grad_loss: Tensor) -> Tensor | None:
-    """What comes down from above, if it is one number for all rows: the usual case.
+    """The upstream gradient, if it is the same number for all rows, which is the usual case; else None.
 
-    Memory of stride 0, which sums hand down, says so itself. To look at other numbers waits for the device.
+    The gradient of a sum has stride 0, which shows this without a read. Comparing numbers waits for the device.
     """
     if grad_loss.numel() == 0:
         return grad_loss.new_ones(())
@@ -235,21 +199,21 @@ def _common(grad_loss: Tensor) -> Tensor | None:
     if all(stride == 0 or size == 1 for stride, size in zip(grad_loss.stride(), grad_loss.shape, strict=True)):
         return first
     if grad_loss.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None  # nothing can be waited for: the gradients are made anew, which is right for all numbers
+        return None  # a capture cannot wait; computing the gradients again is always correct
     return first if bool((grad_loss == first).all()) else None
 
 
-define(f"linear_score_entropy({_ARGUMENTS}) -> (Tensor, {_GRADIENTS})", _forward, _fake)
+define(f"linear_score_entropy({schema(Arguments)}) -> (Tensor, {_GRADIENTS})", _forward, _fake)
 define(
     "linear_score_entropy_backward(Tensor grad_loss, Tensor hidden_gradient, Tensor weight_gradient, "
-    f"Tensor bias_gradient, {_ARGUMENTS}) -> ({_GRADIENTS})",
+    f"Tensor bias_gradient, {schema(Arguments)}) -> ({_GRADIENTS})",
     _backward,
     _backward_fake,
 )
 
 
 class _LinearScoreEntropyGradient(torch.autograd.Function):
-    """The gradients, and a refusal to differentiate them again, which would otherwise drop terms in silence."""
+    """Computes the gradients. Its own backward raises, because a second derivative would silently lack terms."""
 
     @staticmethod
     def forward(ctx: Any, grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -265,28 +229,28 @@ class _LinearScoreEntropyGradient(torch.autograd.Function):
 
 
 class _LinearScoreEntropy(torch.autograd.Function):
-    """Makes the gradients beside the loss, as if 1 came down from above for every row.
+    """Computes the gradients together with the loss, for an upstream gradient of 1 in every row.
 
-    One number for all rows scales them. Different numbers are known in the backward pass only, and need the head's
-    product once more.
+    If the upstream gradient is another number, the same for all rows, the backward pass scales them. If it differs from
+    row to row, the backward pass computes them again, with the head's matrix product.
     """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        hidden, weight, bias, x_t, x_0, sigma, shift, loss_weight, stationary, *rest = arguments
         loss, *gradients = torch.ops.sedd_ext.linear_score_entropy(*arguments)
-        ctx.save_for_backward(*gradients, hidden, weight, bias, x_t, x_0, sigma, shift, loss_weight, stationary)
-        ctx.rest = rest
+        ctx.save_for_backward(*gradients, *arguments[:_TENSORS])
+        ctx.options = arguments[_TENSORS:]
         result: Tensor = loss
         return result
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         gradients = _LinearScoreEntropyGradient.apply(  # type: ignore[no-untyped-call]
-            grad_loss, *ctx.saved_tensors, *ctx.rest
+            grad_loss, *ctx.saved_tensors, *ctx.options
         )
-        wanted = ctx.rest[-3:]
-        return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *(None,) * 13
+        wanted = ctx.options[-3:]
+        others = (None,) * (_TENSORS - 3 + len(ctx.options))
+        return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *others
 
 
 def linear_score_entropy_loss(
@@ -303,17 +267,20 @@ def linear_score_entropy_loss(
     reduction: Literal["none", "mean", "sum"] = "none",
     buffer_bytes: int = BUFFER_BYTES,
 ) -> Tensor:
-    """The output head and score entropy in one: ``score_entropy_loss(F.linear(hidden, weight, bias), ...)``.
+    """The output head and score entropy in one operator: ``score_entropy_loss(F.linear(hidden, weight, bias), ...)``.
 
-    The log-scores exist tile by tile only, in a buffer of fixed size: beside the gradients of hidden, weight and bias
-    nothing grows with rows × N. Rows with π_{x_t} = 0 (unmasked tokens of absorbing diffusion) do not go through the
-    head at all; to know how many are left waits for a GPU. The gradients are made in the forward pass, tile by tile,
-    as if each position's loss had the same weight in what is differentiated (as in sums and means, of any scale); where
-    the backward pass finds that they have not, it makes them anew, at the cost of one more matrix product. So weights
-    that are known beforehand are better given as ``loss_weight``. The backward pass of ``reduction="mean"``, of
-    ``"sum"`` and of ``loss.sum()`` knows without looking; that of ``loss.mean()`` has to look at the numbers that come
-    down, which waits for a GPU, unless the head is frozen. Under autocast the matrix products run in its dtype;
-    the sums, and the gradients over tiles and rows, are added up in float32 (float64 for float64).
+    The log-scores exist only tile by tile, in a buffer of fixed size. Apart from the gradients of hidden, weight and
+    bias, the memory does not grow with rows × N. Rows with π_{x_t} = 0 (unmasked tokens of absorbing diffusion) skip
+    the head. On a GPU, the call waits until the other rows are counted.
+
+    The forward pass also computes the gradients, tile by tile, under the assumption that the upstream gradient is the
+    same number for every position, as for sums and means. If the backward pass receives different numbers, it computes
+    the gradients again, which costs one more matrix product. So pass known weights of positions as ``loss_weight``.
+    With ``reduction="mean"``, with ``"sum"`` and with ``loss.sum()``, the backward pass knows that the numbers are the
+    same. With ``loss.mean()`` it compares them, which waits for a GPU, unless the head is frozen.
+
+    Under autocast the matrix products use its dtype. Sums, and gradients over tiles and rows, are accumulated in
+    float32 (float64 for float64).
 
     Args:
         hidden: states before the head, [*B, d], float32, bfloat16, float16 or float64.
@@ -325,48 +292,51 @@ def linear_score_entropy_loss(
         process: the process; ``process.dim`` is N.
         log_score_shift: subtracted from every log-score of its row; a number or a floating-point tensor that broadcasts
             to [*B].
-        loss_weight: what each position's loss is multiplied by, the noise rate σ(t) for one; a number or a
-            floating-point tensor that broadcasts to [*B].
+        loss_weight: a factor for the loss of each position, for example the noise rate σ(t); a number or a floating-
+            point tensor that broadcasts to [*B].
         reduction: ``"none"`` gives [*B]; ``"mean"`` and ``"sum"`` give a scalar over all positions.
         buffer_bytes: memory for a tile of log-scores. A tile has 2,048 entries of the vocabulary (8,192 on a GPU) and
             as many rows as fit.
 
     Returns:
-        float32 (float64 for float64 matrix products); differentiable once, with respect to ``hidden``, ``weight`` and
-        ``bias``. A gradient that nobody needs costs nothing.
+        The loss, float32 (float64 for float64 matrix products). It is differentiable once, with respect to ``hidden``,
+        ``weight`` and ``bias``. Gradients that are not needed are not computed.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a shape does not fit, a token lies outside [0, N), σ̄ is NaN, infinite or not above 0, an argument
-            without gradient requires one, or ``reduction`` or ``buffer_bytes`` is not one of those above.
+            that gets no gradient requires one, ``reduction`` is unknown, or ``buffer_bytes`` is not a positive int.
 
     Source: SEDD (Lou, Meng & Ermon 2024), Theorem 3.6, in closed form for any rank-one process.
     """
     process = check_process(process)
-    hidden, weight, bias, dtype = check_linear(hidden, weight, bias, process, buffer_bytes)
+    hidden, weight, bias, dtype = check_head(hidden, weight, bias, process, buffer_bytes)
     batch, device = hidden.shape[:-1], hidden.device
     x_t, x_0 = check_tokens("x_t", x_t, batch, "hidden"), check_tokens("x_0", x_0, batch, "hidden")
     check_reduction(reduction)
     if reduction == "mean":
         scale = 1.0 / max(1, batch.numel())
         loss_weight = scale if loss_weight is None else loss_weight * scale
-    differentiable = (
+    grad_hidden, grad_weight, grad_bias = (
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     )
-    loss: Tensor = _LinearScoreEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden,
-        weight,
-        bias,
-        x_t,
-        x_0,
-        per_row("sigma", sigma, batch, device),
-        None if log_score_shift is None else per_row("log_score_shift", log_score_shift, batch, device),
-        None if loss_weight is None else per_row("loss_weight", loss_weight, batch, device),
-        stationary_for(process, dtype, device),
-        process.family,
-        process.neg_entropy,
-        dtype,
-        buffer_bytes,
-        *differentiable,
+    arguments = Arguments(
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        x_t=x_t,
+        x_0=x_0,
+        sigma=per_row("sigma", sigma, batch, device),
+        log_score_shift=None if log_score_shift is None else per_row("log_score_shift", log_score_shift, batch, device),
+        loss_weight=None if loss_weight is None else per_row("loss_weight", loss_weight, batch, device),
+        stationary=stationary_for(process, dtype, device),
+        family=process.family,
+        neg_entropy=process.neg_entropy,
+        dtype=dtype,
+        buffer_bytes=buffer_bytes,
+        grad_hidden=grad_hidden,
+        grad_weight=grad_weight,
+        grad_bias=grad_bias,
     )
+    loss: Tensor = _LinearScoreEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
     return loss if reduction == "none" else loss.sum()

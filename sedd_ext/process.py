@@ -1,14 +1,15 @@
-"""The forward processes: one rank-one family, told apart only by its stationary distribution.
+"""The forward processes: one rank-one family, in which processes differ only in their stationary distribution.
 
 Every process has the generator ``Q = π 1ᵀ - I`` (columns are "from"), so ``exp(σQ) = a I + (1 - a) π 1ᵀ`` with
-``a = exp(-σ)``. Absorbing, uniform and hybrid diffusion differ in π alone, and so a process is data: a
-:class:`RankOne` holds π, and :func:`Absorbing`, :func:`Uniform` and :func:`Hybrid` are ways to make one.
+``a = exp(-σ)``. Absorbing, uniform and hybrid diffusion differ only in π. So a process is data: a :class:`RankOne`
+holds π, and :func:`Absorbing`, :func:`Uniform` and :func:`Hybrid` create one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -17,17 +18,17 @@ from torch import Tensor
 __all__ = ["Absorbing", "Hybrid", "RankOne", "Uniform"]
 
 Family = Literal["absorbing", "uniform", "rank_one"]
-_MOST_TOKENS = 2**53  # whose places float64 tells apart
-_LEAST = torch.finfo(torch.float32).tiny  # the kernels hold π in float32, with full precision from here on
+_MOST_TOKENS = 2**53  # float64 represents every index up to here
+_LEAST = torch.finfo(torch.float32).tiny  # the kernels use π in float32, where smaller numbers lose precision
 
 
 class RankOne:
     """A diffusion process ``Q = π 1ᵀ - I`` over tokens 0..N-1, given by its stationary distribution π.
 
     Args:
-        stationary: probability vector π, [N], any floating dtype; entries that are 0 or at least 1.2e-38, float32's
-            smallest normal number, and sum to 1. Kept in float64.
-        mask_id: the token that means "not yet known", if π has one. The last, denoising reverse step never returns it.
+        stationary: probability vector π, [N], of any floating dtype. Each entry is 0 or at least 1.2e-38, the smallest
+            normal number of float32, and the entries sum to 1. Stored in float64.
+        mask_id: the MASK token, or None if there is none. The last, denoising reverse step never returns it.
 
     Raises:
         TypeError: ``stationary`` is not a floating-point tensor, or ``mask_id`` not an int.
@@ -86,7 +87,7 @@ class RankOne:
 
     @classmethod
     def _closed_form(cls, family: Family, dim: int, mask_id: int | None, neg_entropy: float) -> RankOne:
-        """A process whose π needs no vector."""
+        """Creates a process whose π is not stored as a vector."""
         process = cls.__new__(cls)
         process._set(family, dim, mask_id, neg_entropy)
         process._stationary = process._cumulative = None
@@ -103,24 +104,33 @@ class RankOne:
         vector[-1] = 1.0
         return vector
 
+    @cached_property
+    def uniform_fraction(self) -> float | None:
+        """λ of a hybrid process, π = (1 - λ) e_MASK + λ/n on the n tokens, λ < 1; None for other processes."""
+        if self.family != "rank_one" or self.mask_id != self.dim - 1:
+            return None
+        tokens, mask = self.stationary[:-1], float(self.stationary[-1])
+        hybrid = mask > 0 and torch.allclose(tokens, tokens.mean().expand_as(tokens), rtol=1e-9, atol=0)
+        return 1 - mask if hybrid else None
+
     @property
     def cumulative(self) -> Tensor:
-        """The cumulative sums of π, float64 [N]: what an inverse-CDF draw from π searches."""
+        """The cumulative sums of π, float64 [N], for draws by inverse CDF."""
         return self._cumulative if self._cumulative is not None else self.stationary.cumsum(0)
 
     def _copy(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """``stationary`` or ``cumulative`` in the given dtype, on the given device: made once, as a GPU has to wait."""
+        """``stationary`` or ``cumulative`` in the given dtype on the given device, cached, because a copy waits."""
         key = (name, dtype, device)
         copy = self._copies.get(key)
         if copy is None:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
-                    f"process: {self} has no copy of its {name} vector in {dtype} on {device} yet, and none can be "
-                    "made while a CUDA graph is captured; call the operator once before, with tensors of the same dtype"
+                    f"process: expected a copy of the {name} vector of {self} in {dtype} on {device}, got none, and a "
+                    "capture of a CUDA graph cannot make one; call the operator once before, with the same dtype"
                 )
-            with torch.inference_mode(False):  # what is kept may be saved for a backward pass later
+            with torch.inference_mode(False):  # a backward pass may need the copy later
                 copy = getattr(self, name).to(device=device, dtype=dtype)
-            if type(copy) is Tensor and not torch.compiler.is_compiling():  # a traced one must not stay
+            if type(copy) is Tensor and not torch.compiler.is_compiling():  # do not cache a traced tensor
                 self._copies[key] = copy
         return copy
 
@@ -131,12 +141,12 @@ class RankOne:
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Draws tokens from π, where the reverse process starts: x_T ~ π.
+        """Draws tokens from π, the start of the reverse process: x_T ~ π.
 
         Args:
             shape: shape of the result.
             generator: random number generator; torch's default one if None.
-            device: where the result lies; the generator's device, else the CPU, if None.
+            device: device of the result; if None, the device of the generator, or the CPU without one.
 
         Returns:
             int64 tensor of the given shape.
@@ -168,7 +178,7 @@ def _positive(name: str, value: int) -> int:
 
 
 def Absorbing(num_tokens: int) -> RankOne:  # noqa: N802 - named like the processes of the field
-    """Masked diffusion: every token decays to MASK, one more id behind the vocabulary (π = e_MASK).
+    """Masked diffusion: every token decays to MASK, an additional id after the vocabulary (π = e_MASK).
 
     Args:
         num_tokens: n, the size of the vocabulary without MASK.
@@ -200,17 +210,17 @@ def Uniform(num_tokens: int) -> RankOne:  # noqa: N802
 
 
 def Hybrid(num_tokens: int, uniform_fraction: float) -> RankOne:  # noqa: N802
-    """Masking and uniform noise together: π = (1 - λ) e_MASK + λ/n on the n tokens.
+    """Combines masking and uniform noise: π = (1 - λ) e_MASK + λ/n on the n tokens.
 
     Args:
         num_tokens: n, the size of the vocabulary without MASK.
-        uniform_fraction: λ in [0, 1], the part of the noise that replaces a token by a random one.
+        uniform_fraction: λ in [0, 1], the fraction of the noise that replaces a token by a random one.
 
     Returns:
         A process with ``dim = n + 1`` and ``mask_id = n``.
 
     Raises:
-        TypeError, ValueError: ``num_tokens`` is not a positive int up to 2^53, or λ is no number in [0, 1].
+        TypeError, ValueError: ``num_tokens`` is not a positive int up to 2^53, or λ is not a number in [0, 1].
 
     Source: generalised interpolating diffusion (GIDD), with constant λ.
     """

@@ -1,4 +1,4 @@
-"""Diffusion-weighted denoising score entropy, forward and backward in one pass over the vocabulary each."""
+"""Diffusion-weighted denoising score entropy: forward and backward take one pass over the vocabulary each."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from sedd_ext._dispatch import (
     DTYPES,
     FAMILIES,
-    addresses,
     check_log_score,
     check_process,
     check_reduction,
     check_tokens,
     compute_dtype,
+    contiguous,
     empty_beside,
     fresh,
     launch,
@@ -47,19 +47,29 @@ def _launch(
     family: str,
     neg_entropy: float,
 ) -> Tensor:
-    # the names keep what .contiguous() may have made alive until the kernel is done
-    log_score, x_t, x_0, sigma = log_score.contiguous(), x_t.contiguous(), x_0.contiguous(), sigma.contiguous()
-    shift = None if log_score_shift is None else log_score_shift.contiguous()
-    stationary = None if stationary is None else stationary.contiguous()
-    sizes = (x_t.numel(), log_score.shape[-1], DTYPES[log_score.dtype])
-    tensors = addresses(log_score, x_t, x_0, sigma, shift, stationary, grad_loss, out)
-    status = launch(kernel, out, (*tensors, neg_entropy, *sizes, FAMILIES[family]), sizes)
-    raise_fault(status, {"x_t": x_t, "x_0": x_0}, log_score.shape[-1], ("sigma", sigma))
+    status = launch(
+        kernel,
+        log_score=log_score.contiguous(),
+        x_t=x_t.contiguous(),
+        x_0=x_0.contiguous(),
+        sigma=sigma.contiguous(),
+        shift=contiguous(log_score_shift),
+        stationary=contiguous(stationary),
+        grad_loss=grad_loss,
+        out=out,
+        neg_entropy=neg_entropy,
+        rows=x_t.numel(),
+        dim=log_score.size(-1),
+        dtype=DTYPES[log_score.dtype],
+        family=FAMILIES[family],
+    )
+    if status[0]:
+        raise_fault(status, {"x_t": x_t, "x_0": x_0}, log_score.size(-1), ("sigma", sigma))
     return out
 
 
 def _fake(log_score: Tensor, x_t: Tensor, *_: Any) -> Tensor:
-    return log_score.new_empty(x_t.shape, dtype=compute_dtype(log_score.dtype))
+    return torch.empty_like(x_t, dtype=compute_dtype(log_score.dtype), memory_format=torch.contiguous_format)
 
 
 def _forward(log_score: Tensor, x_t: Tensor, *rest: Any) -> Tensor:
@@ -72,7 +82,7 @@ def _backward_fake(grad_loss: Tensor, log_score: Tensor, *_: Any) -> Tensor:
 
 def _backward(grad_loss: Tensor, log_score: Tensor, *rest: Any) -> Tensor:
     out = fresh(_backward_fake(grad_loss, log_score))
-    # .sum().backward() hands over a gradient of stride 0
+    # .sum().backward() passes a gradient of stride 0
     grad_loss = grad_loss.to(compute_dtype(log_score.dtype)).contiguous()
     return _launch("score_entropy_backward", grad_loss, out, log_score, *rest)
 
@@ -82,7 +92,7 @@ define(f"score_entropy_backward(Tensor grad_loss, {_ARGUMENTS}) -> Tensor", _bac
 
 
 class _ScoreEntropyGradient(torch.autograd.Function):
-    """The gradient, and a refusal to differentiate it again, which would otherwise drop terms in silence."""
+    """Computes the gradient. Its own backward raises, because a second derivative would silently lack terms."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -95,7 +105,7 @@ class _ScoreEntropyGradient(torch.autograd.Function):
 
 
 class _ScoreEntropy(torch.autograd.Function):
-    """Keeps the inputs alone: the gradient is computed anew from the log-scores, in one read and one write."""
+    """Saves only the inputs. The backward pass computes the gradient from the log-scores, in one read and one write."""
 
     @staticmethod
     def forward(
@@ -140,22 +150,23 @@ def score_entropy_loss(
 
         L = π_x { Σ_{y≠x} s_y - (b/D) Σ_{y≠x} π_y log s_y - [x ≠ x_0] (a/D) log s_{x_0} + C }
 
-    The constant C is included: L ≥ 0, and L = 0 where s is the true ratio p(y | x_0) / p(x_t | x_0). A training loss is
-    the sum over a sequence times the noise rate σ(t). Positions with π_{x_t} = 0 (unmasked tokens of absorbing
-    diffusion) give exactly 0, and 0 gradient, and are not read. NaN and infinities go through as in arithmetic.
+    The constant C is included, so L ≥ 0, and L = 0 if s is the true ratio p(y | x_0) / p(x_t | x_0). For training,
+    multiply the sum over a sequence by the noise rate σ(t). Positions with π_{x_t} = 0 (unmasked tokens of absorbing
+    diffusion) have loss 0 and gradient 0, and are not read. NaN and infinities propagate as in ordinary arithmetic.
 
     Args:
-        log_score: log s_y, [*B, N], float32, bfloat16, float16 or float64. Entry y = x_t is ignored, whatever it holds.
+        log_score: log s_y, [*B, N], float32, bfloat16, float16 or float64. The entry y = x_t is ignored.
         x_t: noised tokens, [*B], int64, in [0, N).
         x_0: clean tokens, [*B], int64, in [0, N).
         sigma: total noise σ̄(t) > 0, a number or a floating-point tensor that broadcasts to [*B].
         process: the process; ``process.dim`` is N.
         log_score_shift: subtracted from every log-score of its row inside the kernel; a number or a floating-point
-            tensor that broadcasts to [*B]. The σ-scaling of absorbing models, log expm1(σ̄) + log(N - 1), goes here.
+            tensor that broadcasts to [*B]. Absorbing models pass their σ-scaling, log expm1(σ̄) + log(N - 1).
         reduction: ``"none"`` gives [*B]; ``"mean"`` and ``"sum"`` give a scalar over all positions.
 
     Returns:
-        float32 (float64 for float64 log-scores); differentiable once, with respect to ``log_score`` alone.
+        The loss, float32 (float64 for float64 log-scores). It is differentiable once, and only with respect to
+        ``log_score``.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.

@@ -10,9 +10,9 @@ from torch import Tensor
 from sedd_ext._dispatch import (
     DTYPES,
     FAMILIES,
-    addresses,
     check_process,
     check_tokens,
+    contiguous,
     draw_seed,
     fresh,
     launch,
@@ -38,13 +38,21 @@ def _launch(
     family: str,
     dim: int,
 ) -> Tensor:
-    x, sigma = x.contiguous(), sigma.contiguous()
-    stationary = None if stationary is None else stationary.contiguous()
-    cumulative = None if cumulative is None else cumulative.contiguous()
-    sizes = (x.numel(), dim, DTYPES.get(out.dtype, 0))
-    tensors = addresses(x, sigma, stationary, cumulative, out, seed)
-    status = launch(kernel, out, (*tensors, *sizes, FAMILIES[family]), sizes)
-    raise_fault(status, {name: x}, dim, ("sigma", sigma))
+    status = launch(
+        kernel,
+        x=x.contiguous(),
+        sigma=sigma.contiguous(),
+        stationary=contiguous(stationary),
+        cumulative=contiguous(cumulative),
+        out=out,
+        seed=seed,
+        rows=x.numel(),
+        dim=dim,
+        dtype=DTYPES.get(out.dtype, 0),  # samples have no dtype
+        family=FAMILIES[family],
+    )
+    if status[0]:
+        raise_fault(status, {name: x}, dim, ("sigma", sigma))
     return out
 
 
@@ -63,7 +71,7 @@ def _row(x: Tensor, sigma: Tensor, stationary: Tensor | None, family: str, dim: 
 
 
 def _sample_fake(x_0: Tensor, sigma: Tensor, cumulative: Tensor | None, family: str, dim: int, seed: Tensor) -> Tensor:
-    return x_0.new_empty(x_0.shape)
+    return torch.empty_like(x_0, memory_format=torch.contiguous_format)
 
 
 def _sample(x_0: Tensor, sigma: Tensor, cumulative: Tensor | None, family: str, dim: int, seed: Tensor) -> Tensor:
@@ -139,9 +147,9 @@ def transition_row(x: Tensor, sigma: Tensor | float, process: RankOne) -> Tensor
 def sample_transition(
     x_0: Tensor, sigma: Tensor | float, process: RankOne, *, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Noises tokens: x_t ~ p(· | x_0), keeping each with probability e^{-σ}, else drawing it from π.
+    """Noises tokens: x_t ~ p(· | x_0). Keeps a token with probability e^{-σ}, else draws it from π.
 
-    Takes one or two random numbers a token and never makes a tensor over the vocabulary. The same generator state gives
+    Uses one or two random numbers per token and no tensor over the vocabulary. The same generator state gives
     the same tokens, whatever the number of threads.
 
     Args:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import sedd_ext
-from sedd_ext import _C, _dispatch
+from sedd_ext import _C, Euler, Tweedie, _dispatch
 
 SCHEDULES = ["forward", "reverse", "greedy", "random"]
 
@@ -112,9 +112,9 @@ def check_launches(label: Backend, told: Backend) -> None:
 
 
 def _recorded(launcher: Callable[..., Any], ran_on: Callable[[], Backend]) -> Callable[..., Any]:
-    def launch(kernel: str, *arguments: Any) -> Any:
+    def launch(kernel: str, arguments: dict[str, Any]) -> Any:
         launches.append(Launch(kernel, ran_on(), current))
-        return launcher(kernel, *arguments)
+        return launcher(kernel, arguments)
 
     return launch
 
@@ -161,6 +161,8 @@ def to_device(values: Any) -> Any:
             # its next number seeds one over there, so that every call draws anew
             seed = int(torch.randint(2**62, (1,), generator=value))
             return torch.Generator(current.device).manual_seed(seed)
+        if isinstance(value, (Euler, Tweedie)):
+            return type(value)(move(value.noise))
         return value.to(current.device) if isinstance(value, Tensor) else value
 
     return values if current.device == "cpu" else pytree.tree_map(move, values)
@@ -176,14 +178,11 @@ def _there_and_back(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-euler_probs = _there_and_back(sedd_ext.euler_probs)
-euler_sample = _there_and_back(sedd_ext.euler_sample)
-linear_euler_sample = _there_and_back(sedd_ext.linear_euler_sample)
+linear_reverse_sample = _there_and_back(sedd_ext.linear_reverse_sample)
 linear_score_entropy_loss = _there_and_back(sedd_ext.linear_score_entropy_loss)
-linear_tweedie_sample = _there_and_back(sedd_ext.linear_tweedie_sample)
+reverse_probs = _there_and_back(sedd_ext.reverse_probs)
+reverse_sample = _there_and_back(sedd_ext.reverse_sample)
 sample_transition = _there_and_back(sedd_ext.sample_transition)
 score_entropy_loss = _there_and_back(sedd_ext.score_entropy_loss)
 transition_column = _there_and_back(sedd_ext.transition_column)
 transition_row = _there_and_back(sedd_ext.transition_row)
-tweedie_probs = _there_and_back(sedd_ext.tweedie_probs)
-tweedie_sample = _there_and_back(sedd_ext.tweedie_sample)

@@ -12,12 +12,13 @@ from backends import Backend, sample_transition, score_entropy_loss
 from explicit import bad_rows
 from torch import Tensor
 
-from sedd_ext import Absorbing, Hybrid, Uniform
+from sedd_ext import Absorbing, Euler, Hybrid, Tweedie, Uniform
 
 pytestmark = pytest.mark.operators
 
 SCORES = torch.zeros(3, 7)
 TOKENS = torch.tensor([6, 6, 1])
+NOISE = torch.full((3,), 0.5)
 NAN, INF = float("nan"), float("inf")
 
 HEAD = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(7, 4), "bias": torch.zeros(7)}
@@ -28,13 +29,10 @@ CALLS: dict[str, dict[str, Any]] = {
     "transition_column": {"x_0": TOKENS, "sigma": 0.5},
     "transition_row": {"x": TOKENS, "sigma": 0.5},
     "sample_transition": {"x_0": TOKENS, "sigma": 0.5},
-    "tweedie_probs": {"log_score": SCORES, "x_t": TOKENS, "dsigma": 0.5},
-    "tweedie_sample": {"log_score": SCORES, "x_t": TOKENS, "dsigma": 0.5},
-    "euler_probs": {"log_score": SCORES, "x_t": TOKENS, "step": 0.5},
-    "euler_sample": {"log_score": SCORES, "x_t": TOKENS, "step": 0.5},
+    "reverse_probs": {"log_score": SCORES, "x_t": TOKENS, "step": Tweedie(0.5)},
+    "reverse_sample": {"log_score": SCORES, "x_t": TOKENS, "step": Tweedie(0.5)},
     "linear_score_entropy_loss": {**HEAD, "x_t": TOKENS, "x_0": torch.tensor([0, 1, 1]), "sigma": 0.5},
-    "linear_tweedie_sample": {**HEAD, "x_t": TOKENS, "dsigma": 0.5},
-    "linear_euler_sample": {**HEAD, "x_t": TOKENS, "step": 0.5},
+    "linear_reverse_sample": {**HEAD, "x_t": TOKENS, "step": Tweedie(0.5)},
 }
 
 
@@ -119,8 +117,11 @@ WRONG = {
     "x_0": WRONG_TOKENS,
     "x": WRONG_TOKENS,
     "sigma": WRONG_SIGMA,
-    "dsigma": WRONG_SIGMA,
-    "step": WRONG_SIGMA,
+    "step": [
+        *((value, TypeError, r"Tweedie\(dsigma\) or Euler\(step\), got ") for value in (0.5, None, NOISE, Tweedie)),
+        *((Euler(value), error, given) for value, error, given in WRONG_SIGMA),
+    ],
+    "dsigma": [(Tweedie(value), error, given) for value, error, given in WRONG_SIGMA],
     "log_score_shift": WRONG_SHIFT,
     "process": WRONG_PROCESS,
     "generator": [(7, TypeError, "int")],
@@ -129,13 +130,10 @@ WRONG = {
 OPTIONS = {
     "score_entropy_loss": ["log_score_shift", "reduction"],
     "sample_transition": ["generator"],
-    "tweedie_probs": ["log_score_shift"],
-    "tweedie_sample": ["log_score_shift", "generator"],
-    "euler_probs": ["log_score_shift"],
-    "euler_sample": ["log_score_shift", "generator"],
+    "reverse_probs": ["dsigma", "log_score_shift"],
+    "reverse_sample": ["dsigma", "log_score_shift", "generator", "temperature", "top_p"],
     "linear_score_entropy_loss": ["log_score_shift", "loss_weight", "reduction", "buffer_bytes"],
-    "linear_tweedie_sample": ["log_score_shift", "generator", "temperature", "top_p", "buffer_bytes"],
-    "linear_euler_sample": ["log_score_shift", "generator", "temperature", "top_p", "buffer_bytes"],
+    "linear_reverse_sample": ["dsigma", "log_score_shift", "generator", "temperature", "top_p", "buffer_bytes"],
 }
 
 
@@ -152,9 +150,11 @@ def test_operators(
 ) -> None:
     function: Callable[..., Tensor] = getattr(backends, operator)
     arguments = {**CALLS[operator], "process": Absorbing(6)}
+    if isinstance(value, Euler):
+        arguments["step"] = Euler(0.5)
     good = function(**arguments)
     assert bad_rows(good) == []
-    wrong = {**arguments, argument: value}
+    wrong = {**arguments, "step" if argument == "dsigma" else argument: value}
     if isinstance(error, BadRows):
         if not backend.names_bad_rows:
             result = function(**wrong)
@@ -227,6 +227,8 @@ def test_meta_tensors(operator: str) -> None:
     for name in tensors if len(tensors) > 1 else []:
         with pytest.raises(ValueError, match=r"^\w+: expected a tensor on (cpu|meta)"):
             function(**{**CALLS[operator], name: arguments[name]}, process=process)
-    step = next(name for name in ("sigma", "dsigma", "step") if name in arguments)
-    with pytest.raises(ValueError, match=f"^{step}: expected a tensor on cpu, got one on meta"):
-        function(**{**CALLS[operator], step: torch.tensor(0.5, device="meta")}, process=process)
+    noise: Any = torch.tensor(0.5, device="meta")
+    wrong = {"dsigma": Tweedie(noise), "step": Euler(noise)} if "step" in arguments else {"sigma": noise}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"^{name}: expected a tensor on cpu, got one on meta"):
+            function(**{**CALLS[operator], "step" if name == "dsigma" else name: value}, process=process)

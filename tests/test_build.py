@@ -12,7 +12,19 @@ import pytest
 import torch
 
 import sedd_ext
-from sedd_ext import _C, Absorbing, Hybrid, Uniform, reference, score_entropy_loss, tweedie_probs, tweedie_sample
+from sedd_ext import (
+    _C,
+    Absorbing,
+    Euler,
+    Hybrid,
+    Tweedie,
+    Uniform,
+    _dispatch,
+    reference,
+    reverse_probs,
+    reverse_sample,
+    score_entropy_loss,
+)
 
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and ELF files")
 N = 1031
@@ -79,6 +91,31 @@ def test_set_num_threads_is_obeyed(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("kernel", _C.arguments)
+def test_kernels_take_their_arguments_by_name(kernel: str) -> None:
+    """No rows, so that no address is read."""
+    function, right = getattr(_C, kernel), dict.fromkeys(_C.arguments[kernel], 0)
+    assert function(right) == (0, -1)
+    for name in right:
+        missing = {other: value for other, value in right.items() if other != name}
+        for wrong in (missing, {**missing, f"{name}_": 0}):
+            with pytest.raises(TypeError, match=f"^{kernel}: expected an argument {name}, got none"):
+                function(wrong)
+    with pytest.raises(TypeError, match=rf"^{kernel}: expected the arguments .*; got other too"):
+        function({**right, "other": 0})
+    with pytest.raises(TypeError, match=r"^stationary: expected a tensor, an address or None, got str"):
+        function({**right, "stationary": "0"})
+    with pytest.raises(TypeError):
+        function({**right, "rows": 0.5})
+
+
+def test_codes_and_names_come_from_the_compiled_module() -> None:
+    assert set(_C.families) == {"absorbing", "uniform", "rank_one"}
+    assert set(_C.steps) == {Tweedie.name, Euler.name}
+    assert set(_C.faults) == {"x_t", "x_0", "sigma", "total"}
+    assert set(_dispatch.DTYPES) == {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+
+
 def test_gil_is_released() -> None:
     """Another Python thread gets to run again and again while one kernel does."""
     process = Uniform(50258)
@@ -87,9 +124,12 @@ def test_gil_is_released() -> None:
     turns = []
 
     def kernel() -> None:
-        address = [t.data_ptr() for t in (log_score, x, x, sigma)]
+        arguments = dict.fromkeys(_C.arguments["score_entropy"])
+        arguments |= {"log_score": log_score, "x_t": x, "x_0": x, "sigma": sigma, "out": out, "rows": 2048}
+        arguments |= {"dim": process.dim, "neg_entropy": process.neg_entropy, "threads": 1}
+        arguments |= {"dtype": _C.dtypes["float32"], "family": _C.families["uniform"]}
         begin = time.perf_counter()
-        status = _C.score_entropy(*address, 0, 0, 0, out.data_ptr(), process.neg_entropy, 2048, process.dim, 0, 1, 1)
+        status = _C.score_entropy(arguments)
         turns.append((begin, time.perf_counter(), status))
 
     sigma, out = torch.ones(2048, dtype=torch.float64), torch.empty(2048)
@@ -121,7 +161,7 @@ def test_instruction_sets_agree(isa: str, process, dtype: torch.dtype) -> None:
         return (
             loss.double(),
             gradient.double(),
-            module.tweedie_probs(values.detach(), x_t, sigma / 20, process).double(),
+            module.reverse_probs(values.detach(), x_t, Tweedie(sigma / 20), process).double(),
         )
 
     results, exact = run(sedd_ext, log_score), run(reference, log_score.double())
@@ -149,11 +189,11 @@ def test_sampler_agrees_on_every_instruction_set(isa: str) -> None:
     process = Absorbing(N - 1)
     log_score = torch.randn(2000, N, generator=torch.Generator().manual_seed(5))
     x_t = torch.full((2000,), process.mask_id)
-    tokens = tweedie_sample(log_score, x_t, 0.5, process, generator=torch.Generator().manual_seed(1))
+    tokens = reverse_sample(log_score, x_t, Tweedie(0.5), process, generator=torch.Generator().manual_seed(1))
     _C.select_isa("baseline")
-    other = tweedie_sample(log_score, x_t, 0.5, process, generator=torch.Generator().manual_seed(1))
+    other = reverse_sample(log_score, x_t, Tweedie(0.5), process, generator=torch.Generator().manual_seed(1))
     assert (tokens != other).sum() <= 2
-    assert tweedie_probs(log_score, x_t, 0.5, process).shape == log_score.shape
+    assert reverse_probs(log_score, x_t, Tweedie(0.5), process).shape == log_score.shape
 
 
 def test_a_source_folder_without_kernels_says_so(tmp_path: Path) -> None:

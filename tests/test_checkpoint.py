@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-import sedd.checkpoint
-from sedd.checkpoint import (
+import sedd.training.checkpoint
+from sedd.config import ModelOptions, TrainConfig
+from sedd.files import write_json
+from sedd.hub import SEDD, load_model
+from sedd.training.checkpoint import (
     DamagedError,
     best_checkpoint,
     list_checkpoints,
@@ -26,10 +29,6 @@ from sedd.checkpoint import (
     set_damaged_aside,
     verify,
 )
-from sedd.config import ModelOptions, TrainConfig
-from sedd.files import write_json
-from sedd.model import SEDD
-from sedd.pretrained import load_model, load_pretrained
 
 TENSORS = ("model", "ema", "optimizer", "rng")
 
@@ -82,7 +81,8 @@ def test_round_trip(save: Callable[..., Path], config: TrainConfig, weights: dic
     assert (state["step"], state["valid"], state["elapsed"], state["data"]) == (500, 1.25, 1.5, {"consumed": 3})
     loaded = load_model(path)
     assert loaded.config.model.build() == config.model.build()
-    assert (loaded.tokenizer.name, loaded.process.dim) == ("text8", 28)
+    assert (loaded.tokenizer.name, loaded.diffusion.process.dim) == ("text8", 28)
+    assert not loaded.diffusion.training
     assert not loaded.model.training
     for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, weights[name] + 500), "the averaged weights are loaded"
@@ -138,17 +138,17 @@ def test_damage_is_named(save: Callable[..., Path], name: str, damage: Callable[
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"step": 300}, r"step: 300, but the folder is step_00000400"),
+        ({"step": 300}, r"step: expected that of the folder step_00000400, got 300"),
         ({"step": True}, r"step: expected an int of at least 1, got True"),
-        ({"step": None}, r"step: missing"),
+        ({"step": None}, r"step: expected an int of at least 1, got no entry"),
         ({"valid": "1"}, r"valid: expected a finite number or null"),
         ({"valid": float("nan")}, r"valid: expected a finite number or null"),
         ({"elapsed": -1.0}, r"elapsed: expected a number of at least 0, got -1\.0"),
         ({"device": "tpu"}, r"device: expected cpu or cuda"),
         ({"data": [1]}, r"data: expected an object"),
-        ({"data": None}, r"data: missing"),
+        ({"data": None}, r"data: expected an object, got no entry"),
         ({"files": {"config.json": "abc"}}, r"files: expected an object with bytes and sha256"),
-        ({"stop": 400}, r"unknown entries stop and no sha256"),
+        ({"stop": 400}, r"sha256: expected because of the entries stop, got none"),
     ],
     ids=str,
 )
@@ -162,7 +162,7 @@ def test_a_state_that_is_not_one_is_refused(save: Callable[..., Path], change: d
         read_state(path)
     del state["sha256"]
     (path / "state.json").write_text(json.dumps(state))
-    with pytest.raises(DamagedError, match=rf"state\.json: damaged, not the state of a checkpoint: {message}"):
+    with pytest.raises(DamagedError, match=rf"state\.json: damaged or not the state of a checkpoint: {message}"):
         read_state(path)
 
 
@@ -190,12 +190,14 @@ def test_another_checkpoint_is_offered_in_place_of_a_damaged_one(save: Callable[
     first, second, third = list_checkpoints(tmp_path)
     flip_last_byte(third / "ema.safetensors")
     for path in (tmp_path, third):
-        with pytest.raises(DamagedError, match=rf"ema\.safetensors: damaged: .*; .* whole is {second}: give that one"):
+        with pytest.raises(
+            DamagedError, match=rf"ema\.safetensors: damaged: .*; .* complete .* {second}: use that one"
+        ):
             load_model(path)
     flip_last_byte(third / "state.json")
     (second / "optimizer.safetensors").unlink()
-    with pytest.raises(DamagedError, match=rf"state\.json: damaged.*; .* whole is {first}: give that one"):
-        load_pretrained(tmp_path)
+    with pytest.raises(DamagedError, match=rf"state\.json: damaged.*; .* complete .* {first}: use that one"):
+        SEDD.from_pretrained(tmp_path)
 
 
 def test_damaged_checkpoints_are_set_aside_and_kept_until_there_is_a_newer_one(
@@ -227,7 +229,7 @@ def test_damaged_checkpoints_are_set_aside_and_kept_until_there_is_a_newer_one(
         truncate(path / "rng.safetensors")
     before = everything_in(tmp_path)
     with pytest.raises(
-        DamagedError, match=r"step_00000004/rng\.safetensors: .*no checkpoint of .* is whole.*--run_dir"
+        DamagedError, match=r"step_00000004/rng\.safetensors: .*no checkpoint of .* is complete.*--run_dir"
     ):
         set_damaged_aside(tmp_path)
     assert everything_in(tmp_path) == before
@@ -239,8 +241,8 @@ def test_a_file_that_fits_neither_the_model_nor_the_list_is_named(save: Callable
     options["model"]["hidden_size"] = 16
     write_json(path / "config.json", options)
     state = read_state(path)
-    state["files"]["config.json"] = sedd.checkpoint._fingerprint(path / "config.json")
-    write_json(path / "state.json", sedd.checkpoint._sealed(state))
+    state["files"]["config.json"] = sedd.training.checkpoint._fingerprint(path / "config.json")
+    write_json(path / "state.json", sedd.training.checkpoint._sealed(state))
     with pytest.raises(ValueError, match=r"ema\.safetensors: .* 16 misshapen .*norm1\.weight \[8\] instead of \[16\]"):
         load_model(path)
     with pytest.raises(ValueError, match=r"other\.safetensors: not listed in state\.json"):
@@ -248,7 +250,7 @@ def test_a_file_that_fits_neither_the_model_nor_the_list_is_named(save: Callable
 
 
 @pytest.mark.parametrize(
-    ("what", "message"), [("nothing", "no such folder"), ("empty", "no checkpoints .* sedd train")]
+    ("what", "message"), [("nothing", "no such file or folder"), ("empty", "expected checkpoints .* sedd train")]
 )
 def test_no_run(tmp_path: Path, what: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
@@ -266,7 +268,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_and_nothing_half_written(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(OSError, match=r"step_00000002: could not write.*earlier ones are untouched.*too large"):
+        with pytest.raises(OSError, match=r"step_00000002: could not write.*earlier ones are unchanged.*too large"):
             save(2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

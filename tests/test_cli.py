@@ -16,15 +16,16 @@ pytest.importorskip("rich")
 
 import torch
 
-import sedd.commands
-import sedd.config
+import sedd.cli
+import sedd.runtime
 from sedd.__main__ import main as program
 from sedd.cli import main
-from sedd.commands import parse_template, render
-from sedd.config import ModelOptions, TrainConfig, autocast_dtype, load_config, resolve_device
+from sedd.commands.sample import parse_template, render
+from sedd.config import ModelOptions, TrainConfig, load_config
+from sedd.data.tokenizer import get_tokenizer
 from sedd.hints import pip_install
 from sedd.hints import program as command
-from sedd.tokenizer import get_tokenizer
+from sedd.runtime import autocast_dtype, resolve_device
 
 COMMANDS = ("train", "sample", "infill", "eval", "report", "convert", "info")
 MEASURES = ("perplexity", "generative", "harness", "latency")
@@ -210,38 +211,41 @@ BAD = [
     ("train --lr_schedule zigzag", "--lr_schedule: expected one of constant, linear, cosine, wsd; got 'zigzag'"),
     ("train --lr_final 2", "--lr_final: expected a number in [0, 1], got 2.0"),
     ("train --log paper", "--log: expected one of tensorboard, wandb, none; got 'paper'"),
-    ("train --init {tmp}/none --run_dir {tmp}/r", "{tmp}/none: no such folder"),
+    ("train --init {tmp}/none --run_dir {tmp}/r", "{tmp}/none: no such file or folder"),
     ("train --model.preset huge", "--model.preset: expected one of tiny, small, medium; got 'huge'"),
     ("train --model.n_heads 3", "--model.hidden_size: expected a multiple of 2 * n_heads = 6"),
     ("train --device toaster", "--device: expected auto, cpu, cuda or cuda:N; got 'toaster'"),
-    ("train --data.source {tmp}/no.txt --run_dir {tmp}/r", "--data.source: there is no file or folder '{tmp}/no.txt'"),
-    ("train --data.valid_fraction 2 --data.source {text} --run_dir {tmp}/r", "--data.valid_fraction: 2.0 given"),
-    ("train --data.source {text} --tokenizer text8 --run_dir {tmp}/r", "is not one of the 27 symbols"),
-    ("train --data.source {text} --model.length 900000 --run_dir {tmp}/r", "fewer than one block"),
-    ("train --config {tmp}/no.json", "{tmp}/no.json: there is no such file"),
-    ("train --run_dir {run}", "already holds a run"),
+    ("train --data.source {tmp}/no.txt --run_dir {tmp}/r", "--data.source: expected a file or folder, got"),
+    (
+        "train --data.valid_fraction 2 --data.source {text} --run_dir {tmp}/r",
+        "--data.valid_fraction: expected a number",
+    ),
+    ("train --data.source {text} --tokenizer text8 --run_dir {tmp}/r", "text: expected the 27 symbols of text8"),
+    ("train --data.source {text} --model.length 900000 --run_dir {tmp}/r", "expected at least one block of 900000"),
+    ("train --config {tmp}/no.json", "{tmp}/no.json: no such file"),
+    ("train --run_dir {run}", "already contains a run"),
     ("train --run_dir {run} --resume --batch_size 3", "batch_size: {run} was trained with 16"),
-    ("train --run_dir {tmp}/none --resume", "nothing to resume in {tmp}/none"),
+    ("train --run_dir {tmp}/none --resume", "run_dir: expected a run to resume, got {tmp}/none"),
     ("sample", "the following arguments are required: run (see sedd sample --help)"),
     ("sample {run} other", "unexpected 'other'"),
-    ("sample {tmp}/none", "{tmp}/none: no such folder"),
-    ("sample {tmp}", "{tmp}: no checkpoints in this folder"),
+    ("sample {tmp}/none", "{tmp}/none: no such file or folder"),
+    ("sample {tmp}", "{tmp}: expected checkpoints or model.safetensors"),
     ("sample {run} --steps 0", "steps: expected at least 1, got 0"),
     ("sample {run} --length 0", "length: expected at least 1, got 0"),
-    ("sample {run} --sampler magic", "--sampler: expected one of tweedie, euler; got 'magic'"),
+    ("sample {run} --sampler magic", "--sampler: expected one of tweedie, euler, greedy; got 'magic'"),
     ("sample {run} --temperature 0", "temperature: expected a positive number, got 0.0"),
     ("sample {run} --top_p 1.5", "top_p: expected a number in (0, 1], got 1.5"),
     ("infill {run}", "template"),
-    ("infill {run} nothing", "template: nothing to fill in 'nothing'; write {{{{n}}}}"),
-    ("infill {run} a{{{{0}}}}b", "template: a gap {{{{0}}}} holds nothing"),
+    ("infill {run} nothing", "template: expected a gap, got none in 'nothing'; write {{{{n}}}}"),
+    ("infill {run} a{{{{0}}}}b", "template: expected gaps of at least 1 token, got {{{{0}}}}"),
     ("eval perplexity {run} --draws 0", "draws: expected at least 1, got 0"),
-    ("eval perplexity {run} {tmp}/no.txt", "texts: there is no file or folder '{tmp}/no.txt'"),
+    ("eval perplexity {run} {tmp}/no.txt", "texts: expected a file or folder, got '{tmp}/no.txt'"),
     ("eval perplexity {run} {text} ptb --plot a.png", "--plot: expected one text, got 2"),
     (
         "eval perplexity {run} --json {tmp}/no/figures.json",
-        "json: cannot write {tmp}/no/figures.json: there is no folder {tmp}/no",
+        "json: cannot write {tmp}/no/figures.json: no such folder {tmp}/no",
     ),
-    ("info {tmp}/none", "{tmp}/none: no such folder"),
+    ("info {tmp}/none", "{tmp}/none: no such file or folder"),
 ]
 
 
@@ -288,7 +292,9 @@ def test_exit_codes(
     def fails(run: str | None) -> int:
         raise error
 
-    monkeypatch.setattr(sedd.commands, "info", fails)
+    info = sedd.cli.COMMANDS["info"]
+    assert info is not None
+    monkeypatch.setitem(sedd.cli.COMMANDS, "info", dataclasses.replace(info, run=fails))
     assert main(["info"]) == code
     assert capsys.readouterr().err == message
 
@@ -301,8 +307,8 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert program() == 2
     hint = pip_install("train", "rich")
     assert capsys.readouterr().err == f"sedd: error: needs rich.console: {hint}\n"
-    with pytest.raises(ImportError, match=re.escape(f"sedd.Trainer needs rich.console: {hint}")):
-        sedd.Trainer  # noqa: B018
+    with pytest.raises(ImportError, match=re.escape(f"sedd.Run needs rich.console: {hint}")):
+        sedd.Run  # noqa: B018
     assert sedd.SEDD.__name__ == "SEDD", "the model needs torch alone"
     with pytest.raises(AttributeError, match="no attribute 'Sedd'"):
         sedd.Sedd  # noqa: B018
@@ -395,10 +401,10 @@ def test_configurations_survive_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"lr": 1', "damaged, not JSON: Expecting ',' delimiter"),
+        ('{"lr": 1', "damaged or not JSON: Expecting ',' delimiter"),
         ("[]", "expected an object (names with values), got list"),
         ('{"model": 3}', "model: expected options by name, got 3"),
-        ('{"learning_rate": 1}', "learning_rate: there is no such option"),
+        ('{"learning_rate": 1}', "learning_rate: no such option"),
         ('{"batch_size": 0.5}', "batch_size: expected a whole number, got 0.5"),
         ('{"warmup": -1}', "warmup: expected at least 0, got -1"),
         ('{"lr": NaN}', "lr: expected a positive number, got nan"),
@@ -417,7 +423,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for built, chosen in ((True, "cuda"), (False, "cpu")):  # a GPU is of no use without kernels for it
-        monkeypatch.setattr(sedd.config, "has_cuda_kernels", built)
+        monkeypatch.setattr(sedd.runtime, "has_cuda_kernels", built)
         assert resolve_device("auto").type == chosen
     with pytest.raises(ValueError, match="no CUDA kernels; use cpu"):
         resolve_device("cuda")

@@ -8,24 +8,24 @@ import pytest
 import torch
 from backends import (
     BACKENDS,
-    euler_probs,
-    euler_sample,
+    reverse_probs,
+    reverse_sample,
     running_on,
     sample_transition,
     score_entropy_loss,
     transition_column,
     transition_row,
-    tweedie_probs,
-    tweedie_sample,
 )
 from explicit import PROCESSES, random_log_score, random_rows
 from torch import Tensor
 
-from sedd_ext import Absorbing, Hybrid, RankOne, Uniform, reference
+from sedd_ext import Absorbing, Euler, Hybrid, RankOne, Tweedie, Uniform, reference
+from sedd_ext.step import Step
 
 pytestmark = pytest.mark.operators("emulated", "cuda")
 CPU = BACKENDS["cpu"][0]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+STEPS = [Tweedie, Euler]
 # Below a vector, around the vectors of every dtype, one to nine segments of 2 KiB, and around 4,096.
 WIDTHS = [*range(1, 36), 63, 64, 65, 127, 129, 255, 256, 257, 505, 511, 512, 513, 1000, 1023, 1024, 1025, 1535, 2048]
 WIDTHS += [2049, 3001, 4095, 4096, 4097, 4098, 4099]
@@ -49,10 +49,11 @@ def everything(process: RankOne, rows: int, dtype: torch.dtype, offset: int = 0)
     return {
         "loss": loss.detach(),
         "gradient": gradient,
-        "tweedie_probs": tweedie_probs(fixed, x_t, size, process),
-        "euler_probs": euler_probs(fixed, x_t, size, process),
-        "tweedie_sample": tweedie_sample(fixed, x_t, size, process, generator=generator()),
-        "euler_sample": euler_sample(fixed, x_t, size, process, generator=generator()),
+        **{f"{step.name}_probs": reverse_probs(fixed, x_t, step(size), process) for step in STEPS},
+        **{
+            f"{step.name}_sample": reverse_sample(fixed, x_t, step(size), process, generator=generator())
+            for step in STEPS
+        },
         "column": transition_column(x_0, sigma.to(loss.dtype), process),
         "row": transition_row(x_t, sigma.to(loss.dtype), process),
         "sample": sample_transition(x_0, sigma, process, generator=generator()),
@@ -104,22 +105,23 @@ def test_a_real_vocabulary(process_of: Callable[[int], RankOne], dtype: torch.dt
     check_like_the_cpu(process_of(n), 5, dtype)
 
 
-@pytest.mark.parametrize("name", ["tweedie", "euler"])
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
 @pytest.mark.parametrize(("n", "draws"), [(27, 5_000), (1000, 800), (50_258, 40), *MANY_DRAWS])
-def test_the_cpu_draws_the_same_tokens(process_of: Callable[[int], RankOne], name: str, n: int, draws: int) -> None:
+def test_the_cpu_draws_the_same_tokens(
+    process_of: Callable[[int], RankOne], step: Callable[[float], Step], n: int, draws: int
+) -> None:
     """From the same seed. A sum's order moves a boundary between tokens by 1e-7 of the axis: what falls there differs.
 
     Over all processes 29,200 draws a sampler, and ten times as many where a source has changed. One in 10,000 may
     differ; pytest -rP shows how many do.
     """
     process = process_of(n)
-    sampler = tweedie_sample if name == "tweedie" else euler_sample
     x_t, log_score = random_rows(process, draws).x_t, random_log_score((draws, n), torch.float32)
     if process.family == "absorbing":  # a perfect model's scores at this noise; else every MASK would go
         log_score -= log_score.logsumexp(-1, keepdim=True)
-    tokens = sampler(log_score, x_t, 0.5, process, generator=torch.Generator().manual_seed(3))
+    tokens = reverse_sample(log_score, x_t, step(0.5), process, generator=torch.Generator().manual_seed(3))
     with running_on(CPU):
-        expected = sampler(log_score, x_t, 0.5, process, generator=torch.Generator().manual_seed(3))
+        expected = reverse_sample(log_score, x_t, step(0.5), process, generator=torch.Generator().manual_seed(3))
     differing = int((tokens != expected).sum())
     print(f"{differing} of {draws} tokens differ")
     assert differing <= draws // 10_000
@@ -130,7 +132,7 @@ def test_a_row_does_not_depend_on_how_many_there_are() -> None:
     """1,024 rows, whose first pass is split over blocks, and 1,025, where each block does its own: the same bits."""
     process = Hybrid(5000, 0.3)
     x_t, log_score = random_rows(process, 1025).x_t, random_log_score((1025, 5001), torch.bfloat16)
-    many, few = (tweedie_probs(log_score[:rows], x_t[:rows], 0.4, process) for rows in (1025, 1024))
+    many, few = (reverse_probs(log_score[:rows], x_t[:rows], Tweedie(0.4), process) for rows in (1025, 1024))
     assert torch.equal(many[:1024], few)
 
 
@@ -147,6 +149,6 @@ def test_totals_beyond_float32(n: int, size: float) -> None:
     for process in (Absorbing(n - 1), Uniform(n)):
         log_score, x_t = torch.full((2, n), size), torch.full((2,), n - 1)
         log_score[0, 7] += 2
-        probs = euler_probs(log_score, x_t, 1.0, process, denoise=True)
-        exact = reference.euler_probs(log_score.double(), x_t, 1.0, process, denoise=True)
+        probs = reverse_probs(log_score, x_t, Euler(1.0), process, denoise=True)
+        exact = reference.reverse_probs(log_score.double(), x_t, Euler(1.0), process, denoise=True)
         torch.testing.assert_close(probs.double(), exact, rtol=1e-4, atol=1e-12)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -29,16 +30,16 @@ def test_torch_changes_the_device_where_the_tensors_are_on_another(
         yield
         devices.append(current)
 
-    def launched(first: int, workspace: int, stream: int, index: int) -> None:
-        assert (first, stream, index) == (7, 101, 1)
+    def launched(arguments: dict[str, Any]) -> None:
+        assert (arguments["first"], arguments["stream"], arguments["device"]) == (7, 101, 1)
         assert devices[-1] == 1
 
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: devices[-1])
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 100 + index, raising=False)
-    kernels = SimpleNamespace(sum_workspace=lambda *sizes: 8, sum_cuda=launched)
+    kernels = SimpleNamespace(sum_workspace=lambda arguments: 8, sum_cuda=launched)
     out = SimpleNamespace(device=torch.device("cuda", 1), new_empty=torch.empty)
-    assert _dispatch.launch_cuda("sum", out, (7,), (1, 2, 3), kernels=kernels) == (0, -1)  # type: ignore[arg-type]
+    assert _dispatch.launch_cuda("sum", {"first": 7, "out": out}, kernels) == (0, -1)
     assert devices == ([1] if current == 1 else [0, 1, 0])
 
 

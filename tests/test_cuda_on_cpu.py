@@ -20,7 +20,7 @@ import torch
 from backends import BACKENDS, emulated_kernels, running_on
 from cuda_on_cpu import build
 
-from sedd_ext import Uniform, _dispatch, sample_transition, tweedie_sample
+from sedd_ext import Tweedie, Uniform, _dispatch, reverse_sample, sample_transition
 
 SELFTEST = build.HERE / "selftest"
 SCHEDULES = ("forward", "reverse", "greedy", "random")
@@ -384,10 +384,19 @@ def test_the_runtimes_errors_have_the_operators_name() -> None:
     with running_on(BACKENDS["emulated"][0]):
         log_score = torch.zeros(1, 7_000_000)
         with pytest.raises(RuntimeError, match=r"^reverse_sample: CUDA: rows too wide"):
-            tweedie_sample(log_score, torch.zeros(1).long(), 0.5, Uniform(7_000_000))
+            reverse_sample(log_score, torch.zeros(1).long(), Tweedie(0.5), Uniform(7_000_000))
     out = torch.empty(3, dtype=torch.int64)
-    arguments = (out.data_ptr(), 0, 0, 0, out.data_ptr(), 0, 3, 7, 0, 0)
-    assert emulated_kernels().sample_transition_cuda(*arguments, 0, 0, 99) is not None
+    for kernel, names in emulated_kernels().cuda_arguments.items():
+        function, right = getattr(emulated_kernels(), f"{kernel}_cuda"), dict.fromkeys(names, 0)
+        assert function(right) is None
+        with pytest.raises(TypeError, match=f"^{kernel}: .*; got other too"):
+            function({**right, "other": 0})
+        del right["stream"]
+        with pytest.raises(TypeError, match=f"^{kernel}: expected an argument stream, got none"):
+            function(right)
+    arguments = dict.fromkeys(emulated_kernels().cuda_arguments["sample_transition"], 0)
+    arguments |= {"x": out, "out": out, "rows": 3, "dim": 7, "device": 99}
+    assert emulated_kernels().sample_transition_cuda(arguments) is not None
 
 
 def test_an_error_of_the_runtime_becomes_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:

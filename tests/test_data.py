@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from sedd.batches import TokenBlocks
-from sedd.data import DataConfig, batches, load_blocks, valid_batches
-from sedd.sources import stdlib_files
-from sedd.tokenizer import get_tokenizer
+from sedd.data.batches import TokenBlocks
+from sedd.data.sources import stdlib_files
+from sedd.data.text import DataConfig, batches, load_blocks, valid_batches
+from sedd.data.tokenizer import get_tokenizer
 
 datasets = pytest.importorskip("datasets")
 BYTES = get_tokenizer("bytes")
@@ -203,7 +203,7 @@ def test_valid_source(config, tmp_path):
     splits = load_blocks(config(train, valid_source=str(valid)), BYTES, 1)
     assert len(split_documents(splits.train)) == len(split_documents(splits.valid)) == 10
     assert all(document.startswith("valid") for document in split_documents(splits.valid))
-    with pytest.raises(ValueError, match=r"valid_source: .*valid\.jsonl is in source too"):
+    with pytest.raises(ValueError, match=r"valid_source: expected files that are not in source, got .*valid\.jsonl"):
         load_blocks(config(tmp_path, valid_source=str(valid)), BYTES, 1)
 
 
@@ -218,7 +218,7 @@ def test_blocks_across_pieces():
     assert blocks[2].tolist() == [10, 11, 12, 13, 14]
     assert blocks.gather(np.array([18, 1, 2])).tolist() == [[18, 19, 20, 21, 22], [1, 2, 3, 4, 5], [2, 3, 4, 5, 6]]
     assert blocks.tokens().tolist() == list(range(20))
-    with pytest.raises(ValueError, match="23 tokens, fewer than one block"):
+    with pytest.raises(ValueError, match="text: expected at least one block of 24 tokens, got 23 tokens"):
         TokenBlocks(pieces, 24)
 
 
@@ -382,26 +382,26 @@ def test_streams_of_stdlib_and_valid_source(config, tmp_path):
 def test_state_of_other_data_or_another_seed_is_refused(modes, config, tmp_path):
     split = modes("blocks")
     state = batches(split, 4, seed=1).state_dict()
-    with pytest.raises(ValueError, match="seed = 1, but here seed = 2"):
+    with pytest.raises(ValueError, match="expected seed = 2, got seed = 1"):
         batches(split, 4, seed=2).load_state_dict(state)
-    with pytest.raises(ValueError, match="kind = 'blocks', but here kind = 'stream'"):
+    with pytest.raises(ValueError, match="expected kind = 'stream', got kind = 'blocks'"):
         batches(modes("stream"), 4, seed=1).load_state_dict(state)
     other = load_blocks(config(write_jsonl(tmp_path / "b.jsonl", documents(121))), BYTES, 32)
-    with pytest.raises(ValueError, match="data = "):
+    with pytest.raises(ValueError, match="expected data = "):
         batches(other.train, 4, seed=1).load_state_dict(state)
     batches(split, 8, seed=1).load_state_dict(state)  # another batch size is fine
 
 
 def test_bad_batches(modes):
     for name, value in (("batch_size", 0), ("seed", -1)):
-        with pytest.raises(ValueError, match=f"{name}: {value} given"):
+        with pytest.raises(ValueError, match=f"{name}: expected at least .*, got {value}"):
             batches(modes("blocks"), **{"batch_size": 4, "seed": 0, name: value})
 
 
 def test_a_stream_without_training_text(config, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", documents(4))
     splits = load_blocks(config(path, streaming=True, valid_fraction=1 - 1e-12), BYTES, 8)
-    with pytest.raises(ValueError, match="no training document"):
+    with pytest.raises(ValueError, match="expected training documents in the stream, got none"):
         next(batches(splits.train, 2))
 
 
@@ -456,10 +456,10 @@ def test_hub_without_validation_split(config, hub):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_split": "trian"}, "train_split: 'some/set' has no split 'trian'; it has 'train', 'test'"),
-        ({"valid_split": "dev"}, "valid_split: 'some/set' has no split 'dev'"),
-        ({"valid_split": "train"}, "valid_split: 'train' is train_split too"),
-        ({"text_column": "content"}, "text_column: source has no column 'content'; it has 'text'"),
+        ({"train_split": "trian"}, r"train_split: expected a split of 'some/set' \('train', 'test'\), got 'trian'"),
+        ({"valid_split": "dev"}, "valid_split: expected a split of 'some/set' .*, got 'dev'"),
+        ({"valid_split": "train"}, "valid_split: expected another split than train_split, got 'train'"),
+        ({"text_column": "content"}, r"text_column: expected a column of source \('text'\), got 'content'"),
     ],
 )
 def test_hub_errors(config, hub, options, message):
@@ -471,9 +471,9 @@ def test_hub_errors(config, hub, options, message):
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (ConnectionError("down"), ConnectionError, "'some/set'.*could not be reached.*down.*'stdlib'"),
-        (datasets.exceptions.DatasetNotFoundError("none"), FileNotFoundError, "'some/set' is no file or folder here"),
-        (ValueError("Config name is missing; pick one of ['a', 'b']"), ValueError, "subset: None.*pick one of"),
+        (ConnectionError("down"), ConnectionError, "'some/set'.*cannot be reached.*down.*'stdlib'"),
+        (datasets.exceptions.DatasetNotFoundError("none"), FileNotFoundError, "source: .*, got 'some/set': none"),
+        (ValueError("Config name is missing; pick one of ['a', 'b']"), ValueError, "subset: .* None .*pick one of"),
     ],
 )
 def test_hub_failures(config, monkeypatch, error, kind, message):
@@ -487,12 +487,12 @@ def test_hub_failures(config, monkeypatch, error, kind, message):
 
 def test_the_real_hub_offline():
     """In a process of its own: the libraries read HF_HUB_OFFLINE when they are imported."""
-    code = "from sedd.data import *; load_blocks(DataConfig('a/b'), __import__('sedd').get_tokenizer('bytes'), 8)"
+    code = "from sedd.data.text import *; load_blocks(DataConfig('a/b'), __import__('sedd').get_tokenizer('bytes'), 8)"
     path = os.pathsep.join(p for p in sys.path if p)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("ConnectionError: source: 'a/b' is no file or folder here")
+    assert done.stderr.splitlines()[-1].startswith("ConnectionError: source: could not load 'a/b'")
 
 
 # Bad input
@@ -517,28 +517,33 @@ def bad_files(folder):
 @pytest.mark.parametrize(
     ("source", "options", "kind", "message"),
     [
-        ("empty.txt", {}, ValueError, r"source: .*empty\.txt is empty"),
-        ("empty.txt.gz", {}, ValueError, "has no text"),
-        ("blank.txt", {}, ValueError, "has no text"),
-        ("short.txt", {}, ValueError, r"validation text has 0 tokens, fewer than one block \(length 16\)"),
-        ("latin.txt", {}, ValueError, r"latin\.txt could not be read as text: 'utf-8' codec"),
-        ("latin.txt", {"streaming": True}, ValueError, "source: the text could not be read: 'utf-8' codec"),
-        ("broken.jsonl", {}, ValueError, r"broken\.jsonl could not be read as json"),
-        ("broken.parquet", {}, ValueError, r"broken\.parquet could not be read as parquet"),
-        ("archive.zip", {}, ValueError, r"archive\.zip is not a kind of file that can be read; known are \.txt"),
-        ("numbers.jsonl", {}, ValueError, "text_column: 'text' of source holds int64, wanted text"),
-        ("good.jsonl", {"text_column": "content"}, ValueError, "no column 'content'; it has 'text'"),
-        ("good.jsonl", {"valid_fraction": 0.0}, ValueError, "valid_fraction: 0.0 given"),
-        ("good.jsonl", {"valid_fraction": 1.0}, ValueError, "valid_fraction: 1.0 given"),
-        ("good.jsonl", {"documents": "word"}, ValueError, "documents: 'word' given, wanted one of 'file'"),
-        ("good.jsonl", {"max_documents": 0}, ValueError, "max_documents: 0 given"),
-        ("good.jsonl", {"num_proc": 0}, ValueError, "num_proc: 0 given"),
-        ("good.jsonl", {"windows": True, "streaming": True}, ValueError, "windows: a stream has no random access"),
-        ("good.jsonl", {"subset": "en"}, ValueError, "subset: 'en' given, but only hub data sets have it"),
-        ("good.jsonl", {"valid_source": "missing.txt"}, FileNotFoundError, "valid_source: there is no file or folder"),
-        ("missing.txt", {}, FileNotFoundError, "source: there is no file or folder"),
-        ("none", {}, FileNotFoundError, "holds no text file"),
-        (".", {}, ValueError, "mixes kinds of files"),
+        ("empty.txt", {}, ValueError, r"source: expected text, got an empty file or folder: .*empty\.txt"),
+        ("empty.txt.gz", {}, ValueError, "source: expected text, got none"),
+        ("blank.txt", {}, ValueError, "source: expected text, got none"),
+        ("short.txt", {}, ValueError, r"validation text: expected at least one block of 16 tokens, got 0"),
+        ("latin.txt", {}, ValueError, r"could not read .*latin\.txt as text: 'utf-8' codec"),
+        ("latin.txt", {"streaming": True}, ValueError, "source: could not read the text: 'utf-8' codec"),
+        ("broken.jsonl", {}, ValueError, r"could not read .*broken\.jsonl as json"),
+        ("broken.parquet", {}, ValueError, r"could not read .*broken\.parquet as parquet"),
+        ("archive.zip", {}, ValueError, r"expected a file of a known type, got .*archive\.zip; known types: \.txt"),
+        ("numbers.jsonl", {}, ValueError, "text_column: expected text in 'text' of source, got int64"),
+        (
+            "good.jsonl",
+            {"text_column": "content"},
+            ValueError,
+            r"expected a column of source \('text'\), got 'content'",
+        ),
+        ("good.jsonl", {"valid_fraction": 0.0}, ValueError, "valid_fraction: .* got 0.0"),
+        ("good.jsonl", {"valid_fraction": 1.0}, ValueError, "valid_fraction: .* got 1.0"),
+        ("good.jsonl", {"documents": "word"}, ValueError, "documents: expected one of 'file', .* got 'word'"),
+        ("good.jsonl", {"max_documents": 0}, ValueError, "max_documents: expected at least 1, got 0"),
+        ("good.jsonl", {"num_proc": 0}, ValueError, "num_proc: expected at least 1, got 0"),
+        ("good.jsonl", {"windows": True, "streaming": True}, ValueError, "windows: .* a stream has no random access"),
+        ("good.jsonl", {"subset": "en"}, ValueError, "subset: expected no value for .* got 'en'"),
+        ("good.jsonl", {"valid_source": "missing.txt"}, FileNotFoundError, "valid_source: expected a file or folder"),
+        ("missing.txt", {}, FileNotFoundError, "source: expected a file or folder"),
+        ("none", {}, FileNotFoundError, "expected a folder with text files"),
+        (".", {}, ValueError, "expected files of one type, got"),
     ],
 )
 def test_bad_input(config, tmp_path, source, options, kind, message):
@@ -554,7 +559,7 @@ def test_wrong_characters_for_text8(config, tmp_path):
 
 
 def test_bad_length(config):
-    with pytest.raises(ValueError, match="length: 0 given"):
+    with pytest.raises(ValueError, match="length: expected at least 1, got 0"):
         load_blocks(config("stdlib"), BYTES, 0)
 
 
@@ -598,12 +603,12 @@ def test_a_saved_data_set_that_will_not_do(config, tmp_path):
     data.save_to_disk(str(tmp_path / "saved"))
     datasets.DatasetDict({"train": data}).save_to_disk(str(tmp_path / "both"))
     for options, message in (
-        ({"source": "saved", "train_split": "test"}, "train_split: 'test' given, but only hub data sets"),
-        ({"source": "both", "train_split": "test"}, "train_split: .* has no split 'test'; it has 'train'"),
-        ({"source": "saved", "valid_source": str(tmp_path / "both")}, "valid_source: .* holds several splits"),
+        ({"source": "saved", "train_split": "test"}, "train_split: expected no value for .* got 'test'"),
+        ({"source": "both", "train_split": "test"}, r"train_split: expected a split of .* \('train'\), got 'test'"),
+        ({"source": "saved", "valid_source": str(tmp_path / "both")}, "valid_source: expected one split, got .*"),
     ):
         with pytest.raises(ValueError, match=message):
             load_blocks(config(tmp_path / options.pop("source"), **options), BYTES, 8)
     (tmp_path / "saved" / "state.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"source: .*saved could not be read as a folder of save_to_disk"):
+    with pytest.raises(ValueError, match=r"source: could not read .*saved as a folder written by save_to_disk"):
         load_blocks(config(tmp_path / "saved"), BYTES, 8)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from sedd.detokenize import DETOKENIZERS, detokenize
+from sedd.data.detokenize import DETOKENIZERS, detokenize
 
 CASES = [
     ("wikitext", "Teddy 's part @-@ time job , in 1 @,@ 000 or 2 @.@ 5 .", "Teddy's part-time job, in 1,000 or 2.5."),

@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import torch
-from toy import VOCABULARY, JointScore, TrueScore
+from toy import VOCABULARY, JointScore, TrueScore, diffusion
 
-from sedd.evaluate import ElboResult, elbo, joined, ngram_bits, plot_bound, prior_kl
-from sedd.model import ModelConfig
-from sedd.schedule import get_schedule
+from sedd.data.ngram import ngram_bits
+from sedd.diffusion.likelihood import ElboResult, elbo, joined, prior_kl
+from sedd.diffusion.schedule import get_schedule
+from sedd.network import ModelConfig
 from sedd_ext import Absorbing, Hybrid, RankOne, Uniform, transition_column
 
 PROCESSES = {"absorbing": Absorbing(VOCABULARY), "uniform": Uniform(VOCABULARY), "hybrid": Hybrid(VOCABULARY, 0.3)}
@@ -39,7 +40,7 @@ def test_bound_is_the_entropy_where_the_score_is_exact(name, schedule):
     p_0 = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05], dtype=torch.float64)
     model = TrueScore(process, p_0)
     blocks = model.draw((400, 25), seeded(1))
-    result = elbo(model, blocks, process, schedule, draws=100, batch_size=2000, generator=seeded(2))
+    result = elbo(diffusion(model, process, schedule), blocks, draws=100, batch_size=2000, generator=seeded(2))
     end = schedule.total(torch.ones(1))
     p_end, p_base = model.p_t(end)[0], base(float(end), process)
     expected = -float(p_0.log()[blocks].mean()) + float(divergence(p_end, p_base))
@@ -55,7 +56,10 @@ def test_bound_is_above_the_entropy_where_the_score_is_wrong(name):
     wrong = torch.tensor([0.2, 0.2, 0.2, 0.2, 0.2], dtype=torch.float64)
     blocks = TrueScore(process).draw((400, 25), seeded(1))
     result = elbo(
-        TrueScore(process, wrong), blocks, process, get_schedule("loglinear", eps=1e-6), draws=20, generator=seeded(2)
+        diffusion(TrueScore(process, wrong), process, get_schedule("loglinear", eps=1e-6)),
+        blocks,
+        draws=20,
+        generator=seeded(2),
     )
     assert result.nats_per_token == pytest.approx(math.log(5), abs=4 * result.monte_carlo_error + 1e-4)
 
@@ -78,7 +82,10 @@ def test_bound_of_each_text_is_its_exact_likelihood(name, schedule):
     p, options = JOINT.flatten(), {"draws": 100, "batch_size": 20_000}
     model, exact = JointScore(process, JOINT), -p.log()
     estimates = torch.stack(
-        [elbo(model, EVERY_TEXT, process, schedule, generator=seeded(i), **options).sequences for i in range(30)]
+        [
+            elbo(diffusion(model, process, schedule), EVERY_TEXT, generator=seeded(i), **options).sequences
+            for i in range(30)
+        ]
     )
     for weights in (p, torch.full_like(p, 1 / 125)):
         means = estimates @ weights
@@ -89,7 +96,9 @@ def test_bound_of_each_text_is_its_exact_likelihood(name, schedule):
     # 46 values of Student's t with 29 degrees of freedom: beyond 5.5 in one of 3,000 such tests
     assert float(away[p > 0.004].abs().max()) < 5.5
     for wrong in (-1.0, 1.0):
-        bound = elbo(JointScore(process, JOINT, wrong), EVERY_TEXT, process, schedule, generator=seeded(50), **options)
+        bound = elbo(
+            diffusion(JointScore(process, JOINT, wrong), process, schedule), EVERY_TEXT, generator=seeded(50), **options
+        )
         assert 3 * (bound.nats_per_token - 6 * bound.monte_carlo_error) > float(exact.mean())
 
 
@@ -111,21 +120,21 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_bound(schedule, tmp_path)
     model, file = Interrupted(process), tmp_path / "figures.unfinished"
     blocks = model.draw((7, 4), seeded())
     options = {"draws": 5, "batch_size": 4, "unfinished": file}
-    whole = elbo(model, blocks, process, schedule, draws=5, batch_size=4, generator=seeded(3))
+    whole = elbo(diffusion(model, process, schedule), blocks, draws=5, batch_size=4, generator=seeded(3))
     calls = 0
     for calls_left in (0, 3, 1, 2):
         model.calls_left = calls_left
         with pytest.raises(KeyboardInterrupt):
-            elbo(model, blocks, process, schedule, generator=seeded(3), **options)
+            elbo(diffusion(model, process, schedule), blocks, generator=seeded(3), **options)
         calls += calls_left
         assert file.exists() == (calls > 0)
     model.calls_left = 10**9
-    result = elbo(model, blocks, process, schedule, generator=seeded(3), **options)
+    result = elbo(diffusion(model, process, schedule), blocks, generator=seeded(3), **options)
     assert 10**9 - model.calls_left == math.ceil(35 / 4) + (4 if float(schedule.total(torch.zeros(1))) else 0) - calls
     assert torch.equal(result.sequences, whole.sequences)
     assert torch.equal(result.integrand, whole.integrand)
     model.calls_left = 0  # it is all there
-    again = elbo(model, blocks, process, schedule, generator=seeded(3), **options)
+    again = elbo(diffusion(model, process, schedule), blocks, generator=seeded(3), **options)
     assert torch.equal(again.sequences, whole.sequences)
     assert list(tmp_path.iterdir()) == [file]
 
@@ -136,7 +145,7 @@ def test_an_unfinished_evaluation_of_something_else_is_not_taken(tmp_path):
     blocks = model.draw((7, 4), seeded())
     model.calls_left = 2
     with pytest.raises(KeyboardInterrupt):
-        elbo(model, blocks, process, schedule, draws=2, batch_size=3, generator=seeded(), unfinished=file)
+        elbo(diffusion(model, process, schedule), blocks, draws=2, batch_size=3, generator=seeded(), unfinished=file)
     model.calls_left = 10**9
     before = file.read_bytes()
     configured = TrueScore(process)
@@ -152,16 +161,17 @@ def test_an_unfinished_evaluation_of_something_else_is_not_taken(tmp_path):
     ):
         options = {"model": model, "process": process, "schedule": schedule, "blocks": blocks} | other
         options = {"draws": 2, "batch_size": 3, "generator": seeded()} | options
+        options["diffusion"] = diffusion(*(options.pop(name) for name in ("model", "process", "schedule")))
         with pytest.raises(
-            ValueError, match=r"of another model, text, options or version lies here; delete it .*unfinished"
+            ValueError, match=r"unfinished: .* the same model, text, options and version, got another one; delete it"
         ):
             elbo(unfinished=file, **options)
     assert file.read_bytes() == before
     file.write_bytes(before[:-9])
-    with pytest.raises(ValueError, match=r"lies here and is damaged"):
-        elbo(model, blocks, process, schedule, draws=2, batch_size=3, generator=seeded(), unfinished=file)
+    with pytest.raises(ValueError, match=r"damaged unfinished evaluation"):
+        elbo(diffusion(model, process, schedule), blocks, draws=2, batch_size=3, generator=seeded(), unfinished=file)
     with pytest.raises(ValueError, match=r"unfinished: .* needs a generator"):
-        elbo(model, blocks, process, schedule, draws=2, unfinished=file)
+        elbo(diffusion(model, process, schedule), blocks, draws=2, unfinished=file)
 
 
 def test_two_hybrid_processes_are_not_the_same(tmp_path):
@@ -171,10 +181,10 @@ def test_two_hybrid_processes_are_not_the_same(tmp_path):
     model = Interrupted(Hybrid(5, 0.1))
     model.calls_left = 2
     with pytest.raises(KeyboardInterrupt):
-        elbo(model, blocks, model.process, get_schedule("loglinear"), generator=seeded(), **options)
+        elbo(diffusion(model, model.process, get_schedule("loglinear")), blocks, generator=seeded(), **options)
     model.calls_left = 10
-    with pytest.raises(ValueError, match="lies here"):
-        elbo(model, blocks, Hybrid(5, 0.9), get_schedule("loglinear"), generator=seeded(), **options)
+    with pytest.raises(ValueError, match="got another one"):
+        elbo(diffusion(model, Hybrid(5, 0.9), get_schedule("loglinear")), blocks, generator=seeded(), **options)
 
 
 def test_the_error_of_a_schedule_that_starts_with_noise():
@@ -185,7 +195,8 @@ def test_the_error_of_a_schedule_that_starts_with_noise():
     errors = []
     for draws in (32, 128):
         results = [
-            elbo(model, blocks, process, schedule, draws=draws, batch_size=3000, generator=seeded(i)) for i in range(40)
+            elbo(diffusion(model, process, schedule), blocks, draws=draws, batch_size=3000, generator=seeded(i))
+            for i in range(40)
         ]
         spread = float(torch.tensor([result.nats_per_token for result in results]).std())
         told = float(torch.tensor([result.monte_carlo_error for result in results]).mean())
@@ -199,16 +210,17 @@ def test_errors_cover_the_estimates_of_repeated_runs():
     model = TrueScore(process)
     blocks = model.draw((40, 10), seeded(1))
     schedule = get_schedule("loglinear")
-    results = [elbo(model, blocks, process, schedule, draws=4, batch_size=160, generator=seeded(i)) for i in range(40)]
+    results = [
+        elbo(diffusion(model, process, schedule), blocks, draws=4, batch_size=160, generator=seeded(i))
+        for i in range(40)
+    ]
     spread = float(torch.tensor([result.nats_per_token for result in results]).std())
     told = float(torch.tensor([result.monte_carlo_error for result in results]).mean())
     assert 0.5 * told < spread < 1.3 * told
     fresh = [
         elbo(
-            model,
+            diffusion(model, process, schedule),
             model.draw((40, 10), seeded(100 + i)),
-            process,
-            schedule,
             draws=4,
             batch_size=160,
             generator=seeded(i),
@@ -224,7 +236,7 @@ def test_times_are_stratified():
     process = PROCESSES["absorbing"]
     model = TrueScore(process)
     times = elbo(
-        model, model.draw((50, 2), seeded()), process, get_schedule("loglinear"), draws=3, generator=seeded()
+        diffusion(model, process, get_schedule("loglinear")), model.draw((50, 2), seeded()), draws=3, generator=seeded()
     ).times
     for k in range(3):
         stratum = times[:, k].sort().values
@@ -285,7 +297,7 @@ def test_results_are_joined_by_sequence(schedule):
     model, generator = TrueScore(process), seeded(1)
     blocks = model.draw((7, 6), generator)
     parts = [
-        elbo(model, part, process, schedule, draws=4, n_bytes=part.numel(), generator=generator)
+        elbo(diffusion(model, process, schedule), part, draws=4, n_bytes=part.numel(), generator=generator)
         for part in blocks.split([2, 5])
     ]
     whole = joined(parts)
@@ -305,7 +317,9 @@ def test_same_seed_same_bound_whatever_the_mode_and_mode_is_restored():
     for training in (True, False):
         model.train(training)
         values.append(
-            elbo(model, blocks, process, get_schedule("loglinear"), draws=3, generator=seeded()).nats_per_token
+            elbo(
+                diffusion(model, process, get_schedule("loglinear")), blocks, draws=3, generator=seeded()
+            ).nats_per_token
         )
         assert model.training is training
     assert values[0] == values[1]
@@ -361,15 +375,23 @@ def test_a_markov_text_shows_the_order():
 
 
 def test_plot_is_written_whole(tmp_path):
+    pytest.importorskip("rich")
+    from sedd.commands.perplexity import plot_bound
+
     process = PROCESSES["absorbing"]
     model = TrueScore(process)
-    result = elbo(model, model.draw((5, 4), seeded()), process, get_schedule("loglinear"), draws=3, generator=seeded())
+    result = elbo(
+        diffusion(model, process, get_schedule("loglinear")), model.draw((5, 4), seeded()), draws=3, generator=seeded()
+    )
     plot_bound(result, tmp_path / "bound.png", bins=7)
     assert [path.name for path in tmp_path.iterdir()] == ["bound.png"]
     assert (tmp_path / "bound.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
+    pytest.importorskip("rich")
+    from sedd.commands.perplexity import plot_bound
+
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = ElboResult(torch.ones(1), 1, torch.zeros(1, 1), torch.ones(1, 1), 0.0)
     with pytest.raises(ImportError, match=r'pip install "sedd_ext\[eval\]"'):
@@ -380,7 +402,7 @@ def test_progress_without_rich_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     process = PROCESSES["absorbing"]
     with pytest.raises(ImportError, match=r'pip install "sedd_ext\[train\]"'):
-        elbo(TrueScore(process), BLOCKS, process, get_schedule("loglinear"), draws=1, progress=True)
+        elbo(diffusion(TrueScore(process), process, get_schedule("loglinear")), BLOCKS, draws=1, progress=True)
 
 
 BLOCKS = torch.zeros(2, 3, dtype=torch.int64)
@@ -402,7 +424,7 @@ BLOCKS = torch.zeros(2, 3, dtype=torch.int64)
 def test_bad_input(blocks, arguments, error, message):
     process = PROCESSES["absorbing"]
     with pytest.raises(error, match=message):
-        elbo(TrueScore(process), blocks, process, get_schedule("loglinear"), **({"draws": 1} | arguments))
+        elbo(diffusion(TrueScore(process), process, get_schedule("loglinear")), blocks, **({"draws": 1} | arguments))
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_readme_without_a_tensor_of_log_scores() -> None:
 
 @pytest.mark.parametrize(
     ("bits", "verdict"),
-    [(2.7312, "more context than the byte before"), (4.0, "table of pairs"), (4.6, "not yet learnt how frequent")],
+    [(2.7312, "more context than the previous byte"), (4.0, "table of pairs"), (4.6, "not yet learnt how frequent")],
 )
 def test_the_demo_ends_with_what_its_figures_mean(bits: float, verdict: str, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "step_00001200"
@@ -194,15 +194,15 @@ def test_runs_are_compared(tmp_path: Path) -> None:
     assert "| 0.100 | 0.562 ± 0.062 | 0.20 |" in (tmp_path / "comparison.md").read_text()
     done = subprocess.run([*command, str(tmp_path), "--out", "x"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "there is no eval/perplexity.json" in done.stderr
+    assert "no eval/perplexity.json" in done.stderr
     done = subprocess.run([*command, f"{tmp_path}/two/../one", "--out", "x"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "a run of that name is given already" in done.stderr.replace("\n", " ")
+    assert "expected runs with different names, got one twice" in done.stderr.replace("\n", " ")
     judged["settings"] = {"judge": "another"}
     (tmp_path / "two" / "eval" / "generative.json").write_text(json.dumps(judged))
     done = subprocess.run([*command, "--out", "x"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "judges differ (one: somebody, two: another)" in done.stderr.replace("\n", " ")
+    assert "expected one judge for all runs, got one: somebody, two: another" in done.stderr.replace("\n", " ")
     drawn = runpy.run_path(str(ROOT / "examples" / "compare.py"))["picture"]({"two": {"generative": judged}})
     lines = [list(bars.lines[0].get_xdata()) for panel in drawn.axes for bars in panel.containers]
     assert lines == [[16, 64]] * 4, "two samplers, two panels"

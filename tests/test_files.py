@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sedd.diffusion.schedule import LogLinear
 from sedd.files import RunLock, load_tensors, save_tensors, whole_file, write_json, write_text
-from sedd.model import SEDD, ModelConfig
-from sedd.pretrained import load_pretrained
-from sedd.schedule import LogLinear
+from sedd.hub import SEDD
+from sedd.network import ModelConfig
 from sedd.unfinished import Unfinished
 from sedd_ext import Uniform
 
@@ -81,13 +81,13 @@ def test_a_flipped_bit_of_an_exported_model_is_refused_or_harmless(tmp_path: Pat
     torch.manual_seed(0)
     sizes = ModelConfig(hidden_size=8, n_blocks=1, n_heads=1, cond_dim=4, length=8)
     SEDD(sizes, Uniform(27), LogLinear(), tokenizer="text8").save_pretrained(tmp_path)
-    weights = load_pretrained(tmp_path).state_dict()
+    weights = SEDD.from_pretrained(tmp_path).state_dict()
     file, rng, refused = tmp_path / "model.safetensors", random.Random(0), 0
     content = file.read_bytes()
     for _ in range(200):
         file.write_bytes(flipped(content, rng))
         try:
-            found = load_pretrained(tmp_path).state_dict()
+            found = SEDD.from_pretrained(tmp_path).state_dict()
         except ValueError as error:
             assert "model.safetensors: damaged" in str(error)  # noqa: PT017 - not all of them are refused
             refused += 1
@@ -105,7 +105,7 @@ def test_a_flipped_bit_of_an_unfinished_evaluation_is_refused(tmp_path: Path) ->
     content = path.read_bytes()
     for _ in range(200):
         path.write_bytes(flipped(content, rng))
-        with pytest.raises(ValueError, match=r"unfinished evaluation.*delete it to begin anew"):
+        with pytest.raises(ValueError, match=r"unfinished evaluation.*delete it to start again"):
             Unfinished(path, "this")
 
 

@@ -18,12 +18,13 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import sedd.generative
+import sedd.commands.generative
 from sedd.cli import main
-from sedd.generative import _mauve, diversity
-from sedd.judge import load_judge
-from sedd.model import SEDD, ModelConfig
-from sedd.schedule import LogLinear
+from sedd.commands.generative import _mauve, diversity
+from sedd.commands.judge import load_judge
+from sedd.diffusion.schedule import LogLinear
+from sedd.hub import SEDD
+from sedd.network import ModelConfig
 from sedd_ext import Absorbing
 
 LENGTH = 16
@@ -79,9 +80,9 @@ def test_the_judge_reads_each_text_as_if_alone(judge_folder: Path) -> None:
 
 def test_judges_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (str(tmp_path / "none.gguf"), str(tmp_path / "none")):
-        with pytest.raises(FileNotFoundError, match="judge: there is no"):
+        with pytest.raises(FileNotFoundError, match="judge: no such"):
             load_judge(name)
-    with pytest.raises(ConnectionError, match="judge: 'someone/gpt' is no folder here and could not be had"):
+    with pytest.raises(ConnectionError, match="judge: no such folder: 'someone/gpt', and it cannot be loaded"):
         load_judge("someone/gpt")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r'pip install "sedd_ext\[eval\]"'):
@@ -93,7 +94,7 @@ def test_a_folder_that_is_no_whole_judge(missing: str, judge_folder: Path, tmp_p
     folder = Path(shutil.copytree(judge_folder, tmp_path / "judge"))
     for path in folder.glob(missing):
         path.unlink()
-    with pytest.raises(ValueError, match=f"judge: {folder} holds no causal language model that can be read: "):
+    with pytest.raises(ValueError, match=f"judge: expected a causal language model, got {folder}, which cannot be "):
         load_judge(str(folder))
 
 
@@ -153,9 +154,9 @@ def test_the_whole_command(
 
     # what is there is kept, what is missing is made, and the same seed writes the same
     written: list[tuple[str, int]] = []
-    row = sedd.generative._row
+    row = sedd.commands.generative._row
     monkeypatch.setattr(
-        sedd.generative,
+        sedd.commands.generative,
         "_row",
         lambda sampler, steps, *rest: written.append((sampler, steps)) or row(sampler, steps, *rest),
     )
@@ -172,7 +173,7 @@ def test_the_whole_command(
     assert again["rows"][0]["texts"] == found["rows"][0]["texts"]
     line = ["eval", "generative", str(model), "--judge", str(judge_folder), "--json", str(tmp_path / "figures.json")]
     assert main([*line, *options, "--num", "6", "--seed", "5"]) == 2
-    assert "holds something else, or figures with other options" in capsys.readouterr().err
+    assert "json: expected results with the same options" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changed", ["model", "judge", "text"])
@@ -202,7 +203,7 @@ def test_figures_of_other_weights_or_texts_are_not_taken(
     kept = out.read_text()
     line = ["eval", "generative", str(model), "--judge", str(judge), *options, "--num", "6", "--json", str(out)]
     assert main(line) == 2
-    assert "holds something else, or figures with other options, weights or texts" in capsys.readouterr().err
+    assert "json: expected results with the same options, weights and texts" in capsys.readouterr().err
     assert out.read_text() == kept
 
 
@@ -218,22 +219,22 @@ def test_a_run_whose_text_is_gone(
     Path("text.txt").unlink()
     line = ["eval", "generative", "run", "--judge", str(judge_folder), "--steps", "[2]", "--num", "2"]
     assert main([*line, "--samplers", "[tweedie]"]) == 0
-    assert "no real text beside the model's; --text FILE gives one" in capsys.readouterr().out
+    assert "real text is not evaluated; to evaluate some, give --text FILE" in capsys.readouterr().out
     assert main([*line, "--mauve", "[unconditional]", "--given", "4", "--compared", "8"]) == 2
-    assert "text: the run's own cannot be had, so give a file: source: there is no file" in capsys.readouterr().err
+    assert "text: cannot load the validation text of the run; give a file: source: " in capsys.readouterr().err
 
 
 def test_given_tokens_are_kept(model: Path, judge_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = model.parent / "real.txt"
     real.write_text("".join(chr(65 + i % 26) for i in range(200)))  # capitals, which the model does not write
     seen: list[tuple[Any, torch.Tensor]] = []
-    sample = sedd.generative.sample
+    sample = sedd.commands.generative.sample
 
     def record(*args: Any, fixed: Any, **kwargs: Any) -> torch.Tensor:
         seen.append((fixed, sample(*args, fixed=fixed, **kwargs)))
         return seen[-1][1]
 
-    monkeypatch.setattr(sedd.generative, "sample", record)
+    monkeypatch.setattr(sedd.commands.generative, "sample", record)
     options = ["--steps", "[4]", "--samplers", "[tweedie]", "--text", str(real), "--given", "5", "--compared", "9"]
     evaluate(model, judge_folder, *options, "--mauve", "[prefix,infill]", "--batch_size", "6")
     assert [fixed is None for fixed, _ in seen] == [True, False, False]
@@ -249,18 +250,18 @@ def test_given_tokens_are_kept(model: Path, judge_folder: Path, monkeypatch: pyt
     [
         (["--steps", "[0]"], "steps: expected numbers of at least 1, got [0]"),
         (["--steps", "[]"], "steps: expected numbers of at least 1, got []"),
-        (["--samplers", "magic"], "samplers: expected one of tweedie, euler; got 'magic'"),
+        (["--samplers", "magic"], "samplers: expected one of tweedie, euler, greedy; got 'magic'"),
         (["--mauve", "[all]"], "mauve: expected one of unconditional, prefix, infill; got 'all'"),
-        (["--mauve", "[prefix]"], "given, compared: expected at most the 16 tokens of a text"),
-        (["--mauve", "[prefix]", "--given", "4", "--compared", "8"], "text: MAUVE compares with real text"),
-        (["--text", "none.txt"], "text: there is no file or folder none.txt"),
+        (["--mauve", "[prefix]"], "given, compared: expected at most 16, the length of a text, got 50, 100"),
+        (["--mauve", "[prefix]", "--given", "4", "--compared", "8"], "text: expected real text for MAUVE, got none"),
+        (["--text", "none.txt"], "text: no such file or folder: none.txt"),
         (["--num", "0"], "num: expected at least 1, got 0"),
-        (["--samplers", "[]"], "samplers: expected at least one of tweedie, euler; got none"),
-        (["--mauve", "[infill]", "--given", "8", "--compared", "8"], "given: 8 of 8 compared tokens are given"),
+        (["--samplers", "[]"], "samplers: expected at least one of tweedie, euler, greedy; got none"),
+        (["--mauve", "[infill]", "--given", "8", "--compared", "8"], "given: expected fewer than the 8 compared"),
         (["--top_p", "0"], "top_p: expected a number in (0, 1], got 0.0"),
         (["--temperature", "0"], "temperature: expected a positive number, got 0.0"),
-        (["--length", "1", "--num", "1"], "judge: tiny-judge sees one token in each text"),
-        (["--plot", "steps.foo"], "plot: expected a name that ends in"),
+        (["--length", "1", "--num", "1"], "judge: expected texts of at least 2 tokens of tiny-judge, got 1"),
+        (["--plot", "steps.foo"], "plot: expected a file name that ends in"),
     ],
 )
 def test_mistakes(

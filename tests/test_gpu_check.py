@@ -54,7 +54,9 @@ def positive(values: Any) -> bool:
     return bool(values) and all(math.isfinite(value) and value > 0 for value in values)
 
 
-@pytest.mark.costly("benchmarks", "sedd_ext", "csrc", "python/sedd/model.py")
+@pytest.mark.costly(
+    "benchmarks", "sedd_ext", "csrc", "python/sedd/network.py", "python/sedd/diffusion", "python/sedd/hub"
+)
 def test_rehearsal(tmp_path: Path, bare: dict[str, str]) -> None:
     out = tmp_path / "results"
     # one thread: on a busy machine torch's threads wait for each other
@@ -103,7 +105,9 @@ def test_rehearsal(tmp_path: Path, bare: dict[str, str]) -> None:
     assert (out / "gpu-check.txt").read_text(encoding="utf-8").splitlines()[-1] == "nothing wrong was found"
 
 
-@pytest.mark.costly("benchmarks", "sedd_ext", "csrc", "python/sedd/model.py")
+@pytest.mark.costly(
+    "benchmarks", "sedd_ext", "csrc", "python/sedd/network.py", "python/sedd/diffusion", "python/sedd/hub"
+)
 def test_rehearsal_of_the_profile(tmp_path: Path, bare: dict[str, str]) -> None:
     run = check("--device", "cpu", "--quick", "--budget", "60", "--profile", OUT=str(tmp_path), **bare)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -18,14 +18,15 @@ pytest.importorskip("rich")
 import torch
 import yaml
 from lm_eval.api.instance import Instance
-from toy import VOCABULARY, JointScore, TrueScore
+from toy import VOCABULARY, JointScore, TrueScore, diffusion
 
 from sedd.cli import main
-from sedd.harness import continuation_bound, greedy_continuation, is_greedy
+from sedd.diffusion.continuation import continuation_bound, greedy_continuation, is_greedy
+from sedd.diffusion.samplers import sample
+from sedd.diffusion.schedule import Geometric, LogLinear
+from sedd.hub import SEDD
 from sedd.lm_eval_model import SEDDLM
-from sedd.model import SEDD, ModelConfig
-from sedd.sample import sample
-from sedd.schedule import Geometric, LogLinear
+from sedd.network import ModelConfig
 from sedd_ext import Absorbing, Uniform
 
 ABSORBING, UNIFORM = Absorbing(VOCABULARY), Uniform(VOCABULARY)
@@ -36,7 +37,7 @@ JOINT = torch.softmax(1.5 * torch.randn(125, generator=GENERATOR, dtype=torch.fl
 def bound(model: TrueScore, context: list[int], continuation: list[int], **options: Any) -> torch.Tensor:
     schedule = options.pop("schedule", LogLinear(1e-4))
     options = {"draws": 2000, "length": 4, "batch_size": 2000} | options
-    return continuation_bound(model, context, continuation, model.process, schedule, **options)
+    return continuation_bound(diffusion(model, model.process, schedule), context, continuation, **options)
 
 
 @pytest.mark.parametrize("schedule", [LogLinear(1e-4), Geometric()], ids=["loglinear", "geometric"])
@@ -89,7 +90,7 @@ def test_greedy_writes_the_likeliest_token_where_the_model_is_surest() -> None:
     for first in range(5):
         for second in range(5):
             law = JOINT[first, second]
-            assert greedy_continuation(model, [first, second], 1, ABSORBING, schedule) == [int(law.argmax())]
+            assert greedy_continuation(diffusion(model, ABSORBING, schedule), [first, second], 1) == [int(law.argmax())]
         law = JOINT[first] / JOINT[first].sum()
         second, third = law.sum(1), law.sum(0)
         if second.max() > third.max():
@@ -98,26 +99,26 @@ def test_greedy_writes_the_likeliest_token_where_the_model_is_surest() -> None:
         else:
             token = int(third.argmax())
             expected = [int(law[:, token].argmax()), token]
-        assert greedy_continuation(model, [first], 2, ABSORBING, schedule) == expected
+        assert greedy_continuation(diffusion(model, ABSORBING, schedule), [first], 2) == expected
     for context in range(5):
-        assert greedy_continuation(TrueScore(UNIFORM), [context], 1, UNIFORM, schedule) == [0]
+        assert greedy_continuation(diffusion(TrueScore(UNIFORM), UNIFORM, schedule), [context], 1) == [0]
 
 
 def test_an_answer_is_greedy_if_it_is_what_is_written() -> None:
     model, schedule = JointScore(ABSORBING, JOINT), LogLinear()
-    written = greedy_continuation(model, [1], 2, ABSORBING, schedule)
+    written = greedy_continuation(diffusion(model, ABSORBING, schedule), [1], 2)
     for first in range(5):
         for second in range(5):
             answer = [first, second]
-            assert is_greedy(model, [1], answer, ABSORBING, schedule) == (answer == written)
+            assert is_greedy(diffusion(model, ABSORBING, schedule), [1], answer) == (answer == written)
     model.rows_scored.clear()  # one entry for each look at the model
-    assert not is_greedy(model, [1], [(token + 1) % 5 for token in written], ABSORBING, schedule)
+    assert not is_greedy(diffusion(model, ABSORBING, schedule), [1], [(token + 1) % 5 for token in written])
     assert len(model.rows_scored) == 1
 
 
 @pytest.mark.parametrize(("context", "continuation"), [([1], []), ([1, 2], [3, 4, 0])])
 def test_what_does_not_fit(context: list[int], continuation: list[int]) -> None:
-    with pytest.raises(ValueError, match=rf"continuation: {len(continuation)} tokens after {len(context)}, wanted"):
+    with pytest.raises(ValueError, match=rf"continuation: expected .*, got {len(continuation)} after {len(context)}"):
         bound(TrueScore(ABSORBING), context, continuation)
 
 
@@ -305,9 +306,9 @@ def test_windows_have_noise_of_their_own_and_all_the_context_there_is(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tasks", "[no_such_task]"], "tasks: the harness knows no no_such_task"),
-        (["--tasks", "[]"], "tasks: name at least one"),
-        (["--tasks", "[a]", "--include_path", "none"], "include_path: there is no folder none"),
+        (["--tasks", "[no_such_task]"], "tasks: expected tasks of the harness, got no_such_task"),
+        (["--tasks", "[]"], "tasks: expected at least one, got none"),
+        (["--tasks", "[a]", "--include_path", "none"], "include_path: no such folder: none"),
         (["--tasks", "[a]", "--draws", "0"], "draws: expected at least 1, got 0"),
         (["--tasks", "choose", "--device", "cuda:99"], "device: 'cuda:99' asked for, but torch sees"),
     ],

@@ -18,7 +18,16 @@ from conftest import ROOT
 from explicit import PROCESSES, random_log_score, random_rows
 from torch import Tensor
 
-from sedd_ext import _C, Absorbing, RankOne, _dispatch, euler_probs, linear_score_entropy_loss, score_entropy_loss
+from sedd_ext import (
+    _C,
+    Absorbing,
+    Euler,
+    RankOne,
+    _dispatch,
+    linear_score_entropy_loss,
+    reverse_probs,
+    score_entropy_loss,
+)
 
 
 def collected(*arguments: str) -> str:
@@ -81,8 +90,8 @@ def test_threads_reach_the_kernels(
 ) -> None:
     seen = []
 
-    def score_entropy(*arguments: Any) -> tuple[int, int]:
-        seen.append(arguments[-1])
+    def score_entropy(arguments: dict[str, Any]) -> tuple[int, int]:
+        seen.append(arguments["threads"])
         return 0, -1
 
     monkeypatch.setattr(
@@ -116,7 +125,7 @@ def test_instruction_sets_have_kernels_of_their_own() -> None:
                 "loss": loss.detach(),
                 "gradient": gradient,
                 "tile": tile,
-                "probs": euler_probs(log_score, x, 0.5, process),
+                "probs": reverse_probs(log_score, x, Euler(0.5), process),
             }
 
     all_results = {backend: results(backend) for backend in BACKENDS["cpu"]}

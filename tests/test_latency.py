@@ -19,10 +19,9 @@ pytest.importorskip("transformers")
 
 import torch
 
-import sedd.latency
+import sedd.commands.latency
 from sedd.cli import main
-from sedd.hints import pip_install
-from sedd.latency import (
+from sedd.commands.latency import (
     LatencyOptions,
     _crossings,
     _sentence,
@@ -31,15 +30,17 @@ from sedd.latency import (
     plot_latency,
     write_with_twin,
 )
-from sedd.model import SEDD, ModelConfig
-from sedd.schedule import LogLinear
+from sedd.diffusion.schedule import LogLinear
+from sedd.hints import pip_install
+from sedd.hub import SEDD
+from sedd.network import DiffusionTransformer, ModelConfig
 from sedd_ext import Absorbing, Uniform
 
 
 @pytest.mark.parametrize("process", [Absorbing(27), Uniform(27)], ids=["absorbing", "uniform"])
 def test_the_twin_has_the_shape_of_the_model(process: Any) -> None:
-    model = SEDD(ModelConfig(32, 3, 4, 16, 12), process)
-    twin = make_twin(model, 12)
+    model = DiffusionTransformer(ModelConfig(32, 3, 4, 16, 12), process.dim)
+    twin = make_twin(model, process, 12)
     assert tuple(twin.transformer.wte.weight.shape) == (27, 32), "MASK is no token of the twin"
     assert len(twin.transformer.h) == 3
     assert {block.attn.num_heads for block in twin.transformer.h} == {4}
@@ -49,7 +50,8 @@ def test_the_twin_has_the_shape_of_the_model(process: Any) -> None:
 
 
 def test_the_twin_writes_each_token_in_one_call_with_the_cache() -> None:
-    twin = make_twin(SEDD(ModelConfig(16, 2, 2, 8, 12), Absorbing(27)), 12)
+    process = Absorbing(27)
+    twin = make_twin(DiffusionTransformer(ModelConfig(16, 2, 2, 8, 12), process.dim), process, 12)
     seen: list[tuple[int, int]] = []
 
     def record(module: Any, arguments: Any, options: dict[str, Any], output: Any) -> None:
@@ -81,11 +83,11 @@ def test_crossing(steps: list[int], seconds: list[float], twin: float, expected:
 @pytest.mark.parametrize(
     ("times", "told"),
     [
-        ({0: 0.5, 10: 2.0, 20: 3.0}, "any number of steps takes longer than the autoregressive model"),
-        ({0: 5.0, 10: 2.0}, "these numbers of steps do not tell where diffusion takes as long as"),
-        ({0: 0.5, 10: 2.0}, "these numbers of steps do not tell where diffusion takes as long as"),
-        ({0: 5.0, 10: 2.0, 20: 1.9}, "these numbers of steps do not tell where diffusion takes as long as"),
-        ({0: 5.0, 10: 2.0, 20: 3.0}, "as long as the autoregressive model at 40.0 steps (extrapolated"),
+        ({0: 0.5, 10: 2.0, 20: 3.0}, "diffusion takes longer than the autoregressive model with any number of steps"),
+        ({0: 5.0, 10: 2.0}, "these numbers of steps do not determine where diffusion takes as long as"),
+        ({0: 0.5, 10: 2.0}, "these numbers of steps do not determine where diffusion takes as long as"),
+        ({0: 5.0, 10: 2.0, 20: 1.9}, "these numbers of steps do not determine where diffusion takes as long as"),
+        ({0: 5.0, 10: 2.0, 20: 3.0}, "diffusion takes as long as the autoregressive model at 40.0 steps (extrapolated"),
     ],
 )
 def test_what_is_told_is_no_more_than_the_times_tell(times: dict[int, float], told: str, tmp_path: Path) -> None:
@@ -96,7 +98,7 @@ def test_what_is_told_is_no_more_than_the_times_tell(times: dict[int, float], to
     report = {"rows": rows, "crossings": [found], "length": 8, "device": "cpu", "dtype": "float32"}
     plot_latency(report, tmp_path / "times.svg")
     stars = re.findall(r"<!-- \d+ steps.* -->", (tmp_path / "times.svg").read_text())
-    assert len(stars) == told.startswith("as long")
+    assert len(stars) == told.startswith("diffusion takes as long")
 
 
 @pytest.fixture
@@ -119,7 +121,7 @@ def test_the_whole_command(
         order.append((batch, steps))
         return times[steps] * batch + 0.01 * (len(order) > 12)
 
-    monkeypatch.setattr(sedd.latency, "_time", clock)
+    monkeypatch.setattr(sedd.commands.latency, "_time", clock)
     out, picture = tmp_path / "latency.json", tmp_path / "latency.png"
     line = ["eval", "latency", str(model), "--steps", "[8,2,4]", "--batch_sizes", "[3,1,3]", "--repeats", "3"]
     assert main([*line, "--json", str(out), "--plot", str(picture)]) == 0
@@ -133,7 +135,7 @@ def test_the_whole_command(
         assert row["tokens_per_second"] == pytest.approx(row["batch"] * 12 / row["seconds"])
     assert [round(row["steps"], 1) for row in found["crossings"]] == [6.0, 6.0]
     printed = capsys.readouterr().out
-    assert "batch 3: as long as the autoregressive model at 6.0 steps" in printed
+    assert "batch 3: diffusion takes as long as the autoregressive model at 6.0 steps" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
     plot_latency(found, tmp_path / "both.svg")  # matplotlib repeats texts as comments
     drawn = (tmp_path / "both.svg").read_text()
@@ -161,7 +163,7 @@ def test_a_missing_package_is_named_before_anything_is_measured(
     package: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(sedd.latency, "_time", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(sedd.commands.latency, "_time", lambda *_: pytest.fail("measured"))
     assert main(["eval", "latency", str(model), "--plot", str(tmp_path / "latency.png")]) == 2
     assert f"needs {package.split('.')[0]}: {pip_install('eval', package)}" in capsys.readouterr().err
 
@@ -171,14 +173,14 @@ def test_a_missing_package_is_named_before_anything_is_measured(
     [
         (["--steps", "[0]"], "steps: expected numbers of at least 1, got [0]"),
         (["--batch_sizes", "[]"], "batch_sizes: expected numbers of at least 1, got []"),
-        (["--sampler", "magic"], "sampler: expected one of tweedie, euler; got 'magic'"),
+        (["--sampler", "magic"], "sampler: expected one of tweedie, euler, greedy; got 'magic'"),
         (["--repeats", "0"], "repeats: expected at least 1, got 0"),
-        (["--plot", "times.foo"], "plot: expected a name that ends in"),
+        (["--plot", "times.foo"], "plot: expected a file name that ends in"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_measured(
     options: list[str], message: str, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sedd.latency, "_time", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(sedd.commands.latency, "_time", lambda *_: pytest.fail("measured"))
     assert main(["eval", "latency", str(model), *options]) == 2
     assert message in capsys.readouterr().err

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from sedd.learning_rate import LR_SCHEDULES, learning_rate_factor
+from sedd.training.learning_rate import LR_SCHEDULES, learning_rate_factor
 
 
 @pytest.mark.parametrize(

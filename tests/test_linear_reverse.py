@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from backends import BACKENDS, Backend, linear_euler_sample, linear_tweedie_sample, running_on, to_device
+from backends import BACKENDS, Backend, linear_reverse_sample, running_on, to_device
 from explicit import PROCESSES, bad_rows, chi_square, random_log_score, random_rows, rare_or_not, rare_tokens
 from torch import Tensor
 
 import sedd_ext.linear_reverse as module
-from sedd_ext import Absorbing, Hybrid, RankOne, Uniform, reference
+from sedd_ext import Absorbing, Euler, Hybrid, RankOne, Tweedie, Uniform, reference
+from sedd_ext.step import Step
 
 pytestmark = pytest.mark.operators
 every_variant = pytest.mark.every_variant
@@ -23,14 +24,9 @@ Process = Callable[[int], RankOne]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-class Step(NamedTuple):
-    sample: Callable[..., Tensor]
-    reference_probs: Callable[..., Tensor]
-
-
-TWEEDIE = Step(linear_tweedie_sample, reference.tweedie_probs)
-EULER = Step(linear_euler_sample, reference.euler_probs)
-both_steps = pytest.mark.parametrize("step", [TWEEDIE, EULER], ids=["tweedie", "euler"])
+StepOf = Callable[..., Tweedie | Euler]
+"""A step from its noise."""
+both_steps = pytest.mark.parametrize("step", [Tweedie, Euler], ids=["tweedie", "euler"])
 
 
 def random_head(n: int, dtype: torch.dtype, d: int = 4) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,9 +42,10 @@ def log_score_of(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def draw(step: Step, hidden: Tensor, draws: int, x: int, *rest: Any, **options: Any) -> Tensor:
-    """So many draws from one state."""
-    weight, bias, *rest = rest
-    return step.sample(hidden.expand(draws, -1), weight, bias, torch.full((draws,), x), *rest, **options)
+    """So many draws from one state; the rest is weight, bias and process."""
+    weight, bias, process = rest
+    x_t = torch.full((draws,), x)
+    return linear_reverse_sample(hidden.expand(draws, -1), weight, bias, x_t, step, process, **options)
 
 
 @pytest.fixture
@@ -57,9 +54,9 @@ def sweeps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     seen: list[tuple[int, int]] = []
     launch = module.launch
 
-    def recorded(kernel: str, out: Tensor, arguments: tuple[Any, ...], sizes: tuple[int, int, int]) -> Any:
-        seen.append((sizes[0], arguments[-1]))
-        return launch(kernel, out, arguments, sizes)
+    def recorded(kernel: str, **arguments: Any) -> Any:
+        seen.append((arguments["rows"], arguments["sweep"]))
+        return launch(kernel, **arguments)
 
     monkeypatch.setattr(module, "launch", recorded)
     return seen
@@ -71,15 +68,15 @@ def sweeps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 @both_steps
 @pytest.mark.parametrize(("dtype", "denoise"), zip(DTYPES, [False, True, True, False], strict=True), ids=str)
 def test_samples_follow_the_probabilities(
-    backend: Backend, process_of: Process, step: Step, dtype: torch.dtype, denoise: bool
+    backend: Backend, process_of: Process, step: StepOf, dtype: torch.dtype, denoise: bool
 ) -> None:
     process, draws = process_of(27), backend.draws(20_000)
     head = random_head(27, dtype)
     generator = torch.Generator().manual_seed(0)
     for x in (4, 26):  # of absorbing diffusion only the second can move
         options = {"denoise": denoise, "log_score_shift": 0.5}
-        drawn = draw(step, head[0], draws, x, *head[1:], 0.2, process, generator=generator, **options)
-        probs = step.reference_probs(log_score_of(*head), torch.tensor(x), 0.2, process, **options)
+        drawn = draw(step(0.2), head[0], draws, x, *head[1:], process, generator=generator, **options)
+        probs = reference.reverse_probs(log_score_of(*head), torch.tensor(x), step(0.2), process, **options)
         counts = drawn.bincount(minlength=27)
         if (probs == 1).any():
             assert int(counts[probs == 1]) == draws
@@ -90,7 +87,7 @@ def test_samples_follow_the_probabilities(
 @every_variant
 @both_steps
 @pytest.mark.parametrize("size", [0.1, 3.0])
-def test_samples_from_several_tiles(backend: Backend, process_of: Process, step: Step, size: float) -> None:
+def test_samples_from_several_tiles(backend: Backend, process_of: Process, step: StepOf, size: float) -> None:
     """4,099 tokens in three tiles, whose frequencies fall like 1/rank, from small and large steps."""
     process, draws = process_of(4099), backend.draws(6000)
     x = int(process.stationary.nonzero()[-1])
@@ -99,8 +96,8 @@ def test_samples_from_several_tiles(backend: Backend, process_of: Process, step:
     hidden, bias = torch.zeros(4), -ranks.log()
     if process.family != "absorbing":
         bias -= process.stationary[x].log().float()
-    drawn = draw(step, hidden, draws, x, weight, bias, size, process, generator=torch.Generator().manual_seed(2))
-    probs = step.reference_probs(bias.double(), torch.tensor(x), size, process)
+    drawn = draw(step(size), hidden, draws, x, weight, bias, process, generator=torch.Generator().manual_seed(2))
+    probs = reference.reverse_probs(bias.double(), torch.tensor(x), step(size), process)
     assert chi_square(drawn.bincount(minlength=4099), probs) > 1e-3
 
 
@@ -109,8 +106,8 @@ def test_rows_that_are_refused_are_drawn_again(backend: Backend, sweeps: list[tu
     process, draws = Uniform(2500), backend.draws(12_000)
     _, weight, _ = random_head(2500, torch.float32)
     bias = random_log_score((2500,), torch.float32, spread=0.3)
-    drawn = draw(TWEEDIE, torch.zeros(4), draws, 7, weight, bias, 5.0, process)
-    probs = reference.tweedie_probs(bias.double(), torch.tensor(7), 5.0, process)
+    drawn = draw(Tweedie(5.0), torch.zeros(4), draws, 7, weight, bias, process)
+    probs = reference.reverse_probs(bias.double(), torch.tensor(7), Tweedie(5.0), process)
     assert (probs == 0).any()
     assert chi_square(drawn.bincount(minlength=2500), probs) > 1e-3
     again = [rows for rows, sweep in sweeps if sweep == 1]
@@ -121,21 +118,21 @@ def test_samples_of_equal_scores(backend: Backend) -> None:
     """At Δ = 40 of 1 - e^{-Δ} nothing is left but 1 in float64, and every entry is refused in the first sweep."""
     process, draws = Uniform(2500), backend.draws(12_000)
     weight, bias = torch.zeros(2500, 4), torch.zeros(2500)
-    drawn = draw(TWEEDIE, torch.zeros(4), draws, 7, weight, bias, 40.0, process)
+    drawn = draw(Tweedie(40.0), torch.zeros(4), draws, 7, weight, bias, process)
     assert chi_square((drawn // 25).bincount(minlength=100), torch.full((100,), 0.01)) > 1e-3
 
 
 @both_steps
 @pytest.mark.operators("cpu", "cuda")  # the emulation draws the CPU's tokens, see below
-def test_rare_tokens_get_their_share(step: Step) -> None:
+def test_rare_tokens_get_their_share(step: StepOf) -> None:
     """A small step from a MASK that mostly stays, over three tiles."""
     process, size, wanted = Absorbing(4096), 0.002, rare_tokens()
-    bias = (wanted / (math.expm1(size) if step is TWEEDIE else size)).log().float()
-    probs = step.reference_probs(bias.double(), torch.tensor(4096), size, process)
+    bias = (wanted / (math.expm1(size) if step is Tweedie else size)).log().float()
+    probs = reference.reverse_probs(bias.double(), torch.tensor(4096), step(size), process)
     counts = torch.zeros(4097, dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
     for _ in range(100):
-        drawn = draw(step, torch.zeros(1), 4000, 4096, torch.zeros(4097, 1), bias, size, process, generator=generator)
+        drawn = draw(step(size), torch.zeros(1), 4000, 4096, torch.zeros(4097, 1), bias, process, generator=generator)
         counts += drawn.bincount(minlength=4097)
     assert chi_square(counts, probs) > 0.01
     assert chi_square(rare_or_not(counts), rare_or_not(probs)) > 0.01
@@ -162,16 +159,17 @@ def tempered(probs: Tensor, x: int, temperature: float, top_p: float) -> Tensor:
 @both_steps
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.5, 1.0), (1.7, 1.0), (1.0, 0.6), (0.8, 0.9)])
 def test_temperature_and_top_p(
-    backend: Backend, process_of: Process, step: Step, temperature: float, top_p: float
+    backend: Backend, process_of: Process, step: StepOf, temperature: float, top_p: float
 ) -> None:
     process, draws = process_of(27), backend.draws(20_000)
     head = random_head(27, torch.float32)
     options = {"temperature": temperature, "top_p": top_p, "buffer_bytes": 27 * 16 * 1000}
     drawn = draw(
-        step, head[0], draws, 26, *head[1:], 0.4, process, generator=torch.Generator().manual_seed(5), **options
+        step(0.4), head[0], draws, 26, *head[1:], process, generator=torch.Generator().manual_seed(5), **options
     )
-    probs = step.reference_probs(log_score_of(*head), torch.tensor(26), 0.4, process)
+    probs = reference.reverse_probs(log_score_of(*head), torch.tensor(26), step(0.4), process)
     law = tempered(probs, 26, temperature, top_p)
+    torch.testing.assert_close(reference._tempered(probs, torch.tensor(26), temperature, top_p), law)
     if (law == 1).any():
         assert (drawn == 26).all()
     else:
@@ -180,11 +178,11 @@ def test_temperature_and_top_p(
 
 @both_steps
 @pytest.mark.parametrize("option", [{"temperature": 1e-3}, {"top_p": 1e-6}])
-def test_greedy(step: Step, option: dict[str, float]) -> None:
+def test_greedy(step: StepOf, option: dict[str, float]) -> None:
     """Nearly nothing of either leaves the most probable token."""
     process, head = Absorbing(26), random_head(27, torch.float32)
     best = log_score_of(*head)[:26].argmax()
-    drawn = draw(step, head[0], 200, 26, *head[1:], 0.4, process, denoise=True, **option)
+    drawn = draw(step(0.4), head[0], 200, 26, *head[1:], process, denoise=True, **option)
     assert (drawn == best).all()
 
 
@@ -192,16 +190,16 @@ def test_greedy(step: Step, option: dict[str, float]) -> None:
 
 
 @both_steps
-def test_rows_that_cannot_move_do_not_reach_the_head(step: Step, sweeps: list[tuple[int, int]]) -> None:
+def test_rows_that_cannot_move_do_not_reach_the_head(step: StepOf, sweeps: list[tuple[int, int]]) -> None:
     process, x = Absorbing(26), torch.tensor([26, 1, 26, 2, 3])
     hidden, weight, bias = random_head(27, torch.float32)
     states = hidden.repeat(5, 1)
     states[[1, 3, 4]] = float("nan")
-    drawn = step.sample(states, weight, bias, x, 0.5, process, denoise=True)
+    drawn = linear_reverse_sample(states, weight, bias, x, step(0.5), process, denoise=True)
     assert drawn[[1, 3, 4]].tolist() == [1, 2, 3]
     assert (drawn != 26).all()
     assert sweeps == [(2, 0)]
-    tempered = step.sample(states, weight, bias, x, 0.5, process, denoise=True, temperature=0.5)
+    tempered = linear_reverse_sample(states, weight, bias, x, step(0.5), process, denoise=True, temperature=0.5)
     assert tempered[[1, 3, 4]].tolist() == [1, 2, 3]
 
 
@@ -210,7 +208,7 @@ def test_rows_that_cannot_move_do_not_reach_the_head(step: Step, sweeps: list[tu
 
 @every_variant
 @both_steps
-def test_same_generator_same_tokens(process_of: Process, step: Step, threads: Callable[[int], None]) -> None:
+def test_same_generator_same_tokens(process_of: Process, step: StepOf, threads: Callable[[int], None]) -> None:
     """Whatever the number of threads, and however many rows fit into the buffer."""
     process = process_of(4099)
     x = random_rows(process, 60).x_t
@@ -221,7 +219,9 @@ def test_same_generator_same_tokens(process_of: Process, step: Step, threads: Ca
         threads(count)
         generator = torch.Generator().manual_seed(11)
         options = {"generator": generator, "buffer_bytes": buffer_bytes}
-        several.append([step.sample(hidden, weight, bias, x, 0.5, process, **options) for _ in range(2)])
+        several.append(
+            [linear_reverse_sample(hidden, weight, bias, x, step(0.5), process, **options) for _ in range(2)]
+        )
     for others in several[1:]:
         for one, other in zip(several[0], others, strict=True):
             assert torch.equal(one, other)
@@ -231,20 +231,22 @@ def test_same_generator_same_tokens(process_of: Process, step: Step, threads: Ca
 @pytest.mark.operators("emulated")
 @both_steps
 @pytest.mark.parametrize("n", [27, 5003])
-def test_tokens_are_those_of_the_cpu(process_of: Process, step: Step, n: int) -> None:
+def test_tokens_are_those_of_the_cpu(process_of: Process, step: StepOf, n: int) -> None:
     """Sums in another order move a boundary by 1e-7 of the axis: of these draws, none falls between."""
     process, rows = process_of(n), 2000 if n < 100 else 300
     x = random_rows(process, rows).x_t
     _, weight, bias = random_head(n, torch.float32)
     hidden = random_log_score((rows, 4), torch.float32, seed=9)
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
-    emulated = step.sample(hidden, weight, bias, x, 0.7, process, generator=generators[0])
+    emulated = linear_reverse_sample(hidden, weight, bias, x, step(0.7), process, generator=generators[0])
     with running_on(BACKENDS["cpu"][0]):
-        assert torch.equal(step.sample(hidden, weight, bias, x, 0.7, process, generator=generators[1]), emulated)
+        assert torch.equal(
+            linear_reverse_sample(hidden, weight, bias, x, step(0.7), process, generator=generators[1]), emulated
+        )
 
 
 @both_steps
-def test_shapes_and_strides(process_of: Process, step: Step) -> None:
+def test_shapes_and_strides(process_of: Process, step: StepOf) -> None:
     process = process_of(27)
     x = random_rows(process, 24).x_t
     _, weight, bias = random_head(27, torch.float32)
@@ -252,8 +254,8 @@ def test_shapes_and_strides(process_of: Process, step: Step) -> None:
     size = torch.linspace(0.1, 2.0, 24).view(4, 6)
 
     def call(hidden: Tensor, weight: Tensor, x: Tensor, size: Tensor, **options: Any) -> Tensor:
-        return step.sample(
-            hidden, weight, bias, x, size, process, generator=torch.Generator().manual_seed(0), **options
+        return linear_reverse_sample(
+            hidden, weight, bias, x, step(size), process, generator=torch.Generator().manual_seed(0), **options
         )
 
     flat = call(hidden, weight, x, size.flatten())
@@ -268,17 +270,23 @@ def test_shapes_and_strides(process_of: Process, step: Step) -> None:
 
 
 @both_steps
-def test_autocast(process_of: Process, step: Step) -> None:
+def test_autocast(process_of: Process, step: StepOf) -> None:
     """The product in bfloat16: the tokens are those of tensors that are bfloat16."""
     process = process_of(27)
     x = random_rows(process, 200).x_t
     _, weight, bias = random_head(27, torch.float32)
     hidden = random_log_score((200, 4), torch.float32)
-    rounded = step.sample(
-        *(v.bfloat16() for v in (hidden, weight, bias)), x, 0.5, process, generator=torch.Generator().manual_seed(0)
+    rounded = linear_reverse_sample(
+        *(v.bfloat16() for v in (hidden, weight, bias)),
+        x,
+        step(0.5),
+        process,
+        generator=torch.Generator().manual_seed(0),
     )
     with torch.autocast("cpu", torch.bfloat16):
-        drawn = step.sample(hidden, weight, bias, x, 0.5, process, generator=torch.Generator().manual_seed(0))
+        drawn = linear_reverse_sample(
+            hidden, weight, bias, x, step(0.5), process, generator=torch.Generator().manual_seed(0)
+        )
     assert torch.equal(drawn, rounded)
 
 
@@ -286,28 +294,28 @@ def test_autocast(process_of: Process, step: Step) -> None:
 @both_steps
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
 def test_rows_without_a_distribution_are_refused(
-    backend: Backend, process_of: Process, step: Step, value: float
+    backend: Backend, process_of: Process, step: StepOf, value: float
 ) -> None:
     process, x = process_of(38), torch.full((3,), 37)
     hidden, weight = torch.zeros(3, 1), torch.ones(38, 1)
     hidden[1] = value
     if backend.names_bad_rows:
         with pytest.raises(ValueError, match=r"^hidden: .*index \[1\]"):
-            step.sample(hidden, weight, None, x, 0.3, process)
+            linear_reverse_sample(hidden, weight, None, x, step(0.3), process)
     else:
-        assert bad_rows(step.sample(hidden, weight, None, x, 0.3, process)) == [1]
+        assert bad_rows(linear_reverse_sample(hidden, weight, None, x, step(0.3), process)) == [1]
 
 
 @both_steps
 @pytest.mark.parametrize("process", [Absorbing(6), Hybrid(6, 0.3)], ids=["absorbing", "hybrid"])
-def test_denoising_with_nothing_left_is_refused(backend: Backend, process: RankOne, step: Step) -> None:
+def test_denoising_with_nothing_left_is_refused(backend: Backend, process: RankOne, step: StepOf) -> None:
     x, bias = torch.full((2,), 6), torch.full((7,), -math.inf)
     hidden, weight = torch.zeros(2, 1), torch.zeros(7, 1)
     if backend.names_bad_rows:
         with pytest.raises(ValueError, match="hidden"):
-            step.sample(hidden, weight, bias, x, 0.3, process, denoise=True)
+            linear_reverse_sample(hidden, weight, bias, x, step(0.3), process, denoise=True)
     else:
-        assert bad_rows(step.sample(hidden, weight, bias, x, 0.3, process, denoise=True)) == [0, 1]
+        assert bad_rows(linear_reverse_sample(hidden, weight, bias, x, step(0.3), process, denoise=True)) == [0, 1]
 
 
 @pytest.mark.operators("cpu", "cuda")
@@ -337,7 +345,7 @@ def test_opcheck(process_of: Process, kind: str) -> None:
 @pytest.mark.operators("cpu", "cuda")
 @both_steps
 @pytest.mark.parametrize("name", ["absorbing", "hybrid"])
-def test_compile(step: Step, name: str) -> None:
+def test_compile(step: StepOf, name: str) -> None:
     torch.compiler.reset()
     process = PROCESSES[name](27)
     rows = random_rows(process, 24)
@@ -345,7 +353,7 @@ def test_compile(step: Step, name: str) -> None:
     hidden = random_log_score((24, 4), torch.float32)
 
     def call(hidden: Tensor, x: Tensor, size: Tensor) -> Tensor:
-        return step.sample(2 * hidden, weight, bias, x, size, process) + 1
+        return linear_reverse_sample(2 * hidden, weight, bias, x, step(size), process) + 1
 
     results = []
     with torch.random.fork_rng():

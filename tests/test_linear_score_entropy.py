@@ -194,9 +194,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     seen: list[tuple[int, bool]] = []
     launch = module.launch
 
-    def recorded(kernel: str, out: Tensor, arguments: tuple[Any, ...], sizes: tuple[int, int, int]) -> Any:
-        seen.append((sizes[0], arguments[6] != 0))
-        return launch(kernel, out, arguments, sizes)
+    def recorded(kernel: str, **arguments: Any) -> Any:
+        seen.append((arguments["rows"], arguments["grad_loss"] is not None))
+        return launch(kernel, **arguments)
 
     monkeypatch.setattr(module, "launch", recorded)
     return seen

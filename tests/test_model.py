@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import released
 import torch
+from toy import diffusion
 
-from sedd.checkpoint import load_weights
-from sedd.evaluate import elbo
-from sedd.model import PRESETS, SEDD, ModelConfig, device_of
-from sedd.schedule import LogLinear
+from sedd.diffusion.likelihood import elbo
+from sedd.diffusion.schedule import LogLinear
+from sedd.hub import SEDD
+from sedd.network import PRESETS, ModelConfig
+from sedd.runtime import device_of
+from sedd.training.checkpoint import load_weights
 from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
 
 N_VOCAB = 11
@@ -25,6 +28,10 @@ def build(process=None, **overrides):
         if "adaLN" in name or name.startswith("output_layer.linear"):
             torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def shift_of(model, sigma, x_t):
+    return model.parameterization.log_score_shift(model.process, sigma, x_t)
 
 
 def inputs(model, batch=3, length=8):
@@ -70,7 +77,7 @@ def test_forward_is_hidden_head_and_shift_with_a_zero_at_x_t():
     model = build().eval()
     x, sigma = inputs(model)
     log_score = model(x, sigma)
-    raw = model.head(model.hidden(x, sigma)) - model.log_score_shift(sigma, x)[:, None, None]
+    raw = model.head(model.hidden(x, sigma)) - shift_of(model, sigma, x)[:, None, None]
     at_x_t = torch.nn.functional.one_hot(x, model.dim).bool()
     assert log_score.shape == (3, 8, N_VOCAB + 1)
     assert bool((log_score[at_x_t] == 0).all())
@@ -80,7 +87,7 @@ def test_forward_is_hidden_head_and_shift_with_a_zero_at_x_t():
 def test_shift_formula_and_its_extremes():
     model = build()
     sigma = torch.tensor([1e-12, 1e-5, 0.7, 20.0, 800.0], dtype=torch.float64)
-    shift = model.log_score_shift(sigma, torch.full((5,), N_VOCAB))
+    shift = shift_of(model, sigma, torch.full((5,), N_VOCAB))
     expected = [math.log(math.expm1(s)) if s < 500 else s for s in sigma.tolist()]
     torch.testing.assert_close(
         shift, torch.tensor(expected, dtype=torch.float64) + math.log(N_VOCAB), rtol=1e-13, atol=0
@@ -95,7 +102,7 @@ def test_models_without_a_shift():
         (Hybrid(N_VOCAB, 0.2), {"hybrid_shift": False}),
     ):
         model = build(process, **options)
-        assert model.log_score_shift(torch.ones(2), torch.zeros(2, dtype=torch.int64)) is None
+        assert shift_of(model, torch.ones(2), torch.zeros(2, dtype=torch.int64)) is None
 
 
 @pytest.mark.parametrize("uniform_fraction", [0.0, 0.1, 0.5, 0.9])
@@ -105,7 +112,7 @@ def test_hybrid_shift_is_the_score_of_unknown_text(uniform_fraction):
     model = build(process)
     sigma = torch.tensor([1e-6, 1e-3, 0.7, 6.9, 20.0], dtype=torch.float64)
     x = torch.tensor([N_VOCAB, 3]).expand(5, 2)
-    shift = model.log_score_shift(sigma[:, None], x)
+    shift = shift_of(model, sigma[:, None], x)
     a = torch.exp(-sigma)[:, None]
     p_t = a * torch.tensor([1 / N_VOCAB] * N_VOCAB + [0.0]).double() - torch.expm1(-sigma)[:, None] * process.stationary
     torch.testing.assert_close(-shift[:, 0], (p_t[:, 0] / p_t[:, -1]).log(), rtol=1e-6, atol=1e-7)
@@ -118,7 +125,9 @@ def test_every_process_starts_at_the_entropy_of_the_vocabulary(process):
     """An untrained model knows nothing: its bound is log n, plus what MASK's constant log-score costs at first."""
     model = SEDD(ModelConfig(16, 1, 2, 8, length=16), process).eval()
     text = torch.randint(256, (16, 16), generator=torch.Generator().manual_seed(0))
-    result = elbo(model, text, process, LogLinear(), draws=64, n_bytes=256, generator=torch.Generator().manual_seed(1))
+    result = elbo(
+        diffusion(model, process, LogLinear()), text, draws=64, n_bytes=256, generator=torch.Generator().manual_seed(1)
+    )
     assert math.log(256) - 0.3 < result.nats_per_token < math.log(256) + 0.5
 
 
@@ -143,7 +152,7 @@ def test_matches_an_independent_statement_of_the_network():
 
 # Log-scores of random weights are of order 1 to 15. float32 rounds those by 1e-6, and its sums over 24 blocks are made
 # in another order here than there: 1e-5 is what the two statements may differ by.
-@pytest.mark.costly("python/sedd/model.py", "tests/released.py")
+@pytest.mark.costly("python/sedd/network.py", "tests/released.py")
 @pytest.mark.parametrize(
     ("preset", "process", "length"),
     [("small", Absorbing(50257), 24), ("small", Uniform(50257), 24), ("medium", Absorbing(50257), 8)],

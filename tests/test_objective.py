@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from toy import TrueScore
+from toy import TrueScore, diffusion
 
-from sedd.model import SEDD, ModelConfig
-from sedd.objective import OBJECTIVES, sample_times, score_entropy
-from sedd.schedule import get_schedule
+from sedd.diffusion.objectives import OBJECTIVES, ScoreEntropy, sample_times
+from sedd.diffusion.schedule import get_schedule
+from sedd.hub import SEDD
+from sedd.network import ModelConfig
 from sedd_ext import Absorbing, Hybrid, Uniform, reference, sample_transition
 
 N_VOCAB = 7
@@ -39,7 +40,7 @@ def test_loss_and_gradient_equal_the_dense_formulation(process, fused):
     """σ(t) Σ L over every position, from the full [B, L, N] log-scores of the model's own forward()."""
     model = build(process)
     x_0, t = text(), torch.tensor([0.03, 0.4, 0.8, 1.0], dtype=torch.float64)
-    loss = score_entropy(model, x_0, t, process, SCHEDULE, scale=0.5, fused=fused, generator=seeded())
+    loss = diffusion(model, process, SCHEDULE)(x_0, t, scale=0.5, fused=fused, generator=seeded())
     assert loss.shape == (4,)
     assert loss.dtype == torch.float32
     loss.sum().backward()
@@ -60,7 +61,7 @@ def test_head_runs_on_masked_positions_only():
     process = Absorbing(5)
     model = TrueScore(process)
     t = torch.full((64,), 0.25, dtype=torch.float64)
-    score_entropy(model, torch.zeros(64, 10, dtype=torch.int64), t, process, SCHEDULE, generator=seeded())
+    diffusion(model, process, SCHEDULE)(torch.zeros(64, 10, dtype=torch.int64), t, generator=seeded())
     assert model.rows_scored[0] == pytest.approx(0.25 * 640, abs=4 * math.sqrt(640 * 0.25 * 0.75))
 
 
@@ -69,7 +70,7 @@ def test_hybrid_without_uniform_part_skips_what_absorbing_skips():
     rows = []
     for process in (Absorbing(N_VOCAB), Hybrid(N_VOCAB, 0.0)):
         model = TrueScore(process, torch.full((N_VOCAB,), 1 / N_VOCAB))
-        score_entropy(model, x_0, t, process, SCHEDULE, generator=seeded())
+        diffusion(model, process, SCHEDULE)(x_0, t, generator=seeded())
         rows.append(model.rows_scored[0])
     assert 0 < rows[1] < x_0.numel()
 
@@ -77,7 +78,7 @@ def test_hybrid_without_uniform_part_skips_what_absorbing_skips():
 def test_a_batch_without_noise_scores_zero_and_has_a_gradient():
     process = Absorbing(N_VOCAB)
     model = build(process)
-    loss = score_entropy(model, text(), torch.full((4,), 1e-12, dtype=torch.float64), process, SCHEDULE)
+    loss = diffusion(model, process, SCHEDULE)(text(), torch.full((4,), 1e-12, dtype=torch.float64))
     assert loss.tolist() == [0.0] * 4
     loss.sum().backward()
     assert not bool(model.output_layer.linear.weight.grad.any())
@@ -88,7 +89,7 @@ def test_model_shift_is_taken_off(process):
     t = torch.full((4,), 0.5, dtype=torch.float64)
     x_0 = torch.randint(4, (4, 6), generator=seeded())
     plain, shifted = (
-        score_entropy(TrueScore(process, shift=shift), x_0, t, process, SCHEDULE, generator=seeded())
+        diffusion(TrueScore(process, shift=shift), process, SCHEDULE)(x_0, t, generator=seeded())
         for shift in (None, 2.5)
     )
     torch.testing.assert_close(plain, shifted, rtol=1e-6, atol=1e-6)
@@ -99,12 +100,12 @@ def test_sequences_are_scored_apart():
     model = build(process)
     t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     together = torch.autograd.grad(
-        score_entropy(model, text(3), t, process, SCHEDULE, generator=seeded())[1], model.output_layer.linear.bias
+        diffusion(model, process, SCHEDULE)(text(3), t, generator=seeded())[1], model.output_layer.linear.bias
     )[0]
     other = text(3)
     other[0] = (other[0] + 1) % N_VOCAB
     apart = torch.autograd.grad(
-        score_entropy(model, other, t, process, SCHEDULE, generator=seeded())[1], model.output_layer.linear.bias
+        diffusion(model, process, SCHEDULE)(other, t, generator=seeded())[1], model.output_layer.linear.bias
     )[0]
     assert bool(together.any())
     torch.testing.assert_close(together, apart, rtol=1e-6, atol=1e-7)
@@ -114,9 +115,9 @@ def test_bfloat16_autocast_stays_near_float32():
     process = Absorbing(N_VOCAB)
     model = build(process)
     t = torch.tensor([0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
-    exact = score_entropy(model, text(), t, process, SCHEDULE, generator=seeded())
+    exact = diffusion(model, process, SCHEDULE)(text(), t, generator=seeded())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = score_entropy(model, text(), t, process, SCHEDULE, generator=seeded())
+        loss = diffusion(model, process, SCHEDULE)(text(), t, generator=seeded())
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, exact, rtol=0.03, atol=0.05)
 
@@ -129,8 +130,8 @@ def test_training_learns_a_distribution():
     generator = seeded()
     x_0, losses = torch.full((16, 8), 2), []
     for _ in range(60):
-        loss = score_entropy(
-            model, x_0, sample_times(16, generator=generator), process, SCHEDULE, generator=generator
+        loss = diffusion(model, process, SCHEDULE)(
+            x_0, sample_times(16, generator=generator), generator=generator
         ).mean()
         optimiser.zero_grad()
         loss.backward()
@@ -160,7 +161,7 @@ def test_independent_times():
 
 
 def test_registry():
-    assert OBJECTIVES["score_entropy"] is score_entropy
+    assert OBJECTIVES["score_entropy"] is ScoreEntropy
 
 
 @pytest.mark.parametrize(
@@ -169,23 +170,19 @@ def test_registry():
         (lambda: sample_times(0), "batch: expected a positive number of sequences, got 0"),
         (lambda: sample_times(4, eps=1.0), r"eps: expected a time in \[0, 1\), got 1.0"),
         (
-            lambda: score_entropy(
-                build(PROCESSES["uniform"]), text()[0], torch.ones(1), PROCESSES["uniform"], SCHEDULE
-            ),
+            lambda: diffusion(build(PROCESSES["uniform"]), PROCESSES["uniform"], SCHEDULE)(text()[0], torch.ones(1)),
             r"x_0: .*got shape \[6\]",
         ),
         (
-            lambda: score_entropy(build(PROCESSES["uniform"]), text(), torch.ones(3), PROCESSES["uniform"], SCHEDULE),
+            lambda: diffusion(build(PROCESSES["uniform"]), PROCESSES["uniform"], SCHEDULE)(text(), torch.ones(3)),
             r"t: expected shape \[4\].*got \[3\]",
         ),
         (
-            lambda: score_entropy(
-                build(PROCESSES["uniform"]), text() + 9, torch.ones(4), PROCESSES["uniform"], SCHEDULE
-            ),
+            lambda: diffusion(build(PROCESSES["uniform"]), PROCESSES["uniform"], SCHEDULE)(text() + 9, torch.ones(4)),
             "x_0",
         ),
         (
-            lambda: score_entropy(build(PROCESSES["uniform"]), text(), torch.zeros(4), PROCESSES["uniform"], SCHEDULE),
+            lambda: diffusion(build(PROCESSES["uniform"]), PROCESSES["uniform"], SCHEDULE)(text(), torch.zeros(4)),
             "sigma",
         ),
     ],

@@ -12,7 +12,7 @@ import torch
 from backends import to_device
 from torch import Tensor, nn
 
-from sedd_ext import Hybrid, score_entropy_loss, tweedie_probs
+from sedd_ext import Hybrid, Tweedie, reverse_probs, score_entropy_loss
 
 pytestmark = pytest.mark.operators
 
@@ -24,7 +24,7 @@ PI = {"stationary": PROCESS.stationary.float(), "family": "rank_one"}
 SHIFT, SEED = {"log_score_shift": NOISE}, {"seed": torch.tensor([3])}
 LOSS = {"x_t": TOKENS, "x_0": TOKENS.flip(0), "sigma": NOISE, **SHIFT}
 SCORES = {"log_score": torch.zeros(3, N)}
-STEP = {"kind": "tweedie", "forbidden": N - 1}
+STEP = {"step": "tweedie", "forbidden": N - 1}
 COMPUTE = {"dtype": torch.float32, "buffer_bytes": 1 << 20}
 FLAGS = {"grad_hidden": True, "grad_weight": True, "grad_bias": True}
 LINEAR = {**HEAD, **LOSS, "loss_weight": NOISE, **PI, "neg_entropy": PROCESS.neg_entropy, **COMPUTE, **FLAGS}
@@ -35,8 +35,8 @@ COLUMN = {"sigma": NOISE, **PI, "dim": N, "dtype": torch.float32}
 CALLS: dict[str, dict[str, Any]] = {
     "score_entropy": {**SCORES, **LOSS, **PI, "neg_entropy": PROCESS.neg_entropy},
     "score_entropy_backward": {"grad_loss": torch.ones(3), **SCORES, **LOSS, **PI, "neg_entropy": PROCESS.neg_entropy},
-    "reverse_probs": {**SCORES, "x_t": TOKENS, "step": NOISE, **SHIFT, **PI, **STEP},
-    "reverse_sample": {**SCORES, "x_t": TOKENS, "step": NOISE, **SHIFT, **PI, **STEP, **SEED},
+    "reverse_probs": {**SCORES, "x_t": TOKENS, "noise": NOISE, **SHIFT, **PI, **STEP},
+    "reverse_sample": {**SCORES, "x_t": TOKENS, "noise": NOISE, **SHIFT, **PI, **STEP, **SEED},
     "transition_column": {"x_0": TOKENS, **COLUMN},
     "transition_row": {"x": TOKENS, **COLUMN},
     "sample_transition": {
@@ -49,11 +49,11 @@ CALLS: dict[str, dict[str, Any]] = {
     },
     "linear_score_entropy": LINEAR,
     "linear_score_entropy_backward": {"grad_loss": torch.tensor([1.0, 2.0, 3.0]), **MADE, **LINEAR},
-    "linear_reverse_sample": {**HEAD, "x_t": TOKENS, "step": NOISE, **SHIFT, **PI, **STEP, **COMPUTE, **SEED},
+    "linear_reverse_sample": {**HEAD, "x_t": TOKENS, "noise": NOISE, **SHIFT, **PI, **STEP, **COMPUTE, **SEED},
 }
 WRONG = {
     "family": ["", "masked", "absorbing"],  # the last one has no vector
-    "kind": ["", "ancestral"],
+    "step": ["", "ancestral"],
     "forbidden": [-2, N, 2**40, -(2**40)],
     "dim": [0, -1, N + 1, 2**40],
     "dtype": [torch.int64, torch.complex64],
@@ -134,7 +134,7 @@ def test_vectors_need_not_be_contiguous() -> None:
 class Program(nn.Module):
     def forward(self, log_score: Tensor, x_t: Tensor, x_0: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         loss = score_entropy_loss(log_score, x_t, x_0, sigma, PROCESS)
-        return loss, tweedie_probs(log_score, x_t, sigma, PROCESS)
+        return loss, reverse_probs(log_score, x_t, Tweedie(sigma), PROCESS)
 
 
 @pytest.mark.operators("cpu")

@@ -15,14 +15,15 @@ pytest.importorskip("rich")
 import datasets
 import torch
 
-import sedd.data
-import sedd.evaluate
-import sedd.perplexity
+import sedd.commands.perplexity
+import sedd.data.text
 from sedd.cli import main
-from sedd.data import DataConfig
-from sedd.model import SEDD, ModelConfig
-from sedd.perplexity import TEXTS
-from sedd.schedule import LogLinear
+from sedd.commands.perplexity import TEXTS
+from sedd.data.text import DataConfig
+from sedd.diffusion.objectives import ScoreEntropy
+from sedd.diffusion.schedule import LogLinear
+from sedd.hub import SEDD
+from sedd.network import ModelConfig
 from sedd_ext import Absorbing
 
 LENGTH = 8
@@ -96,7 +97,7 @@ def test_figures_that_are_no_numbers(model: Path, tmp_path: Path, capsys: pytest
     out = tmp_path / "broken.json"
     line = ["eval", "perplexity", str(tmp_path / "broken"), str(text), "--draws", "2", "--json", str(out)]
     assert main([*line, "--cache_dir", str(tmp_path / "cache")]) == 2
-    assert "broken: the model's scores are not numbers (NaN) on 52 of 52 blocks of a.txt" in capsys.readouterr().err
+    assert "broken: expected finite scores, got NaN for 52 of 52 blocks of a.txt" in capsys.readouterr().err
 
 
 def test_the_papers_sets_by_name(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,8 +142,7 @@ def test_an_interrupted_evaluation_goes_on(
     text.write_text("one two , three\nfour\n" * 20)
     arguments = [str(text), "--draws", "3", "--batch_size", "10"]
     whole = evaluate(model, *arguments)
-    calls = 0
-    scored = sedd.evaluate.score_entropy
+    calls, scored = 0, ScoreEntropy.loss
 
     def stop_in_the_fifth(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -151,7 +151,7 @@ def test_an_interrupted_evaluation_goes_on(
             raise KeyboardInterrupt
         return scored(*args, **kwargs)
 
-    monkeypatch.setattr(sedd.evaluate, "score_entropy", stop_in_the_fifth)
+    monkeypatch.setattr(ScoreEntropy, "loss", stop_in_the_fifth)
     out = tmp_path / "figures.json"
     out.unlink()
     line = ["eval", "perplexity", str(model), *arguments, "--cache_dir", str(tmp_path / "cache"), "--json", str(out)]
@@ -178,7 +178,7 @@ def test_texts_are_told_apart_and_none_is_scored_twice(
     arguments = [*names, "--draws", "2", "--batch_size", "10"]
     whole = evaluate(model, *arguments)
     assert list(whole) == (names if "/" in files[0] else files)
-    calls, scored = 0, sedd.evaluate.score_entropy
+    calls, scored = 0, ScoreEntropy.loss
 
     def stop_in_the_fourth(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -187,7 +187,7 @@ def test_texts_are_told_apart_and_none_is_scored_twice(
             raise KeyboardInterrupt
         return scored(*args, **kwargs)
 
-    monkeypatch.setattr(sedd.evaluate, "score_entropy", stop_in_the_fourth)
+    monkeypatch.setattr(ScoreEntropy, "loss", stop_in_the_fourth)
     cache = ["--cache_dir", str(tmp_path / "cache"), "--device", "cpu"]
     line = ["eval", "perplexity", str(model), *arguments, *cache, "--json", str(tmp_path / "figures.json")]
     assert main(line) == 130
@@ -201,15 +201,15 @@ def test_an_evaluation_bounded_in_time_says_how_much_it_scored(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{i:07d}\n" for i in range(52)))
-    clock, scored = 0.0, sedd.perplexity.elbo
+    clock, scored = 0.0, sedd.commands.perplexity.elbo
 
     def half_a_minute_later(*args: Any, **kwargs: Any) -> Any:
         nonlocal clock
         clock += 30.0
         return scored(*args, **kwargs)
 
-    monkeypatch.setattr(sedd.perplexity, "elbo", half_a_minute_later)
-    monkeypatch.setattr(sedd.perplexity.time, "monotonic", lambda: clock)
+    monkeypatch.setattr(sedd.commands.perplexity, "elbo", half_a_minute_later)
+    monkeypatch.setattr(sedd.commands.perplexity.time, "monotonic", lambda: clock)
     arguments = [str(text), "--draws", "16", "--batch_size", "4"]
     bounded = evaluate(model, *arguments, "--max_minutes", "4.6")["text.txt"]
     assert (bounded["blocks"], bounded["tokens"], bounded["bytes"]) == (20, 160, 160), (
@@ -230,17 +230,17 @@ def test_mistakes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     short = str(tmp_path / "short.txt")
     Path(short).write_text("a")
     for arguments, message in (
-        ([], "text: {model} is no run with a text of its own; give one: wikitext2"),
-        ([short], "short.txt has 2 tokens, fewer than one block (length 8)"),
-        (["ptb", "lambada", "ptb"], "texts: 'ptb' is named twice"),
-        ([short, "--split", "test"], "split: 'test' given, but only hub data sets have it, not"),
-        ([short, "--json", str(tmp_path)], f"json: cannot write {tmp_path}: it is a folder"),
-        (["someone/text"], "'someone/text' is no file or folder here, and the Hugging Face hub could not be reached"),
+        ([], "text: expected a text, got none; {model} has no validation text: give wikitext2"),
+        ([short], "short.txt: expected at least one block of 8 tokens, got 2 tokens"),
+        (["ptb", "lambada", "ptb"], "texts: expected different texts, got 'ptb' more than once"),
+        ([short, "--split", "test"], "split: expected no value for"),
+        ([short, "--json", str(tmp_path)], f"json: cannot write {tmp_path}: expected a file, got a folder"),
+        (["someone/text"], "could not load 'someone/text': there is no such file or folder, and the Hugging Face hub"),
     ):
         assert main(["eval", "perplexity", str(model), *arguments]) == 2
         assert message.format(model=model) in capsys.readouterr().err
 
 
 def test_a_detokeniser_may_be_trained_with(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="detokenizer: 'moses' given, wanted one of none, wikitext"):
-        sedd.data._check(DataConfig(detokenizer="moses"), 8)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"detokenizer: expected one of none, wikitext, .* got 'moses'"):
+        sedd.data.text._check(DataConfig(detokenizer="moses"), 8)  # type: ignore[arg-type]

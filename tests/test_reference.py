@@ -11,17 +11,17 @@ from explicit import (
     generator_matrix,
     random_log_score,
     random_rows,
-    rare_or_not,
-    rare_tokens,
     score_entropy_by_terms,
     transition_matrix,
     true_log_score,
 )
 
-from sedd_ext import Absorbing, Hybrid, RankOne, Uniform, reference
+from sedd_ext import Absorbing, Euler, Hybrid, RankOne, Tweedie, reference
+from sedd_ext.step import Step
 
 Process = Callable[[int], RankOne]
 
+STEPS = (Tweedie(0.1), Euler(0.1))
 SIGMAS = [1e-4, 0.3, 2.0, 9.0]
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
 
@@ -60,7 +60,7 @@ def test_tweedie_with_the_true_score_is_the_posterior(process_of: Process) -> No
     sigma, dsigma = 1.3, 0.4
     p_s, p_t = transition_matrix(process, sigma - dsigma) @ p_0, transition_matrix(process, sigma) @ p_0
     posterior = transition_matrix(process, dsigma) * p_s / p_t[:, None]  # Bayes; [x_t, x_s]
-    probs = reference.tweedie_probs(true_log_score(process, p_0, x, sigma), x, dsigma, process)
+    probs = reference.reverse_probs(true_log_score(process, p_0, x, sigma), x, Tweedie(dsigma), process)
     torch.testing.assert_close(probs, posterior, **EXACT)
 
 
@@ -72,7 +72,7 @@ def test_tweedie_by_matrices(process_of: Process) -> None:
     score[x, x] = 1.0
     weights = (score @ transition_matrix(process, -dsigma).T).clamp(min=0) * transition_matrix(process, dsigma)
     expected = weights / weights.sum(-1, keepdim=True)
-    torch.testing.assert_close(reference.tweedie_probs(log_score, x, dsigma, process), expected, **EXACT)
+    torch.testing.assert_close(reference.reverse_probs(log_score, x, Tweedie(dsigma), process), expected, **EXACT)
 
 
 @pytest.mark.parametrize("step", [0.01, 3.0])  # the second takes more mass than there is
@@ -84,17 +84,17 @@ def test_euler_by_matrices(process_of: Process, step: float) -> None:
     rate[x, x] = -rate.sum(-1)
     weights = (torch.eye(7, dtype=torch.float64) + step * rate).clamp(min=0)
     expected = weights / weights.sum(-1, keepdim=True)
-    torch.testing.assert_close(reference.euler_probs(log_score, x, step, process), expected, **EXACT)
+    torch.testing.assert_close(reference.reverse_probs(log_score, x, Euler(step), process), expected, **EXACT)
 
 
-@pytest.mark.parametrize("probs", [reference.tweedie_probs, reference.euler_probs])
+@pytest.mark.parametrize("step", STEPS, ids=["tweedie", "euler"])
 @pytest.mark.parametrize("process", [Absorbing(6), Hybrid(6, 0.3)], ids=["absorbing", "hybrid"])
-def test_denoising_is_the_step_without_the_mask(probs: Callable[..., torch.Tensor], process: RankOne) -> None:
+def test_denoising_is_the_step_without_the_mask(step: Step, process: RankOne) -> None:
     x, log_score = torch.arange(7), random_log_score((7, 7), torch.float64)
-    expected = probs(log_score, x, 0.1, process)[:, :-1]
+    expected = reference.reverse_probs(log_score, x, step, process)[:, :-1]
     if process.family == "absorbing":  # where nothing but the mask itself is left for the others to become
         torch.testing.assert_close(expected[:-1], torch.eye(6, dtype=torch.float64), **EXACT)
-    last = probs(log_score, x, 0.1, process, denoise=True)
+    last = reference.reverse_probs(log_score, x, step, process, denoise=True)
     assert (last[:, -1] == 0).all()
     torch.testing.assert_close(last[:, :-1], expected / expected.sum(-1, keepdim=True), **EXACT)
 
@@ -109,9 +109,10 @@ def test_shift_is_subtracted(process_of: Process) -> None:
         reference.score_entropy_loss(log_score, *rows, process, log_score_shift=shift),
         reference.score_entropy_loss(shifted, *rows, process),
     )
-    for probs in (reference.tweedie_probs, reference.euler_probs):
+    for step in STEPS:
         torch.testing.assert_close(
-            probs(log_score, rows.x_t, 0.1, process, log_score_shift=shift), probs(shifted, rows.x_t, 0.1, process)
+            reference.reverse_probs(log_score, rows.x_t, step, process, log_score_shift=shift),
+            reference.reverse_probs(shifted, rows.x_t, step, process),
         )
 
 
@@ -127,73 +128,9 @@ def test_what_stands_at_x_does_not_matter(process_of: Process, value: float) -> 
         leaf = given.clone().requires_grad_()
         loss = reference.score_entropy_loss(leaf, *rows, process)
         (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-        results.append((loss, gradient, *(p(given, rows.x_t, 0.1, process) for p in PROBS)))
+        results.append((loss, gradient, *(reference.reverse_probs(given, rows.x_t, step, process) for step in STEPS)))
     for clean, dirty in zip(*results, strict=True):
         assert torch.equal(clean, dirty)
-
-
-PROBS = (reference.tweedie_probs, reference.euler_probs)
-
-
-@pytest.mark.parametrize("process", [Absorbing(26), Uniform(27)], ids=["absorbing", "uniform"])
-def test_released_and_dense_loss_agree(process: RankOne) -> None:
-    rows = random_rows(process, 60)
-    if process.family == "absorbing":  # the released loss takes any masked row for one that has moved
-        rows = rows._replace(x_0=rows.x_0.clamp(max=25))
-    released_input = random_log_score((60, 27), torch.float64).scatter(-1, rows.x_t[:, None], 0.0).requires_grad_()
-    losses = [
-        reference.score_entropy_loss(released_input, *rows, process),
-        reference.released_score_entropy(released_input, rows.sigma, rows.x_t, rows.x_0, process).double(),
-        reference.dense_score_entropy(released_input, *rows, process),
-    ]
-    gradients = [torch.autograd.grad(loss.sum(), released_input)[0] for loss in losses]
-    # the released code adds entry x and takes it off again, in value and gradient
-    for loss, gradient, tolerance in zip(losses[1:], gradients[1:], (1e-6, 1e-9), strict=True):
-        torch.testing.assert_close(loss, losses[0], rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(gradient, gradients[0], rtol=tolerance, atol=tolerance)
-
-
-def test_dense_loss_agrees_for_any_process(process_of: Process) -> None:
-    process = process_of(27)
-    rows = random_rows(process, 60)
-    log_score = random_log_score((60, 27), torch.float64)
-    torch.testing.assert_close(
-        reference.dense_score_entropy(log_score, *rows, process),
-        reference.score_entropy_loss(log_score, *rows, process),
-        rtol=1e-9,
-        atol=1e-9,
-    )
-
-
-@pytest.mark.parametrize("process", [Absorbing(6), Uniform(7)], ids=["absorbing", "uniform"])
-def test_released_steps_draw_from_the_same_law(process: RankOne) -> None:
-    """Where no token is rare: the one-stage Gumbel draw is right there."""
-    draws, step = 200_000, 0.3
-    log_score = random_log_score((7,), torch.float32, spread=0.5)
-    log_score[6] = 0.0
-    x, rows, steps = torch.full((draws,), 6), log_score.expand(draws, 7), torch.full((draws,), step)
-    generator = torch.Generator().manual_seed(0)
-    tweedie = reference.released_analytic_step(rows, x, steps, process, generator=generator)
-    last = reference.released_analytic_step(rows, x, steps, process, denoise=True, generator=generator)
-    euler = reference.released_euler_step(rows, x, steps / 10, process, generator=generator)
-    at_6 = torch.tensor(6)
-    for tokens, probs in (
-        (tweedie, reference.tweedie_probs(log_score.double(), at_6, step, process)),
-        (last, reference.tweedie_probs(log_score.double(), at_6, step, process, denoise=True)),
-        (euler, reference.euler_probs(log_score.double(), at_6, step / 10, process)),
-    ):
-        assert chi_square(tokens.bincount(minlength=7), probs) > 1e-3
-
-
-def test_released_code_has_two_processes() -> None:
-    process = Hybrid(6, 0.1)
-    rows = random_rows(process, 2)
-    with pytest.raises(NotImplementedError, match="process: "):
-        reference.released_score_entropy(torch.zeros(2, 7), rows.sigma, rows.x_t, rows.x_0, process)
-    with pytest.raises(NotImplementedError, match="process: "):
-        reference.released_analytic_step(torch.zeros(2, 7), rows.x_t, rows.sigma, process)
-    with pytest.raises(NotImplementedError, match="process: "):
-        reference.released_euler_step(torch.zeros(2, 7), rows.x_t, rows.sigma, process)
 
 
 def test_samplers_draw_from_their_probabilities(process_of: Process) -> None:
@@ -206,12 +143,12 @@ def test_samplers_draw_from_their_probabilities(process_of: Process) -> None:
         for drawn, probs in (
             (reference.sample_transition(tokens, 0.7, process, generator=generator), column),
             (
-                reference.tweedie_sample(rows, tokens, 0.7, process, generator=generator),
-                reference.tweedie_probs(log_score, torch.tensor(x), 0.7, process),
+                reference.reverse_sample(rows, tokens, Tweedie(0.7), process, generator=generator),
+                reference.reverse_probs(log_score, torch.tensor(x), Tweedie(0.7), process),
             ),
             (
-                reference.euler_sample(rows, tokens, 0.1, process, generator=generator),
-                reference.euler_probs(log_score, torch.tensor(x), 0.1, process),
+                reference.reverse_sample(rows, tokens, Euler(0.1), process, generator=generator),
+                reference.reverse_probs(log_score, torch.tensor(x), Euler(0.1), process),
             ),
         ):
             counts = drawn.bincount(minlength=7)
@@ -219,13 +156,3 @@ def test_samplers_draw_from_their_probabilities(process_of: Process) -> None:
                 assert int(counts[probs == 1]) == draws
             else:
                 assert chi_square(counts, probs) > 1e-3
-
-
-@pytest.mark.costly("sedd_ext/reference.py")
-def test_one_stage_gumbel_denies_rare_tokens_their_share(threads: Callable[[int], None]) -> None:
-    """In float32, as the released code draws: a tenth. So the samplers' tests of rare tokens can fail."""
-    threads(1)
-    probs, generator = rare_tokens() / rare_tokens().sum(), torch.Generator().manual_seed(0)
-    rows = probs.float().repeat(250, 1)
-    counts = sum(reference._one_stage_gumbel(rows, generator).bincount(minlength=4097) for _ in range(640))
-    assert chi_square(rare_or_not(counts), rare_or_not(probs)) < 0.01

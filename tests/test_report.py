@@ -18,11 +18,11 @@ pytest.importorskip("rich")
 import matplotlib.image
 import torch
 
-from sedd.checkpoint import read_state
 from sedd.cli import main
-from sedd.pretrained import load_model
-from sedd.report import _cell
-from sedd.sample import sample
+from sedd.commands.report import _cell
+from sedd.diffusion.samplers import sample
+from sedd.hub import load_model
+from sedd.training.checkpoint import read_state
 
 STEPS = 12
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -63,11 +63,9 @@ def frames(run: Path, seed: int = 0) -> list[str]:
     """The texts of all steps from the sampler itself, MASK as a block."""
     loaded = load_model(run)
     generator = torch.Generator().manual_seed(seed)
-    kept = [loaded.process.sample_limit((2, 24), generator=torch.Generator().manual_seed(seed))]
+    kept = [loaded.diffusion.process.sample_limit((2, 24), generator=torch.Generator().manual_seed(seed))]
     sample(
-        loaded.model,
-        loaded.process,
-        loaded.schedule,
+        loaded.diffusion,
         batch=2,
         length=24,
         steps=STEPS,
@@ -194,7 +192,7 @@ def test_a_run_with_little_to_tell(tmp_path: Path) -> None:
     assert "tokens changed" in page
     assert "None yet" in page
     metrics.unlink()
-    assert "There is no metrics.jsonl" in make(run)
+    assert "This run has no metrics.jsonl" in make(run)
     assert main(["report", str(tmp_path / "none")]) == 2
     assert main(["convert", str(run), str(tmp_path / "model")]) == 0
     assert main(["report", str(tmp_path / "model")]) == 2, "a model has no losses to report"

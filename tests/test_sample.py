@@ -6,12 +6,13 @@ import pytest
 import torch
 from scipy.stats import chi2_contingency, chisquare
 from torch.profiler import ProfilerActivity, profile
-from toy import P_0, VOCABULARY, TrueScore
+from toy import P_0, VOCABULARY, TrueScore, diffusion
 
-from sedd.model import SEDD, ModelConfig
-from sedd.sample import SAMPLERS, sample
-from sedd.schedule import get_schedule
-from sedd_ext import Absorbing, Hybrid, Uniform
+from sedd.diffusion.samplers import SAMPLERS, GreedySampler, TweedieSampler, Walk, sample
+from sedd.diffusion.schedule import get_schedule
+from sedd.hub import SEDD
+from sedd.network import ModelConfig
+from sedd_ext import Absorbing, Hybrid, Tweedie, Uniform
 
 SCHEDULE = get_schedule("loglinear")
 PROCESSES = {"absorbing": Absorbing(VOCABULARY), "uniform": Uniform(VOCABULARY), "hybrid": Hybrid(VOCABULARY, 0.3)}
@@ -36,7 +37,7 @@ def test_tweedie_with_the_true_score_is_exact_for_any_number_of_steps(name, step
     process = PROCESSES[name]
     # what is left at t = 1 starts from π instead of p_1: an error of ε that 20,000 tokens must not see
     schedule = get_schedule("loglinear", eps=1e-5)
-    tokens = sample(TrueScore(process), process, schedule, steps=steps, generator=seeded(steps), **SHAPE)
+    tokens = sample(diffusion(TrueScore(process), process, schedule), steps=steps, generator=seeded(steps), **SHAPE)
     assert p_value(tokens) > 1e-4
 
 
@@ -45,7 +46,9 @@ def test_euler_with_the_true_score_approaches_the_distribution(name):
     process = PROCESSES[name]
     schedule = get_schedule("geometric", sigma_min=1e-4, sigma_max=12.0)  # its rate has no spike at t = 1
     fine, coarse = (
-        sample(TrueScore(process), process, schedule, sampler="euler", steps=steps, generator=seeded(), **SHAPE)
+        sample(
+            diffusion(TrueScore(process), process, schedule), sampler="euler", steps=steps, generator=seeded(), **SHAPE
+        )
         for steps in (300, 4)
     )
     error = [
@@ -58,8 +61,8 @@ def test_euler_with_the_true_score_approaches_the_distribution(name):
 def test_the_sampler_asked_for_is_used():
     process = PROCESSES["uniform"]
     tweedie, euler = (
-        sample(TrueScore(process), process, SCHEDULE, steps=2, sampler=name, generator=seeded(), **SHAPE)
-        for name in SAMPLERS
+        sample(diffusion(TrueScore(process), process, SCHEDULE), steps=2, sampler=name, generator=seeded(), **SHAPE)
+        for name in ("tweedie", "euler")
     )
     assert p_value(tweedie) > 1e-4 > p_value(euler)
 
@@ -68,13 +71,19 @@ def test_a_wrong_score_is_noticed():
     """The chi-square test above can fail: a model of another distribution does."""
     process = PROCESSES["absorbing"]
     wrong = TrueScore(process, P_0 + torch.tensor([-0.02, 0.02, 0.0, 0.0, 0.0]))
-    assert p_value(sample(wrong, process, SCHEDULE, steps=4, generator=seeded(), **SHAPE)) < 1e-4
+    assert p_value(sample(diffusion(wrong, process, SCHEDULE), steps=4, generator=seeded(), **SHAPE)) < 1e-4
 
 
 def test_model_shift_is_taken_off():
     for process in PROCESSES.values():
         plain, shifted = (
-            sample(TrueScore(process, shift=shift), process, SCHEDULE, steps=3, generator=seeded(), batch=8, length=30)
+            sample(
+                diffusion(TrueScore(process, shift=shift), process, SCHEDULE),
+                steps=3,
+                generator=seeded(),
+                batch=8,
+                length=30,
+            )
             for shift in (None, 3.0)
         )
         torch.testing.assert_close(plain, shifted, rtol=0, atol=0)
@@ -83,7 +92,7 @@ def test_model_shift_is_taken_off():
 def test_same_seed_same_text():
     process = PROCESSES["hybrid"]
     one, two, three = (
-        sample(TrueScore(process), process, SCHEDULE, steps=5, generator=seeded(seed), batch=8, length=30)
+        sample(diffusion(TrueScore(process), process, SCHEDULE), steps=5, generator=seeded(seed), batch=8, length=30)
         for seed in (1, 1, 2)
     )
     assert torch.equal(one, two)
@@ -94,11 +103,8 @@ def test_denoising_step_leaves_no_mask():
     process = PROCESSES["absorbing"]
     sampled, rough = (
         sample(
-            TrueScore(process),
-            process,
-            get_schedule("geometric", sigma_min=0.1, sigma_max=20.0),
-            steps=20,
-            denoise=denoise,
+            diffusion(TrueScore(process), process, get_schedule("geometric", sigma_min=0.1, sigma_max=20.0)),
+            sampler=TweedieSampler(20, denoise=denoise),
             generator=seeded(),
             **SHAPE,
         )
@@ -111,7 +117,7 @@ def test_denoising_step_leaves_no_mask():
 def test_head_runs_on_masked_positions_only_and_the_model_rests_when_none_is_left():
     process = PROCESSES["absorbing"]
     model = TrueScore(process)
-    sample(model, process, SCHEDULE, steps=200, batch=2, length=10, generator=seeded())
+    sample(diffusion(model, process, SCHEDULE), steps=200, batch=2, length=10, generator=seeded())
     assert model.rows_scored[0] == 20
     assert model.rows_scored == sorted(model.rows_scored, reverse=True)
     assert model.rows_scored[-1] > 0
@@ -141,7 +147,7 @@ def test_finished_sequences_leave_the_batch():
     where[0] = False  # one sequence with much to do, three with one position each
     where[1:, 0] = False
     tokens = torch.zeros(30, dtype=torch.int64)
-    sample(model, process, SCHEDULE, batch=4, length=30, steps=50, fixed=(tokens, where), generator=seeded())
+    sample(diffusion(model, process, SCHEDULE), batch=4, length=30, steps=50, fixed=(tokens, where), generator=seeded())
     assert model.sequences[0] == 4
     assert model.sequences[-1] == 1
     assert model.sequences == sorted(model.sequences, reverse=True)
@@ -152,7 +158,7 @@ def test_a_network_without_time_rests_while_nothing_changes():
     process, texts, evaluations = Absorbing(3), [], []
     for time_conditioning in (True, False):
         model = Counting(process, time_conditioning)
-        texts.append(sample(model, process, SCHEDULE, batch=3, length=8, steps=400, generator=seeded()))
+        texts.append(sample(diffusion(model, process, SCHEDULE), batch=3, length=8, steps=400, generator=seeded()))
         evaluations.append(sum(model.sequences))
     assert torch.equal(*texts)
     assert evaluations[0] > 600
@@ -177,9 +183,7 @@ def test_the_fused_sampler_has_the_law_of_the_unfused_one(name):
     start = (torch.tensor([0, 1, 2]), where)
     counts = [
         sample(
-            model,
-            process,
-            SCHEDULE,
+            diffusion(model, process, SCHEDULE),
             batch=20_000,
             length=3,
             steps=1,
@@ -198,9 +202,11 @@ def test_a_low_temperature_writes_the_likeliest_tokens(fused):
     process = PROCESSES["absorbing"]
     model = build(process)
     options = {"batch": 2, "length": 12, "steps": 1, "fused": fused}
-    cold = [sample(model, process, SCHEDULE, temperature=1e-3, generator=seeded(1), **options) for _ in range(2)]
+    cold = [
+        sample(diffusion(model, process, SCHEDULE), temperature=1e-3, generator=seeded(1), **options) for _ in range(2)
+    ]
     # positions that changed at t = 1 took the likeliest token, whatever the random numbers
-    narrow = sample(model, process, SCHEDULE, top_p=1e-6, generator=seeded(1), **options)
+    narrow = sample(diffusion(model, process, SCHEDULE), top_p=1e-6, generator=seeded(1), **options)
     assert torch.equal(*cold)
     assert torch.equal(cold[0], narrow)
 
@@ -227,9 +233,7 @@ def test_infilling_keeps_every_given_token_in_every_step(name, sampler, given):
     tokens = torch.randint(VOCABULARY, (12,), generator=seeded(5))
     seen = []
     filled = sample(
-        TrueScore(process),
-        process,
-        SCHEDULE,
+        diffusion(TrueScore(process), process, SCHEDULE),
         batch=3,
         length=12,
         steps=6,
@@ -238,7 +242,8 @@ def test_infilling_keeps_every_given_token_in_every_step(name, sampler, given):
         generator=seeded(),
         on_step=lambda step, steps, x: seen.append((step, steps, x)),
     )
-    assert [entry[:2] for entry in seen] == [(i, 7) for i in range(1, 8)]
+    steps = min(6, int((~where).sum())) if sampler == "greedy" else 7
+    assert [entry[:2] for entry in seen] == [(i, steps) for i in range(1, steps + 1)]
     for x in (*(entry[2] for entry in seen), filled):
         assert torch.equal(x[:, where], tokens[where].expand(3, -1))
     assert torch.equal(seen[-1][2], filled)
@@ -249,9 +254,7 @@ def test_infilling_around_given_tokens_leaves_the_rest_to_the_model():
     where = torch.arange(40) % 2 == 0
     tokens = torch.full((500, 40), 4)
     x = sample(
-        TrueScore(process),
-        process,
-        get_schedule("loglinear", eps=1e-5),
+        diffusion(TrueScore(process), process, get_schedule("loglinear", eps=1e-5)),
         steps=3,
         fixed=(tokens, where),
         generator=seeded(),
@@ -265,7 +268,12 @@ def test_infilling_with_other_positions_in_each_sequence():
     tokens = torch.randint(VOCABULARY, (2, 6), generator=seeded())
     where = torch.tensor([[True] * 6, [False, True] * 3])
     x = sample(
-        TrueScore(process), process, SCHEDULE, batch=2, length=6, steps=3, fixed=(tokens, where), generator=seeded()
+        diffusion(TrueScore(process), process, SCHEDULE),
+        batch=2,
+        length=6,
+        steps=3,
+        fixed=(tokens, where),
+        generator=seeded(),
     )
     assert torch.equal(x[0], tokens[0])
     assert torch.equal(x[1, 1::2], tokens[1, 1::2])
@@ -276,7 +284,14 @@ def test_tokens_outside_the_given_positions_do_not_matter():
     where = torch.tensor([True, False, False])
     for unknown in (process.mask_id, -1):
         fixed = (torch.tensor([2, unknown, unknown]), where)
-        x = sample(TrueScore(process), process, SCHEDULE, batch=4, length=3, steps=2, fixed=fixed, generator=seeded())
+        x = sample(
+            diffusion(TrueScore(process), process, SCHEDULE),
+            batch=4,
+            length=3,
+            steps=2,
+            fixed=fixed,
+            generator=seeded(),
+        )
         assert x[:, 0].tolist() == [2] * 4
 
 
@@ -284,7 +299,7 @@ def test_mode_is_evaluation_inside_and_restored_outside():
     process = PROCESSES["absorbing"]
     for training in (True, False):
         model = TrueScore(process).train(training)
-        sample(model, process, SCHEDULE, batch=1, length=3, steps=2, generator=seeded())
+        sample(diffusion(model, process, SCHEDULE), batch=1, length=3, steps=2, generator=seeded())
         assert model.training is training
         assert model.modes
         assert not any(model.modes)
@@ -294,7 +309,7 @@ def test_mode_is_restored_after_an_error():
     process = PROCESSES["absorbing"]
     model = TrueScore(process, torch.full((5,), torch.nan)).train()
     with pytest.raises(ValueError, match="log_score"):
-        sample(model, process, SCHEDULE, batch=1, length=3, steps=2, generator=seeded())
+        sample(diffusion(model, process, SCHEDULE), batch=1, length=3, steps=2, generator=seeded())
     assert model.training
 
 
@@ -302,7 +317,13 @@ def test_samples_are_ordinary_tensors():
     """Not inference tensors, which autograd would refuse: a caller may train on what was sampled."""
     process = PROCESSES["absorbing"]
     seen = []
-    x = sample(TrueScore(process), process, SCHEDULE, batch=1, length=3, steps=2, on_step=lambda *a: seen.append(a[2]))
+    x = sample(
+        diffusion(TrueScore(process), process, SCHEDULE),
+        batch=1,
+        length=3,
+        steps=2,
+        on_step=lambda *a: seen.append(a[2]),
+    )
     assert not x.is_inference()
     assert not any(tokens.is_inference() for tokens in seen)
     x[:] = 0  # a callback's tokens are its own
@@ -313,7 +334,12 @@ def test_samples_are_ordinary_tensors():
 def test_a_real_model_samples(dtype):
     process = Absorbing(257)
     x = sample(
-        SEDD("tiny", process), process, SCHEDULE, batch=2, length=16, steps=3, generator=seeded(), autocast_dtype=dtype
+        diffusion(SEDD("tiny", process), process, SCHEDULE),
+        batch=2,
+        length=16,
+        steps=3,
+        generator=seeded(),
+        autocast_dtype=dtype,
     )
     assert x.shape == (2, 16)
     assert x.dtype == torch.int64
@@ -326,7 +352,7 @@ def test_weights_are_cast_once_a_sample_and_not_in_every_step():
     calls, shape = [], list(model.blocks[0].attn_qkv.weight.shape)
     model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-        sample(model, model.process, SCHEDULE, batch=2, length=12, steps=5, autocast_dtype=torch.bfloat16)
+        sample(diffusion(model, model.process, SCHEDULE), batch=2, length=12, steps=5, autocast_dtype=torch.bfloat16)
     casts = [event for event in profiled.events() if event.name == "aten::_to_copy" and event.input_shapes[0] == shape]
     assert len(calls) >= 5
     assert len(casts) == len(model.blocks)
@@ -335,7 +361,9 @@ def test_weights_are_cast_once_a_sample_and_not_in_every_step():
 def test_fixed_tokens_in_any_layout():
     process = PROCESSES["absorbing"]
     tokens, where = torch.arange(12).remainder(5).view(3, 4).T, torch.tensor([True, False, False]).expand(4, 3)
-    x = sample(TrueScore(process), process, SCHEDULE, batch=4, length=3, steps=2, fixed=(tokens, where.T.clone().T))
+    x = sample(
+        diffusion(TrueScore(process), process, SCHEDULE), batch=4, length=3, steps=2, fixed=(tokens, where.T.clone().T)
+    )
     assert torch.equal(x[:, 0], tokens[:, 0])
     assert bool((x < 5).all())
 
@@ -343,7 +371,7 @@ def test_fixed_tokens_in_any_layout():
 def test_progress_is_told_in_lines_where_there_is_no_terminal(capsys, monkeypatch):
     monkeypatch.setattr("sedd.progress.LINE_EVERY", 0.0)
     process = PROCESSES["absorbing"]
-    sample(TrueScore(process), process, SCHEDULE, batch=1, length=3, steps=2, progress=True)
+    sample(diffusion(TrueScore(process), process, SCHEDULE), batch=1, length=3, steps=2, progress=True)
     assert capsys.readouterr().err.splitlines()[-1] == "100%  sampling: 3 of 3"
 
 
@@ -356,7 +384,11 @@ TOKENS, WHERE = torch.zeros(3, dtype=torch.int64), torch.tensor([True, False, Fa
         ({"batch": 0}, ValueError, "batch: expected at least 1, got 0"),
         ({"length": 0}, ValueError, "length: .* got 0"),
         ({"steps": 0}, ValueError, "steps: .* got 0"),
-        ({"sampler": "ancestral"}, ValueError, "sampler: expected one of 'tweedie', 'euler', got 'ancestral'"),
+        (
+            {"sampler": "ancestral"},
+            ValueError,
+            "sampler: expected one of 'tweedie', 'euler', 'greedy', got 'ancestral'",
+        ),
         ({"fixed": (TOKENS[:2], WHERE)}, ValueError, r"fixed: expected the tokens as \[3\] or \[2, 3\], got \[2\]"),
         ({"fixed": (TOKENS, WHERE[None])}, ValueError, r"fixed: expected the positions .* got \[1, 3\]"),
         ({"fixed": (TOKENS.int(), WHERE)}, TypeError, "fixed: expected the tokens as a torch.int64 .* got torch.int32"),
@@ -370,7 +402,7 @@ TOKENS, WHERE = torch.zeros(3, dtype=torch.int64), torch.tensor([True, False, Fa
 def test_bad_input(arguments, error, message):
     process = PROCESSES["absorbing"]
     with pytest.raises(error, match=message):
-        sample(TrueScore(process), process, SCHEDULE, **({"batch": 2, "length": 3, "steps": 2} | arguments))
+        sample(diffusion(TrueScore(process), process, SCHEDULE), **({"batch": 2, "length": 3, "steps": 2} | arguments))
 
 
 class Reluctant(TrueScore):
@@ -383,7 +415,9 @@ class Reluctant(TrueScore):
 @pytest.mark.parametrize("denoise", [True, False])
 def test_the_last_step_leaves_no_mask_whatever_the_scores(denoise):
     process = PROCESSES["absorbing"]
-    x = sample(Reluctant(process), process, SCHEDULE, batch=2, length=50, steps=2, denoise=denoise)
+    x = sample(
+        diffusion(Reluctant(process), process, SCHEDULE), batch=2, length=50, sampler=TweedieSampler(2, denoise=denoise)
+    )
     assert bool((x == process.mask_id).any()) != denoise
 
 
@@ -408,9 +442,7 @@ def test_states_that_are_kept_are_those_of_the_tokens_that_are_there():
     process = PROCESSES["absorbing"]
     drawn = [
         sample(
-            Contextual(process, time_conditioning),
-            process,
-            SCHEDULE,
+            diffusion(Contextual(process, time_conditioning), process, SCHEDULE),
             batch=4,
             length=12,
             steps=8,
@@ -419,3 +451,64 @@ def test_states_that_are_kept_are_those_of_the_tokens_that_are_there():
         for time_conditioning in (True, False)
     ]
     assert torch.equal(*drawn)
+
+
+# -- what a sampler can do with the walk -------------------------------------------------------------------------------
+
+
+def walk_of(process, tokens, **options):
+    return Walk(diffusion(TrueScore(process), process, SCHEDULE), tokens, torch.ones_like(tokens).bool(), **options)
+
+
+def test_the_time_may_differ_by_sequence():
+    """Sequences at times of their own are drawn as each of them would be alone, in each of three processes."""
+    t, t_next = torch.tensor([0.9, 0.4, 0.1]).double(), torch.tensor([0.5, 0.3, 0.05]).double()
+    for process in PROCESSES.values():
+        x = process.sample_limit((3, 2000), generator=seeded())
+        dsigma = SCHEDULE.total(t) - SCHEDULE.total(t_next)
+        walk = walk_of(process, x)
+        where = walk.open()
+        together = walk.probs(where, t, Tweedie(dsigma))
+        for i in range(3):
+            alone = walk_of(process, x[i : i + 1])
+            expected = alone.probs(alone.open(), t[i], Tweedie(float(dsigma[i])))
+            rows = where.nonzero()[:, 0] == i
+            torch.testing.assert_close(together[rows], expected, rtol=1e-12, atol=0)
+        drawn = walk_of(process, x, generator=seeded(1)).draw(where, t, Tweedie(dsigma))
+        for i in range(3):
+            rows = where.nonzero()[:, 0] == i
+            # the positions of one sequence, pooled by the token they had
+            law = together[rows].sum(0)
+            counts = torch.bincount(drawn[rows], minlength=process.dim)
+            seen = law > 5
+            assert (
+                chisquare(counts[seen].numpy(), (law[seen] / law[seen].sum() * counts[seen].sum()).numpy()).pvalue
+                > 1e-4
+            )
+
+
+def test_a_token_may_return_to_mask():
+    process = PROCESSES["absorbing"]
+    walk = walk_of(process, torch.zeros(2, 4, dtype=torch.int64))
+    assert not bool(walk.open().any())
+    back = torch.tensor([[True, False, False, False], [False, True, True, False]])
+    walk.remask(back)
+    assert torch.equal(walk.tokens == process.mask_id, back)
+    assert torch.equal(walk.open(), back)
+    walk.step(0.5, Tweedie(float(SCHEDULE.total(torch.tensor(0.5)))), denoise=True)
+    assert not bool((walk.tokens == process.mask_id).any())
+    assert walk.tokens[~back].tolist() == [0] * 5
+    with pytest.raises(ValueError, match="remask: expected a process with a MASK"):
+        walk_of(PROCESSES["uniform"], torch.zeros(1, 2, dtype=torch.int64)).remask(torch.ones(1, 2).bool())
+
+
+def test_greedy_in_fewer_steps_fixes_equal_parts():
+    process = PROCESSES["absorbing"]
+    walk = walk_of(process, torch.full((2, 10), process.mask_id))
+    walk.free[1, 4:] = False
+    free = [int(walk.free[0].sum())]
+    for tokens in GreedySampler(4)(walk):
+        free.append(int(walk.free[0].sum()))
+        assert torch.equal(tokens[walk.free], torch.full_like(tokens[walk.free], process.mask_id))
+    assert free == [10, 8, 5, 3, 0]
+    assert walk.tokens[0].tolist() == [0] * 10, "the most probable token"

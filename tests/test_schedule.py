@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sedd.schedule import SCHEDULES, Cosine, Geometric, LogLinear, Polynomial, get_schedule
+from sedd.diffusion.schedule import SCHEDULES, Cosine, Geometric, LogLinear, Polynomial, get_schedule
 
 T = torch.linspace(0.001, 0.999, 201, dtype=torch.float64)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sedd.threads import cpu_quota
-from sedd_ext import Absorbing, Uniform, sample_transition, score_entropy_loss, tweedie_sample
+from sedd_ext import Absorbing, Tweedie, Uniform, reverse_sample, sample_transition, score_entropy_loss
 
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="GCC's OpenMP, /proc and control groups")
 PLAIN = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
@@ -129,7 +129,7 @@ def test_same_bits_for_any_number_of_threads(rows: int, n: int, threads: Callabl
         generator = torch.Generator().manual_seed(1)
         loss = score_entropy_loss(log_score, x_t, x_0, 1.0, process)
         (gradient,) = torch.autograd.grad(loss.sum(), log_score)
-        drawn = tweedie_sample(log_score.detach(), x_t, 1.0, process, generator=generator)
+        drawn = reverse_sample(log_score.detach(), x_t, Tweedie(1.0), process, generator=generator)
         return [loss.detach(), gradient, drawn, sample_transition(x_0, 1.0, process, generator=generator)]
 
     threads(1)

@@ -16,7 +16,7 @@ from datasets.fingerprint import Hasher
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sedd.tokenizer import EOT_TEXT, GPT2, MASK_TEXT, TOKENIZERS, count_bytes, get_tokenizer
+from sedd.data.tokenizer import EOT_TEXT, GPT2, MASK_TEXT, TOKENIZERS, count_bytes, get_tokenizer
 
 SAMPLES = ["", "Hello, world!\n", "naïve Σ 日本語 🙂", "a\r\n\tb", f"not the token: {EOT_TEXT}"]
 
@@ -140,7 +140,7 @@ def test_gpt2_without_tiktoken_names_the_extra(monkeypatch):
 def test_out_of_range_ids(name):
     tokenizer = get_tokenizer(name)
     for token in (-1, tokenizer.vocab_size + 1):
-        with pytest.raises(ValueError, match=f"token {token} is out of range"):
+        with pytest.raises(ValueError, match=f"ids: expected tokens of {name}, .* got {token}"):
             tokenizer.decode([0, token])
 
 
@@ -149,7 +149,7 @@ def test_count_bytes():
     assert count_bytes(torch.tensor([[97, 256], [98, 99]]), tokenizer) == 3
     assert count_bytes(torch.empty(0, dtype=torch.int64), tokenizer) == 0
     for token in (-1, 257):
-        with pytest.raises(ValueError, match="bytes has 0 to 256"):
+        with pytest.raises(ValueError, match=f"tokens: expected ids of bytes, 0 to 256, got .*{token}"):
             count_bytes(torch.tensor([97, token]), tokenizer)
 
 
@@ -202,7 +202,7 @@ def test_json_end_of_text_is_that_of_the_configuration(tmp_path):
     other = get_tokenizer(str(saved(made, tmp_path / "t", eos_token={"content": "<pad>"})))
     assert (plain.eot, other.eot) == (0, 1)
     assert plain.name != other.name
-    with pytest.raises(ValueError, match=r"eos_token 'nowhere' is not in its vocabulary .*tokenizer.json"):
+    with pytest.raises(ValueError, match=r"expected an eos_token of the vocabulary, got 'nowhere' .*tokenizer.json"):
         get_tokenizer(str(saved(made, tmp_path / "t", eos_token="nowhere")))
 
 
@@ -258,7 +258,7 @@ def test_a_tokenizer_folder_cannot_execute_code(tmp_path):
     (folder / "tokenizer.pkl").write_bytes(b"cbuiltins\nexec\n(V" + canary.encode() + b"\ntR.")
     assert get_tokenizer(str(folder)).encode("cat")
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no tokenizer.json.*AutoTokenizer.*save_pretrained"):
+    with pytest.raises(FileNotFoundError, match=r"expected a tokenizer.json in .*AutoTokenizer.*save_pretrained"):
         get_tokenizer(str(folder))
     assert not (tmp_path / "executed").exists()
     assert "evil" not in sys.modules
@@ -268,7 +268,7 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"expected gpt2, bytes, text8, a tokenizer.json.*no such file"):
         get_tokenizer(str(tmp_path / "none"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match=r"got 'gtp2', which is no file or folder here"):
+    with pytest.raises(ConnectionError, match=r"got 'gtp2', but there is no such file or folder"):
         get_tokenizer("gtp2")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(tmp_path / "hub"))
     saved(tokenizers_made_here.byte_level(), tmp_path / "hub")

@@ -1,4 +1,4 @@
-"""The trainer: what a step does, how it stops and goes on, what it refuses."""
+"""A training run: what a step does, how it stops and goes on, what it refuses."""
 
 from __future__ import annotations
 
@@ -30,16 +30,17 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import sedd.train
-from sedd.checkpoint import list_checkpoints, read_state, read_tensors
+import sedd.training.run
 from sedd.cli import main
 from sedd.config import ModelOptions, TrainConfig
-from sedd.data import DataConfig
-from sedd.objective import OBJECTIVES
-from sedd.pretrained import load_model, load_pretrained
+from sedd.data.options import DataConfig
+from sedd.data.tokenizer import get_tokenizer
+from sedd.diffusion import OBJECTIVES, Diffusion, Objective, ScoreEntropy, get_schedule
+from sedd.hub import SEDD, load_model
 from sedd.progress import is_interactive, progress_bar
-from sedd.tokenizer import get_tokenizer
-from sedd.train import NonFiniteError, Trainer
+from sedd.training.checkpoint import list_checkpoints, read_state, read_tensors
+from sedd.training.run import NonFiniteError, Run
+from sedd.training.state import TrainState
 
 MakeConfig = Callable[..., TrainConfig]
 
@@ -94,7 +95,7 @@ def test_the_loss_falls(make_config: MakeConfig, process: Any, precision: Any) -
     config = make_config(
         process=process, precision=precision, steps=60, batch_size=16, valid_every=60, checkpoint_every=60
     )
-    outcome = Trainer(config).run()
+    outcome = Run(config).train()
     values = losses(config.run_dir)
     assert len(values) == outcome.step == 60
     assert sum(values[-10:]) < 0.8 * sum(values[:10])
@@ -106,7 +107,7 @@ def test_the_same_losses_without_the_fused_head_and_compiled(make_config: MakeCo
     runs = []
     for extra in ({}, changes):
         config = make_config(run_dir=f"{make_config().run_dir}-{len(runs)}", steps=4, precision="fp32", **extra)
-        Trainer(config).run()
+        Run(config).train()
         runs.append(losses(config.run_dir))
     assert runs[0] == pytest.approx(runs[1], rel=1e-4)
 
@@ -116,30 +117,31 @@ def test_a_step_is_adamw_with_warmup_clipping_and_ema(make_config: MakeConfig, m
 
     weights = torch.randn(257 + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
-    def plain_loss(model: Any, x_0: torch.Tensor, *_: Any, scale: float = 1.0, **__: Any) -> torch.Tensor:
-        return scale * (model.head(model.hidden(x_0, torch.ones(len(x_0)).double())) + weights).square().sum((1, 2))
+    class Plain(Objective):
+        def loss(self, diffusion: Diffusion, x_0: torch.Tensor, *_: Any, scale: float, **__: Any) -> torch.Tensor:
+            network = diffusion.network
+            output = network.head(network.hidden(x_0, torch.ones(len(x_0)).double()))
+            return scale * (output + weights).square().sum((1, 2))
 
-    monkeypatch.setitem(OBJECTIVES, "score_entropy", plain_loss)
+    monkeypatch.setitem(OBJECTIVES, "score_entropy", Plain)
     no_dropout = ModelOptions(hidden_size=16, n_blocks=1, n_heads=2, cond_dim=8, length=16, dropout=0.0)
     config = make_config(model=no_dropout, accumulate=2, clip=0.5, weight_decay=0.1, ema=0.3, betas=(0.8, 0.9))
-    trainer, twin = Trainer(config), Trainer(dataclasses.replace(config, run_dir=config.run_dir + "2"))
-    model = twin.model.double()
-    trainer.model.double()
-    trainer.ema.double()
+    state, twin = Run(config).state, Run(dataclasses.replace(config, run_dir=config.run_dir + "2")).state
+    model = twin.diffusion.double()
+    state.diffusion.double()
+    state.ema.double()
     parameters = dict(model.named_parameters())
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()}
     ema = {name: p.detach().clone() for name, p in parameters.items()}
     for step in range(1, 7):
-        trainer.train_step()
+        reported = state.train_step()
         tokens = torch.cat([next(twin.batches), next(twin.batches)])
-        loss = plain_loss(model, tokens).mean() / 16
+        loss = Plain().loss(model, tokens, scale=1.0).mean() / 16
         loss.backward()
         gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
         norm = torch.stack([g.norm() for g in gradients.values()]).norm()
         assert norm > config.clip, "the step must be one that is clipped"
-        torch.testing.assert_close(
-            trainer.pending[-1], torch.stack((loss.detach(), norm)), rtol=1e-5, atol=0.0, check_dtype=False
-        )
+        torch.testing.assert_close(reported, torch.stack((loss.detach(), norm)), rtol=1e-5, atol=0.0, check_dtype=False)
         lr, decay = config.lr * min(1, step / 4), min(0.3, (1 + step) / (10 + step))
         with torch.no_grad():
             for name, p in parameters.items():
@@ -150,18 +152,18 @@ def test_a_step_is_adamw_with_warmup_clipping_and_ema(make_config: MakeConfig, m
                 p.mul_(1 - lr * 0.1).sub_(lr * (m / (1 - 0.8**step)) / ((v / (1 - 0.9**step)).sqrt() + config.eps))
                 ema[name].mul_(decay).add_(p, alpha=1 - decay)
                 p.grad = None
-        assert trainer.lr == pytest.approx(lr)
-    for name, p in trainer.model.named_parameters():
+        assert state.lr == pytest.approx(lr)
+    for name, p in state.diffusion.named_parameters():
         torch.testing.assert_close(p, parameters[name], rtol=1e-6, atol=1e-9)
-    for name, p in trainer.ema.named_parameters():
+    for name, p in state.ema.named_parameters():
         torch.testing.assert_close(p, ema[name], rtol=1e-6, atol=1e-9)
 
 
 def test_validation_is_repeatable_and_leaves_training_alone(make_config: MakeConfig) -> None:
     often, rarely = make_config(valid_every=1, run_dir="often"), make_config(valid_every=8)
     often.run_dir = rarely.run_dir + "_often"
-    Trainer(often).run()
-    Trainer(rarely).run()
+    Run(often).train()
+    Run(rarely).train()
     assert losses(often.run_dir) == losses(rarely.run_dir)
     assert rows(often.run_dir)[-1] == rows(rarely.run_dir)[-1], "the same weights have the same bound"
 
@@ -192,7 +194,7 @@ def test_kill_and_sigterm_and_resume_equal_one_run(make_config: MakeConfig, tmp_
     with start() as killed:
         wait_for(killed, passed(8))
         with pytest.raises(BlockingIOError, match=rf"in use by process {killed.pid} on .*--run_dir"):
-            Trainer(config, resume=True)
+            Run(config, resume=True)
         load_model(run)  # reading is no reason to wait
         time.sleep(0.02)  # somewhere behind a checkpoint
         killed.kill()
@@ -208,7 +210,7 @@ def test_kill_and_sigterm_and_resume_equal_one_run(make_config: MakeConfig, tmp_
     assert main(["train", "--run_dir", str(run), "--resume", "--steps", str(last + 6)]) == 0
 
     whole = make_config(steps=last + 6, run_dir=str(run) + "_whole", log_every=1)
-    Trainer(whole).run()
+    Run(whole).train()
     assert (run / "metrics.jsonl").read_bytes() == Path(whole.run_dir, "metrics.jsonl").read_bytes()
     ours, theirs = list_checkpoints(run)[-1], list_checkpoints(Path(whole.run_dir))[-1]
     for name in ("model", "ema", "optimizer", "rng"):
@@ -236,17 +238,18 @@ def test_a_signal_saves_and_stops(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
 ) -> None:
     config = make_config()
-    take_step = Trainer.train_step
+    take_step = TrainState.train_step
 
-    def step_and_signal(self: Trainer) -> None:
-        take_step(self)
+    def step_and_signal(self: TrainState) -> torch.Tensor:
+        result = take_step(self)
         if self.step == 5:
             os.kill(os.getpid(), signum)
             os.kill(os.getpid(), signal.SIGHUP)  # as a terminal that closes sends after all, and twice
+        return result
 
-    monkeypatch.setattr(Trainer, "train_step", step_and_signal)
+    monkeypatch.setattr(TrainState, "train_step", step_and_signal)
     before = signal.getsignal(signum)
-    outcome = Trainer(config).run()
+    outcome = Run(config).train()
     assert (outcome.step, outcome.signum) == (5, signum)
     assert [path.name for path in list_checkpoints(Path(config.run_dir))] == ["step_00000004", "step_00000005"]
     assert signal.getsignal(signum) == before
@@ -258,35 +261,37 @@ def test_a_terminal_that_closes_does_not_take_the_run_with_it(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, is_told: bool
 ) -> None:
     """Told by SIGHUP, it saves and stops; a disowned job is not told, and goes on in silence."""
-    take_step = Trainer.train_step
+    take_step = TrainState.train_step
     terminal, end = pty.openpty()
     config = make_config()
 
-    def step_and_close(self: Trainer) -> None:
-        take_step(self)
+    def step_and_close(self: TrainState) -> torch.Tensor:
+        result = take_step(self)
         if self.step == 3:
             os.close(terminal)
             if is_told:
                 os.kill(os.getpid(), signal.SIGHUP)
+        return result
 
-    monkeypatch.setattr(Trainer, "train_step", step_and_close)
+    monkeypatch.setattr(TrainState, "train_step", step_and_close)
     with suppress(OSError), open(end, "w") as file:  # Python may not have flushed all that is lost
-        outcome = Trainer(config, console=Console(file=file)).run()
+        outcome = Run(config, console=Console(file=file)).train()
     assert outcome.step == (3 if is_told else 8)
     assert list_checkpoints(Path(config.run_dir))[-1].name == f"step_0000000{outcome.step}"
 
 
 def test_nohup_is_obeyed(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    take_step = Trainer.train_step
+    take_step = TrainState.train_step
 
-    def step_and_signal(self: Trainer) -> None:
-        take_step(self)
+    def step_and_signal(self: TrainState) -> torch.Tensor:
+        result = take_step(self)
         os.kill(os.getpid(), signal.SIGHUP)
+        return result
 
-    monkeypatch.setattr(Trainer, "train_step", step_and_signal)
+    monkeypatch.setattr(TrainState, "train_step", step_and_signal)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert Trainer(make_config(steps=2)).run().signum is None
+        assert Run(make_config(steps=2)).train().signum is None
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -296,22 +301,22 @@ def test_a_damaged_last_checkpoint_costs_the_steps_since_the_one_before(
 ) -> None:
     config = make_config(keep_last=3)
     run = Path(config.run_dir)
-    Trainer(config).run()
+    Run(config).train()
     wanted = (run / "metrics.jsonl").read_bytes()
     last = list_checkpoints(run)[-1]
     tensors = read_tensors(last, "model", None)
     content = (last / "optimizer.safetensors").read_bytes()
     (last / "optimizer.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    trainer = Trainer(config, resume=True)
-    assert trainer.step == 4
+    again = Run(config, resume=True)
+    assert again.state.step == 4
     said = capsys.readouterr().err
     assert "step_00000008/optimizer.safetensors: damaged" in said
-    assert "Going on from step_00000004" in said
+    assert "Resuming from step_00000004" in said
     assert (last.parent / "damaged_step_00000008").is_dir()
-    trainer.run()
+    again.train()
     assert (run / "metrics.jsonl").read_bytes() == wanted
-    again = read_tensors(last, "model", read_state(last))
-    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    found = read_tensors(last, "model", read_state(last))
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     assert not (last.parent / "damaged_step_00000008").exists()
 
 
@@ -321,20 +326,20 @@ def test_a_damaged_last_checkpoint_costs_the_steps_since_the_one_before(
 def test_a_position_in_the_data_that_is_none_is_refused(make_config: MakeConfig, consumed: Any, message: str) -> None:
     """In a checkpoint of an earlier version, which has no digest to tell of it."""
     config = make_config(steps=4)
-    Trainer(config).run()
+    Run(config).train()
     (last,) = list_checkpoints(Path(config.run_dir))
     state = read_state(last)
     del state["sha256"], state["seconds_per_step"]
     state["data"]["consumed"] = consumed
     (last / "state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match=rf"state\.json: data: consumed: expected an int of at least 0, {message}"):
-        Trainer(config, resume=True)
+        Run(config, resume=True)
 
 
 def test_records_are_on_the_disk_before_a_checkpoint_refers_to_them(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    synced, fsync, save = {}, os.fsync, sedd.train.save_checkpoint
+    synced, fsync, save = {}, os.fsync, sedd.training.run.save_checkpoint
 
     def recorded(descriptor: int) -> None:
         fsync(descriptor)
@@ -347,15 +352,15 @@ def test_records_are_on_the_disk_before_a_checkpoint_refers_to_them(
         return save(run_dir, step, *args)
 
     monkeypatch.setattr(os, "fsync", recorded)
-    monkeypatch.setattr(sedd.train, "save_checkpoint", checked)
-    assert Trainer(make_config()).run().step == 8
+    monkeypatch.setattr(sedd.training.run, "save_checkpoint", checked)
+    assert Run(make_config()).train().step == 8
 
 
 def test_all_files_of_a_run_have_the_permissions_of_new_files(make_config: MakeConfig) -> None:
     config = make_config(steps=4)
     before = os.umask(0o027)
     try:
-        Trainer(config).run()
+        Run(config).train()
     finally:
         os.umask(before)
     files = [path for path in Path(config.run_dir).rglob("*") if path.is_file()]
@@ -366,9 +371,9 @@ def test_an_option_that_a_resumed_run_changes_is_said(
     make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make_config(steps=4)
-    Trainer(config).run()
+    Run(config).train()
     capsys.readouterr()
-    Trainer(dataclasses.replace(config, lr=3e-2), resume=True)
+    Run(dataclasses.replace(config, lr=3e-2), resume=True)
     assert "lr: 0.03 from here on, 0.01 until now" in capsys.readouterr().err
 
 
@@ -377,16 +382,16 @@ def test_training_stops_when_the_minutes_are_used_up(make_config: MakeConfig, mo
         yield from range(10**6)
 
     clock = ticks()
-    monkeypatch.setattr(sedd.train, "time", SimpleNamespace(monotonic=lambda: next(clock)))  # a second per look
+    monkeypatch.setattr(sedd.training.run, "time", SimpleNamespace(monotonic=lambda: next(clock)))  # a second per look
     config = make_config(steps=10**6, max_minutes=0.5)
-    outcome = Trainer(config).run()
+    outcome = Run(config).train()
     assert 0 < outcome.step < 30
     assert outcome.signum is None
     state = read_state(list_checkpoints(Path(config.run_dir))[-1])
     assert state["step"] == outcome.step
     assert state["valid"] is not None, "the last weights are validated"
     assert state["elapsed"] >= 30
-    again = Trainer(config, resume=True).run()
+    again = Run(config, resume=True).train()
     assert again.step == outcome.step, "no time is left"
     assert "the 0.5 minutes are used up (continue with --resume --max_minutes M" in again.ended
 
@@ -395,22 +400,24 @@ def test_training_stops_when_the_minutes_are_used_up(make_config: MakeConfig, mo
 def test_a_non_finite_step_stops_the_run_and_saves_nothing(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    objective, calls = OBJECTIVES["score_entropy"], 0
+    calls = 0
 
-    def breaks_at_step_6(model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += model.training
-        value = objective(model, *args, **kwargs)
-        if calls < 6:
-            return value
-        if kind == "loss":
-            return value * float("nan")
-        return value + (0 * model.vocab_embed.embedding.sum()).sqrt()  # a finite value with an infinite slope
+    class BreaksAtStep6(ScoreEntropy):
+        def loss(self, diffusion: Diffusion, *args: Any, **kwargs: Any) -> torch.Tensor:
+            nonlocal calls
+            calls += diffusion.training
+            value = super().loss(diffusion, *args, **kwargs)
+            if calls < 6:
+                return value
+            if kind == "loss":
+                return value * float("nan")
+            # a finite value with an infinite slope
+            return value + (0 * diffusion.network.vocab_embed.embedding.sum()).sqrt()
 
-    monkeypatch.setitem(OBJECTIVES, "score_entropy", breaks_at_step_6)
+    monkeypatch.setitem(OBJECTIVES, "score_entropy", BreaksAtStep6)
     config = make_config(steps=100)
     with pytest.raises(NonFiniteError, match=rf"step 6: the .*{kind}.* is .*step_00000004"):
-        Trainer(config).run()
+        Run(config).train()
     (only,) = list_checkpoints(Path(config.run_dir))
     assert only.name == "step_00000004"
     for name in ("model", "ema"):
@@ -433,28 +440,28 @@ def test_the_last_and_the_best_checkpoints_are_kept(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, bounds: list[float], best: float, kept: list[int]
 ) -> None:
     told_bounds = iter(bounds)
-    real = sedd.train.elbo
+    real = sedd.training.run.elbo
 
     def told(*args: Any, **kwargs: Any) -> Any:
         result = real(*args, **kwargs)
         wanted = next(told_bounds) * result.length
         return dataclasses.replace(result, sequences=torch.full_like(result.sequences, wanted))
 
-    monkeypatch.setattr(sedd.train, "elbo", told)
+    monkeypatch.setattr(sedd.training.run, "elbo", told)
     config = make_config(steps=10, valid_every=2, checkpoint_every=3, keep_last=2)
-    trainer = Trainer(config)
-    trainer.run()
-    assert trainer.best == pytest.approx(best)
+    run = Run(config)
+    run.train()
+    assert run.best == pytest.approx(best)
     assert [int(path.name[5:]) for path in list_checkpoints(Path(config.run_dir))] == kept
 
 
 def test_a_run_folder_in_use_is_not_overwritten(make_config: MakeConfig) -> None:
     config = make_config(steps=4)
-    Trainer(config).run()
-    with pytest.raises(FileExistsError, match=r"already holds a run \(at step_00000004\); .*--resume.*--run_dir"):
-        Trainer(config)
-    with pytest.raises(FileNotFoundError, match="nothing to resume"):
-        Trainer(make_config(run_dir=config.run_dir + "_other"), resume=True)
+    Run(config).train()
+    with pytest.raises(FileExistsError, match=r"already contains a run \(at step_00000004\); .*--resume.*--run_dir"):
+        Run(config)
+    with pytest.raises(FileNotFoundError, match="expected a run to resume"):
+        Run(make_config(run_dir=config.run_dir + "_other"), resume=True)
 
 
 @pytest.mark.parametrize(
@@ -468,9 +475,9 @@ def test_a_run_folder_in_use_is_not_overwritten(make_config: MakeConfig) -> None
 )
 def test_a_resumed_run_keeps_its_options(make_config: MakeConfig, change: dict[str, Any], message: str) -> None:
     config = make_config(steps=4)
-    Trainer(config).run()
+    Run(config).train()
     with pytest.raises(ValueError, match=message):
-        Trainer(dataclasses.replace(config, **change), resume=True)
+        Run(dataclasses.replace(config, **change), resume=True)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(make_config: MakeConfig) -> None:
@@ -478,16 +485,16 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(make_config: Make
     Path(config.run_dir).mkdir()
     Path(config.run_dir, "config.json").write_text(json.dumps(config.to_dict()))
     Path(config.run_dir, "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n{"step": 2, "lo')
-    assert Trainer(config, resume=True).run().step == 4
+    assert Run(config, resume=True).train().step == 4
     assert [row["step"] for row in rows(config.run_dir) if "loss" in row] == [1, 2, 3, 4]
 
 
 def test_a_resumed_run_may_be_made_longer(make_config: MakeConfig) -> None:
     config = make_config(steps=4)
-    Trainer(config).run()
+    Run(config).train()
     longer = dataclasses.replace(config, steps=6, lr=1e-3, log_every=1, schedule_params={"eps": 1e-3})
-    assert Trainer(longer, resume=True).run().step == 6
-    Trainer(make_config(run_dir=config.run_dir + "_whole", steps=4)).run()
+    assert Run(longer, resume=True).train().step == 6
+    Run(make_config(run_dir=config.run_dir + "_whole", steps=4)).train()
     assert losses(config.run_dir)[:4] == losses(config.run_dir + "_whole")
 
 
@@ -507,13 +514,13 @@ def resumed_at(config: TrainConfig, step: int) -> TrainConfig:
 @pytest.mark.parametrize("name", ["linear", "wsd"])
 def test_a_schedule_by_steps_resumes_exactly(make_config: MakeConfig, name: str) -> None:
     config = make_config(lr_schedule=name, lr_final=0.1, lr_decay=0.75, warmup=2)
-    trainer = Trainer(config)
-    trainer.run()
-    assert 0.1 * config.lr < trainer.lr < 0.4 * config.lr
+    run = Run(config)
+    run.train()
+    assert 0.1 * config.lr < run.state.lr < 0.4 * config.lr
     killed = resumed_at(config, 4)
-    Trainer(killed, resume=True).run()
+    Run(killed, resume=True).train()
     assert losses(killed.run_dir) == losses(config.run_dir)
-    ours, theirs = (list_checkpoints(Path(run.run_dir))[-1] for run in (config, killed))
+    ours, theirs = (list_checkpoints(Path(options.run_dir))[-1] for options in (config, killed))
     for file in ("model", "ema", "optimizer", "rng"):
         left, right = (read_tensors(path, file, read_state(path)) for path in (ours, theirs))
         assert all(torch.equal(left[key], right[key]) for key in left), file
@@ -525,15 +532,16 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.seconds = 0.0, 1.0
         self.rates: dict[int, float] = {}
-        monkeypatch.setattr(sedd.train, "time", SimpleNamespace(monotonic=lambda: self.now))
-        take_step = Trainer.train_step
+        monkeypatch.setattr(sedd.training.run, "time", SimpleNamespace(monotonic=lambda: self.now))
+        take_step = TrainState.train_step
 
-        def timed(trainer: Trainer) -> None:
+        def timed(state: TrainState) -> torch.Tensor:
             self.now += self.seconds
-            take_step(trainer)
-            self.rates[trainer.step] = trainer.lr
+            result = take_step(state)
+            self.rates[state.step] = state.lr
+            return result
 
-        monkeypatch.setattr(Trainer, "train_step", timed)
+        monkeypatch.setattr(TrainState, "train_step", timed)
 
 
 def test_a_schedule_by_time_ends_with_the_time_and_resumes_exactly(
@@ -542,7 +550,7 @@ def test_a_schedule_by_time_ends_with_the_time_and_resumes_exactly(
     clock = Clock(monkeypatch)
     rare = {"valid_every": 50, "checkpoint_every": 50, "keep_last": 100, "warmup": 0}
     config = make_config(steps=10**6, max_minutes=100 / 60, lr_schedule="linear", **rare)
-    assert Trainer(config).run().step == 100, "100 seconds, a step a second"
+    assert Run(config).train().step == 100, "100 seconds, a step a second"
     whole = dict(clock.rates)
     for step in (10, 40, 80):
         assert whole[step] == pytest.approx(config.lr * (1 - (step - 1) / 100), rel=0.05)
@@ -550,7 +558,7 @@ def test_a_schedule_by_time_ends_with_the_time_and_resumes_exactly(
 
     killed = resumed_at(config, 25)
     clock.seconds = 3.0  # the machine is slower now
-    assert Trainer(killed, resume=True).run().step == 50
+    assert Run(killed, resume=True).train().step == 50
     following = next(int(p.name[5:]) for p in list_checkpoints(Path(killed.run_dir)) if int(p.name[5:]) > 25)
     assert following == 27
     assert all(clock.rates[step] == whole[step] for step in range(26, following + 1))
@@ -566,15 +574,15 @@ def test_tokens_per_second_are_those_of_training_alone(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step of two batches takes a second, a validation 1,000."""
-    clock, real = Clock(monkeypatch), sedd.train.elbo
+    clock, real = Clock(monkeypatch), sedd.training.run.elbo
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         clock.now += 1000
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(sedd.train, "elbo", slow)
+    monkeypatch.setattr(sedd.training.run, "elbo", slow)
     config = make_config(accumulate=2, log_every=1)
-    Trainer(config).run()
+    Run(config).train()
     curves = EventAccumulator(str(Path(config.run_dir, "tensorboard")))
     curves.Reload()
     assert {point.value for point in curves.Scalars("train/tokens_per_second")} == {2 * 4 * 16}
@@ -601,11 +609,11 @@ class FakeWandb:
 def test_samples_and_curves_in_tensorboard_and_wandb(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(sedd.train, "SAMPLE_STEPS", 4)
+    monkeypatch.setattr(sedd.training.run, "SAMPLE_STEPS", 4)
     config = make_config(log="tensorboard,wandb", valid_samples=2)
     plain = make_config(log="none", run_dir=config.run_dir + "_plain")
-    Trainer(config).run()
-    Trainer(plain).run()
+    Run(config).train()
+    Run(plain).train()
     assert losses(config.run_dir) == losses(plain.run_dir), "samples leave training alone"
     assert not Path(plain.run_dir, "tensorboard").exists()
 
@@ -620,23 +628,23 @@ def test_samples_and_curves_in_tensorboard_and_wandb(make_config: MakeConfig, mo
     assert rates == {point.step: pytest.approx(point.value) for point in curves.Scalars("train/lr")}
     assert run["config"]["tokenizer"] == "bytes"
 
-    Trainer(dataclasses.replace(config, steps=9), resume=True).run()
-    Trainer(dataclasses.replace(config, run_dir=config.run_dir + "_other", steps=1)).run()
+    Run(dataclasses.replace(config, steps=9), resume=True).train()
+    Run(dataclasses.replace(config, run_dir=config.run_dir + "_other", steps=1)).train()
     assert wandb.runs[0]["id"] == wandb.runs[1]["id"] != wandb.runs[2]["id"]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="pip install wandb"):
-        Trainer(dataclasses.replace(config, steps=10), resume=True).run()
+        Run(dataclasses.replace(config, steps=10), resume=True).train()
 
 
 def test_plain_lines_without_a_terminal(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sedd.progress.LINE_EVERY", 0.0)
     plain, terminal = io.StringIO(), io.StringIO()
-    Trainer(make_config(), console=Console(file=plain)).run()
+    Run(make_config(), console=Console(file=plain)).train()
     assert not set("\x1b\r") & set(plain.getvalue())
     lines = [line for line in plain.getvalue().splitlines() if "tok/s" in line]
     assert [line.split("  ")[1] for line in lines] == ["step 3", "step 4", "step 6", "step 8"]
     other = make_config(run_dir=make_config().run_dir + "2", steps=1)
-    Trainer(other, console=Console(file=terminal, force_terminal=True)).run()
+    Run(other, console=Console(file=terminal, force_terminal=True)).train()
     assert "\x1b" in terminal.getvalue()
     assert is_interactive(Console(force_jupyter=True))
 
@@ -662,15 +670,16 @@ def test_finished_and_stopped_are_told_apart(
     assert "finished at step 8: all 8 steps are taken (continue with --resume --steps N, N above 8)" in told
     assert "stopped by" not in told
     assert main(["train", "--run_dir", config.run_dir, "--resume"]) == 0
-    assert "nothing to do, the run was finished before, at step 8: all 8 steps" in capsys.readouterr().err
+    assert "nothing to do: the run was already finished at step 8: all 8 steps" in capsys.readouterr().err
 
-    take_step = Trainer.train_step
+    take_step = TrainState.train_step
 
-    def interrupted(trainer: Trainer) -> None:
-        take_step(trainer)
+    def interrupted(state: TrainState) -> torch.Tensor:
+        result = take_step(state)
         signal.raise_signal(signal.SIGINT)
+        return result
 
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    monkeypatch.setattr(TrainState, "train_step", interrupted)
     assert main(["train", "--run_dir", config.run_dir, "--resume", "--steps", "20"]) == 128 + signal.SIGINT
     told = capsys.readouterr().err
     assert "stopped by SIGINT at step 9 of 20, not finished" in told
@@ -687,16 +696,16 @@ def test_a_run_keeps_its_tokenizer(make_config: MakeConfig, tmp_path: Path) -> N
     tokenizers_made_here.byte_level().save(str(source / "tokenizer.json"))
     tokenizer = get_tokenizer(str(source))
     config = make_config(tokenizer=str(source), steps=4)
-    Trainer(config).run()
+    Run(config).train()
 
     source.rename(elsewhere)
     moved = dataclasses.replace(config, run_dir=str(tmp_path / "moved"))
     Path(config.run_dir).rename(moved.run_dir)
-    assert Trainer(dataclasses.replace(moved, steps=6), resume=True).run().step == 6
-    Trainer(dataclasses.replace(moved, tokenizer=str(elsewhere)), resume=True)
+    assert Run(dataclasses.replace(moved, steps=6), resume=True).train().step == 6
+    Run(dataclasses.replace(moved, tokenizer=str(elsewhere)), resume=True)
     tokenizers_made_here.metaspace().save(str(elsewhere / "tokenizer.json"))
     with pytest.raises(ValueError, match=r"tokenizer: .* was trained with '.*theirs' and cannot be resumed with"):
-        Trainer(dataclasses.replace(moved, tokenizer=str(elsewhere)), resume=True)
+        Run(dataclasses.replace(moved, tokenizer=str(elsewhere)), resume=True)
 
     loaded = load_model(moved.run_dir)
     assert loaded.tokenizer.name == tokenizer.name
@@ -722,34 +731,35 @@ def test_a_vocabulary_wider_than_uint16(make_config: MakeConfig, tmp_path: Path,
         documents="line",
         streaming=streaming,
     )
-    trainer = Trainer(make_config(tokenizer=str(tmp_path / "tokenizer.json"), data=data, steps=1, valid_blocks=37))
-    expected = {0, *range(65_500, 65_600)}
-    assert set(trainer.valid_blocks.flatten().tolist()) == expected
-    seen = {token for _ in range(20) for token in next(trainer.batches).flatten().tolist()}
+    run = Run(make_config(tokenizer=str(tmp_path / "tokenizer.json"), data=data, steps=1, valid_blocks=37))
+    batches, expected = run.state.batches, {0, *range(65_500, 65_600)}
+    assert set(run.valid_blocks.flatten().tolist()) == expected
+    seen = {token for _ in range(20) for token in next(batches).flatten().tolist()}
     assert seen == expected
-    state = trainer.batches.state_dict()
-    following = next(trainer.batches)
-    trainer.batches.load_state_dict(json.loads(json.dumps(state)))
-    assert torch.equal(next(trainer.batches), following)
+    state = batches.state_dict()
+    following = next(batches)
+    batches.load_state_dict(json.loads(json.dumps(state)))
+    assert torch.equal(next(batches), following)
 
 
 def test_a_run_starts_from_a_model(make_config: MakeConfig, tmp_path: Path) -> None:
     first = make_config()
-    Trainer(first).run()
-    begin = load_pretrained(first.run_dir)
+    Run(first).train()
+    begin = SEDD.from_pretrained(first.run_dir)
     begin.save_pretrained(tmp_path / "model")
     for source in (first.run_dir, str(tmp_path / "model")):
         config = make_config(init=source, model=ModelOptions(length=8), run_dir=source + "_tuned", seed=5)
-        trainer = Trainer(config)
-        for model in (trainer.model, trainer.ema):
+        run = Run(config, load_init=SEDD.from_pretrained)
+        network = run.state.diffusion.network
+        for model in (network, run.state.ema.network):
             assert all(map(torch.equal, model.state_dict().values(), begin.state_dict().values()))
-        assert trainer.model.config == dataclasses.replace(begin.config, length=8)
-    trainer.run()
+        assert network.config == dataclasses.replace(begin.config, length=8)
+    run.train()
     assert losses(config.run_dir)[0] < losses(first.run_dir)[0]
     assert json.loads(Path(config.run_dir, "config.json").read_text())["init"] == source
     shutil.rmtree(source)
-    assert Trainer(dataclasses.replace(config, steps=9), resume=True).run().step == 9
-    assert load_model(config.run_dir).model.config == trainer.model.config
+    assert Run(dataclasses.replace(config, steps=9), resume=True).train().step == 9
+    assert load_model(config.run_dir).model.config == network.config
 
 
 @pytest.mark.parametrize(
@@ -764,17 +774,19 @@ def test_a_run_starts_from_a_model(make_config: MakeConfig, tmp_path: Path) -> N
 def test_a_model_that_cannot_be_started_from(
     make_config: MakeConfig, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    Trainer(make_config()).model.save_pretrained(tmp_path / "model")
+    config = make_config()
+    begin = SEDD(config.model.build(), config.make_process(257), get_schedule(config.schedule), config.tokenizer)
+    begin.save_pretrained(tmp_path / "model")
     options = {"init": str(tmp_path / "model"), "run_dir": str(tmp_path / "new"), "model": ModelOptions(), **changes}
     with pytest.raises(ValueError, match=message):
-        Trainer(make_config(**options))
+        Run(make_config(**options), load_init=SEDD.from_pretrained)
 
 
 def test_a_hybrid_run_from_before_the_shift_stays_as_it_was(make_config: MakeConfig) -> None:
     """Its checkpoints do not name the option: loaded and resumed without the shift."""
     tiny = dataclasses.replace(make_config().model, hybrid_shift=False)
     config = make_config(process="hybrid", steps=4, model=tiny)
-    Trainer(config).run()
+    Run(config).train()
     checkpoint = list_checkpoints(Path(config.run_dir))[-1]
     options = json.loads((checkpoint / "config.json").read_text())
     del options["model"]["hybrid_shift"]
@@ -785,9 +797,30 @@ def test_a_hybrid_run_from_before_the_shift_stays_as_it_was(make_config: MakeCon
     state["files"]["config.json"] = {"bytes": len(written), "sha256": hashlib.sha256(written).hexdigest()}
     (checkpoint / "state.json").write_text(json.dumps(state))
     unnamed = dataclasses.replace(config, model=make_config().model, steps=6)
-    again = Trainer(unnamed, resume=True)
-    fresh = Trainer(dataclasses.replace(unnamed, run_dir=config.run_dir + "_new"))
+    again = Run(unnamed, resume=True)
+    fresh = Run(dataclasses.replace(unnamed, run_dir=config.run_dir + "_new"))
     masked = torch.ones(1), torch.tensor([257])
-    assert again.model.log_score_shift(*masked) is None
-    assert load_pretrained(config.run_dir).log_score_shift(*masked) is None
-    assert fresh.model.log_score_shift(*masked) is not None
+    assert again.state.diffusion.log_score_shift(*masked) is None
+    loaded = load_model(config.run_dir)
+    assert loaded.diffusion.log_score_shift(*masked) is None
+    assert loaded.model.parameterization.log_score_shift(loaded.model.process, *masked) is None
+    assert fresh.state.diffusion.log_score_shift(*masked) is not None
+
+
+def test_a_run_of_an_earlier_version_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hybrid run of the version that called the process ``graph``; it was trained to step 6 there."""
+    earlier = Path(__file__).parent / "data" / "run_before_processes"
+    shutil.copytree(earlier, tmp_path / "runs" / "old")
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 400)
+    monkeypatch.chdir(tmp_path)
+    loaded = load_model("runs/old")
+    assert (loaded.state["step"], loaded.config.process, loaded.diffusion.process.dim) == (3, "hybrid", 258)
+    assert main(["train", "--run_dir", "runs/old", "--resume", "--steps", "6"]) == 0
+
+    def steps(run: str | Path) -> list[dict[str, Any]]:
+        return [row for row in rows(run) if "loss" in row]
+
+    found, wanted = steps("runs/old"), steps(earlier)
+    assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
+    for row, expected in zip(found[3:], wanted[3:], strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)

@@ -5,10 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sedd.diffusion import Diffusion, Schedule, Score, ScoreEntropy
+from sedd.hub import SEDD
 from sedd_ext import RankOne
 
 VOCABULARY = 5
 P_0 = torch.tensor([0.45, 0.3, 0.2, 0.049, 0.001], dtype=torch.float64)
+
+
+class OwnShift:
+    """The shift of a toy network's log-scores, which the network itself knows."""
+
+    def __init__(self, network: TrueScore) -> None:
+        self.network = network
+
+    def log_score_shift(self, process: RankOne, sigma: Tensor, x_t: Tensor) -> Tensor | None:
+        return self.network.log_score_shift(sigma, x_t)
+
+
+def diffusion(network: TrueScore | SEDD, process: RankOne, schedule: Schedule) -> Diffusion:
+    """A network with its process, a schedule and score entropy."""
+    how: Score | OwnShift = network.parameterization if isinstance(network, SEDD) else OwnShift(network)
+    model = Diffusion(network, process, schedule, ScoreEntropy(), how)
+    return model.train(network.training)
 
 
 class TrueScore(nn.Module):

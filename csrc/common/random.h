@@ -1,5 +1,5 @@
-// Counter-based random numbers: Philox-4x32-10 (Salmon et al., SC 2011). The numbers of a row depend on the seed and on
-// the row's index alone, so that threads, blocks and devices all draw the same ones.
+// Counter-based random numbers: Philox-4x32-10 (Salmon et al., SC 2011). The numbers of a row depend only on the seed
+// and the index of the row, so they are the same for any number of threads or blocks and on any device.
 #pragma once
 
 #include "common/types.h"

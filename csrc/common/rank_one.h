@@ -7,7 +7,7 @@
 
 namespace sedd {
 
-// One row's noise: how much of x_0 is kept (a) and how much has moved to π (b = 1 - a), both to full precision.
+// One row's noise: the probability that a token is kept (a) or redrawn from π (b = 1 - a), both to full precision.
 struct Decay {
     double a;
     double b;
@@ -15,9 +15,8 @@ struct Decay {
 
 SEDD_HD Decay decay(double sigma) { return {exp(-sigma), -expm1(-sigma)}; }
 
-// NaN, infinite, zero and negative noise are all refused: every one of them makes some formula meaningless. So is noise
-// below kLeastNoise: a/b = 1/σ, divided by π_x ≥ 1e-38 or multiplied by a log-score, would overflow and give NaN.
-// sedd_ext/_dispatch.py has the same number.
+// NaN, infinite, zero and negative noise is bad input: no formula is defined for it. So is noise below kLeastNoise:
+// a/b = 1/σ, divided by π_x ≥ 1e-38 or multiplied by a log-score, would overflow and give NaN.
 constexpr double kLeastNoise = 1e-250;
 SEDD_HD bool valid_sigma(double sigma) { return sigma >= kLeastNoise && sigma <= 1.7976931348623157e308; }
 

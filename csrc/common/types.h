@@ -1,4 +1,4 @@
-// The vocabulary of every kernel: element types, process shapes, and how a kernel says that its input was bad.
+// Types of all kernels: element types, families of processes, and how a kernel reports bad input.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace sedd {
 
-// Element type of the log-scores. sedd_ext/_dispatch.py lists the same codes.
+// Element type of the log-scores.
 enum class DType : int32_t { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
 // Shape of the stationary distribution π; kernels are specialised on it.
@@ -29,13 +29,13 @@ enum class Fault : int32_t {
     total = 4,  // the probabilities of a row have no finite positive sum
 };
 
-// The first bad row of a launch; what it left in the output is undefined.
+// The first bad row of a launch. The output of a launch with a bad row is undefined.
 struct Status {
     Fault fault = Fault::none;
     int64_t row = -1;
 };
 
-// Where a CUDA launcher works: scratch memory that torch allocated, the caller's stream (a cudaStream_t) and device.
+// Where a CUDA launcher runs: scratch memory allocated by torch, the caller's stream (a cudaStream_t) and device.
 struct CudaLaunch {
     void* workspace;
     void* stream;

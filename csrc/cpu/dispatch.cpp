@@ -1,4 +1,4 @@
-// Picks the best kernels that this machine runs, once, and launches them over the rows.
+// Selects the best kernels that this machine supports, once, and runs them over the rows.
 #include <cstring>
 
 #include "cpu/kernels.h"
@@ -21,7 +21,7 @@ bool runs_here(const char* isa) {
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     }
     if (std::strcmp(isa, "avx2") == 0) {
-        // every processor with AVX2 has F16C, for which older compilers have no name here
+        // every processor with AVX2 has F16C, which older compilers cannot test here
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     }
 #endif

@@ -1,4 +1,4 @@
-// The row kernels that exist once per instruction set, and the table that the launchers pick from at run time.
+// The row kernels, compiled once per instruction set, and the table from which the launchers select at run time.
 #pragma once
 
 #include "reverse.h"
@@ -6,7 +6,7 @@
 
 namespace sedd {
 
-// Works on rows [begin, end). `scratch` holds scratch_bytes(dim) bytes of the calling thread's own.
+// Works on rows [begin, end). `scratch` is memory of the calling thread.
 template <class Params>
 using RowKernel = void (*)(const Params& params, int64_t begin, int64_t end, void* scratch, Status& status);
 
@@ -34,20 +34,20 @@ SEDD_DECLARE_KERNELS(baseline)
 SEDD_DECLARE_KERNELS(avx2)
 SEDD_DECLARE_KERNELS(avx512)
 
-// The table in use: the best one this machine runs, unless select_isa chose another.
+// The table in use: the best one that this machine supports, or that of select_isa.
 const KernelTable& kernels();
-// Number of tables this machine can run, best first, and their names.
+// The number of tables that this machine supports, and their names, best first.
 int available_isas(const char** names, int capacity);
-// Uses the named table from now on; false if it was not built or this machine cannot run it.
+// Uses the named table from now on. Returns false if it was not built or this machine does not support it.
 bool select_isa(const char* name);
 
-// Blocks whose sums a sampler keeps: it looks a second time at one block only.
+// Entries of a block. A sampler keeps the sums of blocks and reads only one block a second time.
 constexpr int64_t kReverseBlock = 512;
 static inline int64_t reverse_blocks(int64_t dim) { return (dim + kReverseBlock - 1) / kReverseBlock; }
 // Bytes for the sums, and for the entries of one block.
 static inline int64_t reverse_scratch(int64_t dim) { return 8 * (reverse_blocks(dim) + kReverseBlock); }
 
-// The first fault wins, by row, whatever thread found it.
+// Keeps the fault with the smallest row, whichever thread finds it.
 static inline void report(Status& status, Fault fault, int64_t row) {
     if (status.fault == Fault::none || row < status.row) status = {fault, row};
 }

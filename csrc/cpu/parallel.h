@@ -1,5 +1,5 @@
-// Rows over threads. The threads are OpenMP's, and with them torch's: the library links no OpenMP runtime of its own
-// but finds the one that torch has loaded (see CMakeLists.txt), and torch.get_num_threads() comes in as `threads`.
+// Divides rows among threads of OpenMP. The library links no OpenMP runtime but uses the one that torch has loaded (see
+// CMakeLists.txt), so these are torch's threads. `threads` is torch.get_num_threads().
 #pragma once
 
 #include <algorithm>
@@ -13,14 +13,15 @@
 
 namespace sedd {
 
-// Calls work(begin, end, scratch, status) on pieces of [0, rows), each piece about `cost` elements a row; every thread
-// has `scratch_bytes` of its own. What is computed for a row must not depend on the pieces. Returns the first fault.
-// A thread takes a piece whenever it has finished one: where another process holds a core, the other threads do the
-// work. The team is one thread or all of `threads`, as in torch: given a smaller team than the last, libgomp ends
+// Calls work(begin, end, scratch, status) for pieces of [0, rows); a row has about `cost` elements, and every thread
+// has `scratch_bytes` of its own. The result of a row must not depend on the pieces. Returns the first fault.
+//
+// A thread takes the next piece when it has finished one, so that the other threads do the work if another process
+// holds a core. The team has one thread or all of `threads`, as in torch: for a smaller team than before, libgomp ends
 // threads of its pool, and torch's next operator has to start them again.
 template <class Work>
 Status parallel_rows(int64_t rows, int64_t cost, int64_t scratch_bytes, int threads, const Work& work) {
-    constexpr int64_t piece_elements = 1 << 15;  // some 10 µs: enough to hide what taking a piece costs
+    constexpr int64_t piece_elements = 1 << 15;  // about 10 µs, much longer than taking a piece
     const int64_t piece = std::max<int64_t>(1, piece_elements / std::max<int64_t>(1, cost));
     const int64_t pieces = (rows + piece - 1) / piece;
     Status first;
@@ -39,7 +40,7 @@ Status parallel_rows(int64_t rows, int64_t cost, int64_t scratch_bytes, int thre
             for (; i < pieces; i = next++) {
                 work(i * piece, std::min(rows, (i + 1) * piece), scratch, status);
             }
-        } catch (...) {  // out of memory: nothing may leave a parallel region
+        } catch (...) {  // out of memory; an exception must not leave a parallel region
             const std::lock_guard<std::mutex> lock(mutex);
             error = std::current_exception();
         }

@@ -1,7 +1,7 @@
-// Reverse steps on the CPU: block sums of the scores in one read of the row, one random number, and a second look at
-// the one block that it falls in. Where the clamp max(0, ·) needs the total first (Tweedie with π spread out), the
-// entry is drawn from the scores all the same and taken with probability w / s; only rows whose entry is refused are
-// read again. Limit: a plain read.
+// Reverse steps on the CPU. A kernel reads a row once and keeps the sums of blocks; one random number selects a block,
+// and only this block is read again. Where the clamp max(0, ·) needs the total first (Tweedie with a π that is spread
+// out), the entry is drawn from the scores and accepted with probability w / s; only rejected rows are read again. The
+// lower bound of the time is that of a plain read.
 #include "reverse.h"
 
 #include "cpu/kernels.h"
@@ -10,12 +10,12 @@
 namespace sedd::SEDD_ISA {
 namespace {
 
-// Visits [begin, end): visit(y) at whole vectors, part(y, n) at the n < width elements behind them.
-template <int width, class Visit, class Part>
-inline void sweep(int64_t begin, int64_t end, Visit visit, Part part) {
+// Visits [begin, end): visit(y) for whole vectors, then rest(y, n) for the n < width elements that remain.
+template <int width, class Visit, class Rest>
+inline void sweep(int64_t begin, int64_t end, Visit visit, Rest rest) {
     int64_t y = begin;
     for (; y + width <= end; y += width) visit(y);
-    if (y < end) part(y, end - y);
+    if (y < end) rest(y, end - y);
 }
 
 template <int n>
@@ -23,7 +23,7 @@ struct Count {
     static constexpr int value = n;
 };
 
-// Σ s_y over [begin, end), at most a block, without y = skip, if kSkip; the scores go to `scores` too, if kKeep.
+// Σ s_y over [begin, end), which is at most a block. kSkip leaves out y = skip. kKeep stores the scores in `scores`.
 template <bool kKeep, bool kSkip, class T, class Real = Compute<T>>
 double sum_scores(const T* log_score, int64_t begin, int64_t end, int64_t skip, Real shift, Real* scores) {
     constexpr int width = Lanes<Real>::width;
@@ -58,8 +58,8 @@ double sum_scores(const T* log_score, int64_t begin, int64_t end, int64_t skip, 
     return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// Σ w_y over [begin, end) with w_y = max(0, s_y - drain π_y), a constant π being part of the drain already; with kKeep,
-// w takes the place of s.
+// Σ w_y over [begin, end) with w_y = max(0, s_y - drain π_y). The drain includes a constant π. kKeep overwrites s with
+// w.
 template <Family P, bool kKeep, class Real>
 double sum_weights(Real* scores, const Real* stationary, int64_t begin, int64_t end, const Drain<Real>& drain) {
     constexpr int width = Lanes<Real>::width;
@@ -89,15 +89,15 @@ double sum_weights(Real* scores, const Real* stationary, int64_t begin, int64_t 
             const Vec w =
                 weigh(load_partial(scores + z, n, 0.0f), [&] { return load_partial(stationary + z, n, 0.0f); });
             if constexpr (kKeep) store_partial(scores + z, w, n);
-            sums[1] += w;  // the lanes behind the end hold max(0, -drain π) = 0
+            sums[1] += w;  // the lanes beyond the end hold max(0, -drain π) = 0
         });
     return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// The token of weights[0, n), n ≤ kReverseBlock, on whose stretch of the axis of their running sum the part `share` of
-// the whole lies. Sums of a vector's lanes first: 512 additions one after the other take longer than the block's exps.
+// The entry of weights[0, n), n ≤ kReverseBlock, at which their running sum exceeds `share` times their total. Adds up
+// the lanes of each vector first, because 512 dependent additions take longer than the exps of the block.
 template <class Real>
-int64_t find(const Real* weights, int64_t n, double share) {
+int64_t entry_at(const Real* weights, int64_t n, double share) {
     constexpr int width = Lanes<Real>::width;
     double sums[kReverseBlock / width];
     double total = 0.0;
@@ -106,7 +106,7 @@ int64_t find(const Real* weights, int64_t n, double share) {
     sweep<width>(
         0, n, [&](int64_t y) { group(load(weights + y)); },
         [&](int64_t y, int64_t count) { group(load_partial(weights + y, count, 0.0f)); });
-    // The last one with any weight where rounding lets the target past the end.
+    // If rounding moves the target beyond the end: the last entry with a weight above 0.
     double target = share * total;
     const auto walk = [&target](const auto* values, int64_t count) {
         int64_t last = 0;
@@ -122,8 +122,8 @@ int64_t find(const Real* weights, int64_t n, double share) {
     return first + walk(weights + first, n - first < width ? n - first : width);
 }
 
-// The block that the target falls on; what of the target lies on it stays. Where rounding lets it past the end, it is
-// the end of the last block with any weight.
+// The block whose part of the running sum contains the target. Makes the target relative to the block. If rounding
+// moves the target beyond the end, this is the end of the last block with a sum above 0.
 inline int64_t pick_block(const double* blocks, int64_t count, double& target) {
     int64_t last = 0;
     for (int64_t k = 0; k < count; ++k) {
@@ -135,14 +135,14 @@ inline int64_t pick_block(const double* blocks, int64_t count, double& target) {
     return last;
 }
 
-// Entries [first, first + width) of a row: sums of their scores s_y, or in a second sweep of their weights w_y, and
-// which of them a point on the axis of these sums falls on.
+// The sums of blocks over the entries [first, first + width) of a row, of the scores s_y or, in a second sweep, of the
+// weights w_y; and the entry at a given point of the running sum.
 template <Family P, class T>
-struct Part {
+struct BlockSums {
     using Real = Compute<T>;
 
-    const T* log_score;      // of `first`
-    const Real* stationary;  // of token 0
+    const T* log_score;      // points to entry `first`
+    const Real* stationary;  // points to token 0
     int64_t first, width;
     int64_t x, forbidden;  // tokens
     Real shift;
@@ -156,19 +156,19 @@ struct Part {
         return rest < kReverseBlock ? rest : kReverseBlock;
     }
 
-    // With kKeep, what is added up stays in `scores`.
+    // kKeep stores the scores or weights of the block in `scores`.
     template <bool kKeep>
     double sum_block(int64_t block) const {
-        const int64_t begin = block * kReverseBlock, n = size(block), place = first + begin;
+        const int64_t begin = block * kReverseBlock, n = size(block), token = first + begin;
         const auto add = [&](auto keep) {
-            const bool has_x = place <= x && x < place + n;
-            return has_x ? sum_scores<keep.value != 0, true>(log_score + begin, 0, n, x - place, shift, scores)
+            const bool has_x = token <= x && x < token + n;
+            return has_x ? sum_scores<keep.value != 0, true>(log_score + begin, 0, n, x - token, shift, scores)
                          : sum_scores<keep.value != 0, false>(log_score + begin, 0, n, 0, shift, scores);
         };
         if (!weighted) return add(Count<kKeep>{});
         add(Count<1>{});
-        if (place <= forbidden && forbidden < place + n) scores[forbidden - place] = Real(0);
-        return sum_weights<P, kKeep>(scores, P == Family::rank_one ? stationary + place : nullptr, 0, n, drain);
+        if (token <= forbidden && forbidden < token + n) scores[forbidden - token] = Real(0);
+        return sum_weights<P, kKeep>(scores, P == Family::rank_one ? stationary + token : nullptr, 0, n, drain);
     }
 
     double sum() const {
@@ -183,20 +183,21 @@ struct Part {
     int64_t pick(double target, double& score) const {
         const int64_t count = reverse_blocks(width), k = pick_block(blocks, count, target);
         if (count > 1) sum_block<true>(k);
-        const int64_t y = find(scores, size(k), target / blocks[k]);
+        const int64_t y = entry_at(scores, size(k), target / blocks[k]);
         score = static_cast<double>(scores[y]);
         return first + k * kReverseBlock + y;
     }
 };
 
-// Checks a row and finds its numbers. Rows of one sequence share σ, and with it, but for a vector π, everything else.
+// Checks a row and computes its numbers. Rows of one sequence share their noise, and so, unless π is a vector, all of
+// their numbers.
 template <Family P, class Real, class Params>
 class Rows {
   public:
     explicit Rows(const Params& p) : p_(p), stationary_(static_cast<const Real*>(p.stationary)) {}
 
-    // False if the row is bad, with the fault reported.
-    bool enter(int64_t row, Status& status) {
+    // Reports a bad row and returns false.
+    bool load(int64_t row, Status& status) {
         const Fault fault = reverse_fault(p_, row);
         if (fault != Fault::none) {
             report(status, fault, row);
@@ -205,7 +206,8 @@ class Rows {
         x = p_.x_t[row];
         shift = p_.shift != nullptr ? static_cast<Real>(p_.shift[row]) : Real(0);
         const double pi = stationary_at(P, stationary_, p_.dim, x);
-        if (pi > 0.0 && (p_.step[row] != step_ || pi != pi_x)) numbers = reverse_row(p_.kind, step_ = p_.step[row], pi);
+        if (pi > 0.0 && (p_.noise[row] != noise_ || pi != pi_x))
+            numbers = reverse_row(p_.step, noise_ = p_.noise[row], pi);
         pi_x = pi;
         return true;
     }
@@ -218,7 +220,7 @@ class Rows {
   private:
     const Params& p_;
     const Real* stationary_;
-    double step_ = -1.0;
+    double noise_ = -1.0;
 };
 
 template <Family P, class T>
@@ -227,7 +229,7 @@ void probs_rows(const ReverseParams& p, int64_t begin, int64_t end, void*, Statu
     const Real* stationary = static_cast<const Real*>(p.stationary);
     Rows<P, Real, ReverseParams> row(p);
     for (int64_t i = begin; i < end; ++i) {
-        if (!row.enter(i, status)) continue;
+        if (!row.load(i, status)) continue;
         Real* out = static_cast<Real*>(p.out) + i * p.dim;
         if (row.pi_x == 0.0) {
             memset(out, 0, sizeof(Real) * static_cast<size_t>(p.dim));
@@ -249,7 +251,7 @@ void probs_rows(const ReverseParams& p, int64_t begin, int64_t end, void*, Statu
         const double self = reverse_stay(p, row.numbers, others, row.pi_x, row.x == p.forbidden);
         double total = self;
         if (p.forbidden >= 0) out[p.forbidden] = Real(0);
-        if constexpr (P == Family::absorbing) {  // π_y = 0: nothing to drain
+        if constexpr (P == Family::absorbing) {  // π_y = 0: the weights are the scores
             total += others;
         } else {
             total += sum_weights<P, true>(out, stationary, 0, p.dim, reverse_drain<Real>(p, row.numbers, others));
@@ -274,31 +276,31 @@ void sample_rows(const ReverseParams& p, int64_t begin, int64_t end, void* scrat
     const uint64_t seed = static_cast<uint64_t>(*p.seed);
     Rows<P, Real, ReverseParams> row(p);
     for (int64_t i = begin; i < end; ++i) {
-        if (!row.enter(i, status)) continue;
+        if (!row.load(i, status)) continue;
         const int64_t x = out[i] = row.x;
         if (row.pi_x == 0.0) {
             if (x == p.forbidden) report(status, Fault::total, i);
             continue;
         }
         const T* l = static_cast<const T*>(p.log_score) + i * p.dim;
-        Part<P, T> part{l, stationary, 0, p.dim, x, p.forbidden, row.shift, blocks, scores};
-        const double others = part.sum();
+        BlockSums<P, T> sums{l, stationary, 0, p.dim, x, p.forbidden, row.shift, blocks, scores};
+        const double others = sums.sum();
         const double self = reverse_stay(p, row.numbers, others, row.pi_x, x == p.forbidden);
-        part.drain = reverse_drain<Real>(p, row.numbers, others);
-        const Drain<double> drain = converted<double>(part.drain);
-        // The token at a point of [0, 1) on the axis of the sweep's numbers, where x lies first; -1 if there is none.
+        sums.drain = reverse_drain<Real>(p, row.numbers, others);
+        const Drain<double> drain = converted<double>(sums.drain);
+        // The token at a point in [0, 1) of the running sum, in which x comes first; -1 if there is no distribution.
         const auto draw = [&](double sum, double point, double& score) {
             if (!valid_total(1.0 + others) || !valid_total(self + sum)) return int64_t{-1};
             const double target = point * (self + sum) - self;
-            return target < 0.0 || sum == 0.0 ? x : part.pick(target, score);
+            return target < 0.0 || sum == 0.0 ? x : sums.pick(target, score);
         };
         const Uniforms u = row_uniforms(seed, static_cast<uint64_t>(i));
         double score = 0.0;
         int64_t y = draw(others, u.first, score);
         if (reverse_weighs(p, row.numbers, x) && y >= 0 && y != x &&
             !(u.second * score < reverse_weight(p, score, drain, stationary_at(P, stationary, p.dim, y), y))) {
-            part.weighted = true;
-            y = draw(part.sum(), row_uniforms(seed, static_cast<uint64_t>(i), 1).first, score);
+            sums.weighted = true;
+            y = draw(sums.sum(), row_uniforms(seed, static_cast<uint64_t>(i), 1).first, score);
         }
         if (y < 0) {
             report(status, Fault::total, i);
@@ -313,12 +315,12 @@ void tile_rows(const ReverseTileParams& p, int64_t begin, int64_t end, void* scr
     using Real = Compute<T>;
     const Real* stationary = static_cast<const Real*>(p.stationary);
     const bool last = p.first + p.width == p.dim;
-    const bool weighted = P != Family::absorbing && p.sweep != 0;  // π_y = 0: nothing to drain
+    const bool weighted = P != Family::absorbing && p.sweep != 0;  // absorbing: the weights are the scores
     double* blocks = static_cast<double*>(scratch);
     Real* scores = reinterpret_cast<Real*>(blocks + reverse_blocks(p.width));
     Rows<P, Real, ReverseTileParams> row(p);
     for (int64_t i = begin; i < end; ++i) {
-        if (!row.enter(i, status)) continue;
+        if (!row.load(i, status)) continue;
         if (row.pi_x == 0.0) {
             p.out[i] = row.x;
             if (row.x == p.forbidden) report(status, Fault::total, i);
@@ -327,21 +329,21 @@ void tile_rows(const ReverseTileParams& p, int64_t begin, int64_t end, void* scr
         ReverseDraw& draw = p.draws[i];
         if (p.first == 0) draw = {draw.others, draw.drain, 0.0, 0.0, -1};
         const T* l = static_cast<const T*>(p.log_score) + i * p.width;
-        const Part<P, T> part{l,
-                              stationary,
-                              p.first,
-                              p.width,
-                              row.x,
-                              p.forbidden,
-                              row.shift,
-                              blocks,
-                              scores,
-                              weighted,
-                              weighted ? converted<Real>(draw.drain) : Drain<Real>{}};
-        const double sum = part.sum();
+        const BlockSums<P, T> sums{l,
+                                   stationary,
+                                   p.first,
+                                   p.width,
+                                   row.x,
+                                   p.forbidden,
+                                   row.shift,
+                                   blocks,
+                                   scores,
+                                   weighted,
+                                   weighted ? converted<Real>(draw.drain) : Drain<Real>{}};
+        const double sum = sums.sum();
         draw.total += sum;
         const double target = tile_target(p, i, draw.total);
-        if (target < sum) draw.token = part.pick(target, draw.score);
+        if (target < sum) draw.token = sums.pick(target, draw.score);
         if (!last) continue;
         const double pi_y = draw.token >= 0 ? stationary_at(P, stationary, p.dim, draw.token) : 0.0;
         p.out[i] = finish_draw<Real>(p, i, row.numbers, draw, row.pi_x, pi_y);
@@ -352,20 +354,20 @@ void tile_rows(const ReverseTileParams& p, int64_t begin, int64_t end, void* scr
 }  // namespace
 
 RowKernel<ReverseParams> reverse_probs(DType dtype, Family family) {
-    return pick(dtype, family, [](auto element, auto kind) -> RowKernel<ReverseParams> {
-        return probs_rows<kind.value, typename decltype(element)::Type>;
+    return dispatch(dtype, family, [](auto element, auto family) -> RowKernel<ReverseParams> {
+        return probs_rows<family.value, typename decltype(element)::Type>;
     });
 }
 
 RowKernel<ReverseParams> reverse_sample(DType dtype, Family family) {
-    return pick(dtype, family, [](auto element, auto kind) -> RowKernel<ReverseParams> {
-        return sample_rows<kind.value, typename decltype(element)::Type>;
+    return dispatch(dtype, family, [](auto element, auto family) -> RowKernel<ReverseParams> {
+        return sample_rows<family.value, typename decltype(element)::Type>;
     });
 }
 
 RowKernel<ReverseTileParams> reverse_tile(DType dtype, Family family) {
-    return pick(dtype, family, [](auto element, auto kind) -> RowKernel<ReverseTileParams> {
-        return tile_rows<kind.value, typename decltype(element)::Type>;
+    return dispatch(dtype, family, [](auto element, auto family) -> RowKernel<ReverseTileParams> {
+        return tile_rows<family.value, typename decltype(element)::Type>;
     });
 }
 

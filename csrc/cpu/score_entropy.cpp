@@ -1,5 +1,6 @@
-// Score entropy on the CPU. One sweep over a row: exp, its sum and, where π is not all on MASK, the dot product with
-// the log-scores; the gradient is a second sweep that reads and writes once. Limits: a plain read, a plain copy.
+// Score entropy on the CPU. The loss takes one sweep over a row: exp, its sum and, unless the process is absorbing, the
+// dot product of π with the log-scores. The gradient takes a second sweep that reads and writes once. The lower bounds
+// of the time are those of a plain read and a plain copy.
 #include "score_entropy.h"
 
 #include "cpu/kernels.h"
@@ -8,12 +9,13 @@
 namespace sedd::SEDD_ISA {
 namespace {
 
-// Lanes add up in the compute type over a block, blocks in float64: the error does not grow with the vocabulary.
+// Lanes are added up in the compute type within a block, and blocks in float64, so that the error does not grow with
+// the size of the vocabulary.
 constexpr int64_t kBlock = 2048;
 
 struct Sums {
     double scores = 0.0;  // Σ s_y
-    double dot = 0.0;     // Σ π_y ℓ_y for a vector π, Σ ℓ_y for the uniform one
+    double dot = 0.0;     // Σ π_y ℓ_y for a vector π, Σ ℓ_y for a uniform π
 };
 
 // Adds the sums over kCount vectors from y on, vector k to accumulator k.
@@ -67,10 +69,10 @@ void add_sums(Sums& sums, const T* log_score, const Real* stationary, int64_t be
     }
 }
 
-// Adds the sums over kCount vectors and puts factor s_y - offset π_y in the place of ℓ_y.
+// Adds the sums over kCount vectors and overwrites ℓ_y with its gradient, factor s_y - offset π_y.
 template <Family P, int kCount, class T, class Real, class Vec>
-inline void turn_vectors(Vec* scores, Vec* dot, T* log_score, const Real* stationary, int64_t y, Vec shift, Vec factor,
-                         Vec offset) {
+inline void replace_vectors(Vec* scores, Vec* dot, T* log_score, const Real* stationary, int64_t y, Vec shift,
+                            Vec factor, Vec offset) {
     constexpr bool ordered = P == Family::rank_one;
     Vec l[kCount], drop[kCount];
     load_vectors<ordered>(log_score + y, l);
@@ -95,8 +97,8 @@ inline void turn_vectors(Vec* scores, Vec* dot, T* log_score, const Real* statio
 
 // The same over [begin, end).
 template <Family P, class T, class Real = Compute<T>>
-void turn(Sums& sums, T* log_score, const Real* stationary, int64_t begin, int64_t end, Real shift, Real factor,
-          Real offset) {
+void replace_by_gradient(Sums& sums, T* log_score, const Real* stationary, int64_t begin, int64_t end, Real shift,
+                         Real factor, Real offset) {
     using Vec = typename Lanes<Real>::Vec;
     constexpr int width = Lanes<Real>::width;
     const Vec shifts = broadcast(shift), factors = broadcast(factor), offsets = broadcast(offset);
@@ -105,10 +107,10 @@ void turn(Sums& sums, T* log_score, const Real* stationary, int64_t begin, int64
         Vec scores[kUnroll] = {}, dot[kUnroll] = {};
         int64_t y = block;
         for (; y + kUnroll * width <= stop; y += kUnroll * width) {
-            turn_vectors<P, kUnroll>(scores, dot, log_score, stationary, y, shifts, factors, offsets);
+            replace_vectors<P, kUnroll>(scores, dot, log_score, stationary, y, shifts, factors, offsets);
         }
         for (; y + width <= stop; y += width) {
-            turn_vectors<P, 1>(scores, dot, log_score, stationary, y, shifts, factors, offsets);
+            replace_vectors<P, 1>(scores, dot, log_score, stationary, y, shifts, factors, offsets);
         }
         if (y < stop) {
             const int64_t n = stop - y;
@@ -131,7 +133,7 @@ void turn(Sums& sums, T* log_score, const Real* stationary, int64_t begin, int64
     }
 }
 
-// out_y = factor s_y - offset π_y over kCount vectors from y on, where a constant π is part of the offset already.
+// out_y = factor s_y - offset π_y over kCount vectors from y on. The offset includes a constant π.
 template <Family P, int kCount, class T, class Real, class Vec>
 inline void write_vectors(T* out, const T* log_score, const Real* stationary, int64_t y, Vec shift, Vec factor,
                           Vec offset) {
@@ -163,7 +165,7 @@ void write_gradient(T* out, const T* log_score, const Real* stationary, int64_t 
         write_vectors<P, 1>(out, log_score, stationary, y, shifts, factors, offsets);
     }
     if (y >= end) return;
-    if (end - begin >= width) {  // overlaps what is written already, with the same values
+    if (end - begin >= width) {  // overlaps the last vector, with the same values
         write_vectors<P, 1>(out, log_score, stationary, end - width, shifts, factors, offsets);
     } else {
         const int64_t n = end - y;
@@ -174,14 +176,15 @@ void write_gradient(T* out, const T* log_score, const Real* stationary, int64_t 
     }
 }
 
-// Checks a row and finds its numbers. Rows of one sequence share σ, and with it, but for a vector π, everything else.
+// Checks a row and computes its numbers. Rows of one sequence share σ, and so, unless π is a vector, all of their
+// numbers.
 template <Family P, class Real, class Params>
 class Rows {
   public:
     explicit Rows(const Params& p) : p_(p), stationary_(static_cast<const Real*>(p.stationary)) {}
 
-    // False if the row is bad, with the fault reported.
-    bool enter(int64_t row, Status& status) {
+    // Reports a bad row and returns false.
+    bool load(int64_t row, Status& status) {
         x = p_.x_t[row];
         x_0 = p_.x_0[row];
         const double sigma = p_.sigma[row];
@@ -221,7 +224,7 @@ void forward_rows(const ScoreEntropyParams& p, int64_t begin, int64_t end, void*
     Real* loss = static_cast<Real*>(p.out);
     Rows<P, Real, ScoreEntropyParams> row(p);
     for (int64_t i = begin; i < end; ++i) {
-        if (!row.enter(i, status)) continue;
+        if (!row.load(i, status)) continue;
         if (row.pi_x == 0.0) {
             loss[i] = Real(0);
             continue;
@@ -243,7 +246,7 @@ void backward_rows(const ScoreEntropyParams& p, int64_t begin, int64_t end, void
     const Real* stationary = static_cast<const Real*>(p.stationary);
     Rows<P, Real, ScoreEntropyParams> row(p);
     for (int64_t i = begin; i < end; ++i) {
-        if (!row.enter(i, status)) continue;
+        if (!row.load(i, status)) continue;
         const T* l = static_cast<const T*>(p.log_score) + i * p.dim;
         T* out = static_cast<T*>(p.out) + i * p.dim;
         if (row.pi_x == 0.0) {
@@ -275,7 +278,7 @@ void tile_rows(const ScoreEntropyTileParams& p, int64_t begin, int64_t end, void
     for (int64_t i = begin; i < end; ++i) {
         ScoreEntropySweep& sweep = p.sweeps[i];
         if (p.first == 0) {
-            if (!row.enter(i, status)) continue;
+            if (!row.load(i, status)) continue;
             sweep = {};
             if (row.pi_x != 0.0) sweep.row = row.numbers;
         }
@@ -292,8 +295,8 @@ void tile_rows(const ScoreEntropyTileParams& p, int64_t begin, int64_t end, void
                 const double factor = p.grad_loss[i] * sweep.row.weight;
                 const double offset =
                     p.grad_loss[i] * sweep.row.slope * (P == Family::uniform ? sweep.row.weight : 1.0);
-                turn<P>(sums, l, stationary, from, to, static_cast<Real>(shift), static_cast<Real>(factor),
-                        static_cast<Real>(offset));
+                replace_by_gradient<P>(sums, l, stationary, from, to, static_cast<Real>(shift),
+                                       static_cast<Real>(factor), static_cast<Real>(offset));
             }
         };
         if (sweep.row.weight == 0.0) {
@@ -324,20 +327,20 @@ void tile_rows(const ScoreEntropyTileParams& p, int64_t begin, int64_t end, void
 }  // namespace
 
 RowKernel<ScoreEntropyParams> score_entropy(DType dtype, Family family) {
-    return pick(dtype, family, [](auto element, auto kind) -> RowKernel<ScoreEntropyParams> {
-        return forward_rows<kind.value, typename decltype(element)::Type>;
+    return dispatch(dtype, family, [](auto element, auto family) -> RowKernel<ScoreEntropyParams> {
+        return forward_rows<family.value, typename decltype(element)::Type>;
     });
 }
 
 RowKernel<ScoreEntropyParams> score_entropy_backward(DType dtype, Family family) {
-    return pick(dtype, family, [](auto element, auto kind) -> RowKernel<ScoreEntropyParams> {
-        return backward_rows<kind.value, typename decltype(element)::Type>;
+    return dispatch(dtype, family, [](auto element, auto family) -> RowKernel<ScoreEntropyParams> {
+        return backward_rows<family.value, typename decltype(element)::Type>;
     });
 }
 
 RowKernel<ScoreEntropyTileParams> score_entropy_tile(DType dtype, Family family) {
-    return pick(dtype, family, [](auto element, auto kind) -> RowKernel<ScoreEntropyTileParams> {
-        return tile_rows<kind.value, typename decltype(element)::Type>;
+    return dispatch(dtype, family, [](auto element, auto family) -> RowKernel<ScoreEntropyTileParams> {
+        return tile_rows<family.value, typename decltype(element)::Type>;
     });
 }
 

@@ -1,9 +1,9 @@
-// Vectors for the kernels in csrc/cpu, compiled once per instruction set into a namespace of its own.
+// Vectors for the kernels in csrc/cpu. Compiled once per instruction set, each time into a namespace of its own.
 //
-// Arithmetic is written with the compilers' vector extension (GCC, Clang), so that x86 and ARM share it; intrinsics
-// stand only behind the guards below. Nothing here, and nothing in a file compiled per instruction set, may use
-// templates or inline functions of the standard library that survive inlining: the linker would merge their AVX-512
-// copy into code that runs on machines without it.
+// Arithmetic uses the vector extension of GCC and Clang, which x86 and ARM share. Intrinsics appear only behind the
+// guards below. This file, and every file that is compiled per instruction set, must not use templates or inline
+// functions of the standard library that the compiler might leave as calls. The linker keeps one copy of such a
+// function, and if this is the AVX-512 copy, it also runs on machines without AVX-512.
 #pragma once
 
 #include <math.h>
@@ -35,8 +35,9 @@ typedef int32_t VecI __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t VecH __attribute__((vector_size(2 * kWidth)));
 
-// Vectors worked on side by side. One exp is a chain of some fifteen dependent operations: its latency is hidden only
-// if the operations of several vectors stand interleaved, and the compiler keeps the order they are written in.
+// Vectors that a loop processes together. One exp is a chain of about fifteen dependent operations, whose latency is
+// hidden only if the operations of several vectors are interleaved. The compiler keeps the order of the source, so the
+// source interleaves them.
 constexpr int kUnroll = 4;
 
 #if defined(__clang__)
@@ -45,7 +46,7 @@ constexpr int kUnroll = 4;
 #define SEDD_UNROLL _Pragma("GCC unroll 8")
 #endif
 
-// Lanes<Real>: the vector of a compute type. float64 is for checks rather than for speed: one lane.
+// Lanes<Real>: the vector of a compute type. float64 is for checks, not for speed, and has one lane.
 template <class Real>
 struct Lanes;
 template <>
@@ -59,7 +60,7 @@ struct Lanes<double> {
     static constexpr int width = 1;
 };
 
-// Compute<T>: what elements of type T are computed in.
+// Compute<T>: the type of the arithmetic with elements of type T.
 template <class T>
 struct ComputeOf {
     using type = float;
@@ -71,27 +72,27 @@ struct ComputeOf<double> {
 template <class T>
 using Compute = typename ComputeOf<T>::type;
 
-// How a type and a process can be arguments.
+// A type and a family as function arguments.
 template <class T>
 struct Element {
     using Type = T;
 };
 template <Family P>
-struct Kind {
+struct FamilyTag {
     static constexpr Family value = P;
 };
 
-// f(Element<T>, Kind<P>) for the dtype's T and the process's P.
+// Calls f(Element<T>, FamilyTag<P>) for the element type T of dtype and the family P.
 template <class F>
-auto pick(DType dtype, Family family, F f) {
+auto dispatch(DType dtype, Family family, F f) {
     const auto with_family = [&](auto element) {
         switch (family) {
             case Family::absorbing:
-                return f(element, Kind<Family::absorbing>{});
+                return f(element, FamilyTag<Family::absorbing>{});
             case Family::uniform:
-                return f(element, Kind<Family::uniform>{});
+                return f(element, FamilyTag<Family::uniform>{});
             default:
-                return f(element, Kind<Family::rank_one>{});
+                return f(element, FamilyTag<Family::rank_one>{});
         }
     };
     switch (dtype) {
@@ -117,7 +118,7 @@ inline To bit_cast(From from) {
     return to;
 }
 
-// a > b ? a : b, lane by lane; b when either is NaN.
+// a > b ? a : b in every lane; b if either is NaN.
 inline VecF max_or_second(VecF a, VecF b) {
 #if defined(__AVX512F__)
     return _mm512_max_ps(a, b);
@@ -135,11 +136,11 @@ inline VecF min_or_second(VecF a, VecF b) {
 #endif
 }
 
-// a where π is not zero, else 0: a token that the process never reaches adds nothing, whatever its log-score.
+// a if π is not zero, else 0. A token that the process never reaches contributes nothing, whatever its log-score.
 inline VecF where_nonzero(VecF pi, VecF a) { return pi != 0.0f ? a : VecF{}; }
 inline double where_nonzero(double pi, double a) { return pi != 0.0 ? a : 0.0; }
 
-// -inf in the given lane, if there is one of that number.
+// a with -inf in the given lane, or a if there is no such lane.
 inline VecF without(VecF a, int64_t lane) {
     VecI lanes;
     for (int i = 0; i < kWidth; ++i) lanes[i] = i;
@@ -147,7 +148,7 @@ inline VecF without(VecF a, int64_t lane) {
 }
 inline double without(double a, int64_t lane) { return lane == 0 ? -__builtin_inf() : a; }
 
-// ---- loads and stores: float16 and bfloat16 become float32 ----
+// ---- loads and stores: float16 and bfloat16 are converted to float32 ----
 
 inline VecF load(const float* p) {
     VecF v;
@@ -171,7 +172,8 @@ inline VecF load(const Half* p) {
     memcpy(&h, p, sizeof(h));
     const VecU bits = __builtin_convertvector(h, VecU);
     const VecU magnitude = bits & 0x7fffu;
-    // 2^112 moves the exponent from bias 15 to bias 127, subnormals included; infinities and NaN keep theirs.
+    // Multiplication by 2^112 changes the exponent bias from 15 to 127, also for subnormals. Infinities and NaN keep an
+    // exponent of all ones.
     const VecF finite = bit_cast<VecF>(magnitude << 13) * 0x1p112f;
     const VecF special = bit_cast<VecF>((magnitude << 13) | 0x7f800000u);
     const VecF value = magnitude >= 0x7c00u ? special : finite;
@@ -183,8 +185,8 @@ inline double load(const double* p) { return *p; }
 
 inline void store(float* p, VecF v) { memcpy(p, &v, sizeof(v)); }
 
-// bfloat16 in the upper halves: to nearest, ties to even. A NaN stays one unless its lowest 15 bits are all set, which
-// no NaN has that came from bfloat16 or from arithmetic.
+// Rounds to bfloat16 in the upper halves: to nearest, ties to even. A NaN remains NaN unless its lowest 15 bits are all
+// set, which does not occur in a NaN from bfloat16 or from arithmetic.
 inline VecU round_to_upper(VecF v) {
     const VecU bits = bit_cast<VecU>(v);
     return bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -203,8 +205,8 @@ inline void store(Half* p, VecF v) {
 #else
     const VecU bits = bit_cast<VecU>(v);
     const VecU magnitude = bits & 0x7fffffffu;
-    // Adding a power of two puts float16's last place at float32's, so that the addition itself rounds to nearest even:
-    // 2^-24 is a subnormal's last place, and a normal number's lies 13 bits above its own.
+    // The last place of a subnormal is 2^-24, the same as that of float32 numbers in [0.5, 1), so that the addition of
+    // 0.5 rounds it to nearest even. The last place of a normal number is 13 bits above that of float32.
     const VecU subnormal = bit_cast<VecU>(bit_cast<VecF>(magnitude) + 0.5f) - 0x3f000000u;
     const VecU normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
     VecU half = magnitude < 0x38800000u ? subnormal : normal;
@@ -217,7 +219,8 @@ inline void store(Half* p, VecF v) {
 
 inline void store(double* p, double v) { *p = v; }
 
-// The first n < width elements, the other lanes holding `fill`; and the first n lanes back into memory.
+// load_partial loads the first n < width elements and sets the other lanes to `fill`. store_partial stores the first n
+// lanes.
 #if defined(__AVX512F__)
 inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
@@ -256,12 +259,12 @@ inline void store_partial(T* p, VecF v, int64_t n) {
     for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
 }
 #endif
-// One lane is never part of a vector: these are here for the templates that hold both.
+// A vector of one lane is never partial. Templates for both compute types need these overloads to compile.
 inline double load_partial(const double*, int64_t, float fill) { return fill; }
 inline void store_partial(double*, double, int64_t) {}
 
-// Asks for what is two kilobytes ahead of kCount vectors at p: the processor's own prefetchers stop at every 4 KiB
-// page.
+// Prefetches the memory two kilobytes ahead of kCount vectors at p, because the prefetchers of the processor stop at
+// every 4 KiB page.
 template <int kCount, class T>
 inline void prefetch(const T* p) {
     constexpr int bytes = kCount * Lanes<Compute<T>>::width * static_cast<int>(sizeof(T));
@@ -270,8 +273,9 @@ inline void prefetch(const T* p) {
     }
 }
 
-// kCount vectors from p on. Unless kOrdered, each pair of bfloat16 vectors holds the even elements in the first and the
-// odd ones in the second, which takes one operation a vector where their order takes three; store_vectors undoes it.
+// Loads kCount vectors from p. Unless kOrdered, the first vector of each pair of bfloat16 vectors gets the even
+// elements and the second one the odd elements. This takes one operation per vector instead of three. store_vectors
+// restores the order.
 template <bool kOrdered, int kCount, class T, class Vec>
 inline void load_vectors(const T* p, Vec (&v)[kCount]) {
     for (int k = 0; k < kCount; ++k) v[k] = load(p + k * Lanes<Compute<T>>::width);
@@ -328,7 +332,7 @@ inline void write_one(T* p, double value) {
 
 // ---- sums and exponentials ----
 
-// The lanes' sum in float64, in a fixed order.
+// The sum of the lanes in float64, in a fixed order.
 inline double sum_lanes(VecF v) {
     float lane[kWidth];
     memcpy(lane, &v, sizeof(v));
@@ -340,14 +344,17 @@ inline double sum_lanes(VecF v) {
 }
 inline double sum_lanes(double v) { return v; }
 
-// exp to about one unit in the last place; NaN stays NaN, overflow is inf, underflow goes through the subnormals to 0.
-// exp(x) = 2^n exp(r) with |r| ≤ ln2/2, exp(r) = 1 + r + r² q(r), q of degree 4 (relative error of the fit 3e-9).
+// exp to about one unit in the last place. NaN remains NaN, overflow gives inf, and underflow gives subnormal numbers,
+// then 0.
+//
+// exp(x) = 2^n exp(r) with |r| ≤ ln2/2, and exp(r) = 1 + r + r² q(r) with q of degree 4 (relative error of the fit
+// 3e-9).
 template <int kCount>
 inline void exp_lanes(VecF (&x)[kCount]) {
     constexpr float log2e = 0x1.715476p0f, ln2_high = 0x1.62e400p-1f, ln2_low = 0x1.7f7d1cp-20f;
     [[maybe_unused]] constexpr float magic = 0x1.8p23f;  // adding it rounds to an integer
     VecF n[kCount], p[kCount];
-    // Beyond these bounds the result is 0 or inf anyway. x stands second: NaN goes through.
+    // Beyond these bounds the result is 0 or inf. x is the second argument, so that NaN is kept.
     SEDD_UNROLL for (int k = 0; k < kCount; ++k) x[k] = min_or_second(broadcast(89.0f), x[k]);
     SEDD_UNROLL for (int k = 0; k < kCount; ++k) x[k] = max_or_second(broadcast(-104.0f), x[k]);
     SEDD_UNROLL for (int k = 0; k < kCount; ++k) {
@@ -370,7 +377,7 @@ inline void exp_lanes(VecF (&x)[kCount]) {
         x[k] = _mm512_scalef_ps(p[k], n[k]);
 #else
         const VecI exponent = bit_cast<VecI>(n[k] + magic) - bit_cast<int32_t>(magic);
-        const VecI half = exponent >> 1;  // in two factors, since 2^128 and 2^-150 are no floats
+        const VecI half = exponent >> 1;  // two factors, because a float cannot hold 2^128 or 2^-150
         const VecF first = bit_cast<VecF>((half + 127) << 23);
         const VecF second = bit_cast<VecF>((exponent - half + 127) << 23);
         x[k] = p[k] * first * second;

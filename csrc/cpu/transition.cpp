@@ -1,5 +1,5 @@
-// Columns, rows and samples of exp(σQ) on the CPU. Bound by the write of the result (columns, rows) or by nothing at
-// all (samples: one to two random numbers a row), so one build for all instruction sets is enough.
+// Columns, rows and samples of exp(σQ) on the CPU. Columns and rows are bound by writing the result, and samples need
+// only one or two random numbers per row, so one build for all instruction sets is enough.
 #include "transition.h"
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 namespace sedd {
 namespace {
 
-bool enter(const TransitionParams& p, int64_t row, Status& status) {
+bool check_row(const TransitionParams& p, int64_t row, Status& status) {
     const Fault fault = transition_fault(p, row);
     if (fault != Fault::none) report(status, fault, row);
     return fault == Fault::none;
@@ -19,11 +19,11 @@ template <bool kColumn, class Real>
 Status fill(const TransitionParams& p, int threads) {
     return parallel_rows(p.rows, p.dim, 0, threads, [&p](int64_t begin, int64_t end, void*, Status& status) {
         const Real* stationary = static_cast<const Real*>(p.stationary);
-        // The positions of a sequence share σ, and often π_x: their exponential is taken once.
+        // The positions of a sequence share σ, and often π_x: compute their exponential once.
         double sigma = -1.0, pi_x = -1.0;
         TransitionRow numbers{};
         for (int64_t row = begin; row < end; ++row) {
-            if (!enter(p, row, status)) continue;
+            if (!check_row(p, row, status)) continue;
             const int64_t x = p.x[row];
             const double pi = stationary_at(p.family, stationary, p.dim, x);
             if (p.sigma[row] != sigma || pi != pi_x) {
@@ -57,7 +57,7 @@ Status sample_transition_cpu(const TransitionParams& p, int threads) {
         int64_t* out = static_cast<int64_t*>(p.out);
         double sigma = -1.0, b = 0.0;
         for (int64_t row = begin; row < end; ++row) {
-            if (!enter(p, row, status)) continue;
+            if (!check_row(p, row, status)) continue;
             if (p.sigma[row] != sigma) b = decay(sigma = p.sigma[row]).b;
             out[row] = draw_transition(p, row, b);
         }

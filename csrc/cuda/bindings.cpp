@@ -1,5 +1,5 @@
-// pybind11: the CUDA launchers. They give back None, or what the CUDA runtime said. An ordinary C++ file without CUDA's
-// headers: tests/cuda_on_cpu makes a module of it too.
+// pybind11: the CUDA launchers, which return None or the error message of the CUDA runtime. An ordinary C++ file
+// without headers of CUDA: tests/cuda_on_cpu compiles it too.
 #include "bindings.h"
 
 namespace py = pybind11;
@@ -7,44 +7,46 @@ namespace py = pybind11;
 namespace sedd {
 namespace {
 
-template <auto kLaunch>
-struct Cuda {
-    template <class Params>
-    const char* operator()(const Params& params, uintptr_t workspace, uintptr_t stream, int device) const {
-        const py::gil_scoped_release release;
-        return kLaunch(params, CudaLaunch{pointer(workspace), pointer(stream), device});
-    }
-};
-
-template <auto kBytes>
-int64_t workspace(int64_t rows, int64_t dim, int dtype) {
-    return kBytes(rows, dim, static_cast<DType>(dtype));
+template <class Params>
+int64_t columns(const Params& p) {
+    return p.dim;
 }
+int64_t columns(const ScoreEntropyTileParams& p) { return p.width; }
+int64_t columns(const ReverseTileParams& p) { return p.width; }
 
 int64_t none(int64_t, int64_t, DType) { return 0; }
+
+template <class Params>
+void bind(py::module_& m, const char* name, const char* (*launch)(const Params&, const CudaLaunch&),
+          int64_t (*workspace)(int64_t rows, int64_t columns, DType dtype)) {
+    m.def((std::string(name) + "_cuda").c_str(), [name, launch](const py::dict& arguments) {
+        Params params;
+        CudaLaunch where;
+        read_arguments(arguments, name, params, where);
+        const py::gil_scoped_release release;
+        return launch(params, where);
+    });
+    m.def((std::string(name) + "_workspace").c_str(), [name, workspace](const py::dict& arguments) {
+        Params params;
+        read_members<IsNumber>(arguments, name, params);
+        return workspace(params.rows, columns(params), params.dtype);
+    });
+    m.attr("cuda_arguments")[name] = argument_names<Params, CudaLaunch>();
+}
 
 }  // namespace
 
 void bind_cuda(py::module_& m) {
-    using Address = uintptr_t;
-    m.def("score_entropy_cuda", bind_score_entropy<Cuda<score_entropy_cuda>, Address, Address, int>);
-    m.def("score_entropy_backward_cuda", bind_score_entropy<Cuda<score_entropy_backward_cuda>, Address, Address, int>);
-    m.def("score_entropy_tile_cuda", bind_score_entropy_tile<Cuda<score_entropy_tile_cuda>, Address, Address, int>);
-    m.def("transition_column_cuda", bind_transition<Cuda<transition_column_cuda>, Address, Address, int>);
-    m.def("transition_row_cuda", bind_transition<Cuda<transition_row_cuda>, Address, Address, int>);
-    m.def("sample_transition_cuda", bind_transition<Cuda<sample_transition_cuda>, Address, Address, int>);
-    m.def("reverse_probs_cuda", bind_reverse<Cuda<reverse_probs_cuda>, Address, Address, int>);
-    m.def("reverse_sample_cuda", bind_reverse<Cuda<reverse_sample_cuda>, Address, Address, int>);
-    m.def("reverse_tile_cuda", bind_reverse_tile<Cuda<reverse_tile_cuda>, Address, Address, int>);
-    m.def("score_entropy_workspace", workspace<score_entropy_workspace>);
-    m.def("score_entropy_backward_workspace", workspace<score_entropy_backward_workspace>);
-    m.def("score_entropy_tile_workspace", workspace<score_entropy_tile_workspace>);
-    m.def("transition_column_workspace", workspace<transition_workspace>);
-    m.def("transition_row_workspace", workspace<transition_workspace>);
-    m.def("sample_transition_workspace", workspace<none>);
-    m.def("reverse_probs_workspace", workspace<reverse_workspace>);
-    m.def("reverse_sample_workspace", workspace<reverse_workspace>);
-    m.def("reverse_tile_workspace", workspace<none>);
+    m.attr("cuda_arguments") = py::dict();
+    bind(m, "score_entropy", score_entropy_cuda, score_entropy_workspace);
+    bind(m, "score_entropy_backward", score_entropy_backward_cuda, score_entropy_backward_workspace);
+    bind(m, "score_entropy_tile", score_entropy_tile_cuda, score_entropy_tile_workspace);
+    bind(m, "transition_column", transition_column_cuda, transition_workspace);
+    bind(m, "transition_row", transition_row_cuda, transition_workspace);
+    bind(m, "sample_transition", sample_transition_cuda, none);
+    bind(m, "reverse_probs", reverse_probs_cuda, reverse_workspace);
+    bind(m, "reverse_sample", reverse_sample_cuda, reverse_workspace);
+    bind(m, "reverse_tile", reverse_tile_cuda, none);
 }
 
 }  // namespace sedd

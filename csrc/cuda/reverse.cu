@@ -1,22 +1,24 @@
-// Reverse steps: sums of the scores over segments, the row's numbers, and then either the token that one random number
-// falls on, with a second look at the one segment it falls in, or all probabilities. Fused away: probabilities,
-// clamps, cumulative sums and Gumbel noise of rows × N.
+// Reverse steps. A kernel adds up the scores of each segment and computes the numbers of the row. Then it draws a token
+// or writes all probabilities. To draw a token, one random number selects a segment, and only this segment is read
+// again. No kernel writes intermediate probabilities, clamped scores, cumulative sums or Gumbel noise of size rows × N.
 //
-// Bytes an element: a sample is one read, 4 (float32) or 2, and 2 KiB more a row; where max(0, ·) needs the total first
-// (Tweedie with π spread out; Euler that may not return MASK), the few rows whose entry is refused are read once more.
-// For the probabilities every row is read again, and again for clamped ones: by the same block moments after, so that
-// what was 200 KB in memory comes from the L2 cache (one row a multiprocessor: 27 MB on 132 of them), and memory is
-// read once. Instructions an element: 11 to 13 a pass (8 of them expf with one MUFU.EX2), 4 to 6 more for the clamp.
+// Bytes per element: a sample reads 4 (float32) or 2 once, and 2 KiB of each row again. Where the clamp max(0, ·) needs
+// the total first (Tweedie with a π that is spread out; Euler that must not return MASK), the few rows whose entry is
+// rejected are read once more. Probabilities need a second pass over every row, and a third one if they are clamped.
+// The same block starts the next pass immediately, so that the 200 KB of a row should come from the L2 cache (one row
+// per multiprocessor, 27 MB for 132 of them) and memory is read once. Instructions per element: 11 to 13 in a pass (8
+// of them for expf, with one MUFU.EX2), and 4 to 6 more for the clamp.
 //
-// Configuration: a block a row, since the row's total joins what its segments give: its warps take segments in turn,
-// leave their sums in shared memory, and after a barrier the first warp goes on alone or, for the next pass, hands the
-// totals to all. 8 warps a block for samples, which leave room for three or four blocks a multiprocessor, one summing
-// while another draws; 24 for probabilities, to keep few rows in flight. Rows of up to four segments share a block of 8
-// warps. Where rows are few the first pass, which is the read from memory, is split over all multiprocessors by a
-// kernel of its own, a warp a segment. Sums of a segment and their order are the same in each.
+// Configuration: one block per row, because the total of a row combines the sums of its segments. The warps of a block
+// take segments in turn and store the sums in shared memory. After a barrier, the first warp draws the token, or
+// computes the totals for the next pass of all warps. For samples, a block has 8 warps. Three or four blocks then share
+// a multiprocessor, and one adds up while another draws. For probabilities, a block has 24 warps, so that few rows are
+// in flight. Rows of up to four segments share a block of 8 warps. If there are few rows, a separate kernel with one
+// warp per segment divides the first pass, which reads from memory, among all multiprocessors. The sum of a segment,
+// and the order of the sums, are the same in all configurations.
 //
-// Rows with π_x = 0 (unmasked ones of absorbing diffusion) are not read. Bad rows get probabilities of NaN, or token
-// -1.
+// Rows with π_x = 0 (unmasked tokens of absorbing diffusion) are not read. A bad row gets probabilities of NaN, or
+// token -1.
 #include "reverse.h"
 
 #include "cuda/segments.cuh"
@@ -24,11 +26,11 @@
 namespace sedd {
 namespace {
 
-constexpr int kMaxWarps = 24;       // of a block: 80 registers a thread, where 32 warps would have 64 and spill some
-constexpr int64_t kFewRows = 1024;  // so many blocks of 8 warps fill 132 multiprocessors
+constexpr int kMaxWarps = 24;       // per block, for 80 registers per thread; 32 warps leave 64, and threads spill
+constexpr int64_t kFewRows = 1024;  // this many blocks of 8 warps fill 132 multiprocessors
 constexpr int64_t kSharedBytes = 48 << 10;
 
-// For a valid x.
+// π_x of a row. Requires a valid x.
 template <class Real, class Params>
 __device__ __forceinline__ double row_pi(const Params& p, int64_t row) {
     return stationary_at(p.family, static_cast<const Real*>(p.stationary), p.dim, p.x_t[row]);
@@ -39,21 +41,21 @@ __device__ __forceinline__ Real row_shift(const Params& p, int64_t row) {
     return p.shift != nullptr ? static_cast<Real>(p.shift[row]) : Real(0);
 }
 
-// What a warp works on: `row_warps` warps of a block share a row, and take its segments in turn.
+// The work of a warp: `row_warps` warps of a block share a row and take its segments in turn.
 template <class Real>
 struct Task {
-    int place, first_segment;  // of the row in its block, and of the warp in its row
+    int slot, first_segment;  // index of the row in its block, and of the warp in its row
     int64_t row;
     bool exists, fault;
-    double pi_x;  // 0 where there is nothing to do
+    double pi_x;  // 0 if there is nothing to do
     Real shift;
 
     template <class Params>
     __device__ __forceinline__ Task(const Params& p, int row_warps) {
         const int warp = static_cast<int>(threadIdx.x) / kWarp;
-        place = warp / row_warps;
+        slot = warp / row_warps;
         first_segment = warp % row_warps;
-        row = static_cast<int64_t>(blockIdx.x) * (static_cast<int>(blockDim.x) / (kWarp * row_warps)) + place;
+        row = static_cast<int64_t>(blockIdx.x) * (static_cast<int>(blockDim.x) / (kWarp * row_warps)) + slot;
         exists = row < p.rows;
         fault = exists && reverse_fault(p, row) != Fault::none;
         pi_x = exists && !fault ? row_pi<Real>(p, row) : 0.0;
@@ -61,27 +63,27 @@ struct Task {
     }
     __device__ __forceinline__ bool moves() const { return pi_x > 0.0; }
     __device__ __forceinline__ bool leads() const { return first_segment == 0; }
-    // The token of a row that does not move; -1 if it is bad.
+    // The token of a row that does not move, or -1 if the row is bad.
     template <class Params>
     __device__ __forceinline__ int64_t stays_at(const Params& p) const {
         return exists && !fault && p.x_t[row] != p.forbidden ? p.x_t[row] : -1;
     }
 };
 
-// The first pass by itself, where rows are few.
+// The first pass as a kernel of its own, for few rows.
 template <class T>
-__global__ void __launch_bounds__(kWarps* kWarp) sums_kernel(ReverseParams p, Tiling tiling, RealOf<T>* sums) {
+__global__ void __launch_bounds__(kWarps* kWarp) sums_kernel(ReverseParams p, RowSplit split, RealOf<T>* sums) {
     using Real = RealOf<T>;
-    const Place place = place_of(tiling);
-    if (place.row >= p.rows || place.segment >= tiling.segments) return;
+    const Place place = place_of(split);
+    if (place.row >= p.rows || place.segment >= split.segments) return;
     if (reverse_fault(p, place.row) != Fault::none || row_pi<Real>(p, place.row) == 0.0) return;
     const T* row = static_cast<const T*>(p.log_score) + place.row * p.dim;
     const Real sum = segment_scores(row, static_cast<int>(p.dim), place.segment, static_cast<int>(p.x_t[place.row]),
                                     row_shift<Real>(p, place.row));
-    if (lane_of() == 0) sums[place.row * tiling.segments + place.segment] = sum;
+    if (lane_of() == 0) sums[place.row * split.segments + place.segment] = sum;
 }
 
-// w_y of one row for y ≠ x; drain is 0 where the weights are the scores.
+// w_y of one row for y ≠ x. The drain is 0 if the weights are the scores.
 template <Family P, class Real>
 struct Weights {
     const Real* stationary;
@@ -97,7 +99,7 @@ struct Weights {
     }
 };
 
-// Σ w_y over a segment without y = x: the same number on every lane.
+// Σ w_y over a segment, without y = x; the same number on every lane.
 template <Family P, class T, class Real = RealOf<T>>
 __device__ __forceinline__ Real segment_weights(const T* row, int dim, int segment, int x,
                                                 const Weights<P, Real>& weights) {
@@ -113,7 +115,7 @@ __device__ __forceinline__ Real segment_weights(const T* row, int dim, int segme
     return warp_sum(sum);
 }
 
-// Running sums over the lanes, the own value included.
+// The running sum over the lanes, including the lane's own value.
 __device__ __forceinline__ double scan(double value) {
 #pragma unroll
     for (int offset = 1; offset < kWarp; offset *= 2) {
@@ -123,9 +125,8 @@ __device__ __forceinline__ double scan(double value) {
     return value;
 }
 
-// Goes over the lanes' values as over neighbouring stretches of an axis, from `target` on: the lane whose stretch it
-// falls on, with the target's place on it, or -1 with the target's place behind them all. Zeros are no place to fall
-// on.
+// Searches the running sum of the lanes' values for `target`. Returns the lane whose value contains it, with the target
+// relative to the lane; or -1, with the target relative to the end. Never returns a lane with the value 0.
 struct Walk {
     int lane;
     double target;
@@ -146,7 +147,7 @@ __device__ __forceinline__ int last_lane(double value) {
     return some != 0 ? kWarp - 1 - __clz(static_cast<int>(some)) : -1;
 }
 
-// The segment that the target falls on, and which part of it lies before the target. By a whole warp.
+// The segment that contains the target, and the share of its sum before the target. Called by a whole warp.
 struct Pick {
     int segment;
     double share;
@@ -164,10 +165,10 @@ __device__ __forceinline__ Pick pick_segment(const Real* sums, int segments, dou
         if (some >= 0) last = begin + some;
         target = w.target;
     }
-    return {last, 1.0};  // rounding let the target past the end
+    return {last, 1.0};  // rounding moved the target beyond the end
 }
 
-// The entry of a segment at the given share of its weights. By a whole warp; -1 if there is no weight in it at all.
+// The entry of a segment at the given share of its weights, or -1 if all weights are 0. Called by a whole warp.
 template <Family P, class T, class Real = RealOf<T>>
 __device__ __forceinline__ int pick_entry(const T* row, int dim, int segment, int x, const Weights<P, Real>& weights,
                                           double share) {
@@ -191,13 +192,13 @@ __device__ __forceinline__ int pick_entry(const T* row, int dim, int segment, in
     for (int i = 0; i < kWarpVectors; ++i) {
         const double sum = vector(i);
         const Walk w = walk(sum, target);
-        // Where rounding lets the target past the end: the last entry with any weight, unless one is found further on.
+        // Keeps the last entry with a weight above 0, in case rounding moves the target beyond the end.
         const int lane = w.lane >= 0 ? w.lane : last_lane(sum);
         if (lane >= 0) {
             double rest = w.lane >= 0 ? w.target : sum;
             int found = 0;
 #pragma unroll 1
-            for (int j = 0; j < width; ++j) {  // only what the one lane finds is used
+            for (int j = 0; j < width; ++j) {  // only the result of `lane` is used
                 const double value = static_cast<double>(weight(first + i * kWarp * width + j));
                 if (!(value > 0.0)) continue;
                 found = j;
@@ -212,7 +213,7 @@ __device__ __forceinline__ int pick_entry(const T* row, int dim, int segment, in
     return entry;
 }
 
-// A factor of the compute type's digits and float64's range: the total of a row may exceed float32's.
+// A factor with the precision of the compute type and the range of float64: the total of a row may overflow float32.
 template <class Real>
 struct Scale {
     Real first, second;
@@ -250,7 +251,7 @@ __device__ __forceinline__ void write_probs(Real* out, const T* row, int dim, in
         [&](int y, Real l) { out[y] = y == x ? self : prob(y, l); });
 }
 
-// What the block's warps know of a row after the barriers.
+// The state of a row that the warps of a block share.
 struct RowState {
     ReverseRow numbers;
     double others;  // Σ_{y≠x} s_y
@@ -268,24 +269,24 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     using Real = RealOf<T>;
     SEDD_DYNAMIC_SHARED(Real, all_sums);
     __shared__ RowState states[kWarps];
-    // Every warp comes to every barrier, whether its row exists and moves or not.
+    // Every warp reaches every barrier, whether its row exists and moves or not.
     const Task<Real> task(p, row_warps);
     const bool moves = task.moves(), first_lane = lane_of() == 0;
     const int dim = static_cast<int>(p.dim), x = moves ? static_cast<int>(p.x_t[task.row]) : -1;
     const T* log_score = static_cast<const T*>(p.log_score) + (moves ? task.row * p.dim : 0);
-    Real* sums = all_sums + task.place * segments;
-    RowState& state = states[task.place];
+    Real* sums = all_sums + task.slot * segments;
+    RowState& state = states[task.slot];
     Weights<P, Real> weights{static_cast<const Real*>(p.stationary), task.shift, {}, static_cast<int>(p.forbidden)};
 
     if (moves) {
-        if (task.leads() && first_lane) state.numbers = reverse_row(p.kind, p.step[task.row], task.pi_x);
+        if (task.leads() && first_lane) state.numbers = reverse_row(p.step, p.noise[task.row], task.pi_x);
         for (int s = task.first_segment; s < segments; s += row_warps) {
             const Real sum = few_sums != nullptr ? few_sums[task.row * segments + s]
                                                  : segment_scores(log_score, dim, s, x, weights.shift);
             if (first_lane) sums[s] = sum;
         }
     }
-    __syncthreads();  // the segments' sums are there
+    __syncthreads();  // wait for the sums of the segments
     if (moves && task.leads()) {
         const double others = sum_segments(sums, segments);
         if (first_lane) {
@@ -295,7 +296,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
         }
     }
     if (clamped) {
-        __syncthreads();  // the total is there, and the sums have been read
+        __syncthreads();  // wait for the total, and until the sums are read
         if (moves) {
             weights.drain = reverse_drain<Real>(p, state.numbers, state.others);
             for (int s = task.first_segment; s < segments; s += row_warps) {
@@ -303,13 +304,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
                 if (first_lane) sums[s] = sum;
             }
         }
-        __syncthreads();  // the segments' weights are there
+        __syncthreads();  // wait for the weights of the segments
         if (moves && task.leads()) {
             const double sum = sum_segments(sums, segments);
             if (first_lane) state.add_up(sum);
         }
     }
-    __syncthreads();  // the total is there
+    __syncthreads();  // wait for the total
     if (!task.exists) return;
     Real* out = static_cast<Real*>(p.out) + task.row * p.dim;
     if (moves) {
@@ -331,7 +332,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
 struct SampleState {
     ReverseRow numbers;
     double others;
-    bool refused;  // the entry drawn in the first sweep
+    bool refused;  // whether the entry of the first sweep is rejected
 };
 
 template <Family P, class T>
@@ -340,26 +341,27 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
     using Real = RealOf<T>;
     SEDD_DYNAMIC_SHARED(Real, all_sums);
     __shared__ SampleState states[kWarps];
-    // Every warp comes to every barrier, whether its row exists and moves or not.
+    // Every warp reaches every barrier, whether its row exists and moves or not.
     const Task<Real> task(p, row_warps);
     const bool first_lane = lane_of() == 0;
     bool moves = task.moves();
     const int dim = static_cast<int>(p.dim), x = moves ? static_cast<int>(p.x_t[task.row]) : -1;
     const T* log_score = static_cast<const T*>(p.log_score) + (moves ? task.row * p.dim : 0);
     const Real* stationary = static_cast<const Real*>(p.stationary);
-    Real* sums = all_sums + task.place * segments;
-    SampleState& state = states[task.place];
+    Real* sums = all_sums + task.slot * segments;
+    SampleState& state = states[task.slot];
     Weights<P, Real> weights{stationary, task.shift, {}, -1};
 
     if (moves) {
-        if (task.leads() && first_lane) state.numbers = reverse_row(p.kind, p.step[task.row], task.pi_x);
+        if (task.leads() && first_lane) state.numbers = reverse_row(p.step, p.noise[task.row], task.pi_x);
         for (int s = task.first_segment; s < segments; s += row_warps) {
             const Real sum = few_sums != nullptr ? few_sums[task.row * segments + s]
                                                  : segment_scores(log_score, dim, s, x, weights.shift);
             if (first_lane) sums[s] = sum;
         }
     }
-    // A point on the axis of the sweep's sums, where x lies first; -1 if the row has no distribution. By a whole warp.
+    // The entry at a point of the running sum, in which x comes first; -1 if the row has no distribution. Called by a
+    // whole warp.
     const auto draw = [&](double sum, double others, double point) -> int {
         const double self = reverse_stay(p, state.numbers, others, task.pi_x, x == p.forbidden);
         if (!valid_total(1.0 + others) || !valid_total(self + sum)) return -1;
@@ -372,7 +374,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
         return row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(task.row), sweep);
     };
     int64_t token = task.stays_at(p);
-    __syncthreads();  // the sums of the scores are there
+    __syncthreads();  // wait for the sums of the scores
     if (moves && task.leads()) {
         const double others = sum_segments(sums, segments);
         const Uniforms u = uniforms(0);
@@ -393,7 +395,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
         }
     }
     if (P != Family::absorbing && clamped) {
-        __syncthreads();  // it is known whether the entry was refused, and the sums have been read
+        __syncthreads();  // wait for `refused`, and until the sums are read
         moves = moves && state.refused;
         if (moves) {
             weights.drain = reverse_drain<Real>(p, state.numbers, state.others);
@@ -403,21 +405,21 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
                 if (first_lane) sums[s] = sum;
             }
         }
-        __syncthreads();  // the sums of the weights are there
+        __syncthreads();  // wait for the sums of the weights
         if (moves && task.leads()) token = draw(sum_segments(sums, segments), state.others, uniforms(1).first);
     }
     if (task.exists && task.leads() && first_lane) static_cast<int64_t*>(p.out)[task.row] = token;
 }
 
-// A tile of a row: its sum joins the row's, and perhaps one of its entries becomes the one drawn.
+// Adds a tile to the state of its rows, and may replace the drawn entry by one of the tile.
 template <Family P, class T>
 __global__ void __launch_bounds__(kWarps* kWarp, 3) tile_kernel(ReverseTileParams p, int segments, int row_warps) {
     using Real = RealOf<T>;
     SEDD_DYNAMIC_SHARED(Real, all_sums);
-    // Every warp comes to the barrier, whether its row exists and moves or not.
+    // Every warp reaches the barrier, whether its row exists and moves or not.
     const Task<Real> task(p, row_warps);
     const bool first_lane = lane_of() == 0;
-    Real* sums = all_sums + task.place * segments;
+    Real* sums = all_sums + task.slot * segments;
     const int64_t x_here = (task.exists ? p.x_t[task.row] : -1) - p.first;
     const int width = static_cast<int>(p.width), skip = 0 <= x_here && x_here < p.width ? static_cast<int>(x_here) : -1;
     const T* log_score = static_cast<const T*>(p.log_score) + (task.moves() ? task.row * p.width : 0);
@@ -440,7 +442,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3) tile_kernel(ReverseTileParam
             }
         }
     }
-    __syncthreads();  // the segments' sums are there, and the drain has been read
+    __syncthreads();  // wait for the sums of the segments, and until the drain is read
     if (!task.exists || !task.leads()) return;
     if (!task.moves()) {
         if (first_lane) p.out[task.row] = task.stays_at(p);
@@ -459,10 +461,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3) tile_kernel(ReverseTileParam
             draw.score = static_cast<double>(exponential(Vector<T>::read(log_score + entry) - weights.shift));
         }
     }
-    __syncwarp();  // every lane has read the state
+    __syncwarp();  // wait until every lane has read the state
     if (!first_lane) return;
     if (p.first + p.width == p.dim) {
-        const ReverseRow numbers = reverse_row(p.kind, p.step[task.row], task.pi_x);
+        const ReverseRow numbers = reverse_row(p.step, p.noise[task.row], task.pi_x);
         const double pi_y = draw.token >= 0 ? stationary_at(P, stationary, p.dim, draw.token) : 0.0;
         p.out[task.row] = finish_draw<Real>(p, task.row, numbers, draw, task.pi_x, pi_y);
     }
@@ -485,36 +487,36 @@ const char* launch_tile(const ReverseTileParams& p, const CudaLaunch& launch) {
     return launch_error();
 }
 
-// Is there anything in a pass of its own?
+// Whether the first pass has a kernel of its own.
 bool splits(int64_t rows, int64_t segments) { return rows <= kFewRows && segments > kWarps; }
 
 template <bool kSample, Family P, class T>
 const char* launch_typed(const ReverseParams& p, const CudaLaunch& launch) {
     using Real = RealOf<T>;
     if (const char* why = too_large(p.rows, p.dim, p.rows)) return why;
-    const Tiling tiling = tile(p.dim, p.dtype);
-    const bool clamped = P != Family::absorbing && (p.kind == Step::tweedie || p.forbidden >= 0);
+    const RowSplit split = split_rows(p.dim, p.dtype);
+    const bool clamped = P != Family::absorbing && (p.step == Step::tweedie || p.forbidden >= 0);
     constexpr int wanted = kSample ? kWarps : kMaxWarps;
     int row_warps = 1;
-    while (row_warps < wanted && row_warps < tiling.segments) row_warps *= 2;
+    while (row_warps < wanted && row_warps < split.segments) row_warps *= 2;
     row_warps = row_warps < wanted ? row_warps : wanted;
     const int block_rows = row_warps < kWarps ? kWarps / row_warps : 1;
-    const int64_t shared_bytes = static_cast<int64_t>(sizeof(Real)) * block_rows * tiling.segments;
+    const int64_t shared_bytes = static_cast<int64_t>(sizeof(Real)) * block_rows * split.segments;
     if (shared_bytes > kSharedBytes) return "rows too wide for the CUDA kernels of the reverse steps";
     Real* few_sums = nullptr;
-    if (splits(p.rows, tiling.segments)) {
+    if (splits(p.rows, split.segments)) {
         few_sums = static_cast<Real*>(launch.workspace);
-        SEDD_LAUNCH((sums_kernel<T>), blocks_for(tile_blocks(tiling, p.rows), 1), kWarps * kWarp, 0, stream_of(launch),
-                    p, tiling, few_sums);
+        SEDD_LAUNCH((sums_kernel<T>), blocks_for(split_blocks(split, p.rows), 1), kWarps * kWarp, 0, stream_of(launch),
+                    p, split, few_sums);
     }
     const unsigned blocks = blocks_for(p.rows, block_rows);
     const int threads = block_rows * row_warps * kWarp;
     if constexpr (kSample) {
         SEDD_LAUNCH((sample_kernel<P, T>), blocks, threads, static_cast<size_t>(shared_bytes), stream_of(launch), p,
-                    tiling.segments, row_warps, clamped, few_sums);
+                    split.segments, row_warps, clamped, few_sums);
     } else {
         SEDD_LAUNCH((probs_kernel<P, T>), blocks, threads, static_cast<size_t>(shared_bytes), stream_of(launch), p,
-                    tiling.segments, row_warps, clamped, few_sums);
+                    split.segments, row_warps, clamped, few_sums);
     }
     return launch_error();
 }

@@ -1,23 +1,24 @@
-// Score entropy, forward: exp, its sum and, where π is not all on MASK, the dot product with the log-scores in one read
-// of the row (sums_kernel); then the row's formula (loss_kernel). Backward: the row's numbers (numbers_kernel), then
-// exp, one product and one difference between a read and a write (gradient_kernel). What is fused away: every tensor of
-// rows × N.
+// Score entropy. Forward: sums_kernel reads a row once and computes the sum of exp and, unless π is all on MASK, the
+// dot product of π with the log-scores. loss_kernel then computes the formula of the row. Backward: numbers_kernel
+// computes the numbers of the row. gradient_kernel then reads an element, computes exp, one product and one difference,
+// and writes the result. No intermediate tensor has the size rows × N.
 //
-// Bytes an element: forward one read, 4 (float32) or 2; backward one read and one write, 8 or 4. Beside them, a segment
-// of 2 KiB leaves 4 or 8 bytes of partial sums, read once. A vector π is read from the L2 cache, 4 bytes an element.
-// Instructions an element: expf is 8 with one MUFU.EX2; on the way through whole vectors the forward takes 12
-// (absorbing), 13 (uniform) or 16 (vector π), the backward 15 to 17, or 17 to 24 for a vector π, and what a segment
-// needs before and after another 4 (16-bit types) to 9 (float32). At 128 lanes a clock an H100's multiprocessor issues
-// for some 6 elements a clock where its share of memory brings 14 bytes, so that float32 is bound by memory, and
-// bfloat16 by both. A vector π in words of 4 bytes binds bfloat16 by the L1 cache. docs/kernels.md has the counts from
-// the machine code.
+// Bytes per element: the forward pass reads 4 (float32) or 2; the backward pass reads and writes 8 or 4. In addition,
+// each segment of 2 KiB writes 4 or 8 bytes of partial sums, which are read once. A vector π is read from the L2 cache,
+// 4 bytes per element.
 //
-// Configuration: a warp a segment and eight warps a block, without shared memory or barriers (segments.cuh says why).
-// The double-precision functions of a row, some 200 instructions, run once a row in kernels of their own: inside
-// gradient_kernel they would cost every segment as much as its elements do.
+// Instructions per element: expf takes 8, with one MUFU.EX2. For whole vectors, the forward pass takes 12 (absorbing),
+// 13 (uniform) or 16 (vector π), and the backward pass 15 to 17, or 17 to 24 for a vector π. The start and the end of a
+// segment take another 4 (16-bit types) to 9 (float32). At 128 lanes per clock, a multiprocessor of an H100 issues the
+// instructions of about 6 elements per clock, and its share of the memory bandwidth is 14 bytes per clock. So memory
+// limits float32, and both limit bfloat16. With a vector π, which is read in words of 4 bytes, the L1 cache limits
+// bfloat16. docs/kernels.md has the counts from the machine code.
 //
-// Rows with π_x = 0 (unmasked ones of absorbing diffusion) and bad rows are not read. The former's loss is 0, the
-// latter's NaN.
+// Configuration: one warp per segment and eight warps per block, without shared memory or barriers (see segments.cuh).
+// The double-precision functions of a row, about 200 instructions, run once per row in separate kernels. In
+// gradient_kernel they would take as long for every segment as its elements.
+//
+// Rows with π_x = 0 (unmasked tokens of absorbing diffusion) are not read. Their loss is 0; that of a bad row is NaN.
 #include "score_entropy.h"
 
 #include "cuda/segments.cuh"
@@ -25,9 +26,9 @@
 namespace sedd {
 namespace {
 
-constexpr int kRowThreads = 128;  // of a block, in the kernels that work by the row
+constexpr int kRowThreads = 128;  // per block, in the kernels with one thread or one warp per row
 
-// Does the row enter the sums at all?
+// Whether the row has a valid x that can move. Other rows are not read.
 template <Family P, class Real, class Params>
 __device__ __forceinline__ bool is_live(const Params& p, int64_t row) {
     const int64_t x = p.x_t[row];
@@ -42,11 +43,11 @@ __device__ __forceinline__ Real shift_of(const double* shift, int64_t row) {
 // scores[row, segment] = Σ s_y, dots[row, segment] = Σ ℓ_y (uniform) or Σ π_y ℓ_y (vector π), over y ≠ x.
 template <Family P, class T>
 __global__ void __launch_bounds__(kWarps* kWarp)
-    sums_kernel(ScoreEntropyParams p, Tiling tiling, RealOf<T>* scores, RealOf<T>* dots) {
+    sums_kernel(ScoreEntropyParams p, RowSplit split, RealOf<T>* scores, RealOf<T>* dots) {
     using Real = RealOf<T>;
     constexpr int width = Vector<T>::kWidth;
-    const Place place = place_of(tiling);
-    if (place.row >= p.rows || place.segment >= tiling.segments || !is_live<P, Real>(p, place.row)) return;
+    const Place place = place_of(split);
+    if (place.row >= p.rows || place.segment >= split.segments || !is_live<P, Real>(p, place.row)) return;
     const T* row = static_cast<const T*>(p.log_score) + place.row * p.dim;
     const Real* stationary = static_cast<const Real*>(p.stationary);
     const int x = static_cast<int>(p.x_t[place.row]);
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
                 l[j] -= shift;
                 if constexpr (P == Family::rank_one) {
                     const Real pi = stationary[y + j];
-                    terms[j] = pi != Real(0) ? pi * l[j] : Real(0);  // not 0 · ∞
+                    terms[j] = pi != Real(0) ? pi * l[j] : Real(0);  // avoids 0 · ∞
                 } else {
                     terms[j] = l[j];
                 }
@@ -82,12 +83,12 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     score = warp_sum(score);
     if constexpr (P != Family::absorbing) dot = warp_sum(dot);
     if (lane_of() != 0) return;
-    const int64_t at = place.row * tiling.segments + place.segment;
+    const int64_t at = place.row * split.segments + place.segment;
     scores[at] = score;
     if constexpr (P != Family::absorbing) dots[at] = dot;
 }
 
-// The row's own numbers: all but the sums. Of a live row without fault.
+// The numbers of a row. Requires a live row without a fault.
 template <Family P, class Real, class Params>
 __device__ __forceinline__ ScoreEntropyRow row_numbers(const Params& p, int64_t row) {
     const Real* stationary = static_cast<const Real*>(p.stationary);
@@ -102,7 +103,7 @@ __device__ __forceinline__ double log_score_x_0(const ScoreEntropyParams& p, int
     return p.shift != nullptr ? l - p.shift[row] : l;
 }
 
-// A row's sums of segments become its loss. One thread a row where there is one segment, else one warp.
+// Computes the loss of a row from the sums of its segments: one thread per row if it has one segment, else one warp.
 template <Family P, class T>
 __global__ void __launch_bounds__(kRowThreads)
     loss_kernel(ScoreEntropyParams p, int segments, const RealOf<T>* scores, const RealOf<T>* dots) {
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kRowThreads)
         numbers[row] = {nan, nan, nan};
         return;
     }
-    if (!is_live<P, Real>(p, row)) return;  // gradient_kernel sees for itself
+    if (!is_live<P, Real>(p, row)) return;  // gradient_kernel does not use the numbers of such a row
     const double pi_x0 = stationary_at(P, static_cast<const Real*>(p.stationary), p.dim, p.x_0[row]);
     const ScoreEntropyGradient g = score_entropy_gradient(
         row_numbers<P, Real>(p, row), static_cast<const Real*>(p.grad_loss)[row], log_score_x_0<T>(p, row), pi_x0);
@@ -153,12 +154,12 @@ __global__ void __launch_bounds__(kRowThreads)
 
 template <Family P, class T>
 __global__ void __launch_bounds__(kWarps* kWarp)
-    gradient_kernel(ScoreEntropyParams p, Tiling tiling, const GradientNumbers<RealOf<T>>* numbers) {
+    gradient_kernel(ScoreEntropyParams p, RowSplit split, const GradientNumbers<RealOf<T>>* numbers) {
     using Real = RealOf<T>;
     using V = Vector<T>;
     constexpr int width = V::kWidth;
-    const Place place = place_of(tiling);
-    if (place.row >= p.rows || place.segment >= tiling.segments) return;
+    const Place place = place_of(split);
+    if (place.row >= p.rows || place.segment >= split.segments) return;
     const int64_t offset = place.row * p.dim;
     const int dim = static_cast<int>(p.dim);
     const T* row = static_cast<const T*>(p.log_score) + offset;
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
         write_segment(out, dim, place.segment, [](int) { return Real(0); });
         return;
     }
-    // In a bad row no entry is x or x_0: every one gets the factor's NaN.
+    // In a bad row no entry counts as x or x_0, so that all entries get the NaN of the factor.
     const int x = fault ? -1 : static_cast<int>(p.x_t[place.row]),
               x_0 = fault ? -1 : static_cast<int>(p.x_0[place.row]);
     const GradientNumbers<Real> n = numbers[place.row];
@@ -198,15 +199,15 @@ __global__ void __launch_bounds__(kWarps* kWarp)
         [&](int y, Real l) { V::write(out + y, special(y, gradient(y, l))); });
 }
 
-// ---- tiles: the sums and, in the place of the log-scores, the gradient, in one read and one write ----
+// ---- tiles: the sums and the gradient, which overwrites the log-scores, in one read and one write ----
 
-// The number of an entry of the row in the tile; -1 elsewhere.
+// The index in the tile of entry y of the row, or -1 if it lies outside.
 __device__ __forceinline__ int in_tile(const ScoreEntropyTileParams& p, int64_t y) {
     return y >= p.first && y < p.first + p.width ? static_cast<int>(y - p.first) : -1;
 }
 
-// What the row's other kernels need to know: by the first tile its numbers; with each tile those of its gradient, and
-// ℓ_{x0} before the gradient takes its place. A bad row's weight is NaN.
+// Prepares a row for the other kernels: its numbers (first tile), the numbers of its gradient, and ℓ_{x0} before the
+// gradient overwrites it. A bad row gets the weight NaN.
 template <Family P, class T>
 __global__ void __launch_bounds__(kRowThreads)
     tile_numbers_kernel(ScoreEntropyTileParams p, GradientNumbers<RealOf<T>>* numbers) {
@@ -238,17 +239,17 @@ __global__ void __launch_bounds__(kRowThreads)
 
 template <bool kGradient, Family P, class T>
 __global__ void __launch_bounds__(kWarps* kWarp)
-    tile_kernel(ScoreEntropyTileParams p, Tiling tiling, const GradientNumbers<RealOf<T>>* numbers, RealOf<T>* scores,
+    tile_kernel(ScoreEntropyTileParams p, RowSplit split, const GradientNumbers<RealOf<T>>* numbers, RealOf<T>* scores,
                 RealOf<T>* dots) {
     using Real = RealOf<T>;
     using V = Vector<T>;
     constexpr int width = V::kWidth;
-    const Place place = place_of(tiling);
-    if (place.row >= p.rows || place.segment >= tiling.segments) return;
+    const Place place = place_of(split);
+    if (place.row >= p.rows || place.segment >= split.segments) return;
     T* row = static_cast<T*>(p.log_score) + place.row * p.width;
     const int entries = static_cast<int>(p.width);
     const double weight = p.sweeps[place.row].row.weight;
-    if (!(weight > 0.0)) {  // nothing to add up
+    if (!(weight > 0.0)) {  // the row cannot move, or is bad
         if constexpr (kGradient) {
             const Real rest = weight == 0.0 ? Real(0) : not_a_number<Real>();
             write_segment(row, entries, place.segment, [rest](int) { return rest; });
@@ -261,7 +262,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     GradientNumbers<Real> n{};
     if constexpr (kGradient) n = numbers[place.row];
     Real score = 0, dot = 0;
-    // Adds what the entry adds, and returns its gradient.
+    // Computes the terms of an entry for the sums, and returns its gradient.
     const auto term = [&](int y, Real l, Real& s, Real& d) {
         l -= shift;
         s = exponential(l);
@@ -269,7 +270,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
         Real offset = n.offset;
         if constexpr (P == Family::rank_one) {
             const Real pi = stationary[y];
-            d = pi != Real(0) ? pi * l : Real(0);  // not 0 · ∞
+            d = pi != Real(0) ? pi * l : Real(0);  // avoids 0 · ∞
             offset *= pi;
         }
         if constexpr (P == Family::absorbing) return n.factor * s;
@@ -301,15 +302,15 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     score = warp_sum(score);
     if constexpr (P != Family::absorbing) dot = warp_sum(dot);
     if (lane_of() != 0) return;
-    if constexpr (kGradient) {  // nobody has touched x
+    if constexpr (kGradient) {  // visit() skips x
         if (x >= 0 && x / (kSegmentVectors * width) == place.segment) V::write(row + x, Real(0));
     }
-    const int64_t at = place.row * tiling.segments + place.segment;
+    const int64_t at = place.row * split.segments + place.segment;
     scores[at] = score;
     if constexpr (P != Family::absorbing) dots[at] = dot;
 }
 
-// A tile's sums of segments join those of the row; with the last tile they become its loss.
+// Adds the sums of a tile's segments to those of the row. With the last tile, computes the loss.
 template <Family P, class T>
 __global__ void __launch_bounds__(kRowThreads)
     tile_loss_kernel(ScoreEntropyTileParams p, int segments, const RealOf<T>* scores, const RealOf<T>* dots) {
@@ -338,46 +339,46 @@ __global__ void __launch_bounds__(kRowThreads)
 template <Family P, class T>
 const char* launch_typed(const ScoreEntropyTileParams& p, const CudaLaunch& launch) {
     using Real = RealOf<T>;
-    const Tiling tiling = tile(p.width, p.dtype);
-    const int64_t blocks = tile_blocks(tiling, p.rows);
+    const RowSplit split = split_rows(p.width, p.dtype);
+    const int64_t blocks = split_blocks(split, p.rows);
     if (const char* why = too_large(p.rows * kWarp, p.width, blocks)) return why;
     Real* scores = static_cast<Real*>(launch.workspace);
-    Real* dots = scores + p.rows * tiling.segments;
-    auto* numbers = reinterpret_cast<GradientNumbers<Real>*>(dots + p.rows * tiling.segments);
+    Real* dots = scores + p.rows * split.segments;
+    auto* numbers = reinterpret_cast<GradientNumbers<Real>*>(dots + p.rows * split.segments);
     SEDD_LAUNCH((tile_numbers_kernel<P, T>), blocks_for(p.rows, kRowThreads), kRowThreads, 0, stream_of(launch), p,
                 numbers);
     if (p.grad_loss != nullptr) {
-        SEDD_LAUNCH((tile_kernel<true, P, T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, tiling,
+        SEDD_LAUNCH((tile_kernel<true, P, T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, split,
                     numbers, scores, dots);
     } else {
-        SEDD_LAUNCH((tile_kernel<false, P, T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, tiling,
+        SEDD_LAUNCH((tile_kernel<false, P, T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, split,
                     numbers, scores, dots);
     }
     SEDD_LAUNCH((tile_loss_kernel<P, T>), blocks_for(p.rows * kWarp, kRowThreads), kRowThreads, 0, stream_of(launch), p,
-                tiling.segments, scores, dots);
+                split.segments, scores, dots);
     return launch_error();
 }
 
 template <bool kBackward, Family P, class T>
 const char* launch_typed(const ScoreEntropyParams& p, const CudaLaunch& launch) {
     using Real = RealOf<T>;
-    const Tiling tiling = tile(p.dim, p.dtype);
-    const int64_t blocks = tile_blocks(tiling, p.rows);
+    const RowSplit split = split_rows(p.dim, p.dtype);
+    const int64_t blocks = split_blocks(split, p.rows);
     if (const char* why = too_large(p.rows, p.dim, blocks)) return why;
     if constexpr (kBackward) {
         auto* numbers = static_cast<GradientNumbers<Real>*>(launch.workspace);
         SEDD_LAUNCH((numbers_kernel<P, T>), blocks_for(p.rows, kRowThreads), kRowThreads, 0, stream_of(launch), p,
                     numbers);
-        SEDD_LAUNCH((gradient_kernel<P, T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, tiling,
+        SEDD_LAUNCH((gradient_kernel<P, T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, split,
                     numbers);
     } else {
         Real* scores = static_cast<Real*>(launch.workspace);
-        Real* dots = scores + p.rows * tiling.segments;
-        const int64_t row_lanes = tiling.segments == 1 ? 1 : kWarp;
-        SEDD_LAUNCH((sums_kernel<P, T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, tiling, scores,
+        Real* dots = scores + p.rows * split.segments;
+        const int64_t row_lanes = split.segments == 1 ? 1 : kWarp;
+        SEDD_LAUNCH((sums_kernel<P, T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, split, scores,
                     dots);
         SEDD_LAUNCH((loss_kernel<P, T>), blocks_for(p.rows * row_lanes, kRowThreads), kRowThreads, 0, stream_of(launch),
-                    p, tiling.segments, scores, dots);
+                    p, split.segments, scores, dots);
     }
     return launch_error();
 }

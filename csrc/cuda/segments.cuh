@@ -1,15 +1,16 @@
-// A row of the vocabulary axis over warps.
+// Divides rows of the vocabulary axis among warps.
 //
-// A row of N elements starts wherever N puts it (at 50,257 bfloat16 on a 2-byte boundary), and 16-byte accesses only
-// work on 16-byte boundaries. So a row is cut into vectors at these boundaries, the first and the last being partial,
-// and 128 vectors, 2 KiB, are a segment: the work of one warp, four vectors a lane, all four loads under way at once.
-// Lane l has vectors l, l + 32, l + 64 and l + 96: each load of a warp is 512 contiguous bytes. Whole vectors take the
-// fast path, the few elements of partial ones are read one by one.
+// An access of 16 bytes must be aligned to 16 bytes, but a row of N elements may start at any element: rows of 50,257
+// bfloat16 start on boundaries of 2 bytes. So a row is divided at 16-byte boundaries into vectors, of which the first
+// and the last may be partial. A segment is 128 vectors, 2 KiB, and the work of one warp: four vectors per lane, with
+// all four loads in flight at once. Lane l has vectors l, l + 32, l + 64 and l + 96, so that each load of a warp is 512
+// contiguous bytes. Whole vectors take the fast path. The few elements of partial vectors are read one by one.
 //
-// The cut depends on N and the address alone, never on the number of rows or of multiprocessors: 128 rows of 50,258
-// float32 are 12,672 warps, 96 for each of an H100's 132 multiprocessors; a row of 27 is one warp, eight rows a block.
-// A warp adds up by shuffles in a fixed order and writes one number a segment; a second kernel adds those up, again in
-// a fixed order. No atomics, no barriers, the same bits from run to run.
+// The division depends only on N and the address, never on the number of rows or multiprocessors. 128 rows of 50,258
+// float32 make 12,672 warps, 96 for each of the 132 multiprocessors of an H100. A row of 27 makes one warp, and a block
+// has eight such rows. A warp adds up its segment with shuffles in a fixed order and writes one number. A second kernel
+// adds up these numbers, also in a fixed order. There are no atomics and no barriers, and every run gives the same
+// bits.
 #pragma once
 
 #include <type_traits>
@@ -21,53 +22,54 @@
 namespace sedd {
 
 constexpr int kWarp = 32;
-constexpr int kWarpVectors = 4;  // a lane's vectors in flight
+constexpr int kWarpVectors = 4;  // per lane, all in flight
 constexpr int kSegmentVectors = kWarp * kWarpVectors;
 constexpr int kWarpBits = 3;
-constexpr int kWarps = 1 << kWarpBits;  // a block's, where warps work alone
+constexpr int kWarps = 1 << kWarpBits;  // per block, in kernels whose warps work independently
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int64_t kMaxDim = int64_t{1} << 30;  // places in a row are 32-bit numbers; rows are counted in 64 bits
+constexpr int64_t kMaxDim = int64_t{1} << 30;  // an index in a row has 32 bits, the index of a row 64
 
 static inline int64_t element_bytes(DType dtype) {
     return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
-// Of the compute type.
+// Bytes of an element of the compute type.
 static inline int64_t real_bytes(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
 
-// Wherever the row starts: with up to one vector less one element before it.
+// The number of segments of a row at any address. Up to one vector less one element may precede the row in its first
+// vector.
 static inline int64_t num_segments(int64_t dim, DType dtype) {
     const int64_t width = 16 / element_bytes(dtype);
     return ((width - 1 + dim + width - 1) / width + kSegmentVectors - 1) / kSegmentVectors;
 }
 
-// Segments over blocks of kWarps warps: several blocks a row, or several rows a block.
-struct Tiling {
+// The division of the segments of rows among blocks of kWarps warps: several blocks per row, or several rows per block.
+struct RowSplit {
     int segments;  // of a row
     int pieces;    // blocks of a row
-    int row_bits;  // 2^row_bits warps of a block work on one row; all of them where pieces > 1
+    int row_bits;  // 2^row_bits warps of a block work on one row; all of them if pieces > 1
 
     int block_rows() const { return kWarps >> row_bits; }
 };
 
-static inline Tiling tile(int64_t dim, DType dtype) {
+static inline RowSplit split_rows(int64_t dim, DType dtype) {
     const int64_t segments = num_segments(dim, dtype);
     int bits = 0;
     while ((1 << bits) < kWarps && (1 << bits) < segments) ++bits;
     return {static_cast<int>(segments), static_cast<int>((segments + (1 << bits) - 1) >> bits), bits};
 }
 
-static inline int64_t tile_blocks(const Tiling& tiling, int64_t rows) {
-    return (rows + tiling.block_rows() - 1) / tiling.block_rows() * tiling.pieces;
+static inline int64_t split_blocks(const RowSplit& split, int64_t rows) {
+    return (rows + split.block_rows() - 1) / split.block_rows() * split.pieces;
 }
 
-// null, or why so many rows of such a width cannot be launched.
+// null, or the reason why so many rows of this width cannot be launched.
 static inline const char* too_large(int64_t rows, int64_t dim, int64_t blocks) {
     if (dim > kMaxDim) return "rows of more than 2^30 entries are beyond the CUDA kernels";
     return rows > 0x7fffffff || blocks > 0x7fffffff ? "more blocks than a CUDA grid can have" : nullptr;
 }
 
-// Calls f with a null pointer of the element type, which is how a type can be an argument.
+// Calls f with a null pointer to the element type, which passes the type as an argument.
 template <class F>
 const char* with_type(DType dtype, F f) {
     switch (dtype) {
@@ -82,7 +84,7 @@ const char* with_type(DType dtype, F f) {
     }
 }
 
-// Calls f with an object whose type has the process as its value.
+// Calls f with an integral_constant of the family.
 template <class F>
 const char* with_family(Family family, F f) {
     switch (family) {
@@ -95,7 +97,7 @@ const char* with_family(Family family, F f) {
     }
 }
 
-// Calls f(process, type), as above, on the launch's device, unless there are no rows.
+// Calls f(family, type), as above, on the device of the launch, unless there are no rows.
 template <class Params, class F>
 const char* on_device(const Params& p, const CudaLaunch& launch, F f) {
     if (p.rows == 0) return nullptr;
@@ -106,23 +108,24 @@ const char* on_device(const Params& p, const CudaLaunch& launch, F f) {
 
 namespace {
 
+// A segment of a row.
 struct Place {
     int64_t row;
     int segment;
 };
 
-// The calling warp's. One division: each takes as long as two elements of a lane.
-__device__ __forceinline__ Place place_of(const Tiling& tiling) {
-    const int warp = static_cast<int>(threadIdx.x) / kWarp, bits = tiling.row_bits;
-    const unsigned block_row = blockIdx.x / static_cast<unsigned>(tiling.pieces);
-    const int piece = static_cast<int>(blockIdx.x - block_row * static_cast<unsigned>(tiling.pieces));
+// The segment of the calling warp. Uses one division, because each takes as long as two elements of a lane.
+__device__ __forceinline__ Place place_of(const RowSplit& split) {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp, bits = split.row_bits;
+    const unsigned block_row = blockIdx.x / static_cast<unsigned>(split.pieces);
+    const int piece = static_cast<int>(blockIdx.x - block_row * static_cast<unsigned>(split.pieces));
     return {(static_cast<int64_t>(block_row) << (kWarpBits - bits)) + (warp >> bits),
             (piece << bits) + (warp & ((1 << bits) - 1))};
 }
 
 __device__ __forceinline__ int lane_of() { return static_cast<int>(threadIdx.x) % kWarp; }
 
-// Can a row at x move at all, π_x > 0? For a valid x.
+// Whether a row at x can move: π_x > 0. Requires a valid x.
 template <Family P, class Real>
 __device__ __forceinline__ bool can_move(const Real* stationary, int64_t dim, int64_t x) {
     if constexpr (P == Family::absorbing) return x == dim - 1;
@@ -130,7 +133,8 @@ __device__ __forceinline__ bool can_move(const Real* stationary, int64_t dim, in
     return true;
 }
 
-// Where the lane's first vector of a segment starts in the row; the next ones follow at kWarp vectors' distance.
+// The index in the row at which the lane's first vector of a segment starts; negative if the vector starts before the
+// row. The next vectors of the lane follow at distances of kWarp vectors.
 template <class T>
 __device__ __forceinline__ int first_entry(const T* row, int segment) {
     constexpr int width = Vector<T>::kWidth;
@@ -138,8 +142,8 @@ __device__ __forceinline__ int first_entry(const T* row, int segment) {
     return (segment * kSegmentVectors + lane_of()) * width - head;
 }
 
-// Calls whole(y, values) for each of the lane's vectors that lies in the row with entry `skip` outside, and one(y,
-// value) for the other entries of the lane that lie in the row, but for `skip`.
+// Calls whole(y, values) for every vector of the lane that lies in the row and does not contain entry `skip`, and
+// one(y, value) for the other entries of the lane in the row, except `skip`.
 template <class T, class Whole, class One>
 __device__ __forceinline__ void visit(const T* row, int dim, int segment, int skip, Whole whole, One one) {
     using V = Vector<T>;
@@ -176,13 +180,13 @@ __device__ __forceinline__ void visit(const T* row, int dim, int segment, int sk
     }
 }
 
-// One store of 16 bytes: of an assignment to a uint4 nvcc makes four.
+// One store of 16 bytes. For an assignment to a uint4, nvcc emits four stores.
 template <class T>
 __device__ __forceinline__ void store(T* out, uint4 raw) {
     __stcs(reinterpret_cast<uint4*>(out), raw);
 }
 
-// Writes a lane's vector to out, where the boundaries allow it as one.
+// Writes a vector of the lane to out, with one store if out is aligned to 16 bytes.
 template <class T, class Real>
 __device__ __forceinline__ void write_vector(T* out, const Real (&values)[Vector<T>::kWidth]) {
     if (reinterpret_cast<uintptr_t>(out) % 16 == 0) {
@@ -212,7 +216,7 @@ __device__ __forceinline__ void write_segment(T* out, int dim, int segment, Valu
     }
 }
 
-// Over the warp, the same number on every lane.
+// The sum over the warp; the same number on every lane.
 template <class Real>
 __device__ __forceinline__ Real warp_sum(Real value) {
 #pragma unroll
@@ -220,7 +224,7 @@ __device__ __forceinline__ Real warp_sum(Real value) {
     return value;
 }
 
-// Sums of neighbours first, so that the additions of a vector do not wait for one another.
+// Adds neighbours first, so that the additions of a vector do not wait for one another.
 template <class Real, int kWidth>
 __device__ __forceinline__ Real sum_of(const Real (&v)[kWidth]) {
     if constexpr (kWidth == 2) {
@@ -232,7 +236,7 @@ __device__ __forceinline__ Real sum_of(const Real (&v)[kWidth]) {
     }
 }
 
-// Σ s_y over a segment without y = skip: the same number on every lane.
+// Σ s_y over a segment, without y = skip; the same number on every lane.
 template <class T, class Real = RealOf<T>>
 __device__ __forceinline__ Real segment_scores(const T* row, int dim, int segment, int skip, Real shift) {
     Real sum = 0;
@@ -247,7 +251,7 @@ __device__ __forceinline__ Real segment_scores(const T* row, int dim, int segmen
     return warp_sum(sum);
 }
 
-// Σ values over a row's segments, in float64, by the lanes of a warp: the same number on every lane.
+// Σ values over the segments of a row, in float64; the same number on every lane. Called by a whole warp.
 template <class Real>
 __device__ __forceinline__ double sum_segments(const Real* values, int segments) {
     double sum = 0.0;

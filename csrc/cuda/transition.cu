@@ -1,10 +1,10 @@
-// Columns, rows and samples of exp(σQ). Columns and rows are one write, 4 (float32) or 8 bytes an element and two to
-// four instructions: a number of the row everywhere (times π_y for a vector π, read from the L2 cache), but for the
-// entries x and MASK. Samples are 24 bytes a position and one Philox block, some 60 integer instructions: nothing of
-// size N.
+// Columns, rows and samples of exp(σQ). Columns and rows write 4 (float32) or 8 bytes per element and take two to four
+// instructions. All entries have the same value, except for x and MASK; in a column with a vector π, this value is
+// multiplied by π_y, read from the L2 cache. Samples read and write 24 bytes per position and compute one Philox block,
+// about 60 integer instructions. They need no tensor of rows × N.
 //
-// Configuration: a warp a segment (segments.cuh); the exponentials of a row once a row, in a kernel of one thread a
-// row. Bad rows become NaN, their samples -1.
+// Configuration: one warp per segment (see segments.cuh). A separate kernel with one thread per row computes the
+// exponentials once per row. A bad row gets probabilities of NaN, or token -1.
 #include "transition.h"
 
 #include "cuda/segments.cuh"
@@ -36,9 +36,9 @@ __global__ void __launch_bounds__(kRowThreads) numbers_kernel(TransitionParams p
 
 template <bool kVector, class Real>
 __global__ void __launch_bounds__(kWarps* kWarp)
-    entries_kernel(TransitionParams p, Tiling tiling, bool has_mask, const RowNumbers<Real>* numbers) {
-    const Place place = place_of(tiling);
-    if (place.row >= p.rows || place.segment >= tiling.segments) return;
+    entries_kernel(TransitionParams p, RowSplit split, bool has_mask, const RowNumbers<Real>* numbers) {
+    const Place place = place_of(split);
+    if (place.row >= p.rows || place.segment >= split.segments) return;
     const int dim = static_cast<int>(p.dim);
     const RowNumbers<Real> n = numbers[place.row];
     const int x = valid_token(p.x[place.row], p.dim) ? static_cast<int>(p.x[place.row]) : -1;
@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kRowThreads) sample_kernel(TransitionParams p)
 
 template <bool kColumn, class Real>
 const char* launch_typed(const TransitionParams& p, const CudaLaunch& launch) {
-    const Tiling tiling = tile(p.dim, p.dtype);
-    const int64_t blocks = tile_blocks(tiling, p.rows);
+    const RowSplit split = split_rows(p.dim, p.dtype);
+    const int64_t blocks = split_blocks(split, p.rows);
     if (const char* why = too_large(p.rows, p.dim, blocks)) return why;
     if (const char* why = use_device(launch.device)) return why;
     auto* numbers = static_cast<RowNumbers<Real>*>(launch.workspace);
@@ -68,11 +68,11 @@ const char* launch_typed(const TransitionParams& p, const CudaLaunch& launch) {
                 numbers);
     const bool has_mask = kColumn && p.family == Family::absorbing;
     if (kColumn && p.family == Family::rank_one) {
-        SEDD_LAUNCH((entries_kernel<true, Real>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p,
-                    tiling, has_mask, numbers);
+        SEDD_LAUNCH((entries_kernel<true, Real>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, split,
+                    has_mask, numbers);
     } else {
         SEDD_LAUNCH((entries_kernel<false, Real>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p,
-                    tiling, has_mask, numbers);
+                    split, has_mask, numbers);
     }
     return launch_error();
 }

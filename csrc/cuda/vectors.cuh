@@ -1,4 +1,5 @@
-// Elements as memory moves them, 16 bytes at a time, and as the arithmetic sees them: float32, or float64 for float64.
+// Converts between elements in memory, in vectors of 16 bytes, and the compute type: float64 for float64, float32 for
+// all other types.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -20,7 +21,7 @@ __device__ __forceinline__ To bit_cast(const From& from) {
     return to;
 }
 
-// Vector<T>: kWidth elements in the four words of a uint4; read and write take one element.
+// Vector<T>: kWidth elements in a uint4. read and write access one element.
 template <class T>
 struct Vector;
 
@@ -111,10 +112,10 @@ struct Vector<Half> {
 template <class T>
 using RealOf = typename Vector<T>::Real;
 
-// expf, not __expf: eight instructions with one MUFU, right to one unit in the last place at any argument, where
-// ex2.approx of a rounded product loses a digit at log-scores of 10.
+// expf takes eight instructions with one MUFU and is accurate to one unit in the last place for any argument. __expf
+// computes ex2.approx of a rounded product, which loses a digit at log-scores of 10.
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
-// float64's is called: inlined several times over, it takes more registers than a thread can have.
+// Not inlined, because several inlined copies need more registers than a thread can have.
 [[maybe_unused]] __device__ __attribute__((noinline)) double exponential(double x) { return exp(x); }
 
 template <class Real>

@@ -13,25 +13,27 @@ from sedd.hints import pip_install
 
 if TYPE_CHECKING:
     from sedd.config import TrainConfig as TrainConfig
-    from sedd.evaluate import elbo as elbo
-    from sedd.model import SEDD as SEDD
-    from sedd.model import ModelConfig as ModelConfig
-    from sedd.objective import score_entropy as score_entropy
-    from sedd.pretrained import load_model as load_model
-    from sedd.schedule import get_schedule as get_schedule
-    from sedd.tokenizer import get_tokenizer as get_tokenizer
-    from sedd.train import Trainer as Trainer
+    from sedd.data.tokenizer import get_tokenizer as get_tokenizer
+    from sedd.diffusion import Diffusion as Diffusion
+    from sedd.diffusion import elbo as elbo
+    from sedd.diffusion import get_schedule as get_schedule
+    from sedd.diffusion import sample as sample
+    from sedd.hub import SEDD as SEDD
+    from sedd.hub import load_model as load_model
+    from sedd.network import ModelConfig as ModelConfig
+    from sedd.training.run import Run as Run
 
 _MODULES = {
-    "SEDD": "model",
-    "ModelConfig": "model",
+    "Diffusion": "diffusion",
+    "ModelConfig": "network",
+    "Run": "training.run",
+    "SEDD": "hub",
     "TrainConfig": "config",
-    "Trainer": "train",
-    "elbo": "evaluate",
-    "get_schedule": "schedule",
-    "get_tokenizer": "tokenizer",
-    "load_model": "pretrained",
-    "score_entropy": "objective",
+    "elbo": "diffusion",
+    "get_schedule": "diffusion",
+    "get_tokenizer": "data.tokenizer",
+    "load_model": "hub",
+    "sample": "diffusion",
 }
 
 __all__ = list(_MODULES)

@@ -5,34 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from sedd.curves import WRITERS
-from sedd.data import DataConfig
-from sedd.learning_rate import LR_SCHEDULES
-from sedd.model import PRESETS, ModelConfig
-from sedd.objective import OBJECTIVES
+from sedd.data.corpus import CORPORA
+from sedd.data.options import DataConfig
+from sedd.diffusion.objectives import OBJECTIVES
+from sedd.diffusion.schedule import SCHEDULES, get_schedule, schedule_params
+from sedd.network import PRESETS, ModelConfig
 from sedd.options import build, check_one_of, checked, renamed
 from sedd.plain import read_plain
-from sedd.schedule import SCHEDULES, get_schedule
-from sedd_ext import Absorbing, Hybrid, RankOne, Uniform, has_cuda_kernels
+from sedd.training.curves import WRITERS
+from sedd.training.learning_rate import LR_SCHEDULES
+from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
 
 __all__ = [
     "ModelOptions",
     "ProcessName",
     "TrainConfig",
-    "autocast_dtype",
-    "check_options",
     "flat",
     "load_config",
     "read_options",
-    "resolve_device",
 ]
 
 ProcessName = Literal["absorbing", "uniform", "hybrid"]
@@ -69,9 +63,9 @@ class ModelOptions:
     """The size of the model: a preset, and what to change of it."""
 
     preset: str = "tiny"
-    """Starting point: tiny (for a laptop), small or medium (the sizes of the SEDD paper)."""
+    """Sizes to start from: tiny (for a laptop), small or medium (the sizes of the SEDD paper)."""
     hidden_size: int | None = None
-    """Width of the transformer; default: the preset's. So for every option below."""
+    """Width of the transformer. Default, here and below: the preset's."""
     n_blocks: int | None = None
     """Number of transformer blocks."""
     n_heads: int | None = None
@@ -79,15 +73,15 @@ class ModelOptions:
     cond_dim: int | None = None
     """Width of the noise-level conditioning."""
     length: int | None = None
-    """Tokens in a block of text: what one sequence holds in training, and at most in sampling."""
+    """Tokens in a block of text: the length of training sequences, and the default length of samples."""
     dropout: float | None = None
     """Dropout probability while training."""
     scale_by_sigma: bool | None = None
-    """Divide the scores by exp(total noise) - 1 (absorbing process only), as the released models do."""
+    """For process absorbing: divide the scores by exp(total noise) - 1, as the released models do."""
     time_conditioning: bool | None = None
-    """Tell the network how much noise there is. Without, sampling calls it only where a token has changed."""
+    """Give the network the noise level. If false, sampling calls it only for sequences whose tokens have changed."""
     hybrid_shift: bool | None = None
-    """Start a hybrid process from the scores of unknown text, as scale_by_sigma does for an absorbing one."""
+    """For process hybrid: what scale_by_sigma is for absorbing."""
 
     def __post_init__(self) -> None:
         """Checks that the sizes fit together."""
@@ -109,47 +103,50 @@ class TrainConfig:
     run_dir: str = "runs/default"
     """Folder of the run: configuration, metrics, TensorBoard scalars and checkpoints."""
     data: DataConfig = field(default_factory=DataConfig)
-    """What to train on"""
+    """Training data"""
+    corpus: str = "text"
+    """Kind of data: text, or a class of your own as module:name."""
     tokenizer: str = "bytes"
-    """How text becomes tokens: bytes (256 values), text8 (a-z and space), gpt2 (50,257 word pieces), or a
-    tokenizer.json of the tokenizers library: the file, a folder or a repository of the Hugging Face hub. The run keeps
-    a copy."""
+    """How text becomes tokens: bytes (256 values), text8 (a-z and space), gpt2 (50,257 tokens), or a tokenizer.json of
+    the tokenizers library (the file, a folder, or a Hugging Face repository), of which the run keeps a copy. Or a class
+    of your own as module:name."""
     init: str | None = None
-    """Fine-tuning: start from the weights of this model (a run, folder, file or repository, as for sedd sample). The
-    sizes of the model are then its own. --resume does not read it again."""
+    """Fine-tuning: start from the weights of this model (a run, folder, file or repository, as for sedd sample), in its
+    sizes. --resume does not read it again."""
     model: ModelOptions = field(default_factory=ModelOptions)
-    """Size of the model"""
+    """Model"""
     process: ProcessName = "absorbing"
-    """How noise corrupts a token: into MASK, into any token, or a mixture of both."""
+    """Noise process: absorbing (tokens become MASK), uniform (tokens become random tokens) or hybrid (both)."""
     uniform_fraction: float = 0.1
-    """For process hybrid: the part of the noise that replaces a token by a random one."""
+    """For process hybrid: fraction of the noise that replaces a token by a random one."""
     schedule: str = "loglinear"
-    """How the total noise grows with time: loglinear, geometric, cosine or polynomial."""
+    """Noise schedule, total noise over time: loglinear, geometric, cosine, polynomial, or a class of your own as
+    module:name."""
     schedule_params: dict[str, float] = field(default_factory=dict)
     """Parameters of the schedule, for example --schedule_params.eps 1e-4."""
     objective: str = "score_entropy"
-    """The training loss."""
+    """Training loss: score_entropy, or a class of your own as module:name."""
     fused_head: bool = True
-    """Make the loss from the output head tile by tile, without log-scores of the whole vocabulary; false to compare."""
+    """Fuse the output head with the loss, without storing log-scores of the whole vocabulary. Use false to compare."""
     antithetic: bool = True
-    """Spread the times of a batch evenly over (0, 1] in place of independent draws: less noise in the loss."""
+    """Spread the times of a batch evenly over (0, 1] instead of drawing them independently: less noise in the loss."""
     batch_size: int = 8
     """Sequences in one forward pass."""
     accumulate: int = 1
-    """Forward passes per optimiser step; a step sees batch_size x accumulate sequences."""
+    """Forward passes per optimiser step, each of batch_size sequences."""
     steps: int = 20_000
     """Stop after this many optimiser steps."""
     max_minutes: float | None = None
-    """Stop cleanly after this many minutes of training, counting those before a --resume."""
+    """Stop after this many minutes of training, including those before a --resume."""
     lr: float = 1e-3
-    """Learning rate of AdamW after the warm-up: the peak of lr_schedule."""
+    """Peak learning rate of AdamW, reached after the warm-up."""
     lr_schedule: str = "constant"
-    """How the learning rate goes on from its peak to the end of the run (by steps or max_minutes, whichever is nearer):
-    constant; linear or cosine, which fall from the start; or wsd (warm-up, stable, decay), which falls at the end."""
+    """Learning rate after the warm-up: constant; linear or cosine decay to the end of the run; or wsd (warm-up, stable,
+    decay), which decays in the last part only. The run ends by steps or max_minutes, whichever comes first."""
     lr_final: float = 0.0
-    """Learning rate at the end of the run, as a part of lr (not for lr_schedule constant)."""
+    """Learning rate at the end of the run, as a fraction of lr (ignored by lr_schedule constant)."""
     lr_decay: float = 0.2
-    """For lr_schedule wsd: length of the decay, as a part of the run."""
+    """For lr_schedule wsd: length of the decay, as a fraction of the run."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of AdamW's two moments, for example --betas 0.9,0.98."""
     eps: float = 1e-8
@@ -159,14 +156,14 @@ class TrainConfig:
     warmup: int = 100
     """Steps over which the learning rate rises linearly from 0."""
     clip: float = 1.0
-    """Largest norm of the gradient; a longer one is scaled down to it."""
+    """Gradients with a larger norm than this are scaled down to it."""
     ema: float = 0.995
-    """Decay of the moving average of the weights (the weights that are validated and sampled from); it starts lower,
-    min(ema, (1+n)/(10+n)) at step n."""
+    """Decay of the moving average of the weights, which validation and sampling use. At step n it is at most
+    (1+n)/(10+n)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Arithmetic of the model: bf16 autocast or float32. auto: bf16 where the GPU or CPU has instructions for it."""
+    """bf16 autocast, or float32. auto: bf16 if the GPU or CPU has instructions for it."""
     compile: bool = False
-    """Run the network through torch.compile: the first steps take longer, the others less."""
+    """Run the network through torch.compile: the first steps take longer, later ones less."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: the GPU if one is present and this build supports it, else the CPU."""
     seed: int = 0
@@ -174,23 +171,24 @@ class TrainConfig:
     log_every: int = 10
     """Optimiser steps between points of the training curves."""
     log: str = "tensorboard"
-    """Where curves and samples go besides metrics.jsonl: tensorboard, wandb (Weights & Biases, pip install wandb),
-    both as tensorboard,wandb, or none."""
+    """Where curves and samples go, besides metrics.jsonl: tensorboard, wandb (Weights & Biases; pip install wandb),
+    tensorboard,wandb, or none."""
     valid_every: int = 1000
     """Steps between validations."""
     valid_blocks: int = 64
-    """Blocks of the validation split that a validation scores, always the same ones."""
+    """Validation blocks that are scored, always the same ones."""
     valid_draws: int = 8
-    """Noise levels drawn for each of them, always the same ones."""
+    """Noise levels drawn for each validation block, always the same ones."""
     valid_samples: int = 1
-    """Texts that the averaged weights write at each validation, for TensorBoard and Weights & Biases to show."""
+    """Texts that are sampled at each validation, for TensorBoard and Weights & Biases."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints. A validation better than all before is saved too."""
+    """Steps between checkpoints. The best validation so far is saved too."""
     keep_last: int = 2
     """Checkpoints kept, besides the best one."""
 
     def __post_init__(self) -> None:
         """Checks the values."""
+        check_one_of("corpus", self.corpus, CORPORA)
         check_one_of("schedule", self.schedule, SCHEDULES)
         check_one_of("objective", self.objective, OBJECTIVES)
         check_one_of("lr_schedule", self.lr_schedule, LR_SCHEDULES)
@@ -244,8 +242,8 @@ class TrainConfig:
         A checkpoint keeps this one, so that it loads although a later version may have other presets.
         """
         model = ModelOptions(preset=self.model.preset, **dataclasses.asdict(self.model.build()))
-        schedule = get_schedule(self.schedule, **self.schedule_params)
-        return dataclasses.replace(self, model=model, schedule_params=dict(vars(schedule)))
+        params = schedule_params(self.schedule, self.schedule_params)
+        return dataclasses.replace(self, model=model, schedule_params=params)
 
     def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
         """Returns the options, by dotted name, that differ in ``other`` and that a resumed run may not change."""
@@ -263,79 +261,6 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         leaves.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return leaves
-
-
-def resolve_device(name: str) -> torch.device:
-    """Returns the device of that name; ``"auto"`` is the GPU if there are one and kernels for it, else the CPU.
-
-    Raises:
-        ValueError: no such device on this machine, or no kernels for it in this build.
-    """
-    if name == "auto":
-        name = "cuda" if has_cuda_kernels and torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N; got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N (the kernels have no other); got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: {name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
-    if device.type == "cuda" and not has_cuda_kernels:
-        raise ValueError(f"device: {name!r} asked for, but this build of sedd_ext has no CUDA kernels; use cpu")
-    return device
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """Returns the dtype of autocast on ``device`` for auto, bf16 or fp32; None for float32 without autocast."""
-    if precision != "auto":
-        return torch.bfloat16 if precision == "bf16" else None
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
-    # without its own instructions a CPU takes longer for bfloat16 than for float32
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else None
-
-
-def check_options(options: Any, positive: Sequence[str], outputs: Sequence[str] = ()) -> None:
-    """Refuses what could only fail after the work is done.
-
-    Args:
-        options: a dataclass.
-        positive: names of its fields that must be at least 1, or None.
-        outputs: names of its fields that are files to be written, or None.
-
-    Raises:
-        ValueError: a number is too small.
-        FileNotFoundError: there is no folder to write a file to.
-        IsADirectoryError: there is a folder of that name.
-        PermissionError: nothing may be written there.
-    """
-    for name in positive:
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ValueError(f"{name}: expected at least 1, got {getattr(options, name)}")
-    for name in outputs:
-        if getattr(options, name) is None:
-            continue
-        path = Path(getattr(options, name))
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"{name}: cannot write {path}: there is no folder {path.parent}")
-        if path.is_dir():
-            raise IsADirectoryError(f"{name}: cannot write {path}: it is a folder; give the name of a file")
-        if not os.access(path.parent, os.W_OK):
-            raise PermissionError(f"{name}: cannot write {path}: the folder {path.parent} may not be written to")
-
-
-def check_choice(temperature: float, top_p: float) -> None:
-    """Refuses what no sampler takes.
-
-    Raises:
-        ValueError: ``temperature`` is not positive and finite, or ``top_p`` not in (0, 1].
-    """
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
 
 
 def load_config(path: Path | str) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""Pictures: refused before the work where they could not be written, and written whole."""
+"""Plots: checks the output path early, and writes atomically."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["check_figure", "write_figure"]
 
 
 def check_figure(path: str | Path) -> None:
-    """Refuses a picture that could not be written, before there is anything to draw.
+    """Checks that a plot can be written, before the work begins.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: matplotlib has no format of that ending.
+        ValueError: matplotlib does not support the suffix.
     """
     try:
         from matplotlib.figure import Figure
@@ -25,21 +25,23 @@ def check_figure(path: str | Path) -> None:
         raise ImportError(f"plotting needs matplotlib: {pip_install('eval', 'matplotlib')}") from error
     formats = Figure().canvas.get_supported_filetypes()
     if Path(path).suffix[1:].lower() not in formats:
-        raise ValueError(f"plot: expected a name that ends in one of {', '.join(sorted(formats))}; got {str(path)!r}")
+        raise ValueError(
+            f"plot: expected a file name that ends in one of {', '.join(sorted(formats))}; got {str(path)!r}"
+        )
 
 
 def write_figure(path: str | Path, size: tuple[float, float], draw: Callable[[Any], None]) -> None:
-    """Writes a picture that is there whole or not at all.
+    """Writes a plot atomically.
 
     Args:
-        path: the file; its ending gives the format.
+        path: the file; its suffix determines the format.
         size: width and height in inches.
-        draw: draws onto a ``matplotlib.figure.Figure``.
+        draw: function that draws on a ``matplotlib.figure.Figure``.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: matplotlib has no format of that ending.
-        OSError: it cannot be written; the one from before stays.
+        ValueError: matplotlib does not support the suffix.
+        OSError: the file cannot be written; an existing one is not changed.
     """
     check_figure(path)
     from matplotlib.figure import Figure

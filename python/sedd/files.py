@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all, that say so when damaged, and a folder that one process may write to.
+"""Atomic writes, checksums, and a lock that lets only one process train in a folder.
 
-Everything that the package writes goes through :func:`whole_file` or :func:`whole_folder`: it is written under a
-temporary name, flushed to the disk, and only then gets its own name.
+The package writes all files with :func:`whole_file` or :func:`whole_folder`: to a temporary name, flushed to disk and
+then renamed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 TEMPORARY = ".writing-"
-"""What the names of files and folders begin with while they are written."""
+"""Prefix of the names of files and folders while they are written."""
 
 _SPACE = "free some space, or write to another disk"
 _PERMISSION = "change the permissions of the folder, or write to another one"
@@ -58,12 +58,12 @@ _REMEDIES = {
 
 @contextmanager
 def naming(path: Path, what: str = "could not be written") -> Iterator[None]:
-    """Turns the errors of writing, safetensors' too, into an OSError that names the file, the reason and the remedy."""
+    """Converts errors of writing, also those of safetensors, to an OSError with the file, the reason and the remedy."""
     try:
         yield
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
-        if type(error).__name__ == "SafetensorError":  # it keeps the number of the error in its text alone
+        if type(error).__name__ == "SafetensorError":  # it contains the error number only in its text
             found = re.search(r"\(os error (\d+)\)", str(error))
             number = int(found[1]) if found else None
         elif not isinstance(error, OSError):
@@ -74,7 +74,7 @@ def naming(path: Path, what: str = "could not be written") -> Iterator[None]:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file, or the list of files in a folder, is on the disk."""
+    """Waits until a file, or the directory entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -84,17 +84,17 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path, what: str = "could not be written") -> Iterator[Path]:
-    """Gives a temporary name to write to; if that goes well, what was written there becomes the file.
+    """Atomic write: yields a temporary file, which replaces ``path`` when the block ends without an error.
 
     Args:
-        path: the file; another process sees the old one or the new one, never a part.
-        what: what the error says of the file.
+        path: the file; another process sees the old content or the new one, never a part.
+        what: text of the error message after the path.
 
     Yields:
-        A path in the same folder with the same suffix. The file is there already, and is empty.
+        The path of an empty file in the same folder with the same suffix.
 
     Raises:
-        OSError: it could not be written. The file that was there before is still there.
+        OSError: the file cannot be written. An existing file is not changed.
     """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     with naming(path, what):
@@ -103,7 +103,7 @@ def whole_file(path: Path, what: str = "could not be written") -> Iterator[Path]
             mode = os.fstat(descriptor).st_mode & 0o777
             os.close(descriptor)
             yield temporary
-            temporary.chmod(mode)  # safetensors makes files that nobody else may read
+            temporary.chmod(mode)  # safetensors creates files that only their owner can read
             flush(temporary)
             temporary.replace(path)
         except BaseException:
@@ -115,10 +115,12 @@ def whole_file(path: Path, what: str = "could not be written") -> Iterator[Path]
 
 @contextmanager
 def whole_folder(path: Path, what: str = "could not be written") -> Iterator[Path]:
-    """Gives a temporary folder to fill; if that goes well, it becomes the folder ``path``, which must not exist.
+    """Atomic write: yields a temporary folder, which is renamed to ``path`` when the block ends without an error.
+
+    ``path`` must not exist.
 
     Raises:
-        OSError: it could not be written, and nothing of it is left.
+        OSError: the folder cannot be written; the temporary folder is deleted.
     """
     temporary = path.with_name(TEMPORARY + path.name)
     with naming(path, what):
@@ -136,25 +138,25 @@ def whole_folder(path: Path, what: str = "could not be written") -> Iterator[Pat
 
 
 def flush_folder(folder: Path) -> None:
-    """Gives the files of a folder the permissions of new files, and waits until all of it is on the disk."""
+    """Gives the files of a folder the permissions of new files, and waits until the folder is on disk."""
     mode = folder.stat().st_mode & 0o666
     for file in folder.iterdir():
-        file.chmod(mode)  # safetensors makes files that nobody else may read
+        file.chmod(mode)  # safetensors creates files that only their owner can read
         flush(file)
     flush(folder)
 
 
 def move_all(new: Path, folder: Path, *, last: str) -> None:
-    """Moves all files of a folder to another one, in place of those of the same names there; all of them or none.
+    """Moves all files of a folder to another folder and replaces files of the same names; either all of them or none.
 
     Args:
-        new: where they are, on the same disk. What they replace stays there, in ``old``.
-        folder: where they go; made if it is not there.
-        last: name of the file without which the others are of no use: the old one goes first and the new one comes
-            last, so that a process that is killed meanwhile leaves none, and never new files beside old ones.
+        new: the source folder, on the same disk. Replaced files are kept in its subfolder ``old``.
+        folder: the destination; created if it does not exist.
+        last: name of the file that the others depend on. The old one is removed first and the new one is moved last:
+            if the process is killed in between, the file is missing, and new files are never used with old ones.
 
     Raises:
-        OSError: a file cannot be moved. What was there before is there again.
+        OSError: a file cannot be moved. The previous files are restored.
     """
     names = sorted((file.name for file in new.iterdir()), key=lambda name: name == last)
     old, moved = new / "old", []
@@ -180,35 +182,35 @@ def move_all(new: Path, folder: Path, *, last: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, UTF-8, that is either the old one or the new one, whatever happens.
+    """Writes a UTF-8 text file atomically.
 
     Raises:
-        OSError: it could not be written; the old one stays.
+        OSError: the file cannot be written; an existing one is not changed.
     """
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file as :func:`write_text` does.
+    """Writes a JSON file atomically.
 
     Raises:
-        OSError: it could not be written; the old one stays.
-        TypeError, ValueError: JSON cannot say the value.
+        OSError: the file cannot be written; an existing one is not changed.
+        TypeError, ValueError: JSON cannot represent the value.
     """
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def finite(value: float) -> float | None:
-    """Returns the number, None if it is NaN or infinite, which JSON cannot say."""
+    """Returns the number, or None if it is NaN or infinite, which JSON cannot represent."""
     return value if math.isfinite(value) else None
 
 
-# -- tensors that say so when damaged ----------------------------------------------------------------------------------
+# -- tensors with a checksum -------------------------------------------------------------------------------------------
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 over names, types, shapes and values of tensors on the CPU, and over what is said of them."""
+    """SHA-256 of the names, dtypes, shapes and values of CPU tensors, and of the metadata."""
     import torch
 
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
@@ -220,15 +222,15 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file with a digest of all of it in its metadata, as ``sha256``.
+    """Writes a safetensors file atomically, with the SHA-256 of its content in its metadata, as ``sha256``.
 
     Args:
         path: the file.
         tensors: tensors by name, on any device.
-        metadata: what else is said in the file.
+        metadata: other metadata of the file.
 
     Raises:
-        OSError: it could not be written; the old one stays.
+        OSError: the file cannot be written; an existing one is not changed.
     """
     from safetensors.torch import save_file
 
@@ -238,11 +240,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads a safetensors file; one with a digest in its metadata is compared with it.
+    """Reads a safetensors file, and verifies it if its metadata contains a SHA-256.
 
     Returns:
-        The tensors by name, on the CPU, and the metadata, both as :func:`save_tensors` took them, with ``sha256``
-        among the metadata if there is a digest: files of others have none, and are taken as they are.
+        The tensors by name, on the CPU, and the metadata, both as given to :func:`save_tensors`. The metadata also
+        contains ``sha256`` if the file has it; files of other programs do not, and are not verified.
 
     Raises:
         ValueError: the file is damaged.
@@ -254,12 +256,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged, not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path}: damaged or incomplete: not a valid safetensors file: {error}") from error
     said = {key: value for key, value in metadata.items() if key != "sha256"}
     if "sha256" in metadata and metadata["sha256"] != _digest(tensors, said):
         raise ValueError(
-            f"{path}: damaged: its contents are not what it was written with (SHA-256 in its metadata); copy or "
-            "download it again, or write it anew"
+            f"{path}: damaged: its content does not have the SHA-256 in its metadata; copy, download or write the file "
+            "again"
         )
     return tensors, metadata
 
@@ -268,15 +270,16 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 class RunLock:
-    """Keeps other processes from training in a folder, until it is released or this process ends, however it ends.
+    """Lock on a run folder: prevents other processes from training in it until it is released or this process ends.
 
-    It locks the file ``.lock`` in the folder (``flock``), which also says who holds it. Reading needs no lock.
+    Locks the file ``.lock`` in the folder (``flock``). The file also contains the process that holds the lock. Readers
+    need no lock.
 
     Args:
-        folder: folder of the run; made if it is not there.
+        folder: folder of the run; created if it does not exist.
 
     Raises:
-        BlockingIOError: another process, or another trainer in this one, is at work in the folder.
+        BlockingIOError: another process, or another trainer in this process, is training in the folder.
         OSError: the folder cannot be written to.
     """
 
@@ -294,7 +297,7 @@ class RunLock:
                 raise
             if self._is_there():
                 break
-            os.close(self._descriptor)  # its holder removed the file in the meantime
+            os.close(self._descriptor)  # the holder has removed the file meanwhile
         _held.add(self)
         self._close = weakref.finalize(self, os.close, self._descriptor)
         os.ftruncate(self._descriptor, 0)
@@ -307,12 +310,12 @@ class RunLock:
         except BlockingIOError as error:
             holder = os.pread(self._descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
             raise BlockingIOError(
-                f"run_dir: {folder} is in use by {holder}; two would overwrite each other's records. Wait for it, stop "
-                "it, or give another --run_dir"
+                f"run_dir: {folder} is in use by {holder}, and only one process can train in it. Wait for it, stop it, "
+                "or give another --run_dir"
             ) from error
         except OSError as error:  # a network file system without locks
             warnings.warn(
-                f"{self.path}: could not be locked ({error.strerror}); see that no other process trains in {folder}",
+                f"{self.path}: could not be locked ({error.strerror}); make sure that no other process trains there",
                 stacklevel=3,
             )
 
@@ -323,17 +326,17 @@ class RunLock:
             return False
 
     def check(self) -> None:
-        """Raises an OSError if the folder was deleted or replaced, so that another process may be at work in it."""
+        """Raises an OSError if the folder was deleted or replaced: the lock then no longer protects it."""
         if not self._is_there():
             raise OSError(f"{self.path.parent}: was deleted or replaced while this process trained in it")
 
     def release(self) -> None:
-        """Lets others in. Folders that were made for the lock, and hold nothing else, are removed."""
+        """Releases the lock. Folders that were created for it are removed if they contain nothing else."""
         try:
             if self._close.alive and self._is_there() and os.listdir(self.path.parent) == [self.path.name]:
                 self.path.unlink()
                 for folder in self._made:
-                    with suppress(OSError):  # it holds something else
+                    with suppress(OSError):  # it is not empty
                         folder.rmdir()
         finally:
             self._close()
@@ -349,7 +352,7 @@ _held: weakref.WeakSet[RunLock] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
-    for lock in _held:  # a lock lives as long as any process has it open: workers must not outlive their parent's
+    for lock in _held:  # the lock is held while any process has the file open, so workers must close it
         lock._close()
 
 

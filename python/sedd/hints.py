@@ -1,4 +1,4 @@
-"""Commands that errors and messages tell the user to run, as they work in the user's shell."""
+"""Commands in errors and messages, in the form that works in the user's shell."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 __all__ = ["pip_install", "program"]
 
 PACKAGES = {"lm_eval": "lm-eval", "mauve": "mauve-text", "yaml": "pyyaml"}
-"""Packages by the name of their module, where it is another one."""
+"""Package names by module name, where they differ."""
 
 
 def program() -> str:
-    """Returns how the user starts this command line: ``sedd``, ``.venv/bin/sedd`` or ``python -m sedd``."""
+    """Returns the command that started this program: ``sedd``, ``.venv/bin/sedd`` or ``python -m sedd``."""
     called = Path(sys.argv[0])
     if called.name == "__main__.py" and called.parent.name == "sedd":
         return f"{_command(sys.executable)} -m sedd"
@@ -27,9 +27,9 @@ def pip_install(extra: str, module: str) -> str:
     """Returns the command that installs a missing module.
 
     Args:
-        extra: the extra of this package that the module belongs to. Everything in it is installed at once, if this
-            package is installed; pip cannot know the extra if it runs from a folder of sources.
-        module: the name of the module, or of a module in it.
+        extra: the extra of this package that contains the module. If this package is installed, the command installs
+            the whole extra; if it runs from a source folder, pip does not know the extra.
+        module: the name of the module or of one of its submodules.
     """
     name = module.partition(".")[0]
     try:
@@ -40,7 +40,7 @@ def pip_install(extra: str, module: str) -> str:
 
 
 def _command(path: str) -> str:
-    """The name of a program if the shell finds this very one by its name, else its path."""
+    """Name of a program if the shell resolves the name to this path, else the path."""
     found, wanted = shutil.which(Path(path).name), os.path.abspath(path)
     if found is not None and os.path.abspath(found) == wanted:
         return Path(path).name

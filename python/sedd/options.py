@@ -1,8 +1,8 @@
-"""Options as dataclasses, filled from the command line and from files.
+"""Options as dataclasses, read from the command line and from files.
 
-Both give plain data: words on the command line, JSON or YAML in a file. Here they are compared with the fields of a
+The input is plain data: words of the command line, or JSON or YAML of a file. It is checked against the fields of a
 dataclass, whose types may be ``int``, ``float``, ``str``, ``bool``, a ``Literal``, lists, tuples and dictionaries of
-these, ``X | None``, and other dataclasses as groups. Whatever else is given is refused; nothing is looked up by name.
+these, ``X | None``, and other dataclasses as groups. Other input is refused, and no name in it is imported.
 """
 
 from __future__ import annotations
@@ -12,14 +12,30 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
+import os
+import re
 import textwrap
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["add_options", "build", "check_one_of", "checked", "did_you_mean", "prefixed", "renamed", "tree"]
+__all__ = [
+    "add_options",
+    "build",
+    "check_choice",
+    "check_one_of",
+    "check_options",
+    "checked",
+    "did_you_mean",
+    "outside_hint",
+    "prefixed",
+    "renamed",
+    "tree",
+]
 
 Options = TypeVar("Options")
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -27,26 +43,31 @@ _WORDS = {int: "INT", float: "NUMBER", bool: "true|false", str: "TEXT"}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns ``"; did you mean 'x'?"`` with the known name that is most like ``name``, or ``""``."""
+    """Returns ``"; did you mean 'x'?"`` with the known name most similar to ``name``, or ``""``."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def outside_hint(name: str) -> str:
+    """Returns a hint how to import a class from outside the package, if ``name`` is ``module:name``; else ``""``."""
+    outside = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name)
+    return f"; to import it, name it on the command line: --use {name}" if outside else ""
+
+
 def check_one_of(name: str, value: object, allowed: Collection[str]) -> None:
-    """Refuses a value that is not one of ``allowed``.
+    """Checks that a value is one of ``allowed``.
 
     Raises:
-        ValueError: ``"NAME: expected one of a, b; got 'c'"``, with the choice that is most like it.
+        ValueError: ``"NAME: expected one of a, b; got 'c'"``, with the most similar choice.
     """
     if value not in allowed:
-        raise ValueError(
-            f"{name}: expected one of {', '.join(allowed)}; got {value!r}{did_you_mean(str(value), allowed)}"
-        )
+        hint = did_you_mean(str(value), allowed) or outside_hint(str(value))
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {value!r}{hint}")
 
 
 @contextmanager
 def renamed(names: Mapping[str, str]) -> Iterator[None]:
-    """Gives an error whose message begins with one of ``names`` and a colon the name that the user knows."""
+    """Replaces the name at the start of an error message (``name: ...``) by the name that the user gave."""
     try:
         yield
     except (ValueError, OSError, ImportError, RuntimeError) as error:
@@ -62,16 +83,16 @@ def prefixed(prefix: str, kind: type) -> AbstractContextManager[None]:
 
 
 def checked(kind: type, given: Any, prefix: str = "", words: bool = False) -> dict[str, Any]:
-    """Returns the given values, in the types of a dataclass's fields.
+    """Converts values to the types of the fields of a dataclass.
 
     Args:
         kind: the dataclass.
-        given: values by field name; fields may be missing. A field that is a dataclass has a dictionary of its own.
-        prefix: what stands before a field's name in messages, for example ``"data."``.
-        words: values are text of the command line, such as ``"16,64"`` for a list, instead of plain data of a file.
+        given: values by field name; fields may be missing. The value of a dataclass field is a dictionary.
+        prefix: prefix of field names in messages, for example ``"data."``.
+        words: whether values are words of the command line, such as ``"16,64"`` for a list, instead of plain data.
 
     Raises:
-        ValueError: a name is unknown or a value is not of its field's type. The message begins with the name.
+        ValueError: a name is unknown, or a value does not have the type of its field. The message begins with the name.
     """
     if not isinstance(given, Mapping):
         raise ValueError(f"{prefix.rstrip('.') or 'file'}: expected options by name, got {_short(given)}")
@@ -79,7 +100,7 @@ def checked(kind: type, given: Any, prefix: str = "", words: bool = False) -> di
     result = {}
     for name, value in given.items():
         if name not in types:
-            raise ValueError(f"{prefix}{name}: there is no such option{did_you_mean(str(name), types)}")
+            raise ValueError(f"{prefix}{name}: no such option{did_you_mean(str(name), types)}")
         if dataclasses.is_dataclass(types[name]):
             result[name] = checked(types[name], value, f"{prefix}{name}.", words)
         else:
@@ -88,10 +109,10 @@ def checked(kind: type, given: Any, prefix: str = "", words: bool = False) -> di
 
 
 def build(kind: type[Options], values: Mapping[str, Any], prefix: str = "") -> Options:
-    """Makes a dataclass of what :func:`checked` returned.
+    """Creates a dataclass from the result of :func:`checked`.
 
     Raises:
-        ValueError: as the dataclass raises it, with ``prefix`` before the name of an option.
+        ValueError: the dataclass refuses a value. The message begins with ``prefix`` and the name of the option.
     """
     types = get_type_hints(kind)
     given = {
@@ -103,7 +124,7 @@ def build(kind: type[Options], values: Mapping[str, Any], prefix: str = "") -> O
 
 
 def tree(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns dictionaries in one another for dotted names: ``{"a.b": 1}`` becomes ``{"a": {"b": 1}}``."""
+    """Converts dotted names to nested dictionaries: ``{"a.b": 1}`` becomes ``{"a": {"b": 1}}``."""
     result: dict[str, Any] = {}
     for name, value in flat.items():
         *groups, last = name.split(".")
@@ -121,16 +142,16 @@ def add_options(
     keys: Mapping[str, Mapping[str, str]] | None = None,
     prefix: str = "",
 ) -> None:
-    """Adds an option for each field of a dataclass; the docstrings below the fields are the help.
+    """Adds an option for each field of a dataclass, with the docstring below the field as its help.
 
-    What is not given is missing from the parsed namespace, where the values are the words of the command line.
+    In the parsed namespace, values are words of the command line, and options that are not given are missing.
 
     Args:
-        parser: a parser, or a group of one.
+        parser: a parser or an argument group.
         kind: the dataclass. Fields that are dataclasses become groups of options ``--field.name``.
-        skip: fields that get no option.
-        keys: for a field that is a dictionary, its keys, which become options ``--field.key``, with their help.
-        prefix: what stands before a field's name, for example ``"data."``.
+        skip: fields without an option.
+        keys: for each field that is a dictionary, its keys with their help; they become options ``--field.key``.
+        prefix: prefix of field names, for example ``"data."``.
     """
     types, docs = get_type_hints(kind), _docs(kind)
     for field in dataclasses.fields(kind):
@@ -160,7 +181,7 @@ def add_options(
 
 
 def _docs(kind: type) -> dict[str, str]:
-    """The docstrings below the fields of a dataclass and of those it inherits from."""
+    """Docstrings below the fields of a dataclass and of its base classes."""
     docs = {}
     for base in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
@@ -172,7 +193,7 @@ def _docs(kind: type) -> dict[str, str]:
 
 
 def _word(kind: Any) -> str:
-    """How the value of an option is called in the help."""
+    """Placeholder of an option's value in the help."""
     origin, inner = get_origin(kind), [of for of in get_args(kind) if of is not NoneType]
     if origin in (Union, UnionType):
         return "|".join(_word(of) for of in inner)
@@ -199,7 +220,7 @@ def _short(value: Any) -> str:
 
 
 def _convert(kind: Any, value: Any, name: str, words: bool) -> Any:
-    """A value in the type of a field."""
+    """Converts a value to the type of a field."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         if NoneType in inner and (value is None or (words and value == "null")):
@@ -244,8 +265,49 @@ def _sequence(origin: Any, inner: tuple[Any, ...], value: Any, name: str, words:
 
 
 def _parse(kind: type, word: str) -> Any:
-    """The value that a word of the command line stands for; the word itself if it stands for none of that type."""
+    """Converts a word of the command line to a type; returns the word unchanged if it is not of that type."""
     try:
         return {"true": True, "false": False}[word.lower()] if kind is bool else kind(word)
     except (ValueError, KeyError):
         return word
+
+
+def check_options(options: Any, positive: Sequence[str], outputs: Sequence[str] = ()) -> None:
+    """Checks positive numbers and output paths before the work begins.
+
+    Args:
+        options: a dataclass.
+        positive: names of fields whose values must be at least 1 or None.
+        outputs: names of fields whose values are output files or None.
+
+    Raises:
+        ValueError: a number is too small.
+        FileNotFoundError: the folder of an output file does not exist.
+        IsADirectoryError: an output file is an existing folder.
+        PermissionError: the folder of an output file is not writable.
+    """
+    for name in positive:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {getattr(options, name)}")
+    for name in outputs:
+        if getattr(options, name) is None:
+            continue
+        path = Path(getattr(options, name))
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{name}: cannot write {path}: no such folder {path.parent}")
+        if path.is_dir():
+            raise IsADirectoryError(f"{name}: cannot write {path}: expected a file, got a folder")
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(f"{name}: cannot write {path}: no write permission for the folder {path.parent}")
+
+
+def check_choice(temperature: float, top_p: float) -> None:
+    """Checks the sampling parameters.
+
+    Raises:
+        ValueError: ``temperature`` is not positive and finite, or ``top_p`` not in (0, 1].
+    """
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")

@@ -1,4 +1,4 @@
-"""What a terminal or a notebook is shown: progress bars, tables and lines; plain lines where there is neither."""
+"""Output for a terminal or a notebook: progress bars, tables and lines; elsewhere plain lines."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ CONTROLS: dict[int, int] = {
     **dict.fromkeys((*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD),
     **dict.fromkeys(range(0xD800, 0xE000), 0xFFFD),
 }
-"""For ``str.translate``: control characters become their pictures, ␛ for escape, and what a terminal would take for a
-change of direction, or cannot show, becomes U+FFFD. Text of others must not steer the terminal."""
+"""For ``str.translate``: control characters become visible symbols (␛ for escape); characters that change the text
+direction or cannot be displayed become U+FFFD. Untrusted text must not control the terminal."""
 
 
 def printable(text: str) -> str:
-    """Returns text of others, such as the name of a file, as one line that cannot steer the terminal."""
+    """Returns untrusted text, such as a file name, as one line that cannot control the terminal."""
     return text.translate(CONTROLS | {ord("\n"): 0x240A, ord("\t"): 0x2409, 0x2028: 0xFFFD, 0x2029: 0xFFFD})
 
 
 LINE_EVERY = 30.0
-"""Seconds between two lines of progress where there is neither a terminal nor a notebook."""
+"""Seconds between two progress lines outside a terminal or notebook."""
 
 
 def is_interactive(console: Console) -> bool:
-    """Whether a console can redraw a bar: it is a terminal or a notebook, and not a file, a pipe or a log."""
+    """Whether a console is a terminal or a notebook, which can redraw a bar, and not a file or a pipe."""
     return console.is_terminal or console.is_jupyter
 
 
@@ -45,11 +45,11 @@ def progress_bar(console: Console, *, first: bool = True) -> Iterator[Callable[[
     """A progress bar in a terminal or a notebook; elsewhere a plain line every :data:`LINE_EVERY` seconds.
 
     Args:
-        console: where it is shown.
-        first: without a terminal, print the first line at once, not after the first interval.
+        console: the console for the output.
+        first: without a terminal, whether to print the first line at once instead of after the first interval.
 
     Yields:
-        A function that takes the part that is done, from 0 to 1, and a text of one line.
+        A function of the completed fraction, from 0 to 1, and a one-line text.
     """
     if is_interactive(console):
         from rich.progress import BarColumn, Progress, TextColumn
@@ -70,10 +70,10 @@ def progress_bar(console: Console, *, first: bool = True) -> Iterator[Callable[[
 
 
 def track(items: Sequence[T], description: str, show: bool) -> Iterable[T]:
-    """The items, with their progress on standard error while they are walked through if ``show``.
+    """Returns the items; if ``show``, iterating over them displays the progress on standard error.
 
     Raises:
-        ImportError: ``show`` without rich.
+        ImportError: ``show`` is true and rich is not installed.
     """
     if not show:
         return items
@@ -96,9 +96,9 @@ def _tracked(items: Sequence[T], description: str, console: Console) -> Iterator
 
 
 def console(stderr: bool = False) -> Console:
-    """Returns a console for tables and sentences, in which no text can steer the terminal (:data:`CONTROLS`).
+    """Returns a console for tables and sentences, in which text cannot control the terminal (:data:`CONTROLS`).
 
-    It is as wide as the terminal, and wide enough for tables where there is none.
+    Its width is that of the terminal; without a terminal, it is wide enough for tables.
     """
     from rich.console import Console
     from rich.text import Text

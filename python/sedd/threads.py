@@ -1,8 +1,8 @@
-"""Threads of the commands, decided before torch is loaded: their number, and how long one that waits keeps its core.
+"""OpenMP settings of the commands, set before torch is imported: the number of threads and their spin time.
 
-torch's threads are OpenMP's. Between two operators they wait in a loop. That costs nothing while every thread has a
-core, but where another process takes one, threads in the loop hold the cores that the thread with work to do needs.
-GCC's runtime leaves the loop after 300,000 turns, which is several milliseconds. ``docs/performance.md`` has figures.
+torch uses OpenMP threads, which spin (wait in a loop) between two operators. This costs nothing if each thread has its
+own core. If other processes use some of the cores, spinning threads occupy cores that working threads need. GCC's
+runtime spins for 300,000 iterations, which takes several milliseconds. ``docs/performance.md`` has measurements.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from pathlib import Path
 
 __all__ = ["cpu_quota", "set_defaults"]
 
-# Turns of the loop, some 50 microseconds: longer than threads that all have a core wait for each other. On x86 a turn
-# contains PAUSE (25 ns on an AMD EPYC of Zen 3); elsewhere the loop has nothing like it, and the number is an estimate.
+# Iterations of the loop, about 50 microseconds: longer than threads with their own cores wait for each other. On x86 an
+# iteration contains PAUSE (25 ns on an AMD EPYC of Zen 3); on other CPUs it does not, and the number is an estimate.
 _SPINS = 2_000 if platform.machine() in ("x86_64", "AMD64") else 50_000
 
 
 def set_defaults(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Sets OpenMP's environment variables for this process, unless it is too late or the user has set them.
+    """Sets the OpenMP environment variables of this process, unless torch is imported or the user has set them.
 
-    ``GOMP_SPINCOUNT`` bounds the time that a thread waits in a loop. It is set unless one of ``OMP_WAIT_POLICY``,
-    ``GOMP_SPINCOUNT`` and ``KMP_*`` (Intel's and LLVM's runtime) is. ``OMP_NUM_THREADS`` becomes the CPU quota of the
-    container, rounded down, if that is smaller than the number of CPUs that the process may run on.
+    ``GOMP_SPINCOUNT`` limits the spin time of a waiting thread. It is set unless ``OMP_WAIT_POLICY``,
+    ``GOMP_SPINCOUNT`` or a ``KMP_*`` variable (Intel's and LLVM's runtime) is set. ``OMP_NUM_THREADS`` is set to the
+    CPU quota of the container, rounded down, if that is smaller than the number of CPUs available to the process.
 
     Args:
-        environ: what to change. The runtime reads the process's own when torch is imported, and never again.
+        environ: the environment to change. The runtime reads the environment of the process once, when torch is
+            imported.
     """
     if "torch" in sys.modules:
         return
@@ -42,14 +43,14 @@ def set_defaults(environ: MutableMapping[str, str] = os.environ) -> None:
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> float | None:
-    """CPUs' worth of time that the control groups of this process may use.
+    """CPU quota of the control groups of this process, in CPUs.
 
     Args:
-        root: where the control groups are mounted.
-        groups: the file that names those of the process, one a line: ``id:controllers:path``.
+        root: mount point of the control groups.
+        groups: file with the control groups of the process, one per line: ``id:controllers:path``.
 
     Returns:
-        The smallest quota of the groups and those above them, for example 1.5; None without one, or not on Linux.
+        The smallest quota of the groups and their parents, for example 1.5; None without a quota or outside Linux.
     """
     try:
         lines = groups.read_text(encoding="utf-8").splitlines()
@@ -62,7 +63,7 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/se
             continue
         mount = root / "cpu" if controllers else root
         group = mount / path.lstrip("/")
-        # in a container the path may be the host's, of which only the mount itself is visible
+        # in a container the path may be that of the host, of which only the mount point is visible
         for folder in (group, *group.parents):
             quota = _quota(folder, version=1 if controllers else 2)
             if quota is not None:
@@ -73,7 +74,7 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/se
 
 
 def _quota(folder: Path, version: int) -> float | None:
-    """Quota of one control group: microseconds of CPU time over microseconds of time."""
+    """Quota of one control group: microseconds of CPU time divided by microseconds of wall time."""
     files = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
     try:
         quota, period = " ".join((folder / name).read_text() for name in files).split()

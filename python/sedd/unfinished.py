@@ -1,4 +1,4 @@
-"""What a long evaluation has computed so far, in a file that another process can go on from."""
+"""Partial results of a long evaluation, in a file from which another process can resume."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Unfinished", "identity"]
 
 
 def identity(tensors: Iterable[Tensor], settings: str) -> str:
-    """A word that (almost surely) differs where a number or a setting does."""
+    """Hash of tensors and settings; different inputs have (almost surely) different hashes."""
     digest = hashlib.blake2b(settings.encode(), digest_size=16)
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -24,15 +24,15 @@ def identity(tensors: Iterable[Tensor], settings: str) -> str:
 
 
 class Unfinished:
-    """Keeps the first so many values of a computation on the disk, with the state of its random numbers.
+    """Stores the first values of a computation on disk, with the state of the random number generator.
 
     Args:
-        path: the file. It is written to a temporary name and renamed, at most once in ``seconds``.
-        identity: a word that follows from everything that the values depend on.
-        seconds: time between two writes.
+        path: the file. It is written atomically, at most once every ``seconds``.
+        identity: hash of everything that the values depend on.
+        seconds: minimum time between two writes.
 
     Raises:
-        ValueError: there is a file of that name that belongs to another computation, or that is damaged.
+        ValueError: the file exists, but belongs to another computation or is damaged.
     """
 
     def __init__(self, path: Path, identity: str, seconds: float = 30.0) -> None:
@@ -40,18 +40,19 @@ class Unfinished:
         self.found: dict[str, Tensor] = {}
         self._written = time.monotonic()
         if path.exists():
-            advice = f"delete it to begin anew, or give the same options as before: {path}"
+            advice = "delete it to start again, or give the same options as before"
             try:
                 self.found, metadata = load_tensors(path)
             except ValueError as error:
-                raise ValueError(f"an unfinished evaluation lies here and is damaged ({error}); {advice}") from error
+                raise ValueError(f"{path}: damaged unfinished evaluation ({error}); {advice}") from error
             if metadata.get("identity") != identity or "sha256" not in metadata:
                 raise ValueError(
-                    f"an unfinished evaluation of another model, text, options or version lies here; {advice}"
+                    f"{path}: expected an unfinished evaluation of the same model, text, options and version, got "
+                    f"another one; {advice}"
                 )
 
     def resume(self, values: Tensor, generator: torch.Generator) -> int:
-        """Fills in the values that are known, sets the generator to where it was, and returns how many they are."""
+        """Copies the stored values and restores the generator. Returns the number of stored values."""
         if not self.found:
             return 0
         count = len(self.found["values"])
@@ -60,16 +61,16 @@ class Unfinished:
         return count
 
     def update(self, values: Tensor, generator: Tensor) -> None:
-        """Takes the values so far and the generator's state after them; writes them if it is time."""
+        """Records the values so far and the generator's state after them; writes them if ``seconds`` have passed."""
         self.found = {"values": values, "generator": generator}
         if time.monotonic() - self._written >= self.seconds:
             self.write()
 
     def write(self) -> None:
-        """Writes what is known.
+        """Writes the recorded values.
 
         Raises:
-            OSError: the file cannot be written; the one from before stays.
+            OSError: the file cannot be written; an existing one is not changed.
         """
         if self.found:
             save_tensors(self.path, self.found, {"identity": self.identity})

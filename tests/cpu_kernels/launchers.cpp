@@ -33,7 +33,7 @@ bool has_fault(const ReverseParams& p, int64_t row, Status (*run)(const ReverseP
     ReverseParams one = p;
     std::vector<char> out(static_cast<size_t>(8 * p.dim));
     one.log_score = static_cast<const char*>(p.log_score) + row * p.dim * bytes_of(p.dtype);
-    one.x_t += row, one.step += row, one.rows = 1, one.out = out.data();
+    one.x_t += row, one.noise += row, one.rows = 1, one.out = out.data();
     if (p.shift != nullptr) one.shift += row;
     return run(one, 1).fault != Fault::none;
 }

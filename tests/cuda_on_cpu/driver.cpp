@@ -159,7 +159,7 @@ struct Problem {
           euler_step(static_cast<size_t>(s.rows)),
           x_t(static_cast<size_t>(s.rows)),
           x_0(static_cast<size_t>(s.rows)),
-          places(static_cast<size_t>(s.rows)),
+          row_ids(static_cast<size_t>(s.rows)),
           random(static_cast<uint64_t>(s.rows * 1000003 + s.dim * 101 + s.behind)) {
         seed = {static_cast<int64_t>(random() >> 1)};
         make_stationary();
@@ -177,7 +177,7 @@ struct Problem {
     Shape shape;
     Array log_score, pi, grad_loss;
     std::vector<double> cumulative, sigma, shift, euler_step;
-    std::vector<int64_t> x_t, x_0, places, seed;
+    std::vector<int64_t> x_t, x_0, row_ids, seed;
     double neg_entropy = 0.0;
     int64_t forbidden;
 
@@ -218,7 +218,7 @@ struct Problem {
         const int64_t dim = shape.dim;
         x_0[i] = token();
         x_t[i] = i % 3 == 0 ? token_of_pi() : i % 3 == 1 ? x_0[i] : token();
-        places[i] = 5 * row + 3;
+        row_ids[i] = 5 * row + 3;
         sigma[i] = std::exp(-6.0 + 7.0 * uniform());
         shift[i] = shape.shifted ? std::log(static_cast<double>(dim)) + uniform() : 0.0;
         grad_loss.set(row, 0.5 + uniform());
@@ -496,7 +496,7 @@ std::set<int64_t> tile_tokens(const Problem& p, Step kind, const Weights& w, int
         return y != static_cast<size_t>(x) && (sweep == 0 ? scores.value[y] : w.value[y] + w.slack[y]) > 0.0;
     };
     const auto uniforms = [&](uint64_t draw) {
-        return sedd::row_uniforms(static_cast<uint64_t>(p.seed[0]), static_cast<uint64_t>(p.places[i]),
+        return sedd::row_uniforms(static_cast<uint64_t>(p.seed[0]), static_cast<uint64_t>(p.row_ids[i]),
                                   draw + (sweep << 32));
     };
     std::set<int64_t> drawn;
@@ -789,9 +789,9 @@ class Driver {
             for (size_t i = 0; i + 1 < at.size(); ++i) {
                 const Tile tile(p, at[i], at[i + 1]);
                 const char* error = sedd::reverse_tile_cuda(
-                    {tile.entries.data(), whole.x_t, whole.step, whole.shift, whole.stationary,
-                     static_cast<sedd::ReverseDraw*>(draws.data()), out + sweep * s.rows, whole.seed, p.places.data(),
-                     s.rows, tile.width, tile.first, s.dim, whole.forbidden, s.dtype, s.family, whole.kind, sweep},
+                    {tile.entries.data(), whole.x_t, whole.noise, whole.shift, whole.stationary,
+                     static_cast<sedd::ReverseDraw*>(draws.data()), out + sweep * s.rows, whole.seed, p.row_ids.data(),
+                     s.rows, tile.width, tile.first, s.dim, whole.forbidden, s.dtype, s.family, whole.step, sweep},
                     where);
                 if (error != nullptr) return error;
             }
@@ -906,7 +906,7 @@ int main(int count, char** words) {
     int cases = 1, differences = !devices.empty();
     if (only.empty() || only == "reverse") {
         const std::string what = run_far_row();
-        if (!what.empty()) std::printf("euler_sample of a row beyond 2^31 elements: %s\n", what.c_str());
+        if (!what.empty()) std::printf("reverse_sample of a row beyond 2^31 elements: %s\n", what.c_str());
         cases += 1;
         differences += !what.empty();
     }

@@ -64,46 +64,46 @@ MUTANTS = [
     Mutant(
         "no barrier after the sums",
         "reverse.cu",
-        "    __syncthreads();  // the segments' sums are there\n",
+        "    __syncthreads();  // wait for the sums of the segments\n",
         "",
     ),
     Mutant(
         "no barrier before the clamp",
         "reverse.cu",
-        "        __syncthreads();  // the total is there, and the sums have been read\n",
+        "        __syncthreads();  // wait for the total, and until the sums are read\n",
         "",
     ),
     Mutant(
         "no barrier after the clamp",
         "reverse.cu",
-        "        __syncthreads();  // the segments' weights are there\n",
+        "        __syncthreads();  // wait for the weights of the segments\n",
         "",
     ),
     Mutant(
         "no barrier before the probabilities",
         "reverse.cu",
-        "    __syncthreads();  // the total is there\n",
+        "    __syncthreads();  // wait for the total\n",
         "",
     ),
     Mutant(
-        "no barrier before the draw", "reverse.cu", "    __syncthreads();  // the sums of the scores are there\n", ""
+        "no barrier before the draw", "reverse.cu", "    __syncthreads();  // wait for the sums of the scores\n", ""
     ),
     Mutant(
         "no barrier before the second draw",
         "reverse.cu",
-        "        __syncthreads();  // the sums of the weights are there\n",
+        "        __syncthreads();  // wait for the sums of the weights\n",
         "",
     ),
     Mutant(
         "no barrier before the second sweep",
         "reverse.cu",
-        "        __syncthreads();  // it is known whether the entry was refused, and the sums have been read\n",
+        "        __syncthreads();  // wait for `refused`, and until the sums are read\n",
         "",
     ),
     Mutant(
         "no __syncwarp before the state is written",
         "reverse.cu",
-        "    __syncwarp();  // every lane has read the state\n",
+        "    __syncwarp();  // wait until every lane has read the state\n",
         "",
         "thread",
     ),
@@ -122,8 +122,8 @@ MUTANTS = [
     Mutant(
         "every lane writes the sum",
         "reverse.cu",
-        "if (first_lane) sums[s] = sum;\n            }\n        }\n        __syncthreads();  // the sums of the w",
-        "sums[s] = sum;\n            }\n        }\n        __syncthreads();  // the sums of the w",
+        "if (first_lane) sums[s] = sum;\n            }\n        }\n        __syncthreads();  // wait for the s",
+        "sums[s] = sum;\n            }\n        }\n        __syncthreads();  // wait for the s",
         "thread",
     ),
     Mutant(
@@ -136,25 +136,25 @@ MUTANTS = [
     Mutant(
         "rows of a block share their sums",
         "reverse.cu",
-        "all_sums + task.place * segments;\n    RowState",
+        "all_sums + task.slot * segments;\n    RowState",
         "all_sums;\n    RowState",
     ),
     Mutant(
         "rows of a block share their state",
         "reverse.cu",
-        "RowState& state = states[task.place]",
+        "RowState& state = states[task.slot]",
         "RowState& state = states[0]",
     ),
     Mutant(
         "rows of a block share the sums drawn from",
         "reverse.cu",
-        "all_sums + task.place * segments;\n    SampleState",
+        "all_sums + task.slot * segments;\n    SampleState",
         "all_sums;\n    SampleState",
     ),
     Mutant(
         "rows of a block share what was refused",
         "reverse.cu",
-        "SampleState& state = states[task.place]",
+        "SampleState& state = states[task.slot]",
         "SampleState& state = states[0]",
     ),
     Mutant("shared memory for one row", "reverse.cu", "sizeof(Real)) * block_rows *", "sizeof(Real)) *", "address"),
@@ -500,7 +500,7 @@ MUTANTS = [
     Mutant(
         "no barrier after a tile's sums",
         "reverse.cu",
-        "    __syncthreads();  // the segments' sums are there, and the drain has been read\n",
+        "    __syncthreads();  // wait for the sums of the segments, and until the drain is read\n",
         "",
     ),
     Mutant(
@@ -512,7 +512,7 @@ MUTANTS = [
     Mutant(
         "rows of a block share a tile's sums",
         "reverse.cu",
-        "all_sums + task.place * segments;\n    const int64_t x_here",
+        "all_sums + task.slot * segments;\n    const int64_t x_here",
         "all_sums;\n    const int64_t x_here",
     ),
     Mutant(
@@ -532,8 +532,8 @@ MUTANTS = [
     Mutant(
         "every lane writes a tile's sums",
         "score_entropy.cu",
-        "    if (lane_of() != 0) return;\n    if constexpr (kGradient) {  // nobody",
-        "    if constexpr (kGradient) {  // nobody",
+        "    if (lane_of() != 0) return;\n    if constexpr (kGradient) {  // visit",
+        "    if constexpr (kGradient) {  // visit",
         "thread",
         "score_entropy",
     ),

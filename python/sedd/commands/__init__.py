@@ -1,0 +1,1 @@
+"""The commands of ``sedd``, one file per command."""

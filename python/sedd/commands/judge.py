@@ -1,0 +1,119 @@
+"""A judge: a causal language model of ``transformers`` that evaluates the samples of a diffusion model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sedd.hints import pip_install
+from sedd.progress import track
+
+__all__ = ["Judge", "load_judge"]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A causal language model that evaluates texts.
+
+    Attributes:
+        name: the label of its results.
+        model: a model of transformers.
+        tokenizer: the tokeniser of the model, from transformers.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    def read(self, texts: Sequence[str], batch_size: int, progress: bool = False) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood and number of scored tokens of each text.
+
+        The first token of a text is not scored, because it has no context. Texts that are too long for the judge are
+        truncated.
+
+        Returns:
+            Nats [n], float64, and tokens [n], int64, on the CPU.
+        """
+        nats, counts = [], []
+        for first in track(range(0, len(texts), batch_size), "judging", progress):
+            ids, mask = self._encode(texts[first : first + batch_size])
+            with torch.inference_mode():
+                log_p = self.model(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
+            scored = mask[:, 1:].bool()
+            chosen = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1).double()
+            nats.append(-torch.where(scored, chosen, 0.0).sum(1).cpu())
+            counts.append(scored.sum(1).cpu())
+        return torch.cat(nats), torch.cat(counts)
+
+    def features(self, texts: Sequence[str], batch_size: int) -> Tensor:
+        """The last hidden state of the last token of each text [n, d], float32, which MAUVE compares."""
+        states = []
+        for first in range(0, len(texts), batch_size):
+            ids, mask = self._encode(texts[first : first + batch_size])
+            with torch.inference_mode():
+                found = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+            states.append(found[torch.arange(len(ids)), mask.sum(1) - 1].float().cpu())
+        return torch.cat(states)
+
+    def _encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        longest = min(getattr(self.model.config, "max_position_embeddings", 1024), 1 << 20)
+        # an empty text has no token to score, but the input must have one
+        encoded = self.tokenizer(
+            [text or " " for text in texts], return_tensors="pt", padding=True, truncation=True, max_length=longest
+        )
+        device = self.model.device
+        return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
+
+
+def load_judge(name: str, device: torch.device | str = "cpu") -> Judge:
+    """Loads a causal language model.
+
+    Args:
+        name: a name on the Hugging Face hub, a folder, or a .gguf file.
+        device: the device of the model.
+
+    Raises:
+        ImportError: transformers is not installed, or the file needs gguf and it is not installed.
+        FileNotFoundError: there is no such file or folder.
+        ConnectionError: there is no such folder, and the model cannot be loaded from the hub.
+        ValueError: the folder or file does not contain a complete causal language model.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(f"a judge needs transformers: {pip_install('eval', 'transformers')}") from error
+    path = Path(name).expanduser()
+    # otherwise transformers asks the user whether to run code of the folder
+    options: dict[str, Any] = {"trust_remote_code": False}
+    source = str(path) if path.exists() else name
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"judge: no such file: {path}")
+        source, options["gguf_file"] = str(path.parent), path.name
+    elif not path.exists() and name.startswith(("/", ".", "~")):
+        raise FileNotFoundError(f"judge: no such folder: {name}")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        if path.exists():
+            raise ValueError(
+                f"judge: expected a causal language model, got {path}, which cannot be loaded: {error}"
+            ) from error
+        if isinstance(error, ValueError):  # the model exists on the hub, but is of another kind
+            raise
+        raise ConnectionError(
+            f"judge: no such folder: {name!r}, and it cannot be loaded from the Hugging Face hub ({error}). Give the "
+            "folder or the .gguf file of a causal language model"
+        ) from error
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Judge(
+        path.stem if path.suffix == ".gguf" else name.rstrip("/").split("/")[-1], model.to(device).eval(), tokenizer
+    )

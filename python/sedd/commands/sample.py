@@ -1,0 +1,202 @@
+"""``sedd sample`` and ``sedd infill``."""
+
+from __future__ import annotations
+
+import re
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group
+from rich.live import Live
+from rich.rule import Rule
+from rich.text import Text
+from torch import Tensor
+
+from sedd.commands.command import RUN, Argument, Command
+from sedd.data.tokenizer import MASK_TEXT, Tokenizer
+from sedd.diffusion.samplers import SAMPLERS, sample
+from sedd.files import write_json
+from sedd.hub.pretrained import LoadedModel, load_model
+from sedd.network import compile_network
+from sedd.options import check_choice, check_one_of, check_options
+from sedd.progress import CONTROLS, console
+from sedd.runtime import resolve_device
+
+__all__ = ["INFILL", "SAMPLE", "parse_template", "render"]
+
+GAP = re.compile(r"\{\{(\d+)\}\}")
+
+ABOUT_SAMPLE = """Sample text from a model.
+
+examples:
+  sedd sample runs/default
+  sedd sample runs/default --num 3 --steps 64 --seed 7
+  sedd sample runs/default --live
+  sedd sample runs/default/checkpoints/step_00000500 --json texts.json
+"""
+
+ABOUT_INFILL = """Fill the gaps of a text.
+
+In the text, {{n}} is a gap of n tokens (bytes, characters or word pieces, depending on the model's tokeniser). All
+other text is unchanged. Any number of gaps is possible, at any position; adjacent gaps form one gap.
+
+examples (quote the text for the shell):
+  sedd infill runs/default 'The standard library {{80}}'
+      continue a text
+  sedd infill runs/default '{{80}} and that is the end.'
+      generate the beginning of a text
+  sedd infill runs/default 'def {{10}}(path):{{60}}return result'
+      fill several gaps
+  sedd infill runs/default --num 4 --live "$(cat draft.txt)"
+      fill the gaps of a file
+"""
+
+
+@dataclass
+class SamplingOptions:
+    """Sampling"""
+
+    num: int = 1
+    """Number of texts."""
+    steps: int = 128
+    """Number of reverse steps. More steps take longer and give better text. One denoising step follows."""
+    sampler: str = "tweedie"
+    """tweedie (the best independent reverse step), euler, greedy (the most probable tokens, at the positions where the
+    model is most certain), or your own class as module:name."""
+    temperature: float = 1.0
+    """Below 1, more probable tokens are preferred; above 1, less probable ones. 1 samples the model's distribution."""
+    top_p: float = 1.0
+    """Sample only from the fewest, most probable tokens with this total probability."""
+    compile: bool = False
+    """Compile the network with torch.compile. Faster for many texts."""
+    seed: int = 0
+    """Random seed. The same seed gives the same texts."""
+    batch_size: int = 8
+    """Number of texts sampled at a time."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: the GPU if one is present and this build supports it, else the CPU."""
+    json: str | None = None
+    """Also write texts and tokens to this file."""
+
+    def __post_init__(self) -> None:
+        check_options(self, positive=("num", "steps", "batch_size"), outputs=("json",))
+        check_one_of("sampler", self.sampler, SAMPLERS)
+        check_choice(self.temperature, self.top_p)
+
+
+@dataclass
+class SampleOptions(SamplingOptions):
+    """Sampling"""
+
+    length: int | None = None
+    """Tokens per text. Default: the length of a training block."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_options(self, positive=("length",))
+
+
+def write(run: str, options: SampleOptions, live: bool) -> int:
+    """Samples texts."""
+    loaded = load_model(run, resolve_device(options.device))
+    length = options.length or loaded.model.config.length
+    nothing = torch.zeros(length, dtype=torch.int64), torch.zeros(length, dtype=torch.bool)
+    _generate(loaded, options, live, *nothing)
+    return 0
+
+
+def infill(run: str, template: str, options: SamplingOptions, live: bool) -> int:
+    """Fills the gaps of a text."""
+    loaded = load_model(run, resolve_device(options.device))
+    _generate(loaded, options, live, *parse_template(template, loaded.tokenizer))
+    return 0
+
+
+def parse_template(template: str, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """Converts a text with gaps, such as ``"The {{5}} sat"``, to tokens.
+
+    Args:
+        template: text in which ``{{n}}`` represents n unknown tokens; all other text is fixed.
+        tokenizer: encodes the fixed parts, each separately.
+
+    Returns:
+        ``(tokens, is_fixed)``, int64 and bool, both [L]; the tokens of gaps are 0.
+
+    Raises:
+        ValueError: there is no gap, a gap is empty, or the tokeniser cannot encode the text.
+    """
+    tokens: list[int] = []
+    is_fixed: list[bool] = []
+    for index, part in enumerate(GAP.split(template)):  # text, n, text, n, ..., text
+        known = index % 2 == 0
+        if not known and int(part) == 0:
+            raise ValueError("template: expected gaps of at least 1 token, got {{0}}; write {{n}} for n unknown tokens")
+        tokens += tokenizer.encode(part) if known else [0] * int(part)
+        is_fixed += [known] * (len(tokens) - len(is_fixed))
+    if all(is_fixed):
+        raise ValueError(f"template: expected a gap, got none in {template!r}; write {{{{n}}}} for n unknown tokens")
+    return torch.tensor(tokens), torch.tensor(is_fixed)
+
+
+def render(tokens: Tensor, is_fixed: Tensor, tokenizer: Tokenizer) -> Text:
+    """Returns text for the terminal, with filled gaps highlighted and MASK dimmed."""
+    text = Text()
+    style = "bold green" if bool(is_fixed.any()) else ""
+    flags, counts = torch.unique_consecutive(is_fixed, return_counts=True)
+    for known, part in zip(flags.tolist(), tokens.split(counts.tolist()), strict=True):
+        text.append(tokenizer.decode(part.tolist()).translate(CONTROLS), "" if known else style)
+    text.highlight_regex(f"{MASK_TEXT}+", "dim")
+    return text
+
+
+def _show(view: Live, is_fixed: Tensor, tokenizer: Tokenizer, step: int, steps: int, tokens: Tensor) -> None:
+    """Displays the first text of a batch after a reverse step."""
+    text = render(tokens[0].cpu(), is_fixed, tokenizer)
+    view.update(Group(Rule(f"step {step} of {steps}", style="dim"), text), refresh=True)
+
+
+def _generate(loaded: LoadedModel, options: SamplingOptions, live: bool, tokens: Tensor, is_fixed: Tensor) -> None:
+    device = loaded.diffusion.device
+    if options.compile:
+        compile_network(loaded.model)
+    generator = torch.Generator(device).manual_seed(options.seed)
+    out = console()
+    texts: list[dict[str, Any]] = []
+    for first in range(0, options.num, options.batch_size):
+        with Live(console=out, transient=True, auto_refresh=False) if live else nullcontext() as view:
+            written = sample(
+                loaded.diffusion,
+                batch=min(options.batch_size, options.num - first),
+                length=len(tokens),
+                steps=options.steps,
+                sampler=options.sampler,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                generator=generator,
+                device=device,
+                fixed=(tokens, is_fixed) if bool(is_fixed.any()) else None,
+                on_step=partial(_show, view, is_fixed, loaded.tokenizer) if view is not None else None,
+                progress=not live and out.is_terminal,
+                autocast_dtype=loaded.autocast_dtype,
+            ).cpu()
+        for row in written:
+            out.print(Rule(f"{len(texts) + 1} of {options.num}", style="dim"), width=min(out.width, 80))
+            out.print(render(row, is_fixed, loaded.tokenizer), soft_wrap=True)
+            texts.append({"text": loaded.tokenizer.decode(row.tolist()), "tokens": row.tolist()})
+    if options.json:
+        write_json(Path(options.json), texts)
+
+
+_LIVE = Argument("--live", "Display the first text after each step.", {"action": "store_true"})
+SAMPLE = Command("sample", ABOUT_SAMPLE, write, SampleOptions, arguments=(RUN, _LIVE))
+INFILL = Command(
+    "infill",
+    ABOUT_INFILL,
+    infill,
+    SamplingOptions,
+    arguments=(RUN, Argument("template", "The text, with {{n}} for n unknown tokens."), _LIVE),
+)

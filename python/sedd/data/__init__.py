@@ -1,0 +1,1 @@
+"""Text and other data, as blocks of tokens."""

@@ -1,0 +1,214 @@
+"""A discrete diffusion model: process, noise schedule, network, parameterisation and objective in one module."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sedd.diffusion.schedule import LogLinear, Schedule
+from sedd.network import Network
+from sedd.runtime import device_of
+from sedd_ext import RankOne, sample_transition
+
+__all__ = ["Diffusion", "Objective", "Parameterization", "Score"]
+
+
+class Parameterization(Protocol):
+    """How the output of a network becomes log-scores: ``log_score = head(hidden(x_t, sigma)) - log_score_shift``."""
+
+    def log_score_shift(self, process: RankOne, sigma: Tensor, x_t: Tensor) -> Tensor | None:
+        """What is subtracted from all log-scores of a position; None for nothing.
+
+        Args:
+            process: the noise process.
+            sigma: total noise σ̄, floating point, broadcasts to the shape of x_t.
+            x_t: tokens of the positions [*B], int64.
+
+        Returns:
+            A tensor that broadcasts to [*B].
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """The network estimates log-scores: log p_t(y) / p_t(x_t), up to a shift that depends on σ̄ alone.
+
+    Attributes:
+        scale_by_sigma: use the shift for absorbing processes.
+        hybrid_shift: use the shift for hybrid processes.
+
+    Source: SEDD (Lou, Meng & Ermon 2024), appendix C.2, for absorbing processes; extended to hybrid ones.
+    """
+
+    scale_by_sigma: bool = True
+    hybrid_shift: bool = True
+
+    def log_score_shift(self, process: RankOne, sigma: Tensor, x_t: Tensor) -> Tensor | None:
+        """The shift that centres the log-scores, so that the head need not depend on σ̄.
+
+        It is log p_t(MASK) / p_t(y) for text of which nothing is known, p_0(y) = 1/n for each of the n = N - 1 tokens.
+        With it, a head whose output is zero gives a masked position the true scores of such text. With a = exp(-σ̄)
+        and b = 1 - a:
+
+        * absorbing processes, where only masked positions have a loss: log(n b / a) = log expm1(σ̄) + log n at every
+          position;
+        * hybrid processes with uniform fraction λ: log(n b (1-λ) / (a + b λ)) at masked positions and 0 at the others.
+          There the scores of such text are 1, except MASK's, which :meth:`initialize` gives a bias.
+
+        See :meth:`Parameterization.log_score_shift` for arguments and result. None for uniform processes.
+        """
+        n = process.dim - 1
+        if process.family == "absorbing":
+            if not self.scale_by_sigma:
+                return None
+            # log expm1(σ) = σ + log(1 - e^{-σ}): no overflow at large σ, no cancellation at small σ
+            return sigma + torch.log(-torch.expm1(-sigma)) + math.log(n)
+        fraction = process.uniform_fraction if self.hybrid_shift else None
+        if fraction is None:
+            return None
+        moved = -torch.expm1(-sigma)
+        ratio = torch.log(moved / (torch.exp(-sigma) + moved * fraction))
+        ratio = ratio + math.log(n * (1 - fraction))
+        return torch.where(x_t == n, ratio, torch.zeros_like(ratio))
+
+    def initialize(self, bias: Tensor, process: RankOne, schedule: Schedule | None) -> None:
+        """Sets the bias of MASK's log-score in the head of a new network for a hybrid process.
+
+        The bias is one log-score for every σ̄ from 0 to σ̄(1). The best one for text of which nothing is known is the log
+        of n times the mean of p_t(MASK) = b (1-λ) over the mean of n p_t(y) = a + b λ. It costs 0.25 nats per token at
+        λ = 0.1 with the log-linear schedule.
+
+        Args:
+            bias: bias of the head [N], changed in place.
+            process: the noise process; nothing is done unless it is hybrid.
+            schedule: the noise schedule; log-linear if None.
+        """
+        fraction = process.uniform_fraction if self.hybrid_shift else None
+        if fraction is None:
+            return
+        end = LogLinear() if schedule is None else schedule
+        total = float(end.total(torch.ones((), dtype=torch.float64, device="cpu")))
+        kept = -math.expm1(-total)  # the integral of a over σ̄; total - kept is the integral of b
+        moved = total - kept
+        ratio = (1 - fraction) * moved / (kept + fraction * moved)
+        with torch.no_grad():
+            bias[-1] = math.log((process.dim - 1) * ratio)
+
+
+class Objective(ABC):
+    """A training loss, which is also the integrand of the likelihood bound. Found by name in ``OBJECTIVES``."""
+
+    def parameterization(self, config: Any) -> Parameterization:
+        """How the network's output is read.
+
+        Args:
+            config: options with ``scale_by_sigma`` and ``hybrid_shift``, such as :class:`sedd.network.ModelConfig`.
+        """
+        return Score(config.scale_by_sigma, config.hybrid_shift)
+
+    @abstractmethod
+    def loss(
+        self, diffusion: Diffusion, x_0: Tensor, x_t: Tensor, t: Tensor, *, given: int, scale: float, fused: bool
+    ) -> Tensor:
+        """The loss of noised sequences; see :meth:`Diffusion.loss` for the arguments and the result."""
+
+
+class Diffusion(nn.Module):
+    """A discrete diffusion model. Calling it computes the training loss.
+
+    The parameters of the network are ``network.*``. If the schedule is a module, its parameters are ``schedule.*``:
+    optimiser, moving average and checkpoints treat both alike.
+
+    Args:
+        network: reads noised tokens, see :class:`sedd.network.Network`.
+        process: the noise process.
+        schedule: total noise and noise rate over time.
+        objective: the loss.
+        parameterization: how the network's output becomes log-scores; :class:`Score` if None.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        process: RankOne,
+        schedule: Schedule,
+        objective: Objective,
+        parameterization: Parameterization | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.process = process
+        self.schedule = schedule
+        self.objective = objective
+        self.parameterization = Score() if parameterization is None else parameterization
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters; the CPU if there are none."""
+        return device_of(self)
+
+    def with_schedule(self, schedule: Schedule) -> Diffusion:
+        """The same model under another noise schedule; network and parameters are shared."""
+        return Diffusion(self.network, self.process, schedule, self.objective, self.parameterization)
+
+    def log_score_shift(self, sigma: Tensor, x_t: Tensor) -> Tensor | None:
+        """See :meth:`Parameterization.log_score_shift`."""
+        return self.parameterization.log_score_shift(self.process, sigma, x_t)
+
+    @torch.no_grad()
+    def noise(self, x_0: Tensor, t: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Noised sequences x_t ~ p_t(· | x_0).
+
+        Args:
+            x_0: clean tokens [B, L], int64.
+            t: time of each sequence [B], in (0, 1].
+            generator: random number generator; torch's default one if None.
+
+        Returns:
+            Tokens [B, L], int64.
+
+        Raises:
+            ValueError: ``x_0`` is not [B, L] or ``t`` not [B]; tokens or times out of range.
+        """
+        if x_0.dim() != 2:
+            raise ValueError(f"x_0: expected a tensor [B, L], got shape {list(x_0.shape)}")
+        if t.shape != x_0.shape[:1]:
+            raise ValueError(f"t: expected shape [{x_0.shape[0]}], one time for each sequence, got {list(t.shape)}")
+        return sample_transition(x_0, self.schedule.total(t).unsqueeze(-1), self.process, generator=generator)
+
+    def loss(
+        self, x_0: Tensor, x_t: Tensor, t: Tensor, *, given: int = 0, scale: float = 1.0, fused: bool = True
+    ) -> Tensor:
+        """The loss of noised sequences. Trainer, likelihood bound and harness all call this.
+
+        Args:
+            x_0: clean tokens [B, L], int64.
+            x_t: noised tokens [B, L], int64.
+            t: time of each sequence [B], in (0, 1].
+            given: number of tokens at the beginning that are given: the network reads them, and they are not scored.
+            scale: factor of the result. Fused heads compute gradients in the forward pass: for a mean, pass 1/n here.
+            fused: fuse a linear head with the loss, which then needs no log-scores of rows × N.
+
+        Returns:
+            Nats per sequence times ``scale`` [B], float32, differentiable. The expectation over t ~ U(0, 1) is the
+            integral of the likelihood bound (:func:`sedd.diffusion.elbo`).
+        """
+        return self.objective.loss(self, x_0, x_t, t, given=given, scale=scale, fused=fused)
+
+    def forward(
+        self,
+        x_0: Tensor,
+        t: Tensor,
+        *,
+        scale: float = 1.0,
+        fused: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The training loss: noises the sequences and returns :meth:`loss`, with the arguments of both."""
+        return self.loss(x_0, self.noise(x_0, t, generator=generator), t, scale=scale, fused=fused)

@@ -1,0 +1,389 @@
+"""Samplers: from noise to text, around given tokens if there are any. Found by name in :data:`SAMPLERS`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sedd.diffusion.diffusion import Diffusion
+from sedd.diffusion.schedule import Schedule
+from sedd.progress import track
+from sedd_ext import Euler, RankOne, Tweedie, linear_reverse_sample, reverse_probs, reverse_sample
+
+__all__ = [
+    "SAMPLERS",
+    "EulerSampler",
+    "GreedySampler",
+    "Sampler",
+    "TweedieSampler",
+    "Walk",
+    "sample",
+]
+
+T_END = 1e-5
+"""Time at which the reverse steps end and the denoising step starts, as in the released code."""
+
+
+class Walk:
+    """The sequences that a sampler moves from noise to text, and what it can do with them.
+
+    Attributes:
+        diffusion: the model.
+        tokens: the sequences [B, L], int64.
+        free: positions that the sampler may change [B, L], bool; the others are given.
+
+    Args:
+        diffusion: the model, in evaluation mode.
+        tokens: where the walk starts: noise at t = 1, and the given tokens.
+        free: see above.
+        temperature: see :func:`sedd_ext.reverse_sample`.
+        top_p: see :func:`sedd_ext.reverse_sample`.
+        fused: draw from a linear head tile by tile, without log-scores of the whole vocabulary.
+        generator: random number generator; torch's default one if None.
+        autocast_dtype: dtype that a linear head is cast to once, for all steps.
+    """
+
+    def __init__(
+        self,
+        diffusion: Diffusion,
+        tokens: Tensor,
+        free: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        fused: bool = True,
+        generator: torch.Generator | None = None,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.diffusion, self.tokens, self.free = diffusion, tokens, free
+        self.generator = generator
+        self._options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "generator": generator}
+        self._head = diffusion.network.head_parameters() if fused else None
+        if self._head is not None and autocast_dtype is not None:
+            weight, bias = (None if tensor is None else tensor.detach().to(autocast_dtype) for tensor in self._head)
+            assert weight is not None
+            self._head = weight, bias
+        # of a network that does not depend on the time: the tokens it has seen last [B, L], and its states [B, L, d]
+        self._seen: Tensor | None = None
+        self._states: Tensor | None = None
+
+    @property
+    def process(self) -> RankOne:
+        """The noise process."""
+        return self.diffusion.process
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise schedule."""
+        return self.diffusion.schedule
+
+    def open(self) -> Tensor:
+        """Positions that a reverse step can change [B, L], bool: free and, for absorbing processes, masked."""
+        return self.free & (self.tokens == self.process.mask_id) if self.process.family == "absorbing" else self.free
+
+    @torch.no_grad()
+    def draw(self, where: Tensor, t: Tensor | float, step: Tweedie | Euler, *, denoise: bool = False) -> Tensor:
+        """Draws tokens after a reverse step, without writing them.
+
+        Args:
+            where: positions to draw [B, L], bool.
+            t: time of the sequences, one number or [B].
+            step: the step; its noise is one number or [B].
+            denoise: the last step: MASK is never drawn.
+
+        Returns:
+            Tokens [R] for the R positions, in the order of ``tokens[where]``.
+        """
+        hidden, x_t, shift = self._hidden(where, t)
+        options: dict[str, Any] = {"log_score_shift": shift, "denoise": denoise, **self._options}
+        step = self._per_position(step, where)
+        if self._head is not None:
+            return linear_reverse_sample(hidden, *self._head, x_t, step, self.process, **options)
+        return reverse_sample(self.diffusion.network.head(hidden), x_t, step, self.process, **options)
+
+    @torch.no_grad()
+    def probs(self, where: Tensor, t: Tensor | float, step: Tweedie | Euler, *, denoise: bool = False) -> Tensor:
+        """Probabilities [R, N] of the tokens that :meth:`draw` draws from, in float32 or float64."""
+        hidden, x_t, shift = self._hidden(where, t)
+        log_score = self.diffusion.network.head(hidden)
+        log_score = log_score if log_score.dtype == torch.float64 else log_score.float()
+        step = self._per_position(step, where)
+        return reverse_probs(log_score, x_t, step, self.process, log_score_shift=shift, denoise=denoise)
+
+    def write(self, where: Tensor, tokens: Tensor) -> None:
+        """Puts tokens [R] at the positions ``where`` [B, L]."""
+        self.tokens = self.tokens.masked_scatter(where, tokens)
+
+    def remask(self, where: Tensor) -> None:
+        """Puts MASK at the positions ``where`` [B, L].
+
+        Raises:
+            ValueError: the process has no MASK.
+        """
+        if self.process.mask_id is None:
+            raise ValueError(f"remask: expected a process with a MASK token, got {self.process}")
+        self.tokens = self.tokens.masked_fill(where, self.process.mask_id)
+
+    def step(self, t: Tensor | float, step: Tweedie | Euler, *, denoise: bool = False) -> None:
+        """Takes a reverse step at all open positions; calls nothing if there are none."""
+        where = self.open()
+        if bool(where.any()):
+            self.write(where, self.draw(where, t, step, denoise=denoise))
+
+    def _per_position(self, step: Tweedie | Euler, where: Tensor) -> Tweedie | Euler:
+        """A step whose noise is one number, or one for each of the R positions."""
+        noise = step.dsigma if isinstance(step, Tweedie) else step.step
+        if not isinstance(noise, Tensor) or noise.numel() == 1:
+            return step
+        return type(step)(noise.to(where.device)[where.nonzero()[:, 0]])
+
+    def _hidden(self, where: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor | None]:
+        """States [R, d], tokens [R] and shift of the log-scores at the R positions, with few calls of the network.
+
+        Sequences without such a position are left out. A network that does not depend on the time sees a sequence again
+        only after one of its tokens has changed.
+        """
+        network, device = self.diffusion.network, self.tokens.device
+        time = torch.as_tensor(t, dtype=torch.float64).reshape(-1)
+        sigma = self.schedule.total(time).to(device)
+        x_t, active = self.tokens[where], where.any(1)
+        if network.time_conditioning:
+            given = sigma if sigma.numel() == 1 else sigma[active]
+            hidden = network.hidden(self.tokens[active], given)[where[active]]
+        else:
+            if self._seen is None or self._states is None:
+                self._seen, self._states = self.tokens.clone(), network.hidden(self.tokens, sigma)
+            else:
+                stale = active & (self.tokens != self._seen).any(1)
+                if bool(stale.any()):
+                    self._seen[stale] = self.tokens[stale]
+                    given = sigma if sigma.numel() == 1 else sigma[stale]
+                    self._states[stale] = network.hidden(self.tokens[stale], given)
+            hidden = self._states[where]
+        rows = sigma if sigma.numel() == 1 else sigma[where.nonzero()[:, 0]]
+        return hidden, x_t, self.diffusion.log_score_shift(rows, x_t)
+
+
+@dataclass(frozen=True)
+class Sampler(ABC):
+    """Moves sequences from noise to text. A subclass decides on positions, times and steps.
+
+    Attributes:
+        steps: number of reverse steps, at least 1. More steps take longer and give better samples.
+    """
+
+    steps: int
+
+    @abstractmethod
+    def __call__(self, walk: Walk) -> Iterator[Tensor]:
+        """Yields the tokens [B, L] after each step."""
+
+    def count(self, walk: Walk) -> int:
+        """Number of steps that the walk takes, for progress."""
+        return self.steps
+
+
+@dataclass(frozen=True)
+class _EvenSteps(Sampler):
+    """Reverse steps of equal size from t = 1 to t = 1e-5 at all open positions, then a denoising Tweedie step.
+
+    Attributes:
+        steps: number of reverse steps.
+        denoise: take the denoising step. Without it, absorbing processes may leave MASK tokens.
+    """
+
+    denoise: bool = True
+
+    @abstractmethod
+    def reverse_step(self, schedule: Schedule, t: Tensor, t_next: Tensor) -> Tweedie | Euler:
+        """The step from t to the earlier time t_next, both float64 scalars."""
+
+    def count(self, walk: Walk) -> int:
+        return self.steps + int(self.denoise)
+
+    def __call__(self, walk: Walk) -> Iterator[Tensor]:
+        times = torch.linspace(1.0, T_END, self.steps + 1, dtype=torch.float64)
+        for t, t_next in pairwise(times):
+            walk.step(t, self.reverse_step(walk.schedule, t, t_next))
+            yield walk.tokens
+        if self.denoise:
+            walk.step(times[-1], Tweedie(float(walk.schedule.total(times[-1]))), denoise=True)
+            yield walk.tokens
+
+
+class TweedieSampler(_EvenSteps):
+    """Tweedie τ-leaping: the best step that moves positions independently. Source: SEDD, equation 19."""
+
+    def reverse_step(self, schedule: Schedule, t: Tensor, t_next: Tensor) -> Tweedie:
+        """Δ = σ̄(t) - σ̄(t_next)."""
+        return Tweedie(float(schedule.total(t) - schedule.total(t_next)))
+
+
+class EulerSampler(_EvenSteps):
+    """Euler's method. Source: SEDD, equation 17."""
+
+    def reverse_step(self, schedule: Schedule, t: Tensor, t_next: Tensor) -> Euler:
+        """Δt σ(t)."""
+        return Euler(float((t - t_next) * schedule.rate(t)))
+
+
+@dataclass(frozen=True)
+class GreedySampler(Sampler):
+    """Greedy decoding: each step fixes the most probable token at the positions where the model is surest.
+
+    Every step computes the distribution of the clean token at all positions. n positions in k steps are fixed n/k at a
+    time, at the times 1, 1 - 1/k, ..., 1/k; there are at most n steps. This suits absorbing noise. Where noise looks
+    like text, a model near t = 1 takes given tokens for noise too.
+
+    Source: Deschenaux & Gulcehre 2024, appendix A.2, for greedy decoding; they do not define the order, which is ours.
+    """
+
+    def count(self, walk: Walk) -> int:
+        """At most one step for each free position."""
+        return min(self.steps, int(walk.free.sum(1).max()))
+
+    def __call__(self, walk: Walk) -> Iterator[Tensor]:
+        """See :meth:`Sampler.__call__`."""
+        steps, where = self.count(walk), walk.free
+        size = where.sum(1)  # of each sequence
+        for i in range(steps):
+            t = 1 - i / steps
+            sigma = float(walk.schedule.total(torch.tensor([t], dtype=torch.float64)))
+            best, token = walk.probs(where, t, Tweedie(sigma), denoise=True).max(-1)
+            surest = torch.full(where.shape, -1.0, dtype=best.dtype, device=best.device).masked_scatter(where, best)
+            surest = torch.where(walk.free, surest, -1.0)
+            rank = surest.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            wanted = size * (i + 1) // steps - size * i // steps
+            fixed = walk.free & (rank < wanted[:, None])
+            tokens = torch.zeros_like(walk.tokens).masked_scatter(where, token)
+            walk.write(fixed, tokens[fixed])
+            walk.free = walk.free & ~fixed
+            yield walk.tokens
+
+
+SAMPLERS: dict[str, type[Sampler]] = {"tweedie": TweedieSampler, "euler": EulerSampler, "greedy": GreedySampler}
+"""All samplers by name. To add one, write a subclass of :class:`Sampler` and name it here."""
+
+
+def sample(
+    diffusion: Diffusion,
+    *,
+    batch: int,
+    length: int,
+    steps: int = 128,
+    sampler: str | Sampler = "tweedie",
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    fused: bool = True,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    fixed: tuple[Tensor, Tensor] | None = None,
+    on_step: Callable[[int, int, Tensor], None] | None = None,
+    progress: bool = False,
+    autocast_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Draws sequences from the model, around given tokens if there are any.
+
+    Starts at t = 1 from the process's stationary distribution and follows the sampler to t = 0. Only positions that can
+    still change go through head and sampler.
+
+    Args:
+        diffusion: the model. Used in evaluation mode and left in the mode it was in.
+        batch: number of sequences B.
+        length: tokens in each, L.
+        steps: number of reverse steps, at least 1.
+        sampler: a key of :data:`SAMPLERS`, or a :class:`Sampler`, which has its own ``steps``.
+        temperature: sharpens (below 1) or flattens which token a position changes to, see
+            :func:`sedd_ext.reverse_sample`. 1 is the papers' law.
+        top_p: a position changes to one of the fewest, most probable tokens that hold this much of the probability.
+        fused: draw from a linear head tile by tile, without log-scores of the whole vocabulary.
+        generator: random number generator, on the model's device; torch's default one if None.
+        device: where to sample; the model's device if None.
+        fixed: infilling: tokens ([L] or [B, L], int64) and where they are given ([L] or [B, L], bool). They keep their
+            places in every step and in the result; the tokens elsewhere are ignored.
+        on_step: called after each step with the number of steps done, their number in all, and the tokens so far
+            [B, L].
+        progress: show a progress bar.
+        autocast_dtype: run the network under autocast in this dtype, e.g. torch.bfloat16.
+
+    Returns:
+        Tokens [B, L], int64.
+
+    Raises:
+        ValueError: a count below 1, an unknown sampler, or ``fixed`` that does not fit: wrong shape, a token outside
+            the vocabulary, MASK as a given token, nothing left to sample.
+        TypeError: ``fixed`` is not an int64 and a bool tensor.
+        ImportError: ``progress`` without rich.
+
+    Source: SEDD (Lou, Meng & Ermon 2024), algorithms 2 and 3.
+    """
+    for name, value in (("batch", batch), ("length", length), ("steps", steps)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if isinstance(sampler, str):
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler: expected one of {', '.join(map(repr, SAMPLERS))}, got {sampler!r}")
+        sampler = SAMPLERS[sampler](steps)
+    process = diffusion.process
+    device = torch.device(device) if device is not None else diffusion.device
+    x = process.sample_limit((batch, length), generator=generator, device=device)
+    free = torch.ones_like(x, dtype=torch.bool)
+    if fixed is not None:
+        tokens, is_fixed = _checked(fixed, process, batch, length)
+        x = torch.where(is_fixed.to(device), tokens.to(device), x).contiguous()
+        free = ~is_fixed.to(device)
+    walk = Walk(
+        diffusion,
+        x,
+        free,
+        temperature=temperature,
+        top_p=top_p,
+        fused=fused,
+        generator=generator,
+        autocast_dtype=autocast_dtype,
+    )
+    total, training = sampler.count(walk), diffusion.training
+    diffusion.train(False)
+    # autocast around all steps, as it keeps the weights that it has cast; in inference mode it would not
+    with ExitStack() as stack:
+        stack.callback(diffusion.train, training)
+        stack.enter_context(torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None))
+        steps_taken = sampler(walk)
+        for i in track(range(total), "sampling", progress):
+            with torch.no_grad():
+                x = next(steps_taken)
+            if on_step is not None:
+                on_step(i + 1, total, x.clone())
+    return x
+
+
+def _checked(fixed: tuple[Tensor, Tensor], process: RankOne, batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """Checks the given tokens of an infilling and expands them to [B, L]."""
+    tokens, is_fixed = fixed
+    for name, tensor, dtype in (("tokens", tokens, torch.int64), ("positions", is_fixed, torch.bool)):
+        if tensor.dtype != dtype:
+            raise TypeError(f"fixed: expected the {name} as a {dtype} tensor, got {tensor.dtype}")
+        if tuple(tensor.shape) not in ((length,), (batch, length)):
+            raise ValueError(
+                f"fixed: expected the {name} as [{length}] or [{batch}, {length}], got {list(tensor.shape)}"
+            )
+    tokens, is_fixed = tokens.expand(batch, length), is_fixed.to(tokens.device).expand(batch, length)
+    given = tokens[is_fixed]
+    if bool(((given < 0) | (given >= process.dim)).any()):
+        raise ValueError(
+            f"fixed: expected tokens in [0, {process.dim}), got values from {int(given.min())} to {int(given.max())}"
+        )
+    if process.mask_id is not None and bool((given == process.mask_id).any()):
+        raise ValueError(
+            f"fixed: the MASK token {process.mask_id} is no text; leave its position unfixed to have it filled"
+        )
+    if bool(is_fixed.all()):
+        raise ValueError("fixed: every position is given, nothing is left to sample")
+    return tokens, is_fixed

@@ -1,0 +1,373 @@
+"""Reads stored models in all supported formats: their configuration and their tensors.
+
+:func:`read_model` reads
+
+* a run folder of ``sedd train``, or one of its checkpoint folders;
+* a Hugging Face repository or a folder of the same layout: ``config.json`` with ``model.safetensors`` (from
+  ``save_pretrained``) or ``pytorch_model.bin`` (the released SEDD models);
+* a training run of the released SEDD code: ``.hydra/config.yaml`` with ``checkpoints-meta/checkpoint.pth``;
+* a Lightning checkpoint whose network is called ``backbone`` and uses the released names (as in MDLM and its
+  descendants); its configuration is read from its hyper-parameters or from a ``.hydra`` folder above it.
+
+Averaged weights are used if there are any. No file can execute code (:mod:`sedd.hub.weights`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sedd.config import TrainConfig
+from sedd.data.tokenizer import TOKENIZER_FILES, TOKENIZERS, Tokenizer, get_tokenizer
+from sedd.diffusion.schedule import SCHEDULES, Schedule, get_schedule
+from sedd.hints import program
+from sedd.hub.weights import PICKLES, read_weights
+from sedd.network import ModelConfig
+from sedd.plain import merged, read_plain
+from sedd.training.checkpoint import (
+    DamagedError,
+    best_checkpoint,
+    last_whole_checkpoint,
+    list_checkpoints,
+    read_config,
+    read_state,
+    read_tensors,
+    read_tokenizer,
+)
+from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
+
+__all__ = ["StoredModel", "read_model", "to_config"]
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+PROCESSES = {"absorb": "absorbing", "absorbing_state": "absorbing", "uniform_state": "uniform"}
+VOCABULARIES = {50_257: "gpt2", 257: "bytes", 27: "text8"}
+"""The tokeniser of a model without a ``tokenizer`` entry, by its number of tokens."""
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model as it is stored.
+
+    Attributes:
+        path: the checkpoint folder of a run; otherwise the folder or file of the model.
+        file: the file of the tensors.
+        sizes: the dimensions of the network.
+        process: the noise process.
+        schedule: the noise schedule.
+        tokenizer: a tokeniser, its name, or None if it is unknown.
+        tensors: the averaged weights by name.
+        config: the options of the run; None if it is not a run of ``sedd train``.
+        state: the ``state.json`` of the checkpoint; None if it is not a run of ``sedd train``.
+    """
+
+    path: Path
+    file: Path
+    sizes: ModelConfig
+    process: RankOne
+    schedule: Schedule
+    tokenizer: str | Tokenizer | None
+    tensors: Mapping[str, Tensor]
+    config: TrainConfig | None = None
+    state: dict[str, Any] | None = None
+
+
+def read_model(name_or_path: Path | str, *, config: Mapping[str, Any] | None = None, **hub: Any) -> StoredModel:
+    """Reads a model in any of the formats of this module.
+
+    Args:
+        name_or_path: a run folder (its best checkpoint is read, or its last one if none was validated), a checkpoint
+            folder of a run, a model folder, a checkpoint file, or the name of a repository on the Hugging Face hub.
+        config: entries of ``config.json`` (:func:`to_config` lists them) that take precedence over those of the
+            checkpoint: ``{"graph": {"type": "uniform"}, "noise": {"type": "geometric"}}``.
+        **hub: for a repository on the hub, arguments of ``huggingface_hub.snapshot_download``: ``revision``, ``token``,
+            ``cache_dir``, ``force_download``, ``local_files_only``.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or repository, or it contains no model.
+        ConnectionError: there is no such file or folder, and the hub cannot be reached.
+        ValueError: a file is damaged, contains objects that are not data, or does not describe the model.
+    """
+    path = _find(name_or_path, **hub)
+    while (checkpoint := _checkpoint(path)) is not None:
+        if config:
+            raise ValueError(
+                f"config: expected none for {path}, a run of sedd train with its own configuration; omit config"
+            )
+        try:
+            with _offering_another(checkpoint.parent.parent):
+                return _read_checkpoint(checkpoint)
+        except FileNotFoundError:
+            # a run that is still training has deleted it meanwhile, and has a better one
+            if checkpoint == path or checkpoint.exists():
+                raise
+    file, found = _contents(path)
+    weights, inside = read_weights(file)
+    found = merged(inside or found, config or {})
+    if not found:
+        raise ValueError(
+            f"{file}: expected a configuration in it or its folder, got none; give one (sedd convert --config FILE)"
+        )
+    try:
+        return _from_config(found, weights, path, file)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: invalid configuration: {error}") from error
+
+
+def _read_checkpoint(checkpoint: Path) -> StoredModel:
+    state, config = read_state(checkpoint), read_config(checkpoint)
+    tokenizer = read_tokenizer(checkpoint, config)
+    tensors = read_tensors(checkpoint, "ema", state)
+    schedule = get_schedule(config.schedule, **config.schedule_params)
+    if isinstance(schedule, nn.Module):  # a schedule with parameters
+        names = [name for name in tensors if name.startswith("schedule.")]
+        schedule.load_state_dict({name.removeprefix("schedule."): tensors.pop(name) for name in names})
+    embedding = tensors.get("vocab_embed.embedding")  # a corpus that is not text has its own vocabulary
+    tokens = tokenizer.vocab_size if embedding is None else len(embedding) - (config.process != "uniform")
+    process = config.make_process(tokens)
+    return StoredModel(
+        checkpoint,
+        checkpoint / "ema.safetensors",
+        config.model.build(),
+        process,
+        schedule,
+        tokenizer,
+        tensors,
+        config,
+        state,
+    )
+
+
+@contextmanager
+def _offering_another(run_dir: Path) -> Iterator[None]:
+    """Adds the last complete checkpoint of the run to the errors about a damaged one."""
+    try:
+        yield
+    except (FileNotFoundError, DamagedError) as error:
+        whole = last_whole_checkpoint(run_dir)
+        if whole is None:
+            raise
+        raise type(error)(f"{error}; the last complete checkpoint is {whole}: use that one") from error
+
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+
+
+def to_config(
+    sizes: ModelConfig, process: RankOne, schedule: Schedule | None, tokenizer: str | Tokenizer | None
+) -> dict[str, Any]:
+    """The content of ``config.json`` for a model, with the keys of the released SEDD repositories.
+
+    Returns:
+        ``tokens`` (size of the vocabulary without MASK), ``tokenizer`` (a name, "tokenizer.json" for that file in the
+        same folder, or None), ``graph`` (``type`` absorb, uniform or hybrid), ``noise`` (``type`` and the parameters of
+        the schedule) and ``model`` (the dimensions of the network).
+
+    Raises:
+        ValueError: the model has no schedule, or its process or schedule is not a registered one.
+    """
+    if isinstance(schedule, nn.Module):
+        raise ValueError(
+            "schedule: expected one without parameters, got a module, which this format cannot store yet; keep the run"
+        )
+    if schedule is None:
+        raise ValueError("schedule: expected a noise schedule, got None; create the model with SEDD(..., schedule=...)")
+    names = [name for name, kind in SCHEDULES.items() if type(schedule) is kind]
+    if not names:
+        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}; got {type(schedule).__name__}")
+    tokens = process.dim - (process.mask_id is not None)
+    kind: dict[str, Any] = {"type": "absorb" if process.family == "absorbing" else process.family}
+    if process.family == "rank_one":
+        kind = {"type": "hybrid", "uniform_fraction": round(float(process.stationary[0]) * tokens, 12)}
+        if process.mask_id != tokens or not torch.allclose(
+            process.stationary, Hybrid(tokens, kind["uniform_fraction"]).stationary, rtol=1e-9, atol=0
+        ):
+            raise ValueError(
+                "process: expected absorbing, uniform or hybrid, got another stationary distribution, which has no name"
+            )
+    return {
+        "tokens": tokens,
+        "tokenizer": TOKENIZER_FILES[0] if isinstance(tokenizer, Tokenizer) else tokenizer,
+        "graph": kind,
+        "noise": {"type": names[0], **vars(schedule)},
+        "model": dataclasses.asdict(sizes),
+    }
+
+
+def _from_config(config: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path, file: Path) -> StoredModel:
+    """The model of a configuration with the released keys. Missing entries are inferred from the tensors."""
+    if config.get("parameterization", "sedd") != "sedd":
+        raise ValueError(
+            f"parameterization: expected 'sedd', got {config['parameterization']!r}, which does not predict scores"
+        )
+    embedding = weights.get("vocab_embed.embedding")
+    frequencies = weights.get("rotary_emb.inv_freq")
+    if embedding is None or embedding.dim() != 2 or frequencies is None or not frequencies.numel():
+        found = ", ".join(list(weights)[:5])
+        raise ValueError(
+            f"tensors: expected those of a SEDD (vocab_embed.embedding, rotary_emb.inv_freq, ...), got {found}, ..."
+        )
+    dim, hidden_size = embedding.shape
+    blocks = {match[1] for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))}
+    sizes: dict[str, Any] = {
+        "hidden_size": hidden_size,
+        "n_blocks": max(1, len(blocks)),
+        "n_heads": max(1, hidden_size // (2 * frequencies.numel())),
+    }
+    if (conditioning := weights.get("sigma_map.mlp.0.bias")) is not None:
+        sizes["cond_dim"] = conditioning.numel()
+    given = {**_section(config, "model")}
+    if "time_conditioning" in config:
+        given.setdefault("time_conditioning", config["time_conditioning"])
+    fields = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    for name, value in given.items():
+        if name in fields and value is not None:
+            whole = isinstance(fields[name], float) and type(value) is int
+            if type(value) is not type(fields[name]) and not whole:
+                raise ValueError(f"model.{name}: expected {type(fields[name]).__name__}, got {value!r}")
+            if name in sizes and value != sizes[name]:
+                raise ValueError(f"model.{name}: expected {sizes[name]} for these tensors, got {value}")
+            sizes[name] = value
+    process = _process(config, dim)
+    if process.family == "rank_one":  # models saved before the shift existed were trained without it
+        sizes.setdefault("hybrid_shift", False)
+    tokens = dim - (process.mask_id is not None)
+    if config.get("tokens", tokens) != tokens or isinstance(config.get("tokens"), bool):
+        raise ValueError(
+            f"tokens: expected {tokens} for an embedding of {dim} rows (including MASK), got {config['tokens']}"
+        )
+    tokenizer = _tokenizer(config, tokens, file.parent)
+    return StoredModel(path, file, ModelConfig(**sizes), process, _schedule(config), tokenizer, weights)
+
+
+def _tokenizer(config: Mapping[str, Any], tokens: int, folder: Path) -> str | Tokenizer | None:
+    """A registered tokeniser, or that of ``tokenizer.json`` in the folder of the weights; never another file."""
+    beside = folder / TOKENIZER_FILES[0]
+    name = config.get("tokenizer") or VOCABULARIES.get(tokens) or (beside.name if beside.is_file() else None)
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise ValueError(f"tokenizer: expected a tokeniser of {tokens} tokens, got {name!r}")
+    tokenizer: str | Tokenizer = get_tokenizer(str(beside)) if name == beside.name else name
+    sized = tokenizer if isinstance(tokenizer, Tokenizer) else TOKENIZERS.get(tokenizer)
+    if sized is None or sized.vocab_size != tokens:
+        raise ValueError(f"tokenizer: expected a tokeniser of {tokens} tokens, got {name!r}")
+    return tokenizer
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = config.get(name) or {}
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{name}: expected an object, got {section!r}")
+    return section
+
+
+def _process(config: Mapping[str, Any], dim: int) -> RankOne:
+    section = _section(config, "graph")
+    name = section.get("type") or config.get("diffusion")
+    kind = PROCESSES.get(str(name), str(name))
+    if kind == "absorbing":
+        return Absorbing(dim - 1)
+    if kind == "uniform":
+        return Uniform(dim)
+    if kind == "hybrid":
+        return Hybrid(dim - 1, _number(section, "graph.uniform_fraction"))
+    raise ValueError(f"graph.type: expected absorb, uniform or hybrid, got {'none' if name is None else repr(name)}")
+
+
+def _schedule(config: Mapping[str, Any]) -> Schedule:
+    section = _section(config, "noise")
+    name = section.get("type")
+    if not isinstance(name, str) or name not in SCHEDULES:
+        given = "none" if name is None else repr(name)
+        raise ValueError(f"noise.type: expected one of {', '.join(SCHEDULES)}; got {given}")
+    # the released configurations have sigma_min and sigma_max for every schedule, even log-linear, which uses neither
+    known = [field.name for field in dataclasses.fields(SCHEDULES[name])]  # type: ignore[arg-type]
+    return get_schedule(
+        name, **{key: _number(section, f"noise.{key}") for key in known if section.get(key) is not None}
+    )
+
+
+def _number(section: Mapping[str, Any], name: str) -> float:
+    value = section.get(name.rpartition(".")[2])
+    try:
+        number = math.nan if value is None or isinstance(value, bool) else float(value)  # YAML has 1e-4 as a string
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, got {'none' if value is None else repr(value)}")
+    return number
+
+
+# -- location ----------------------------------------------------------------------------------------------------------
+
+
+def _find(name_or_path: Path | str, **hub: Any) -> Path:
+    """A local path unchanged, or the folder to which a repository on the hub is downloaded."""
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return path
+    name = str(name_or_path)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or path.suffix in (*PICKLES, ".safetensors"):
+        raise FileNotFoundError(
+            f"{path}: no such file or folder; expected a run folder (from sedd train --run_dir), a model folder or "
+            "file, or the name of a repository on the Hugging Face hub"
+        )
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=["config.json", *WEIGHTS, *TOKENIZER_FILES], **hub)
+        )
+    except (LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, HfHubHTTPError):
+            answer = "has no such repository" if isinstance(error, RepositoryNotFoundError) else "returned an error"
+            raise FileNotFoundError(
+                f"{name}: no such file or folder, and the Hugging Face hub {answer}: {error}"
+            ) from error
+        raise ConnectionError(
+            f"{name}: no such file or folder, and the Hugging Face hub cannot be reached ({type(error).__name__}: "
+            f"{error}). Give a run folder, a model folder or file, or connect to the network"
+        ) from error
+
+
+def _checkpoint(path: Path) -> Path | None:
+    """The checkpoint folder of a run of ``sedd train``; None if ``path`` may be a model in another format."""
+    if path.is_dir() and (re.fullmatch(r"step_\d+", path.name) or (path / "state.json").exists()):
+        return Path(os.path.abspath(path))  # its run is two folders above, which a relative path may not contain
+    if checkpoints := list_checkpoints(path):
+        with _offering_another(path):
+            return best_checkpoint(path) or checkpoints[-1]
+    if path.is_file() or (path / ".hydra").is_dir() or any((path / name).exists() for name in WEIGHTS):
+        return None
+    raise FileNotFoundError(
+        f"{path}: expected checkpoints or {' or '.join(WEIGHTS)}, got neither; train first: {program()} train "
+        f"--run_dir {shlex.quote(str(path))}"
+    )
+
+
+def _contents(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The file with the weights, and the configuration in its folder; empty if there is none."""
+    if path.is_dir():
+        hydra = path / ".hydra" / "config.yaml"
+        wanted = ["checkpoints-meta/checkpoint.pth"] if hydra.is_file() else WEIGHTS
+        file = next((path / name for name in wanted if (path / name).is_file()), None)
+        if file is None:
+            raise FileNotFoundError(f"{path}: expected {' or '.join(wanted)} in this folder, got none")
+    else:
+        file = path
+    beside = [file.parent / "config.json"]
+    beside += [folder / ".hydra" / "config.yaml" for folder in list(file.resolve().parents)[:3]]
+    config = next((candidate for candidate in beside if candidate.is_file()), None)
+    return file, {} if config is None else read_plain(config)

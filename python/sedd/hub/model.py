@@ -1,0 +1,254 @@
+"""The model class for the Hugging Face hub: saves and loads network, process, schedule and tokeniser together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sedd.data.tokenizer import Tokenizer
+from sedd.diffusion.diffusion import Score
+from sedd.diffusion.schedule import Schedule
+from sedd.files import TEMPORARY, flush_folder, move_all, naming, save_tensors, write_json
+from sedd.hints import pip_install
+from sedd.hub.formats import StoredModel, read_model, to_config
+from sedd.network import DiffusionTransformer, ModelConfig
+from sedd.training.checkpoint import load_weights
+from sedd_ext import RankOne
+
+if TYPE_CHECKING:
+    from huggingface_hub import PyTorchModelHubMixin
+else:
+    try:
+        from huggingface_hub import PyTorchModelHubMixin
+    except ImportError:  # the model itself needs only torch
+
+        class PyTorchModelHubMixin:
+            """Replaces the mixin if huggingface_hub is not installed."""
+
+            def __init_subclass__(cls, **kwargs):
+                """Accepts the arguments of the mixin."""
+
+
+__all__ = ["SEDD"]
+
+CARD = """---
+{{ card_data }}
+---
+
+# A score-entropy diffusion language model
+
+{{ facts }}.
+
+The model generates all positions in parallel, in any number of steps, and fills gaps anywhere in a text
+([SEDD, Lou, Meng & Ermon 2024]({{ paper_url }})). Use it with the `sedd` package, from the command line or from Python:
+
+```sh
+sedd sample NAME --steps 128        # NAME: this repository, or its local folder
+sedd infill NAME 'Once upon a time{{ "{{60}}" }}The end.'
+sedd eval perplexity NAME FILE
+```
+
+```python
+from sedd import load_model, sample
+
+loaded = load_model("NAME")
+tokens = sample(loaded.diffusion, batch=1, length={{ length }}, steps=128)
+print(loaded.tokenizer.decode(tokens[0].tolist()))
+```
+{{ text | default("", true) }}
+"""
+"""Template of the model card; ``model_card_kwargs={"text": ...}`` of ``save_pretrained`` is appended to it."""
+
+
+class SEDD(
+    DiffusionTransformer,
+    PyTorchModelHubMixin,
+    library_name="sedd",
+    paper_url="https://arxiv.org/abs/2310.16834",
+    pipeline_tag="text-generation",
+    tags=["discrete-diffusion", "sedd"],
+    model_card_template=CARD,
+):
+    """A diffusion transformer that estimates the ratios p_t(y) / p_t(x_t), with process, schedule and tokeniser.
+
+    Args:
+        config: the dimensions of the network, or the name of a preset in :data:`sedd.network.PRESETS`.
+        process: the noise process; its ``dim`` is the size of the embedding and of the head.
+        schedule: the noise schedule of the training; the network does not use it, but it is saved with the model.
+        tokenizer: the tokeniser of the text, or the name of a registered one; saved with the model.
+
+    Raises:
+        ValueError: there is no preset of that name.
+
+    Source: SEDD (Lou, Meng & Ermon 2024), section 5 and appendix C.2.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig | str,
+        process: RankOne,
+        schedule: Schedule | None = None,
+        tokenizer: str | Tokenizer | None = None,
+    ) -> None:
+        super().__init__(config, process.dim)
+        self.process = process
+        self.schedule: Schedule | None
+        object.__setattr__(self, "schedule", schedule)  # not a submodule: its parameters are not the network's
+        # tokenisers without files are stored by name and loaded on use
+        if isinstance(tokenizer, Tokenizer) and not tokenizer.files():
+            tokenizer = tokenizer.name
+        self.tokenizer = tokenizer
+        self.parameterization = Score(self.config.scale_by_sigma, self.config.hybrid_shift)
+        self.parameterization.initialize(self.output_layer.linear.bias, process, schedule)
+
+    @classmethod
+    def from_stored(cls, stored: StoredModel, device: torch.device | str = "cpu") -> SEDD:
+        """Builds a model from the result of :func:`sedd.hub.formats.read_model`, in evaluation mode.
+
+        Raises:
+            ValueError: the tensors do not fit the model; the message lists missing, unexpected and misshapen ones.
+        """
+        with torch.device("meta"):  # initial weights would be overwritten
+            model = cls(stored.sizes, stored.process, stored.schedule, stored.tokenizer)
+        load_weights(model, stored.tensors, stored.file)
+        return model.to(device).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        config: Mapping[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+        **hub: Any,
+    ) -> SEDD:
+        """Loads a trained model from a run, folder, file or Hugging Face repository.
+
+        Args:
+            pretrained_model_name_or_path: see :func:`sedd.hub.formats.read_model`, also for ``config`` and ``**hub``.
+            config: entries that take precedence over those of ``config.json``.
+            device: the device of the model.
+            **hub: ``revision``, ``token``, ``cache_dir``, ``force_download``, ``local_files_only``.
+
+        Returns:
+            The model in evaluation mode and float32, with the averaged weights, and with ``process``, ``schedule`` and
+            ``tokenizer`` (a name, the tokeniser saved with the model, or None if it is unknown) as attributes.
+
+        Raises:
+            FileNotFoundError, ConnectionError: as :func:`sedd.hub.formats.read_model`.
+            ValueError: as there, or the tensors do not fit the model.
+            ImportError: a package of the extra ``train`` is not installed.
+        """
+        return cls.from_stored(read_model(pretrained_model_name_or_path, config=config, **hub), device)
+
+    def to_config(self) -> dict[str, Any]:
+        """The content of ``config.json``, see :func:`sedd.hub.formats.to_config`."""
+        return to_config(self.config, self.process, self.schedule, self.tokenizer)
+
+    def facts(self) -> str:
+        """A one-line summary: parameters, noise, schedule and tokens.
+
+        Raises:
+            ValueError: as :func:`sedd.hub.formats.to_config`.
+        """
+        config, sizes = self.to_config(), self.config
+        count = sum(parameter.numel() for parameter in self.parameters())
+        noise = ", ".join(f"{key} {value:g}" for key, value in config["noise"].items() if key != "type")
+        return (
+            f"{count / 1e6:.1f} M parameters ({sizes.n_blocks} blocks of width {sizes.hidden_size}, "
+            f"{sizes.n_heads} heads), {config['graph']['type']} noise, {config['noise']['type']} schedule ({noise}), "
+            f"{config['tokenizer'] or 'unnamed'} tokens ({config['tokens']:,}) in blocks of {sizes.length}"
+        )
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> str | None:
+        """Writes ``config.json``, ``model.safetensors`` and a model card to a folder: either all of them or none.
+
+        The files of the tokeniser are written too, unless it is a registered one. An existing model card is not
+        changed. The metadata of ``model.safetensors`` contains a digest of its content, which is verified on loading.
+        :meth:`push_to_hub` uploads the same files.
+
+        Args:
+            save_directory: the folder; created if it does not exist.
+            push_to_hub: whether to upload the files after writing them.
+            repo_id: the repository on the hub; None: the name of the folder.
+            model_card_kwargs: values for the model card, such as ``text``.
+            **kwargs: arguments of :meth:`push_to_hub`.
+
+        Returns:
+            The URL of the commit with ``push_to_hub=True``, else None.
+
+        Raises:
+            ValueError: the model has no schedule, or its process has no name; or the folder is a run or a checkpoint
+                of ``sedd train``, whose files have the same names.
+            OSError: the files cannot be written; existing files are not changed.
+            ImportError: ``huggingface_hub`` is not installed.
+        """
+        if not hasattr(super(), "save_pretrained"):
+            raise ImportError(f"saving models needs huggingface_hub: {pip_install('train', 'huggingface_hub')}")
+        folder = Path(save_directory)
+        if any((folder / name).exists() for name in ("checkpoints", "state.json", ".lock")):
+            raise ValueError(
+                f"{folder}: expected no run of sedd train there, which would be overwritten; give another folder"
+            )
+        with naming(folder, "could not be written; existing files are unchanged"):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(prefix=TEMPORARY, dir=folder.parent) as temporary:
+                new = Path(temporary, "new")
+                new.mkdir()
+                super().save_pretrained(new, model_card_kwargs=model_card_kwargs)
+                if (folder / "README.md").exists():
+                    (new / "README.md").unlink()
+                flush_folder(new)
+                move_all(new, folder, last="model.safetensors")
+        if push_to_hub:
+            address: str = self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **kwargs)
+            return address
+        return None
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        write_json(save_directory / "config.json", self.to_config())
+        if isinstance(self.tokenizer, Tokenizer):
+            for name, text in self.tokenizer.files().items():
+                (save_directory / name).write_text(text, encoding="utf-8")
+        save_tensors(save_directory / "model.safetensors", self.state_dict(), {"format": "pt"})
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
+        """The model card, from :data:`CARD`."""
+        given = {"facts": self.facts(), "length": str(self.config.length)}
+        return super().generate_model_card(*args, **{**given, **kwargs})
+
+    def forward(self, x_t: Tensor, sigma: Tensor) -> Tensor:
+        """Returns the log-scores of all tokens at all positions, in the convention of the released models.
+
+        Args:
+            x_t: tokens [B, L], int64.
+            sigma: total noise σ̄ of each sequence [B], floating point, > 0.
+
+        Returns:
+            log_score [B, L, N], float32 even under autocast (float64 for a float64 model). Shifted by
+            :meth:`sedd.diffusion.Score.log_score_shift`; the entry y = x_t is zero.
+
+        Raises:
+            TypeError: ``x_t`` is not int64 or ``sigma`` not floating point.
+            ValueError: wrong shapes, a token that is not in [0, N), or a σ̄ that is not positive and finite (values
+                are checked only on the CPU, because a check on another device would synchronise with it).
+        """
+        log_score = self.head(self.hidden(x_t, sigma))
+        log_score = log_score if log_score.dtype == torch.float64 else log_score.float()
+        shift = self.parameterization.log_score_shift(self.process, sigma.unsqueeze(-1), x_t)
+        if shift is not None:
+            log_score = log_score - shift.to(log_score.dtype).unsqueeze(-1)
+        return log_score.scatter(-1, x_t.unsqueeze(-1), 0.0)

@@ -1,0 +1,74 @@
+"""Loads trained models with their process, schedule and tokeniser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sedd.config import TrainConfig
+from sedd.data.tokenizer import TOKENIZERS, Tokenizer, get_tokenizer
+from sedd.diffusion.diffusion import Diffusion
+from sedd.diffusion.objectives import OBJECTIVES
+from sedd.hub.formats import read_model
+from sedd.hub.model import SEDD
+from sedd.runtime import autocast_dtype
+
+__all__ = ["LoadedModel", "load_model"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model with its process, schedule and tokeniser.
+
+    Attributes:
+        path: the checkpoint folder of a run; otherwise the folder or file of the model.
+        diffusion: in evaluation mode, with the averaged weights.
+        tokenizer: converts text to tokens and back.
+        config: the options of the run; None for a model that is not a run of ``sedd train``.
+        state: the ``state.json`` of the checkpoint; None for a model that is not a run of ``sedd train``.
+    """
+
+    path: Path
+    diffusion: Diffusion
+    tokenizer: Tokenizer
+    config: TrainConfig | None = None
+    state: dict[str, Any] | None = None
+
+    @property
+    def model(self) -> SEDD:
+        """The network, with the process, schedule and tokeniser that are saved with it."""
+        assert isinstance(self.diffusion.network, SEDD)
+        return self.diffusion.network
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype of autocast on the model's device; None for float32 without autocast."""
+        return autocast_dtype(self.config.precision if self.config else "auto", self.diffusion.device)
+
+
+def load_model(name_or_path: Path | str, device: torch.device | str = "cpu") -> LoadedModel:
+    """Loads a model with averaged weights, process, schedule and tokeniser, for sampling or evaluation.
+
+    Args:
+        name_or_path: see :func:`sedd.hub.formats.read_model`.
+        device: the device of the model.
+
+    Raises:
+        FileNotFoundError, ConnectionError: as :func:`sedd.hub.formats.read_model`.
+        ValueError: as there; or the tensors do not fit the model, or its tokeniser is unknown.
+    """
+    stored = read_model(name_or_path)
+    model = SEDD.from_stored(stored, device)
+    if stored.tokenizer is None:
+        raise ValueError(
+            f"{stored.path}: tokenizer: expected the tokeniser of {model.dim} tokens, got none; in config.json, set "
+            f"tokenizer to one of {', '.join(TOKENIZERS)}, or put a tokenizer.json in the same folder"
+        )
+    tokenizer = stored.tokenizer if isinstance(stored.tokenizer, Tokenizer) else get_tokenizer(stored.tokenizer)
+    objective = OBJECTIVES["score_entropy" if stored.config is None else stored.config.objective]()
+    parameterization = objective.parameterization(stored.sizes)
+    diffusion = Diffusion(model, stored.process, stored.schedule, objective, parameterization).to(device).eval()
+    return LoadedModel(stored.path, diffusion, tokenizer, stored.config, stored.state)

@@ -1,0 +1,307 @@
+"""The network: a diffusion transformer (DDiT) with adaLN-zero conditioning on the total noise σ̄.
+
+Parameter names and shapes are those of the released SEDD models, so that their weights load unchanged. Attention is
+torch's own ``scaled_dot_product_attention``. The network is written for mixed precision by autocast: matrix products
+run in the autocast dtype; the residual stream, layer norms and the conditioning stay in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+__all__ = ["PRESETS", "DiffusionTransformer", "ModelConfig", "Network", "compile_network"]
+
+
+@dataclass
+class ModelConfig:
+    """The size of a :class:`DiffusionTransformer`, and how its output becomes log-scores.
+
+    Attributes:
+        hidden_size: d, the width of the residual stream.
+        n_blocks: number of transformer blocks.
+        n_heads: number of attention heads; d / n_heads must be even (rotary positions turn pairs).
+        cond_dim: width of the conditioning vector made from σ̄.
+        length: number of tokens the network is trained on and samples by default. No parameter depends on it.
+        dropout: probability of dropping an output of attention or MLP before it joins the residual stream.
+        scale_by_sigma: for absorbing processes, subtract ``log expm1(σ̄) + log(N-1)`` from the head's output, which
+            centres the log-scores at every σ̄. Other processes ignore it.
+        hybrid_shift: the same for hybrid processes, see :meth:`sedd.diffusion.Score.log_score_shift`. Other processes
+            ignore it. Hybrid models that were saved before this option existed load without it.
+        time_conditioning: whether the network is given σ̄. Without it, the network depends on the tokens alone (its
+            conditioning is that of σ̄ = 0), and samplers call it only for sequences whose tokens have changed.
+
+    Raises:
+        ValueError: a size is not positive, sizes do not fit together, or dropout is not in [0, 1).
+    """
+
+    hidden_size: int = 768
+    n_blocks: int = 12
+    n_heads: int = 12
+    cond_dim: int = 128
+    length: int = 1024
+    dropout: float = 0.1
+    scale_by_sigma: bool = True
+    time_conditioning: bool = True
+    hybrid_shift: bool = True
+
+    def __post_init__(self) -> None:
+        """Checks the sizes."""
+        for name in ("hidden_size", "n_blocks", "n_heads", "cond_dim", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a positive int, got {getattr(self, name)}")
+        if self.hidden_size % (2 * self.n_heads):
+            raise ValueError(
+                f"hidden_size: expected a multiple of 2 * n_heads = {2 * self.n_heads}, got {self.hidden_size}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: expected a number in [0, 1), got {self.dropout}")
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(hidden_size=128, n_blocks=4, n_heads=2, length=128, dropout=0.0),
+    "small": ModelConfig(),
+    "medium": ModelConfig(hidden_size=1024, n_blocks=24, n_heads=16),
+}
+"""Sizes by name: ``tiny`` learns on two CPU cores in minutes, ``small`` and ``medium`` are the paper's."""
+
+
+class Network(Protocol):
+    """What :class:`sedd.diffusion.Diffusion` needs of a network: :class:`DiffusionTransformer`, or your own module.
+
+    States and head are separate, so that the head runs only at positions that need it, and a linear head can be fused
+    with the loss and the sampler.
+    """
+
+    training: bool
+    time_conditioning: bool
+    """Whether :meth:`hidden` depends on sigma."""
+
+    def hidden(self, x_t: Tensor, sigma: Tensor) -> Tensor:
+        """States before the head, [B, L, d], of tokens x_t [B, L] (int64) at total noise sigma, [B] or [1]."""
+        ...
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """The network's output [*, N] for states [*, d]."""
+        ...
+
+    def head_parameters(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight [N, d] and bias ([N] or None) of a linear head; None if the head is not linear."""
+        ...
+
+    def train(self, mode: bool = True) -> Any:
+        """Switches between training and evaluation, as :meth:`torch.nn.Module.train`."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters, as :meth:`torch.nn.Module.parameters`."""
+        ...
+
+
+def compile_network(network: Network) -> None:
+    """Makes this network run :meth:`Network.hidden` through ``torch.compile``, for any batch size."""
+    network.hidden = torch.compile(network.hidden, dynamic=True)  # type: ignore[method-assign]
+
+
+class _Embedding(nn.Module):
+    def __init__(self, dim: int, vocabulary: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(vocabulary, dim))
+        nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.embedding(x, self.embedding)
+
+
+class _SigmaEmbedding(nn.Module):
+    """Conditioning vector of the total noise: silu(MLP(cosines and sines of σ̄ at 128 frequencies))."""
+
+    FREQUENCIES = 128
+    MAX_PERIOD = 10_000
+
+    def __init__(self, cond_dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * self.FREQUENCIES, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        exponents = torch.arange(self.FREQUENCIES, dtype=torch.float32, device=sigma.device) / self.FREQUENCIES
+        angles = sigma.float()[:, None] * torch.exp(-math.log(self.MAX_PERIOD) * exponents)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        dtype = next(self.mlp.parameters()).dtype
+        return F.silu(self.mlp(waves.to(dtype)))
+
+
+class _Rotary(nn.Module):
+    """Rotary positions: the angles position / 10000^(2i / d_head), as cosines and sines [L, d_head / 2]."""
+
+    inv_freq: Tensor
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", 10_000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+
+    def forward(self, length: int) -> tuple[Tensor, Tensor]:
+        angles = torch.outer(torch.arange(length, device=self.inv_freq.device, dtype=torch.float32), self.inv_freq)
+        return angles.cos(), angles.sin()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs (x_i, x_{i + d/2}) of [..., L, d_head]; float32 for a bfloat16 x."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Attention of every position to every other, [B, head, L, d_head], in v's dtype or float32."""
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    # On the CPU attention is done in float32: torch's bfloat16 backward there takes twice as long as its float32 one.
+    dtype = q.dtype if q.device.type == "cpu" else v.dtype
+    with torch.autocast(q.device.type, enabled=False):
+        return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype))
+
+
+def _modulation(linear: nn.Linear, condition: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """The shifts, scales and gates [B, 1, d] made from the conditioning vector, in float32 under autocast too."""
+    with torch.autocast(condition.device.type, enabled=False):
+        modulation: Tensor = linear(condition)
+    return modulation.unsqueeze(1).chunk(parts, dim=-1)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def _zero(linear: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class _Block(nn.Module):
+    """Attention, then MLP, each behind a modulated layer norm and gated into the residual stream (adaLN-zero)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.hidden_size
+        self.n_heads = config.n_heads
+        self.norm1 = nn.LayerNorm(dim, bias=False)
+        self.attn_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.attn_out = nn.Linear(dim, dim, bias=False)
+        self.norm2 = nn.LayerNorm(dim, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
+        self.dropout = nn.Dropout(config.dropout)
+        self.adaLN_modulation = _zero(nn.Linear(config.cond_dim, 6 * dim))
+
+    def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(self.adaLN_modulation, condition, 6)
+        qkv = self.attn_qkv(_modulate(self.norm1(x), shift1, scale1))
+        # [B, L, (three, head, dim)] -> three tensors [B, head, L, dim]
+        q, k, v = qkv.unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        attention = self.attn_out(_attend(q, k, v, cos, sin).transpose(1, 2).flatten(-2))
+        x = torch.addcmul(x, gate1, self.dropout(attention))
+        mlp = self.mlp(_modulate(self.norm2(x), shift2, scale2))
+        return torch.addcmul(x, gate2, self.dropout(mlp))
+
+
+class _OutputLayer(nn.Module):
+    """The last modulated layer norm (``forward``), and the head ``linear``, which runs separately."""
+
+    def __init__(self, config: ModelConfig, vocabulary: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(config.hidden_size, bias=False)
+        self.linear = _zero(nn.Linear(config.hidden_size, vocabulary))
+        self.adaLN_modulation = _zero(nn.Linear(config.cond_dim, 2 * config.hidden_size))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = _modulation(self.adaLN_modulation, condition, 2)
+        return _modulate(self.norm_final(x), shift, scale)
+
+
+class DiffusionTransformer(nn.Module):
+    """The transformer of SEDD: tokens and total noise in, N numbers for every position out.
+
+    Args:
+        config: the sizes, or the name of one of :data:`PRESETS`.
+        dim: N, the size of the vocabulary, MASK included: rows of embedding and head.
+
+    Raises:
+        ValueError: no preset of that name.
+
+    Source: SEDD (Lou, Meng & Ermon 2024), section 5 and appendix C.2; adaLN-zero from DiT (Peebles & Xie 2023).
+    """
+
+    def __init__(self, config: ModelConfig | str, dim: int) -> None:
+        super().__init__()
+        if isinstance(config, str):
+            if config not in PRESETS:
+                raise ValueError(f"config: expected a ModelConfig or one of {', '.join(PRESETS)}, got {config!r}")
+            config = PRESETS[config]
+        self.config = config
+        self.dim = dim
+        self.time_conditioning = config.time_conditioning
+        self.vocab_embed = _Embedding(config.hidden_size, dim)
+        self.sigma_map = _SigmaEmbedding(config.cond_dim)
+        self.rotary_emb = _Rotary(config.hidden_size // config.n_heads)
+        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.n_blocks))
+        self.output_layer = _OutputLayer(config, dim)
+
+    def hidden(self, x_t: Tensor, sigma: Tensor) -> Tensor:
+        """States before the head: everything before the vocabulary axis.
+
+        Args:
+            x_t: tokens [B, L], int64.
+            sigma: total noise σ̄ of each sequence [B], floating point, > 0; or [1] if all have the same.
+
+        Returns:
+            States [B, L, d].
+
+        Raises:
+            TypeError: ``x_t`` is not int64 or ``sigma`` not floating point.
+            ValueError: wrong shapes, a token outside [0, N), or a σ̄ that is not positive and finite (values are checked
+                on the CPU only: on a GPU the check would wait for the device).
+        """
+        self._check(x_t, sigma)
+        with torch.autocast(x_t.device.type, enabled=False):
+            condition = self.sigma_map(sigma if self.time_conditioning else torch.zeros_like(sigma[:1]))
+        x = self.vocab_embed(x_t)
+        cos, sin = self.rotary_emb(x_t.shape[1])
+        for block in self.blocks:
+            x = block(x, condition, cos, sin)
+        hidden: Tensor = self.output_layer(x, condition)
+        return hidden
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """The output projection: [*, N] for states [*, d], in the autocast dtype."""
+        output: Tensor = self.output_layer.linear(hidden)
+        return output
+
+    def head_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [N, d] and bias [N] of :meth:`head`, for the operators that fuse the head with loss or sampler."""
+        linear = self.output_layer.linear
+        return linear.weight, linear.bias
+
+    def _check(self, x_t: Tensor, sigma: Tensor) -> None:
+        if x_t.dtype != torch.int64:
+            raise TypeError(f"x_t: expected an int64 tensor [B, L], got {x_t.dtype}")
+        if x_t.dim() != 2 or x_t.numel() == 0:
+            raise ValueError(f"x_t: expected a non-empty tensor [B, L], got shape {list(x_t.shape)}")
+        if not sigma.is_floating_point():
+            raise TypeError(f"sigma: expected a floating-point tensor [B], got {sigma.dtype}")
+        if sigma.shape not in (x_t.shape[:1], (1,)):
+            raise ValueError(
+                f"sigma: expected shape [{x_t.shape[0]}], one value for each sequence of x_t, or [1], "
+                f"got {list(sigma.shape)}"
+            )
+        if x_t.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        low, high = (int(value) for value in x_t.aminmax())
+        if low < 0 or high >= self.dim:
+            raise ValueError(f"x_t: expected tokens in [0, {self.dim}), got values from {low} to {high}")
+        if not bool(((sigma > 0) & sigma.isfinite()).all()):
+            raise ValueError(f"sigma: expected positive finite values, got {sigma.tolist()}")

@@ -1,0 +1,405 @@
+"""A training run in its folder: records, validation, checkpoints, signals and exact resumption.
+
+The training loss is the mean over sequences of the objective, divided by the length of a sequence: nats per token. For
+score entropy it estimates the likelihood bound of SEDD, theorem 3.6, without its prior term.
+
+The folder contains ``config.json``, ``metrics.jsonl`` (one JSON object per line: loss and gradient norm of every step,
+bound of every validation; no clock times, so two runs can be compared with ``cmp``), ``tensorboard/``,
+``checkpoints/``, and ``eval/`` for evaluations that ``sedd report`` shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from sedd.config import TrainConfig
+from sedd.data.corpus import CORPORA
+from sedd.data.tokenizer import TOKENIZER_FILES, TOKENIZERS, get_tokenizer
+from sedd.diffusion.diffusion import Diffusion, Score
+from sedd.diffusion.likelihood import elbo
+from sedd.diffusion.objectives import OBJECTIVES
+from sedd.diffusion.samplers import sample
+from sedd.diffusion.schedule import get_schedule
+from sedd.files import RunLock, finite, naming, write_json, write_text
+from sedd.network import DiffusionTransformer
+from sedd.progress import is_interactive, progress_bar
+from sedd.runtime import resolve_device
+from sedd.training.checkpoint import (
+    best_checkpoint,
+    list_checkpoints,
+    load_weights,
+    prune,
+    read_config,
+    read_state,
+    read_tensors,
+    read_tokenizer,
+    save_checkpoint,
+    set_damaged_aside,
+)
+from sedd.training.init import Pretrained, checked_init, with_sizes
+from sedd.training.log import Log
+from sedd.training.signals import StopSignals
+from sedd.training.state import TrainState
+
+__all__ = ["NonFiniteError", "Outcome", "Run"]
+
+SAMPLE_STEPS = 64
+"""Reverse steps of the texts that a validation writes."""
+TENSOR_FILES = ("model", "ema", "optimizer", "rng")
+"""The tensor files of a checkpoint."""
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended.
+
+    Attributes:
+        step: optimiser steps taken.
+        signum: the signal that stopped it, None if the run is finished.
+        ended: for a finished run, which limit it reached and which option continues it; otherwise empty.
+    """
+
+    step: int
+    signum: int | None
+    ended: str = ""
+
+
+@dataclass
+class _Meter:
+    """When training started or was last reported, for speed and remaining time."""
+
+    logged_at: float
+    logged_step: int
+    elapsed: float
+    share: float
+
+
+class Run:
+    """Trains one model in one run folder, which no other process may write to until :meth:`train` has ended.
+
+    Args:
+        config: options of the run.
+        resume: continue from the last checkpoint of ``config.run_dir``. The following steps are bit for bit the same as
+            without a break (on the same machine and with as many threads). If the run ends by time and has a
+            learning-rate schedule, this holds up to the next checkpoint, where the learning rate is adapted to the
+            measured time of a step. If the last checkpoint is damaged, the one before it is used.
+        console: for progress and messages; standard error if None.
+        lock: the lock of ``config.run_dir``, if the caller holds it already.
+        load_init: reads the model that ``config.init`` names, for example :meth:`sedd.hub.SEDD.from_pretrained`.
+
+    Raises:
+        BlockingIOError: another process trains in the run folder.
+        FileExistsError: the run folder contains checkpoints and ``resume`` is False.
+        FileNotFoundError: there is no run to resume.
+        ValueError: an option or the data is invalid, a resumed run has a changed option that it must keep, or no
+            checkpoint is whole.
+        OSError: the run folder cannot be written to.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        resume: bool = False,
+        console: Console | None = None,
+        lock: RunLock | None = None,
+        load_init: Callable[[str], Pretrained] | None = None,
+    ) -> None:
+        self.config = config
+        self.load_init = load_init
+        self.console = console or Console(stderr=True)
+        self.run_dir = Path(config.run_dir)
+        if resume and not (self.run_dir / "config.json").exists():
+            raise FileNotFoundError(f"run_dir: expected a run to resume, got {self.run_dir}, which has no config.json")
+        self.lock = lock or RunLock(self.run_dir)
+        try:
+            self._set_up(resume)
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _set_up(self, resume: bool) -> None:
+        given = self.config
+        found = list_checkpoints(self.run_dir)
+        if found and not resume:
+            raise FileExistsError(
+                f"run_dir: {self.run_dir} already contains a run (at {found[-1].name}); continue it with "
+                "--resume, or start another with --run_dir NEW"
+            )
+        checkpoint = self._last_checkpoint()
+        if checkpoint is None:
+            kept = self.run_dir / TOKENIZER_FILES[0]
+            again = resume and self.config.tokenizer not in TOKENIZERS and kept.is_file()
+            self.tokenizer = get_tokenizer(str(kept) if again else self.config.tokenizer)
+        self._make_state(fresh=checkpoint is None)
+        self.best: float | None = None  # the lowest validation bound so far
+        self.saved_step: int | None = None
+        self.signals = StopSignals(self.console)
+        self.pending: list[Tensor] = []  # (loss, gradient norm) of the steps not yet written
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        elif resume:
+            self._say(f"{self.run_dir} has no checkpoint yet: starting at step 0")
+        with naming(self.run_dir):
+            (self.run_dir / "eval").mkdir(exist_ok=True)
+        for name, text in self.tokenizer.files().items():
+            if not found or not (self.run_dir / name).exists():
+                write_text(self.run_dir / name, text)
+        # the given options: the sizes of a resumed run may come from its checkpoint
+        write_json(self.run_dir / "config.json", (self.config if checkpoint is None else given).to_dict())
+
+    def _make_state(self, *, fresh: bool) -> None:
+        """Loads the data and makes the model; with ``fresh``, from the weights of ``--init`` if there is one."""
+        begin = None
+        if fresh and self.config.init is not None:
+            if self.load_init is None:
+                raise ValueError("init: expected load_init, which reads the model, for example SEDD.from_pretrained")
+            begin = self.load_init(self.config.init)
+        config = self.config = self.config if begin is None else checked_init(self.config, begin, self.tokenizer)
+        sizes = config.model.build()
+        if not is_interactive(self.console):
+            self._say(f"preparing the text of {config.data.source}")
+        self.corpus = CORPORA[config.corpus](config.data, self.tokenizer, sizes.length)
+        self.valid_blocks = self.corpus.valid(config.valid_blocks)
+
+        torch.manual_seed(config.seed)
+        process = config.make_process(self.corpus.vocab_size)
+        schedule = get_schedule(config.schedule, **config.schedule_params)
+        objective = OBJECTIVES[config.objective]()
+        parameterization = objective.parameterization(sizes)
+        network = DiffusionTransformer(sizes, process.dim)
+        if isinstance(parameterization, Score):
+            parameterization.initialize(network.output_layer.linear.bias, process, schedule)
+        if begin is not None:
+            load_weights(network, begin.state_dict(), Path(str(config.init)))
+        diffusion = Diffusion(network, process, schedule, objective, parameterization)
+        diffusion.to(resolve_device(config.device))
+        self.state = TrainState(config, diffusion, self.corpus.batches(config.batch_size, seed=config.seed))
+
+    # -- the run -------------------------------------------------------------------------------------------------------
+
+    def train(self) -> Outcome:
+        """Trains until the steps or the minutes are used up, or SIGTERM, SIGHUP or Ctrl-C; the last state is saved.
+
+        Raises:
+            NonFiniteError: the loss or the gradient of a step is not finite. Nothing is saved after the last good
+                checkpoint.
+            OSError: a file cannot be written.
+        """
+        state, config = self.state, self.config
+        started, before = time.monotonic(), state.elapsed
+        with (
+            self.lock,
+            self.signals,
+            Log(self.run_dir, state.step, config) as log,
+            progress_bar(self.console) as show,
+        ):
+            meter = _Meter(started, state.step, before, self._share())
+            while True:
+                state.elapsed = before + time.monotonic() - started
+                share = self._share()
+                signum = self.signals.signum
+                done = share >= 1 or signum is not None
+                if signum is not None:  # the handler cannot print: it may have interrupted another message
+                    self._say(f"{signal.Signals(signum).name}: saving step {state.step:,} and stopping")
+                save = self._due(config.checkpoint_every) or self._pace_is_old()
+                due = save or self._due(config.log_every) or self._due(config.valid_every)
+                if self.pending and (done or due):
+                    show(share, self._report(log, meter, share))
+                better, pause = False, time.monotonic()
+                if signum is None and state.valid is None and (done or self._due(config.valid_every)):
+                    better = self._validate(log)
+                if better or done or save:
+                    self._save(log)
+                meter.logged_at += time.monotonic() - pause  # tokens per second are those of training alone
+                if done:
+                    return Outcome(state.step, signum, "" if signum is not None else self._ended())
+                self.pending.append(state.train_step())
+
+    def _report(self, log: Log, meter: _Meter, share: float) -> str:
+        """Writes the pending steps and the speed; returns the line that shows them."""
+        config, state = self.config, self.state
+        loss = self._write_steps(log)
+        seconds, steps = time.monotonic() - meter.logged_at, state.step - meter.logged_step
+        meter.logged_at, meter.logged_step = time.monotonic(), state.step
+        per_step = config.batch_size * config.accumulate * self.valid_blocks[0].numel()
+        speed = steps * per_step / seconds
+        log.curves(state.step, {"train/tokens_per_second": speed, "train/tokens": state.step * per_step})
+        left = (1 - share) * (state.elapsed - meter.elapsed) / max(share - meter.share, 1e-9)
+        return (
+            f"step {state.step:,}  loss {loss:.3f} ({loss / math.log(2):.3f} bits/token)  "
+            f"{speed:,.0f} tok/s  {left / 60:.1f} min left"
+        )
+
+    def _due(self, every: int) -> bool:
+        return self.state.step > 0 and self.state.step % every == 0
+
+    def _share(self) -> float:
+        """The part of the run that is done, 0 to 1, by steps or by minutes, whichever is more."""
+        minutes = self.config.max_minutes
+        return min(
+            1.0, max(self.state.step / self.config.steps, self.state.elapsed / (60 * minutes) if minutes else 0.0)
+        )
+
+    def _pace_is_old(self) -> bool:
+        """Whether a run that ends by time must measure its pace again, which happens at 20 checkpoints of a run."""
+        minutes = self.config.max_minutes
+        if minutes is None or self.config.lr_schedule == "constant" or self.state.step in (0, self.saved_step):
+            return False
+        return self.state.elapsed - self.state.pace.elapsed >= 60 * minutes / 20
+
+    def _ended(self) -> str:
+        """Why the run is finished, and how to continue it; empty if it is not."""
+        steps, minutes = self.config.steps, self.config.max_minutes
+        reasons = []
+        if self.state.step >= steps:
+            reasons.append(f"all {steps:,} steps are taken (continue with --resume --steps N, N above {steps})")
+        if minutes is not None and self.state.elapsed >= 60 * minutes:
+            reasons.append(
+                f"the {minutes:g} minutes are used up (continue with --resume --max_minutes M, M above {minutes:g})"
+            )
+        return ", and ".join(reasons)
+
+    def _write_steps(self, log: Log) -> float:
+        """Writes the pending steps; returns their mean loss. The only place that waits for the device."""
+        values: list[tuple[float, float]] = torch.stack(self.pending).tolist()
+        first = self.state.step - len(values) + 1
+        self.pending.clear()
+        for step, (loss, norm) in enumerate(values, first):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                saved = list_checkpoints(self.run_dir)
+                what = f"loss is {loss}" if not math.isfinite(loss) else f"norm of the gradient is {norm}"
+                raise NonFiniteError(
+                    f"step {step}: the {what}; stopped, and nothing was saved since "
+                    f"{saved[-1] if saved else 'the start'}. Continue from there by --resume with a smaller --lr or "
+                    "--clip, or start again with another --precision or --seed"
+                )
+            log.metrics({"step": step, "loss": loss, "grad_norm": norm})
+        mean = sum(loss for loss, _ in values) / len(values)
+        mean_norm = sum(norm for _, norm in values) / len(values)
+        log.curves(
+            self.state.step, {"train/nats_per_token": mean, "train/grad_norm": mean_norm, "train/lr": self.state.lr}
+        )
+        return mean
+
+    def _validate(self, log: Log) -> bool:
+        """Scores the averaged weights; returns whether they are the best so far."""
+        state = self.state
+        result = elbo(
+            state.ema,
+            self.valid_blocks,
+            draws=self.config.valid_draws,
+            n_bytes=self.corpus.n_bytes(self.valid_blocks),
+            batch_size=self.config.batch_size,
+            # the same noise at each validation: values are comparable, and training's random numbers do not change
+            generator=torch.Generator(state.device).manual_seed(self.config.seed),
+            autocast_dtype=state.autocast_dtype,
+        )
+        state.valid = result.nats_per_token
+        better = math.isfinite(state.valid) and (self.best is None or state.valid < self.best)
+        self.best = state.valid if better else self.best
+        error = result.standard_error
+        log.metrics(
+            {
+                "step": state.step,
+                "valid_nats_per_token": finite(state.valid),
+                "valid_standard_error": finite(error),
+            }
+        )
+        log.curves(state.step, {"valid/nats_per_token": state.valid, "valid/bits_per_byte": result.bits_per_byte})
+        if self.config.valid_samples and log.writers:
+            log.texts(state.step, "valid/samples", self._write_samples())
+        self._say(
+            f"step {state.step:,}, {state.elapsed / 60:.1f} min: validation {state.valid:.4f} ± {error:.4f} nats/token"
+            f", {result.bits_per_byte:.4f} bits/byte{', the best so far' if better else ''}"
+        )
+        return better
+
+    def _write_samples(self) -> list[str]:
+        """Texts of the averaged weights, always from the same random numbers."""
+        tokens = sample(
+            self.state.ema,
+            batch=self.config.valid_samples,
+            length=self.corpus.shape[0],
+            steps=SAMPLE_STEPS,
+            generator=torch.Generator(self.state.device).manual_seed(self.config.seed),
+            device=self.state.device,
+            autocast_dtype=self.state.autocast_dtype,
+        )
+        return [self.corpus.show(row) for row in tokens.cpu()]
+
+    def _say(self, message: str) -> None:
+        try:
+            self.console.print(message, highlight=False, soft_wrap=True, markup=False)
+        except OSError:  # the terminal was closed; training continues
+            self.console.quiet = True
+
+    # -- saving and resuming -------------------------------------------------------------------------------------------
+
+    def _save(self, log: Log) -> None:
+        """Writes the checkpoint of this step, if it does not exist yet, and deletes those no longer kept."""
+        if self.state.step == 0:
+            return
+        self.lock.check()
+        if self.state.step != self.saved_step:
+            self._write_checkpoint(log)
+        prune(self.run_dir, self.config.keep_last)
+
+    def _write_checkpoint(self, log: Log) -> None:
+        state = self.state
+        log.flush()
+        state.pace = state.pace.measured(state.step, state.elapsed)
+        values = state.state_dict()
+        tensors = {name: values.pop(name) for name in TENSOR_FILES}
+        values["valid"] = None if state.valid is None else finite(state.valid)
+        save_checkpoint(self.run_dir, values.pop("step"), tensors, values, self.config, self.tokenizer.files())
+        self.saved_step = state.step
+
+    def _last_checkpoint(self) -> Path | None:
+        """The checkpoint to resume, None if there is none. Reports damaged checkpoints and changed options."""
+        checkpoint, damaged = set_damaged_aside(self.run_dir)
+        for line in damaged:
+            self._say(line)
+        if checkpoint is None:
+            return None
+        saved = read_config(checkpoint)
+        config = self.config = with_sizes(self.config, saved.model)
+        self.tokenizer = read_tokenizer(checkpoint, saved)
+        changed = config.differences(saved)
+        if "tokenizer" in changed and get_tokenizer(config.tokenizer).name == self.tokenizer.name:
+            del changed["tokenizer"]  # the same tokeniser under another path
+        if changed:
+            name, (now, then) = next(iter(changed.items()))
+            raise ValueError(f"{name}: {self.run_dir} was trained with {then!r} and cannot be resumed with {now!r}")
+        for option in dataclasses.fields(TrainConfig):
+            now, then = (getattr(options, option.name) for options in (config.resolved(), saved))
+            if now != then and option.name not in ("run_dir", "data", "tokenizer"):
+                self._say(f"{option.name}: {now!r} from here on, {then!r} until now")
+        return checkpoint
+
+    def _restore(self, checkpoint: Path) -> None:
+        device = self.state.device
+        tensors = {
+            name: read_tensors(checkpoint, name, None, "cpu" if name == "rng" else device) for name in TENSOR_FILES
+        }
+        saved = read_state(checkpoint)
+        if not self.state.load_state_dict({**saved, **tensors}, checkpoint):
+            self._say(f"was trained on {saved['device']}: continues with other random numbers")
+        self.saved_step = self.state.step
+        if (best := best_checkpoint(self.run_dir)) is not None:
+            self.best = read_state(best)["valid"]
+        self._say(f"resuming {self.run_dir} at step {self.state.step:,}")

@@ -1,0 +1,57 @@
+"""Stops a run cleanly on SIGTERM, SIGHUP or Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+__all__ = ["StopSignals"]
+
+
+class StopSignals:
+    """A context in which the first SIGTERM, SIGHUP or Ctrl-C is recorded instead of ending the process.
+
+    A second SIGTERM or Ctrl-C has its usual effect. A second SIGHUP is ignored: when a terminal closes, the kernel and
+    the shell may both send one. If SIGHUP was ignored before (nohup), it stays ignored.
+
+    Attributes:
+        signum: the signal that arrived, None if there was none.
+
+    Args:
+        console: is silenced by SIGHUP if it is a terminal, because writing to a closed terminal is an error.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.signum: int | None = None
+        self._console = console
+        self._on_terminal = console.is_terminal  # a closed terminal says that it is none
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        # Python allows handlers in the main thread only
+        if threading.current_thread() is threading.main_thread():
+            previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+            if previous[signal.SIGHUP] == signal.SIG_IGN:  # nohup
+                del previous[signal.SIGHUP]
+            self._previous = {int(number): handler for number, handler in previous.items()}
+            for number in previous:
+                signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _stop(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        self._restore()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        if signum == signal.SIGHUP and self._on_terminal:
+            self._console.quiet = True

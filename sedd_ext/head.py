@@ -1,0 +1,280 @@
+"""The output head, fused with the kernel that consumes its log-scores.
+
+A tensor of size rows × N never exists. A matrix product computes a tile of log-scores, of some rows and some entries of
+the vocabulary, into a buffer; a kernel reads it, adds it to the state of its rows and, for a gradient, overwrites it
+with the gradient of the log-scores. Then the next tile uses the same buffer.
+
+A fused operator selects the rows that need the head (:class:`Rows`), loops over the tiles of a :class:`Head`, launches
+its kernel for each, and hands the tile to :class:`Gradients` where gradients are needed. An operator that takes a
+second sweep over the vocabulary loops a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sedd_ext import _C
+from sedd_ext._dispatch import DTYPES, check_device, compute_dtype, fresh, kind_of, raise_fault
+from sedd_ext.process import RankOne
+
+__all__: list[str] = []
+
+BUFFER_BYTES = 1 << 26
+"""The default memory for a tile of log-scores, 64 MiB."""
+
+
+class Rows:
+    """The rows that go through the head: those with π_x > 0, and bad ones, which the kernel reports.
+
+    Waits for the device unless the process is uniform, because the shape of a matrix product depends on the number of
+    rows.
+
+    Args:
+        x_t: the tokens [*B].
+        noise: the noise of the rows, one number per token.
+        stationary: π [N], or None.
+        family: the family of the process.
+        dim: N.
+        others: more tensors of tokens [*B] that must be valid.
+
+    Attributes:
+        index: the indices of these rows in the flattened batch, or None for all rows.
+    """
+
+    def __init__(
+        self, x_t: Tensor, noise: Tensor, stationary: Tensor | None, family: str, dim: int, *others: Tensor
+    ) -> None:
+        self.batch_dims, self.dim = x_t.dim(), dim
+        self.index: Tensor | None = None
+        if family == "uniform":
+            return
+        x = x_t.reshape(-1)
+        good = is_token(x, dim) & is_noise(noise.reshape(-1))
+        for tokens in others:
+            good = good & is_token(tokens.reshape(-1), dim)
+        moves = x == dim - 1 if stationary is None else stationary[x.clamp(0, dim - 1)] > 0
+        index = (moves | ~good).nonzero().squeeze(1)
+        self.index = None if index.numel() == x.numel() else index
+
+    def select(self, values: Tensor) -> Tensor:
+        """The values [*B, ...] of these rows, [R, ...]."""
+        values = values.reshape(-1, *values.shape[self.batch_dims :])
+        return values.contiguous() if self.index is None else values[self.index]
+
+    def restore(self, values: Tensor, out: Tensor) -> Tensor:
+        """The values [R, ...] as [*B, ...], with 0 for all other rows. May write them to ``out``, of that shape."""
+        if self.index is None:
+            return values.view(out.shape)
+        out.zero_().view(-1, *values.shape[1:])[self.index] = values
+        return out
+
+    def raise_fault(
+        self, status: tuple[int, int], tokens: dict[str, Tensor], noise: tuple[str, Tensor], scores: str = "log_score"
+    ) -> None:
+        """:func:`sedd_ext._dispatch.raise_fault` for a status whose row is an index into these rows."""
+        fault, row = status
+        row = row if self.index is None else int(self.index[row])
+        raise_fault((fault, row), tokens, self.dim, noise, scores)
+
+
+class Tile(NamedTuple):
+    """Log-scores of some rows and some entries of the vocabulary, in the head's buffer.
+
+    Attributes:
+        log_score: [r, v]; a kernel may overwrite it with its gradient.
+        hidden: the hidden states of the rows [r, d].
+        weight: the weights of the entries [v, d], in the dtype of the products.
+        rows: the slice of the rows.
+        entries: the slice of the vocabulary.
+        is_last_chunk: whether the tile contains the last rows of these entries.
+    """
+
+    log_score: Tensor
+    hidden: Tensor
+    weight: Tensor
+    rows: slice
+    entries: slice
+    is_last_chunk: bool
+
+    def arguments(self, dim: int) -> dict[str, Any]:
+        """The arguments that describe the tile to a kernel."""
+        rows, width = self.log_score.shape
+        return {
+            "log_score": self.log_score,
+            "rows": rows,
+            "width": width,
+            "first": self.entries.start,
+            "dim": dim,
+            "dtype": DTYPES[self.log_score.dtype],
+        }
+
+
+class Head(NamedTuple):
+    """The output head over the rows that need it.
+
+    Attributes:
+        hidden: hidden states [R, d], in the dtype of the products.
+        weight: [N, d], in any dtype.
+        bias: [N], or None.
+        buffer_bytes: memory for a tile.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    buffer_bytes: int
+
+    def tiles(self) -> Iterator[Tile]:
+        """Computes the log-scores, tile by tile: the first entries of all rows, then the next entries of all rows.
+
+        A tile must be used before the next one is computed.
+        """
+        dtype, (rows, dim) = self.hidden.dtype, (self.hidden.shape[0], self.weight.shape[0])
+        chunk, width = tile_shape(rows, dim, dtype, self.hidden.device, self.buffer_bytes)
+        buffer = self.hidden.new_empty(min(chunk, rows) * width)
+        for first in range(0, dim, width):
+            entries = slice(first, first + width)
+            weight = self.weight[entries].to(dtype)
+            bias = None if self.bias is None else self.bias[entries].to(dtype)
+            for begin in range(0, rows, chunk):
+                at = slice(begin, begin + chunk)
+                hidden = self.hidden[at]
+                log_score = product(hidden, weight, bias, buffer)
+                yield Tile(log_score, hidden, weight, at, entries, begin + chunk >= rows)
+
+
+class Gradients:
+    """Accumulates the gradients of a head, tile by tile, in float32 (float64 for float64).
+
+    Args:
+        head: the head.
+        weight: receives the gradient of the weight, [N, d]; empty if it is not needed.
+        bias: receives the gradient of the bias, [N]; empty if it is not needed.
+        needs_hidden: whether the gradient of the hidden states is needed.
+
+    Attributes:
+        hidden: the gradient of the head's hidden states so far; empty if it is not needed.
+    """
+
+    def __init__(self, head: Head, weight: Tensor, bias: Tensor, needs_hidden: bool) -> None:
+        states = head.hidden
+        self.dtype = compute_dtype(states.dtype)
+        self.hidden = states.new_zeros(states.shape if needs_hidden else (0,), dtype=self.dtype)
+        self.weight, self.bias = weight, bias
+        for gradient in (weight, bias):
+            fresh(gradient) if states.shape[0] else gradient.zero_()
+        self._totals: list[Tensor] = []
+        self._ones: Tensor | None = None
+
+    def add(self, tile: Tile, unit: Tensor | None = None) -> None:
+        """Adds the contribution of a tile. The kernel has overwritten its log-scores with their gradient.
+
+        Args:
+            tile: the tile.
+            unit: the unit of its gradients, a float64 number on the device; None for 1.
+        """
+        gradient, (is_first_tile, is_first_chunk) = tile.log_score, (tile.entries.start == 0, tile.rows.start == 0)
+        outputs = (self.weight, self.bias)
+        if is_first_chunk:
+            self._totals = [output[tile.entries].to(self.dtype) for output in outputs]  # a view if it has the dtype
+        weight, bias = self._totals
+        if self.hidden.numel():
+            _add_product(self.hidden[tile.rows], gradient, tile.weight, is_first_tile, unit)
+        if self.weight.numel():
+            _add_product(weight, gradient.T, tile.hidden, is_first_chunk, unit)
+        if self.bias.numel():
+            if self._ones is None:  # no chunk has more rows than the first
+                self._ones = gradient.new_ones(1, gradient.shape[0])
+            _add_product(bias.unsqueeze(0), self._ones[:, : gradient.shape[0]], gradient, is_first_chunk, unit)
+        if tile.is_last_chunk:
+            for output, total in zip(outputs, self._totals, strict=True):
+                if output.dtype != self.dtype:
+                    output[tile.entries] = total
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool, unit: Tensor | None) -> None:
+    """``total = a @ b`` for the first product, ``total += a @ b`` for the others; adds 16-bit products in float32.
+
+    ``unit`` multiplies the product.
+    """
+    if total.dtype != a.dtype:
+        product = torch.mm(a, b)
+        if unit is not None:
+            product = product.to(total.dtype) * unit
+        total.copy_(product) if is_first else total.add_(product)
+    elif is_first:  # addmm with beta = 0 takes 1.4 times as long
+        torch.mm(a, b, out=total)
+    else:
+        torch.addmm(total, a, b, out=total)
+
+
+def tile_shape(rows: int, dim: int, dtype: torch.dtype, device: torch.device, buffer_bytes: int) -> tuple[int, int]:
+    """The number of rows, and of entries of the vocabulary, of a tile.
+
+    On the CPU a tile has 2,048 entries: the cache then holds a tile of some hundred rows between two matrix products,
+    and a product is faster than over the whole vocabulary. On a GPU, where launches cost more, it has 8,192 entries.
+    The rows are divided into the fewest equal parts that fit into the buffer.
+    """
+    width = min(dim, 2048 if device.type == "cpu" else 8192)
+    parts = max(1, -(-rows * width * dtype.itemsize // buffer_bytes))
+    return max(1, -(-rows // parts)), width
+
+
+def product(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+    """The log-scores hidden · weightᵀ + bias [rows, entries], in the memory of the buffer."""
+    shape = hidden.shape[0], weight.shape[0]
+    out = buffer[: shape[0] * shape[1]].view(shape)
+    if bias is None:
+        return torch.mm(hidden, weight.T, out=out)
+    return torch.addmm(bias, hidden, weight.T, out=out)
+
+
+def is_token(x: Tensor, dim: int) -> Tensor:
+    """Whether tokens lie in [0, dim)."""
+    return (x >= 0) & (x < dim)
+
+
+def is_noise(sigma: Tensor) -> Tensor:
+    """Whether the kernels accept the noise."""
+    return (sigma >= _C.least_noise) & sigma.isfinite()
+
+
+def check_head(
+    hidden: object, weight: object, bias: object, process: RankOne, buffer_bytes: object
+) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype]:
+    """Checks the arguments of the head.
+
+    Returns:
+        ``hidden``, ``weight``, ``bias`` and the dtype of the matrix products: autocast's if it is on, else their own.
+    """
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if name == "bias" and value is None:
+            continue
+        if not isinstance(value, Tensor) or value.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected a float32, bfloat16, float16 or float64 tensor, got {kind_of(value)}")
+    assert isinstance(hidden, Tensor)
+    assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
+    if weight.dim() != 2 or weight.shape[0] != process.dim:
+        raise ValueError(f"weight: expected shape [{process.dim}, d] for {process}, got {list(weight.shape)}")
+    check_device("hidden", hidden)
+    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden: expected shape [*B, {weight.shape[1]}], as weight is {list(weight.shape)}, "
+            f"got {list(hidden.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape [{process.dim}], got {list(bias.shape)}")
+    if not isinstance(buffer_bytes, int) or isinstance(buffer_bytes, bool) or buffer_bytes < 1:
+        raise ValueError(f"buffer_bytes: expected a positive int, got {buffer_bytes!r}")
+    dtype, device = weight.dtype, hidden.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        return hidden, weight, bias, torch.get_autocast_dtype(device)
+    for name, tensor in (("hidden", hidden), ("bias", bias)):
+        if tensor is not None and tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype} as weight has, outside autocast, got {tensor.dtype}")
+    return hidden, weight, bias, dtype
