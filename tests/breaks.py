@@ -321,7 +321,7 @@ BREAKS = [
         "python/sedd/diffusion/samplers.py",
         "        rows = sigma if sigma.numel() == 1 else sigma[where.nonzero()[:, 0]]\n",
         "        rows = sigma[:1]\n",
-        "tests/test_sample.py -k time_may",
+        "tests/test_sample.py -k sequence",
     ),
     Break(
         "a file may name a class to import",

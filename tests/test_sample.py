@@ -487,6 +487,20 @@ def test_the_time_may_differ_by_sequence():
             )
 
 
+def test_the_shift_is_that_of_the_sequence():
+    """A real network, whose states and shift of the log-scores depend on the noise level of each sequence."""
+    process, t = PROCESSES["absorbing"], torch.tensor([0.9, 0.4, 0.1]).double()
+    model = diffusion(build(process), process, SCHEDULE).eval()
+    x = process.sample_limit((3, 5))
+    where = torch.ones_like(x, dtype=torch.bool)
+    together = Walk(model, x, where).probs(where, t, Tweedie(SCHEDULE.total(t) / 2)).view(3, 5, -1)
+    for i in range(3):
+        step = Tweedie(float(SCHEDULE.total(t[i])) / 2)
+        alone = Walk(model, x[i : i + 1], where[i : i + 1]).probs(where[i : i + 1], t[i], step)
+        torch.testing.assert_close(together[i], alone, rtol=1e-4, atol=1e-6)
+    assert float((together[0] - together[2]).abs().max()) > 0.01, "or the noise level would not show"
+
+
 def test_a_token_may_return_to_mask():
     process = PROCESSES["absorbing"]
     walk = walk_of(process, torch.zeros(2, 4, dtype=torch.int64))
