@@ -6,7 +6,8 @@ with the gradient of the log-scores. Then the next tile uses the same buffer.
 
 A fused operator selects the rows that need the head (:class:`Rows`), loops over the tiles of a :class:`Head`, launches
 its kernel for each, and hands the tile to :class:`Gradients` where gradients are needed. An operator that takes a
-second sweep over the vocabulary loops a second time.
+second sweep over the vocabulary loops a second time. A softmax has to be normalised before its gradient is known; there
+a tile holds whole rows, and the kernels without a fused head work on it.
 """
 
 from __future__ import annotations
@@ -121,12 +122,14 @@ class Head(NamedTuple):
         weight: [N, d], in any dtype.
         bias: [N], or None.
         buffer_bytes: memory for a tile.
+        whole_rows: a tile holds the whole vocabulary, for as many rows as fit into the buffer, but at least one.
     """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     buffer_bytes: int
+    whole_rows: bool = False
 
     def tiles(self) -> Iterator[Tile]:
         """Computes the log-scores, tile by tile: the first entries of all rows, then the next entries of all rows.
@@ -134,7 +137,7 @@ class Head(NamedTuple):
         A tile must be used before the next one is computed.
         """
         dtype, (rows, dim) = self.hidden.dtype, (self.hidden.shape[0], self.weight.shape[0])
-        chunk, width = tile_shape(rows, dim, dtype, self.hidden.device, self.buffer_bytes)
+        chunk, width = tile_shape(rows, dim, dtype, self.hidden.device, self.buffer_bytes, self.whole_rows)
         buffer = self.hidden.new_empty(min(chunk, rows) * width)
         for first in range(0, dim, width):
             entries = slice(first, first + width)
@@ -212,14 +215,16 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool, unit: Tens
         torch.addmm(total, a, b, out=total)
 
 
-def tile_shape(rows: int, dim: int, dtype: torch.dtype, device: torch.device, buffer_bytes: int) -> tuple[int, int]:
+def tile_shape(
+    rows: int, dim: int, dtype: torch.dtype, device: torch.device, buffer_bytes: int, whole_rows: bool = False
+) -> tuple[int, int]:
     """The number of rows, and of entries of the vocabulary, of a tile.
 
     On the CPU a tile has 2,048 entries: the cache then holds a tile of some hundred rows between two matrix products,
     and a product is faster than over the whole vocabulary. On a GPU, where launches cost more, it has 8,192 entries.
     The rows are divided into the fewest equal parts that fit into the buffer.
     """
-    width = min(dim, 2048 if device.type == "cpu" else 8192)
+    width = dim if whole_rows else min(dim, 2048 if device.type == "cpu" else 8192)
     parts = max(1, -(-rows * width * dtype.itemsize // buffer_bytes))
     return max(1, -(-rows // parts)), width
 
@@ -231,6 +236,43 @@ def product(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor)
     if bias is None:
         return torch.mm(hidden, weight.T, out=out)
     return torch.addmm(bias, hidden, weight.T, out=out)
+
+
+def float16_unit(bound: Tensor, tile: Tile) -> Tensor:
+    """The unit of the gradients of a float16 tile: a power of two, as a float64 number on the device.
+
+    With it, neither a gradient nor a product of gradients with the weight or the hidden states overflows float16, and
+    small ones lose as few digits as possible.
+
+    Args:
+        bound: for each row, a number that no gradient of its log-scores exceeds in magnitude [r], float64.
+        tile: the tile.
+    """
+    rows, width = tile.log_score.shape
+    bound = torch.where(bound < 1e38, bound, 0.0)  # a larger gradient overflows float32 too
+    room = 2.0**14 / torch.maximum(width * _largest(tile.weight), rows * _largest(tile.hidden).clamp(min=1.0))
+    return (_largest(bound) / room.clamp(max=2.0**14)).log2().ceil().exp2()
+
+
+def _largest(values: Tensor) -> Tensor:
+    """The largest finite magnitude, at least 1e-30."""
+    finite = torch.where(values.isfinite(), values, 0.0).abs()
+    return torch.cat([finite.double().flatten(), finite.new_full((1,), 1e-30, dtype=torch.float64)]).amax()
+
+
+def common_gradient(grad_loss: Tensor) -> Tensor | None:
+    """The upstream gradient, if it is the same number for all rows, which is the usual case; else None.
+
+    The gradient of a sum has stride 0, which shows this without a read. Comparing numbers waits for the device.
+    """
+    if grad_loss.numel() == 0:
+        return grad_loss.new_ones(())
+    first = grad_loss[(0,) * grad_loss.dim()]
+    if all(stride == 0 or size == 1 for stride, size in zip(grad_loss.stride(), grad_loss.shape, strict=True)):
+        return first
+    if grad_loss.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None  # a capture cannot wait; computing the gradients again is always correct
+    return first if bool((grad_loss == first).all()) else None
 
 
 def is_token(x: Tensor, dim: int) -> Tensor:

@@ -20,7 +20,7 @@ from sedd_ext._dispatch import (
     stationary_for,
 )
 from sedd_ext._operators import define, schema
-from sedd_ext.head import BUFFER_BYTES, Gradients, Head, Rows, Tile, check_head
+from sedd_ext.head import BUFFER_BYTES, Gradients, Head, Rows, Tile, check_head, common_gradient, float16_unit
 from sedd_ext.process import RankOne
 
 __all__ = ["linear_score_entropy_loss"]
@@ -135,11 +135,10 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _unit(tile: Tile, v: _RowValues, stationary: Tensor | None, family: str, dim: int) -> Tensor:
-    """The unit of the gradients of a float16 tile: a power of two, as a float64 number on the device.
+    """The unit of the gradients of a float16 tile, see :func:`sedd_ext.head.float16_unit`.
 
-    With it, neither a gradient nor a product of gradients with the weight or the hidden states overflows float16, and
-    small ones lose as few digits as possible. No gradient exceeds ``loss_weight (π_x s + 1 + a/b)``. This function sets
-    entry x of the tile, which has no gradient, to -inf.
+    No gradient exceeds ``loss_weight (π_x s + 1 + a/b)``. This function sets entry x of the tile, which has no
+    gradient, to -inf.
     """
     if stationary is None:
         pi_x = torch.full_like(v.sigma, 1.0 / dim if family == "uniform" else 1.0)
@@ -147,21 +146,13 @@ def _unit(tile: Tile, v: _RowValues, stationary: Tensor | None, family: str, dim
         pi_x = stationary[v.x_t.clamp(0, dim - 1)].double()
     if v.shift is not None:
         pi_x = pi_x * torch.exp(-v.shift)
-    scores, (rows, width) = tile.log_score, tile.log_score.shape
+    scores, width = tile.log_score, tile.log_score.shape[1]
     entry = (v.x_t - tile.entries.start)[:, None]
     is_here = (entry >= 0) & (entry < width)
     entry = entry.clamp(0, width - 1)
     scores.scatter_(1, entry, torch.where(is_here, -torch.inf, scores.gather(1, entry)))
     bound = v.loss_weight.abs() * (pi_x * scores.amax(1).double().exp() + 1 + 1 / torch.expm1(v.sigma))
-    bound = torch.where(bound < 1e38, bound, 0.0)  # a larger gradient overflows float32 too
-    room = 2.0**14 / torch.maximum(width * _largest(tile.weight), rows * _largest(tile.hidden).clamp(min=1.0))
-    return (_largest(bound) / room.clamp(max=2.0**14)).log2().ceil().exp2()
-
-
-def _largest(values: Tensor) -> Tensor:
-    """The largest finite magnitude, at least 1e-30."""
-    finite = torch.where(values.isfinite(), values, 0.0).abs()
-    return torch.cat([finite.double().flatten(), finite.new_full((1,), 1e-30, dtype=torch.float64)]).amax()
+    return float16_unit(bound, tile)
 
 
 def _backward_fake(
@@ -178,7 +169,7 @@ def _backward(
     if not a.grad_weight and not a.grad_bias:  # the gradient of a row is proportional to the upstream one of the row
         factors = grad_loss.unsqueeze(-1).to(hidden_gradient.dtype)
         return hidden_gradient * factors if a.grad_hidden else hidden_gradient.clone(), *map(torch.clone, gradients[1:])
-    factor = _common(grad_loss)
+    factor = common_gradient(grad_loss)
     if factor is not None:
         return tuple(gradient * factor.to(gradient.dtype) for gradient in gradients)
     loss_weight = grad_loss.double() if a.loss_weight is None else a.loss_weight * grad_loss
@@ -186,21 +177,6 @@ def _backward(
         *a._replace(loss_weight=loss_weight.contiguous())
     )
     return everything[1:]
-
-
-def _common(grad_loss: Tensor) -> Tensor | None:
-    """The upstream gradient, if it is the same number for all rows, which is the usual case; else None.
-
-    The gradient of a sum has stride 0, which shows this without a read. Comparing numbers waits for the device.
-    """
-    if grad_loss.numel() == 0:
-        return grad_loss.new_ones(())
-    first = grad_loss[(0,) * grad_loss.dim()]
-    if all(stride == 0 or size == 1 for stride, size in zip(grad_loss.stride(), grad_loss.shape, strict=True)):
-        return first
-    if grad_loss.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None  # a capture cannot wait; computing the gradients again is always correct
-    return first if bool((grad_loss == first).all()) else None
 
 
 define(f"linear_score_entropy({schema(Arguments)}) -> (Tensor, {_GRADIENTS})", _forward, _fake)

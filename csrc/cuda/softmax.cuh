@@ -1,0 +1,69 @@
+// The normaliser of a softmax over segments of a row. Logits may have any size, so a sum is kept relative to the
+// largest logit so far.
+#pragma once
+
+#include "cuda/segments.cuh"
+
+namespace sedd {
+namespace {
+
+// Σ exp(l_y) = total · exp(top)
+template <class Real>
+struct Normaliser {
+    Real top, total;
+
+    static __device__ __forceinline__ Normaliser none() { return {-bit_cast<float>(0x7f800000u), Real(0)}; }
+
+    // exp(l - top) for l ≤ top; 0 if both are -inf.
+    static __device__ __forceinline__ Real relative(Real l, Real top) {
+        return l == Real(-bit_cast<float>(0x7f800000u)) ? Real(0) : exponential(l - top);
+    }
+
+    __device__ __forceinline__ void add(Real l) {
+        const Real higher = l > top ? l : top;
+        total = total * relative(top, higher) + relative(l, higher);
+        top = higher;
+    }
+
+    template <int kWidth>
+    __device__ __forceinline__ void add(const Real (&l)[kWidth]) {
+        Real higher = top, terms[kWidth];
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) higher = l[j] > higher ? l[j] : higher;
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) terms[j] = relative(l[j], higher);
+        total = total * relative(top, higher) + sum_of(terms);
+        top = higher;
+    }
+
+    __device__ __forceinline__ void add(const Normaliser& other) {
+        const Real higher = other.top > top ? other.top : top;
+        total = total * relative(top, higher) + other.total * relative(other.top, higher);
+        top = higher;
+    }
+};
+
+// The normaliser of all lanes, the same on every lane. Called by a whole warp.
+template <class Real>
+__device__ __forceinline__ Normaliser<Real> warp_normaliser(Normaliser<Real> n) {
+    Real top = n.top;
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+        const Real other = __shfl_xor_sync(kAll, top, offset);
+        top = other > top ? other : top;
+    }
+    return {top, warp_sum(n.total * Normaliser<Real>::relative(n.top, top))};
+}
+
+// The normaliser of a row from those of its segments, in float64; the same on every lane. Called by a whole warp.
+template <class Real>
+__device__ __forceinline__ Normaliser<double> row_normaliser(const Normaliser<Real>* segments, int count) {
+    Normaliser<double> n = Normaliser<double>::none();
+    for (int s = lane_of(); s < count; s += kWarp) {
+        n.add(Normaliser<double>{static_cast<double>(segments[s].top), static_cast<double>(segments[s].total)});
+    }
+    return warp_normaliser(n);
+}
+
+}  // namespace
+}  // namespace sedd
