@@ -81,6 +81,7 @@ PYBIND11_MODULE(_C, m) {
     // sizes of structs in float64 tensors
     m.attr("reverse_draw_numbers") = sizeof(sedd::ReverseDraw) / sizeof(double);
     m.attr("score_entropy_sweep_numbers") = sizeof(sedd::ScoreEntropySweep) / sizeof(double);
+    m.attr("mean_prediction_numbers") = sizeof(sedd::MeanPredictionGradient) / sizeof(double);
     m.attr("sweep_again") = sedd::kSweepAgain;
     m.attr("dtypes") = codes<DType>({{"float32", DType::float32},
                                      {"float64", DType::float64},
@@ -89,12 +90,17 @@ PYBIND11_MODULE(_C, m) {
     m.attr("families") =
         codes<Family>({{"absorbing", Family::absorbing}, {"uniform", Family::uniform}, {"rank_one", Family::rank_one}});
     m.attr("steps") = codes<Step>({{"euler", Step::euler}, {"tweedie", Step::tweedie}});
-    m.attr("faults") =
-        codes<Fault>({{"x_t", Fault::x_t}, {"x_0", Fault::x_0}, {"sigma", Fault::sigma}, {"total", Fault::total}});
+    m.attr("faults") = codes<Fault>({{"x_t", Fault::x_t},
+                                     {"x_0", Fault::x_0},
+                                     {"sigma", Fault::sigma},
+                                     {"total", Fault::total},
+                                     {"sigma_s", Fault::sigma_s}});
     m.attr("arguments") = py::dict();
     bind(m, "score_entropy", sedd::score_entropy_cpu);
     bind(m, "score_entropy_backward", sedd::score_entropy_backward_cpu);
     bind(m, "score_entropy_tile", sedd::score_entropy_tile_cpu);
+    bind(m, "mean_prediction", sedd::mean_prediction_cpu);
+    bind(m, "mean_prediction_backward", sedd::mean_prediction_backward_cpu);
     bind(m, "transition_column", sedd::transition_column_cpu);
     bind(m, "transition_row", sedd::transition_row_cpu);
     bind(m, "sample_transition", sedd::sample_transition_cpu);

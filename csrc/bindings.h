@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "mean_prediction.h"
 #include "reverse.h"
 #include "score_entropy.h"
 #include "transition.h"
@@ -50,6 +51,13 @@ constexpr auto fields_of(const ScoreEntropyTileParams*) {
                            SEDD_FIELD(shift), SEDD_FIELD(stationary), SEDD_FIELD(grad_loss), SEDD_FIELD(sweeps),
                            SEDD_FIELD(out), SEDD_FIELD(neg_entropy), SEDD_FIELD(rows), SEDD_FIELD(width),
                            SEDD_FIELD(first), SEDD_FIELD(dim), SEDD_FIELD(dtype), SEDD_FIELD(family));
+}
+
+constexpr auto fields_of(const MeanPredictionParams*) {
+    using Struct = MeanPredictionParams;
+    return std::make_tuple(SEDD_FIELD(logits), SEDD_FIELD(x_t), SEDD_FIELD(x_0), SEDD_FIELD(sigma), SEDD_FIELD(sigma_s),
+                           SEDD_FIELD(stationary), SEDD_FIELD(grad_loss), SEDD_FIELD(numbers), SEDD_FIELD(out),
+                           SEDD_FIELD(rows), SEDD_FIELD(dim), SEDD_FIELD(mask), SEDD_FIELD(dtype), SEDD_FIELD(family));
 }
 
 constexpr auto fields_of(const ReverseParams*) {

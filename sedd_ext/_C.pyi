@@ -18,6 +18,8 @@ compiler: str
 
 least_noise: float
 """Smaller noise is a fault."""
+mean_prediction_numbers: int
+"""float64 numbers per row that ``mean_prediction`` keeps for ``mean_prediction_backward``."""
 reverse_draw_numbers: int
 """float64 numbers per row between two tiles of ``reverse_tile``."""
 score_entropy_sweep_numbers: int
@@ -35,6 +37,8 @@ cuda_arguments: dict[str, tuple[str, ...]]
 
 _Status = tuple[int, int]
 
+def mean_prediction(arguments: dict[str, Any], /) -> _Status: ...
+def mean_prediction_backward(arguments: dict[str, Any], /) -> _Status: ...
 def score_entropy(arguments: dict[str, Any], /) -> _Status: ...
 def score_entropy_backward(arguments: dict[str, Any], /) -> _Status: ...
 def score_entropy_tile(arguments: dict[str, Any], /) -> _Status: ...

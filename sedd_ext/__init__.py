@@ -1,9 +1,10 @@
 """Score-entropy discrete diffusion over the vocabulary axis: compiled kernels as PyTorch operators.
 
 Processes: :func:`Absorbing`, :func:`Uniform`, :func:`Hybrid`, :class:`RankOne`. Reverse steps: :class:`Tweedie`,
-:class:`Euler`. Operators: :func:`score_entropy_loss`, :func:`transition_column`, :func:`transition_row`,
-:func:`sample_transition`, :func:`reverse_probs`, :func:`reverse_sample`; with the output head fused in,
-:func:`linear_score_entropy_loss`, :func:`linear_reverse_sample`. The same in plain PyTorch: :mod:`sedd_ext.reference`.
+:class:`Euler`. Operators: :func:`score_entropy_loss`, :func:`mean_prediction_loss`, :func:`transition_column`,
+:func:`transition_row`, :func:`sample_transition`, :func:`reverse_probs`, :func:`reverse_sample`; with the output head
+fused in, :func:`linear_score_entropy_loss`, :func:`linear_mean_prediction_loss`, :func:`linear_reverse_sample`. The
+same in plain PyTorch: :mod:`sedd_ext.reference`.
 """
 
 import torch  # noqa: F401 - before the kernels: they use the OpenMP runtime that torch loads
@@ -16,8 +17,10 @@ except ImportError as error:
         "installed package: run Python from another folder, or install with pip install -e ."
     ) from error
 from sedd_ext import reference
+from sedd_ext.linear_mean_prediction import linear_mean_prediction_loss
 from sedd_ext.linear_reverse import linear_reverse_sample
 from sedd_ext.linear_score_entropy import linear_score_entropy_loss
+from sedd_ext.mean_prediction import mean_prediction_loss
 from sedd_ext.process import Absorbing, Hybrid, RankOne, Uniform
 from sedd_ext.reverse import reverse_probs, reverse_sample
 from sedd_ext.score_entropy import score_entropy_loss
@@ -38,8 +41,10 @@ __all__ = [
     "Uniform",
     "__version__",
     "has_cuda_kernels",
+    "linear_mean_prediction_loss",
     "linear_reverse_sample",
     "linear_score_entropy_loss",
+    "mean_prediction_loss",
     "reference",
     "reverse_probs",
     "reverse_sample",

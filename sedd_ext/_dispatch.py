@@ -52,13 +52,13 @@ def check_tokens(name: str, value: object, shape: torch.Size | None = None, of: 
     return value
 
 
-def check_log_score(value: object, process: RankOne) -> Tensor:
-    """Checks that ``value`` is a tensor of log-scores [*B, N] for the N of the process."""
+def check_log_score(value: object, process: RankOne, name: str = "log_score") -> Tensor:
+    """Checks that ``value`` is a tensor of log-scores or logits [*B, N] for the N of the process."""
     if not isinstance(value, Tensor) or value.dtype not in DTYPES:
-        raise TypeError(f"log_score: expected a float32, bfloat16, float16 or float64 tensor, got {kind_of(value)}")
+        raise TypeError(f"{name}: expected a float32, bfloat16, float16 or float64 tensor, got {kind_of(value)}")
     if value.dim() == 0 or value.shape[-1] != process.dim:
-        raise ValueError(f"log_score: expected shape [*B, {process.dim}] for {process}, got {list(value.shape)}")
-    check_device("log_score", value)
+        raise ValueError(f"{name}: expected shape [*B, {process.dim}] for {process}, got {list(value.shape)}")
+    check_device(name, value)
     return value
 
 
@@ -222,7 +222,12 @@ def launch(kernel: str, **arguments: Any) -> Status:
 
 
 def raise_fault(
-    status: Status, tokens: dict[str, Tensor], dim: int, sigma: tuple[str, Tensor], scores: str = "log_score"
+    status: Status,
+    tokens: dict[str, Tensor],
+    dim: int,
+    sigma: tuple[str, Tensor],
+    scores: str = "log_score",
+    sigma_s: Tensor | None = None,
 ) -> None:
     """Raises a ValueError for a fault of a kernel. It names the argument, the first bad row and its value.
 
@@ -232,6 +237,7 @@ def raise_fault(
         dim: N.
         sigma: name and values of the noise argument.
         scores: name of the argument that determines the scores.
+        sigma_s: total noise at an earlier time, if the kernel takes it.
     """
     code, row = status
     if code == 0:
@@ -246,6 +252,10 @@ def raise_fault(
         value = float(values.reshape(-1)[row])
         wanted = f"numbers of at least {_C.least_noise}" if 0 < value < _C.least_noise else "finite numbers above 0"
         raise ValueError(f"{name}: expected {wanted}, got {value} {where}")
+    if fault == "sigma_s":
+        assert sigma_s is not None
+        later, earlier = float(sigma[1].reshape(-1)[row]), float(sigma_s.reshape(-1)[row])
+        raise ValueError(f"sigma_s: expected numbers in [0, sigma), got {earlier} {where}, where sigma is {later}")
     raise ValueError(
         f"{scores}: expected scores whose probabilities have a finite sum above 0, got a row ({where}) with NaN, a "
         "log-score above 88, or no token other than MASK at a step that must not return MASK"

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, get_type_hints
 import torch
 from torch import Tensor
 
+from sedd_ext import _C
 from sedd_ext._dispatch import CUDA, DTYPES, FAMILIES, STEPS, compute_dtype, kind_of
 
 __all__: list[str] = []
@@ -39,10 +40,20 @@ def _vector(dtype: str) -> Rule:
 
 RULES: dict[str, list[Rule]] = {
     **{name: _numbers("int64") for name in ("x_t", "x_0", "x")},
-    **{name: _numbers("float64") for name in ("sigma", "noise", "log_score_shift", "loss_weight")},
-    "log_score": [
-        ("exact is None", TypeError, _ANY_FLOAT),
-        ("{0}.numel() != rows * dim", ValueError, "shape [*B, N] for {rows} tokens"),
+    **{name: _numbers("float64") for name in ("sigma", "sigma_s", "noise", "log_score_shift", "loss_weight")},
+    **{
+        name: [
+            ("exact is None", TypeError, _ANY_FLOAT),
+            ("{0}.numel() != rows * dim", ValueError, "shape [*B, N] for {rows} tokens"),
+        ]
+        for name in ("log_score", "logits")
+    },
+    "numbers": [
+        (
+            "{0}.dtype is not float64 or {0}.numel() != rows * MEAN_PREDICTION_NUMBERS",
+            ValueError,
+            "the second result of mean_prediction with needs_gradient",
+        )
     ],
     "grad_loss": [
         ("{0}.dtype not in DTYPES", TypeError, _ANY_FLOAT),
@@ -83,6 +94,7 @@ RULES: dict[str, list[Rule]] = {
     "dtype": [("{0} not in dtypes", TypeError, "one of {dtypes}")],
     "stationary": [_vector("exact")],
     "cumulative": [_vector("float64")],
+    "mask": [("not -1 <= {0} < dim", ValueError, "a token in [0, {dim}), or -1 for none")],
     "forbidden": [("not -1 <= {0} < dim", ValueError, "a token in [0, {dim}), or -1 for none")],
     "buffer_bytes": [("{0} < 1", ValueError, "a positive number")],
     "seed": [("{0}.dtype is not int64 or {0}.numel() != 1", ValueError, "one number of int64")],
@@ -97,6 +109,7 @@ _KNOWN = {
     "FAMILIES": FAMILIES,
     "STEPS": STEPS,
     "EXACT": {dtype: compute_dtype(dtype) for dtype in DTYPES},
+    "MEAN_PREDICTION_NUMBERS": _C.mean_prediction_numbers,
     "int64": torch.int64,
     "float64": torch.float64,
 }
@@ -115,7 +128,7 @@ def checked(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
         given = f"{name} is not None and " if optional else ""
         rules += [(name, f"{given}({wrong.format(name)})", error, expected) for wrong, error, expected in RULES[name]]
     tokens = next(name for name in ("x_t", "x_0", "x") if name in arguments)
-    scores = next((name for name in ("log_score", "weight") if name in arguments), None)
+    scores = next((name for name in ("log_score", "logits", "weight") if name in arguments), None)
     dtype = "dtype" if "dtype" in arguments else f"{scores}.dtype"
     known = [f"rows = {tokens}.numel()"]
     if scores is not None:

@@ -74,12 +74,16 @@ class Rows:
         return out
 
     def raise_fault(
-        self, status: tuple[int, int], tokens: dict[str, Tensor], noise: tuple[str, Tensor], scores: str = "log_score"
+        self,
+        status: tuple[int, int],
+        tokens: dict[str, Tensor],
+        noise: tuple[str, Tensor],
+        sigma_s: Tensor | None = None,
     ) -> None:
         """:func:`sedd_ext._dispatch.raise_fault` for a status whose row is an index into these rows."""
         fault, row = status
         row = row if self.index is None else int(self.index[row])
-        raise_fault((fault, row), tokens, self.dim, noise, scores)
+        raise_fault((fault, row), tokens, self.dim, noise, sigma_s=sigma_s)
 
 
 class Tile(NamedTuple):
@@ -258,21 +262,6 @@ def _largest(values: Tensor) -> Tensor:
     """The largest finite magnitude, at least 1e-30."""
     finite = torch.where(values.isfinite(), values, 0.0).abs()
     return torch.cat([finite.double().flatten(), finite.new_full((1,), 1e-30, dtype=torch.float64)]).amax()
-
-
-def common_gradient(grad_loss: Tensor) -> Tensor | None:
-    """The upstream gradient, if it is the same number for all rows, which is the usual case; else None.
-
-    The gradient of a sum has stride 0, which shows this without a read. Comparing numbers waits for the device.
-    """
-    if grad_loss.numel() == 0:
-        return grad_loss.new_ones(())
-    first = grad_loss[(0,) * grad_loss.dim()]
-    if all(stride == 0 or size == 1 for stride, size in zip(grad_loss.stride(), grad_loss.shape, strict=True)):
-        return first
-    if grad_loss.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None  # a capture cannot wait; computing the gradients again is always correct
-    return first if bool((grad_loss == first).all()) else None
 
 
 def is_token(x: Tensor, dim: int) -> Tensor:

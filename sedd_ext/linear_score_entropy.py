@@ -13,14 +13,13 @@ from sedd_ext._dispatch import (
     check_process,
     check_reduction,
     check_tokens,
-    compute_dtype,
     contiguous,
     launch,
     per_row,
     stationary_for,
 )
-from sedd_ext._operators import define, schema
-from sedd_ext.head import BUFFER_BYTES, Gradients, Head, Rows, Tile, check_head, common_gradient, float16_unit
+from sedd_ext.fused_loss import FusedLoss, empty_results
+from sedd_ext.head import BUFFER_BYTES, Gradients, Head, Rows, Tile, check_head, float16_unit
 from sedd_ext.process import RankOne
 
 __all__ = ["linear_score_entropy_loss"]
@@ -52,22 +51,6 @@ class Arguments(NamedTuple):
         return self.grad_hidden, self.grad_weight, self.grad_bias
 
 
-_TENSORS = 9
-"""The number of tensors among the arguments. They come first."""
-_GRADIENTS = "Tensor, Tensor, Tensor"
-
-
-def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and the gradients of hidden, weight and bias; a gradient that is not needed is empty."""
-    a = Arguments(*arguments)
-    return (
-        a.hidden.new_empty(a.x_t.shape, dtype=compute_dtype(a.dtype)),
-        a.hidden.new_empty(a.hidden.shape if a.grad_hidden else (0,)),
-        a.weight.new_empty(a.weight.shape if a.grad_weight else (0,)),
-        (a.weight if a.bias is None else a.bias).new_empty(a.weight.shape[:1] if a.grad_bias else (0,)),
-    )
-
-
 class _RowValues(NamedTuple):
     """The values of the rows that go through the head, [R] each."""
 
@@ -84,9 +67,9 @@ class _RowValues(NamedTuple):
 
 
 @torch.no_grad()
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     a = Arguments(*arguments)
-    loss, hidden_gradient, weight_gradient, bias_gradient = _fake(*a)
+    loss, hidden_gradient, weight_gradient, bias_gradient = empty_results(a)
     dim, stationary = a.weight.shape[0], contiguous(a.stationary)
     rows = Rows(a.x_t, a.sigma, stationary, a.family, dim, a.x_0)
     head = Head(rows.select(a.hidden).to(a.dtype), a.weight, a.bias, a.buffer_bytes)
@@ -155,78 +138,7 @@ def _unit(tile: Tile, v: _RowValues, stationary: Tensor | None, family: str, dim
     return float16_unit(bound, tile)
 
 
-def _backward_fake(
-    grad_loss: Tensor, hidden_gradient: Tensor, weight_gradient: Tensor, bias_gradient: Tensor, *_: Any
-) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(g) for g in (hidden_gradient, weight_gradient, bias_gradient))
-
-
-@torch.no_grad()
-def _backward(
-    grad_loss: Tensor, hidden_gradient: Tensor, weight_gradient: Tensor, bias_gradient: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
-    a, gradients = Arguments(*arguments), (hidden_gradient, weight_gradient, bias_gradient)
-    if not a.grad_weight and not a.grad_bias:  # the gradient of a row is proportional to the upstream one of the row
-        factors = grad_loss.unsqueeze(-1).to(hidden_gradient.dtype)
-        return hidden_gradient * factors if a.grad_hidden else hidden_gradient.clone(), *map(torch.clone, gradients[1:])
-    factor = common_gradient(grad_loss)
-    if factor is not None:
-        return tuple(gradient * factor.to(gradient.dtype) for gradient in gradients)
-    loss_weight = grad_loss.double() if a.loss_weight is None else a.loss_weight * grad_loss
-    everything: tuple[Tensor, ...] = torch.ops.sedd_ext.linear_score_entropy(
-        *a._replace(loss_weight=loss_weight.contiguous())
-    )
-    return everything[1:]
-
-
-define(f"linear_score_entropy({schema(Arguments)}) -> (Tensor, {_GRADIENTS})", _forward, _fake)
-define(
-    "linear_score_entropy_backward(Tensor grad_loss, Tensor hidden_gradient, Tensor weight_gradient, "
-    f"Tensor bias_gradient, {schema(Arguments)}) -> ({_GRADIENTS})",
-    _backward,
-    _backward_fake,
-)
-
-
-class _LinearScoreEntropyGradient(torch.autograd.Function):
-    """Computes the gradients. Its own backward raises, because a second derivative would silently lack terms."""
-
-    @staticmethod
-    def forward(ctx: Any, grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        gradients: tuple[Tensor, ...] = arguments[:3]
-        if not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and bool((grad_loss == 1).all()):
-            return gradients
-        gradients = torch.ops.sedd_ext.linear_score_entropy_backward(grad_loss, *arguments)
-        return gradients
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError("linear_score_entropy_loss: differentiable once only, and this asks for a second derivative")
-
-
-class _LinearScoreEntropy(torch.autograd.Function):
-    """Computes the gradients together with the loss, for an upstream gradient of 1 in every row.
-
-    If the upstream gradient is another number, the same for all rows, the backward pass scales them. If it differs from
-    row to row, the backward pass computes them again, with the head's matrix product.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        loss, *gradients = torch.ops.sedd_ext.linear_score_entropy(*arguments)
-        ctx.save_for_backward(*gradients, *arguments[:_TENSORS])
-        ctx.options = arguments[_TENSORS:]
-        result: Tensor = loss
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _LinearScoreEntropyGradient.apply(  # type: ignore[no-untyped-call]
-            grad_loss, *ctx.saved_tensors, *ctx.options
-        )
-        wanted = ctx.options[-3:]
-        others = (None,) * (_TENSORS - 3 + len(ctx.options))
-        return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *others
+_loss = FusedLoss("linear_score_entropy", Arguments, _forward)
 
 
 def linear_score_entropy_loss(
@@ -314,5 +226,5 @@ def linear_score_entropy_loss(
         grad_weight=grad_weight,
         grad_bias=grad_bias,
     )
-    loss: Tensor = _LinearScoreEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
+    loss = _loss(*arguments)
     return loss if reduction == "none" else loss.sum()

@@ -15,6 +15,8 @@ from sedd_ext.process import RankOne
 from sedd_ext.step import Step, Tweedie
 
 __all__ = [
+    "implied_log_score",
+    "mean_prediction_loss",
     "reverse_probs",
     "reverse_sample",
     "sample_transition",
@@ -100,6 +102,79 @@ def score_entropy_loss(
     coefficients = (pi_x, pi_x * c, pi_x * a / d, pi_x * constant)
     w, w_c, w_x0, w_constant = (torch.where(live, v, 0.0).to(scores.dtype) for v in coefficients)
     return _reduce(w * positive - w_c * weighted - w_x0 * at_x0 + w_constant, reduction)
+
+
+# ------------------------------------------------------------------------------------------------------ mean prediction
+
+
+def mean_prediction_loss(
+    logits: Tensor,
+    x_t: Tensor,
+    x_0: Tensor,
+    sigma: float | Tensor,
+    process: RankOne,
+    *,
+    sigma_s: float | Tensor | None = None,
+    loss_weight: float | Tensor | None = None,
+    reduction: str = "none",
+) -> Tensor:
+    """Score entropy at the score that softmax(logits) implies, by plain autograd. With ``sigma_s``, the divergence
+    D_KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)) of a discrete step. See :func:`sedd_ext.mean_prediction_loss`.
+
+    Source: SEDD, theorem 3.6; D3PM, equation 1.
+    """
+    if sigma_s is None:
+        loss = score_entropy_loss(implied_log_score(logits, x_t, sigma, process), x_t, x_0, sigma, process)
+    else:
+        clean = one_hot(x_0, process.dim).to(_compute_dtype(logits)).log()
+        predicted = _posterior(_log_mean(logits, process), x_t, sigma, sigma_s, process)
+        true = _posterior(clean, x_t, sigma, sigma_s, process)
+        loss = (torch.xlogy(true, true) - torch.xlogy(true, predicted.masked_fill(true == 0, 1.0))).sum(-1)
+    loss = loss.masked_fill((process.stationary.to(x_t.device) == 0)[x_t], 0.0)
+    if loss_weight is not None:
+        loss = loss * _per_row(loss_weight, x_t).to(loss.dtype)
+    return _reduce(loss, reduction)
+
+
+def implied_log_score(logits: Tensor, x_t: Tensor, sigma: float | Tensor, process: RankOne) -> Tensor:
+    """The log-scores [*B, N] that a mean prediction implies: ``s_y = A π_y + B μ_y`` with μ = softmax(logits),
+    ``A = 1/π_x - κ μ_x``, ``κ = a / (π_x (a + b π_x))`` and ``B = a / (b π_x)``. 0 where π_x = 0.
+    """
+    log_mean = _log_mean(logits, process)
+    pi = process.stationary.to(logits.device)
+    pi_x, (a, b) = pi[x_t], _decay(_per_row(sigma, x_t))
+    pi_x = pi_x.masked_fill(pi_x == 0, 1.0)
+    # 1 - μ_x a / (a + b π_x), without cancellation
+    here = _is_entry(x_t, process.dim)
+    elsewhere = log_mean.exp().masked_fill(here, 0.0).sum(-1)
+    at_x = log_mean.gather(-1, x_t[..., None]).squeeze(-1).exp()
+    spread = (elsewhere + at_x * (b * pi_x / (a + b * pi_x)).to(at_x.dtype)) / pi_x.to(at_x.dtype)
+    gain = (torch.log(a) - torch.log(b * pi_x)).to(at_x.dtype)
+    log_score = torch.logaddexp(spread[..., None].log() + pi.to(at_x.dtype).log(), gain[..., None] + log_mean)
+    return log_score.masked_fill((process.stationary.to(x_t.device) == 0)[x_t][..., None], 0.0)
+
+
+def _log_mean(logits: Tensor, process: RankOne) -> Tensor:
+    """log μ [*B, N], -inf for MASK."""
+    logits = logits.to(_compute_dtype(logits))
+    if process.mask_id is not None:
+        logits = logits.masked_fill(torch.arange(process.dim, device=logits.device) == process.mask_id, -torch.inf)
+    return logits.log_softmax(-1)
+
+
+def _posterior(
+    log_mean: Tensor, x_t: Tensor, sigma: float | Tensor, sigma_s: float | Tensor, process: RankOne
+) -> Tensor:
+    """p(x_s | x_t) = Σ_k μ_k q(x_s | x_t, x_0 = k) [*B, N], by Bayes' rule and the closed form of both transitions."""
+    pi = process.stationary.to(x_t.device)
+    pi_x, here = pi[x_t].masked_fill(pi[x_t] == 0, 1.0), _is_entry(x_t, process.dim)
+    sigma, sigma_s = _per_row(sigma, x_t), _per_row(sigma_s, x_t)
+    (a_t, b_t), (a_s, b_s), (a_d, b_d) = _decay(sigma), _decay(sigma_s), _decay(sigma - sigma_s)
+    evidence = a_t[..., None] * here + (b_t * pi_x)[..., None]  # q(x_t | x_0 = k)
+    weighted = log_mean.exp() / evidence.to(log_mean.dtype)
+    origin = a_s.to(weighted.dtype)[..., None] * weighted
+    origin = origin + (b_s[..., None] * pi).to(weighted.dtype) * weighted.sum(-1, keepdim=True)
+    return (a_d[..., None] * here + (b_d * pi_x)[..., None]).to(weighted.dtype) * origin
 
 
 # -------------------------------------------------------------------------------------------------------- reverse steps

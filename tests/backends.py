@@ -178,8 +178,10 @@ def _there_and_back(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
+linear_mean_prediction_loss = _there_and_back(sedd_ext.linear_mean_prediction_loss)
 linear_reverse_sample = _there_and_back(sedd_ext.linear_reverse_sample)
 linear_score_entropy_loss = _there_and_back(sedd_ext.linear_score_entropy_loss)
+mean_prediction_loss = _there_and_back(sedd_ext.mean_prediction_loss)
 reverse_probs = _there_and_back(sedd_ext.reverse_probs)
 reverse_sample = _there_and_back(sedd_ext.reverse_sample)
 sample_transition = _there_and_back(sedd_ext.sample_transition)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sedd_ext.linear_score_entropy as module
-from sedd_ext import Absorbing, RankOne, Uniform, reference
+from sedd_ext import Absorbing, RankOne, Uniform, fused_loss, reference
 
 pytestmark = pytest.mark.operators
 every_variant = pytest.mark.every_variant
@@ -253,7 +253,7 @@ def test_sums_and_means_do_not_look_at_what_comes_down(monkeypatch: pytest.Monke
     )
     looked = []
     monkeypatch.setattr(Tensor, "__bool__", lambda tensor: looked.append(tensor) or bool(tensor.item()))
-    monkeypatch.setattr(module._LinearScoreEntropyGradient, "forward", forward_as_on_a_gpu)
+    monkeypatch.setattr(module._loss.gradient, "forward", forward_as_on_a_gpu)
     torch.autograd.grad(loss if isinstance(reduce, str) else reduce(loss), head)
     assert looked == []
 
@@ -272,7 +272,7 @@ def test_a_frozen_head_does_not_look_either(launches: list[tuple[int, bool]], mo
     launches.clear()
     hidden = head.hidden.clone().requires_grad_()
     loss = linear_score_entropy_loss(hidden, head.weight, head.bias, *rows, process)
-    monkeypatch.setattr(module, "common_gradient", lambda _: pytest.fail("looked"))
+    monkeypatch.setattr(fused_loss, "common_gradient", lambda _: pytest.fail("looked"))
     (gradient,) = torch.autograd.grad(loss, hidden, upstream)
     torch.testing.assert_close(gradient, exact[1])
     assert len(launches) == 1

@@ -27,6 +27,7 @@ enum class Fault : int32_t {
     x_0 = 2,    // token outside [0, dim)
     sigma = 3,  // not a finite number above zero
     total = 4,  // the probabilities of a row have no finite positive sum
+    sigma_s = 5,  // not in [0, sigma)
 };
 
 // The first bad row of a launch. The output of a launch with a bad row is undefined.

@@ -7,10 +7,10 @@
 namespace sedd {
 namespace {
 
-#define SEDD_TABLE(isa)                                                                                     \
-    KernelTable {                                                                                           \
-        #isa, isa::score_entropy, isa::score_entropy_backward, isa::score_entropy_tile, isa::reverse_probs, \
-            isa::reverse_sample, isa::reverse_tile                                                          \
+#define SEDD_TABLE(isa)                                                                                       \
+    KernelTable {                                                                                             \
+        #isa, isa::score_entropy, isa::score_entropy_backward, isa::score_entropy_tile, isa::mean_prediction, \
+            isa::mean_prediction_backward, isa::reverse_probs, isa::reverse_sample, isa::reverse_tile         \
     }
 
 bool runs_here(const char* isa) {
@@ -86,6 +86,14 @@ Status score_entropy_backward_cpu(const ScoreEntropyParams& p, int threads) {
 
 Status score_entropy_tile_cpu(const ScoreEntropyTileParams& p, int threads) {
     return launch(kernels().score_entropy_tile(p.dtype, p.family), p, p.width, 0, threads);
+}
+
+Status mean_prediction_cpu(const MeanPredictionParams& p, int threads) {
+    return launch(kernels().mean_prediction(p.dtype, p.family), p, p.dim, 0, threads);
+}
+
+Status mean_prediction_backward_cpu(const MeanPredictionParams& p, int threads) {
+    return launch(kernels().mean_prediction_backward(p.dtype, p.family), p, p.dim, 0, threads);
 }
 
 Status reverse_probs_cpu(const ReverseParams& p, int threads) {

@@ -1,6 +1,7 @@
 // The row kernels, compiled once per instruction set, and the table from which the launchers select at run time.
 #pragma once
 
+#include "mean_prediction.h"
 #include "reverse.h"
 #include "score_entropy.h"
 
@@ -15,19 +16,23 @@ struct KernelTable {
     RowKernel<ScoreEntropyParams> (*score_entropy)(DType, Family);
     RowKernel<ScoreEntropyParams> (*score_entropy_backward)(DType, Family);
     RowKernel<ScoreEntropyTileParams> (*score_entropy_tile)(DType, Family);
+    RowKernel<MeanPredictionParams> (*mean_prediction)(DType, Family);
+    RowKernel<MeanPredictionParams> (*mean_prediction_backward)(DType, Family);
     RowKernel<ReverseParams> (*reverse_probs)(DType, Family);
     RowKernel<ReverseParams> (*reverse_sample)(DType, Family);
     RowKernel<ReverseTileParams> (*reverse_tile)(DType, Family);
 };
 
-#define SEDD_DECLARE_KERNELS(isa)                                        \
-    namespace isa {                                                      \
-    RowKernel<ScoreEntropyParams> score_entropy(DType, Family);          \
-    RowKernel<ScoreEntropyParams> score_entropy_backward(DType, Family); \
-    RowKernel<ScoreEntropyTileParams> score_entropy_tile(DType, Family); \
-    RowKernel<ReverseParams> reverse_probs(DType, Family);               \
-    RowKernel<ReverseParams> reverse_sample(DType, Family);              \
-    RowKernel<ReverseTileParams> reverse_tile(DType, Family);            \
+#define SEDD_DECLARE_KERNELS(isa)                                            \
+    namespace isa {                                                          \
+    RowKernel<ScoreEntropyParams> score_entropy(DType, Family);              \
+    RowKernel<ScoreEntropyParams> score_entropy_backward(DType, Family);     \
+    RowKernel<ScoreEntropyTileParams> score_entropy_tile(DType, Family);     \
+    RowKernel<MeanPredictionParams> mean_prediction(DType, Family);          \
+    RowKernel<MeanPredictionParams> mean_prediction_backward(DType, Family); \
+    RowKernel<ReverseParams> reverse_probs(DType, Family);                   \
+    RowKernel<ReverseParams> reverse_sample(DType, Family);                  \
+    RowKernel<ReverseTileParams> reverse_tile(DType, Family);                \
     }
 
 SEDD_DECLARE_KERNELS(baseline)

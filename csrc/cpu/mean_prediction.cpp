@@ -1,0 +1,281 @@
+// Score entropy of a mean prediction on the CPU. The loss takes one sweep over a row for the normaliser of the softmax,
+// and unless the process is absorbing a second one, from the cache, for the sums of score entropy. The gradient takes
+// one sweep that reads and writes. The lower bounds of the time are those of a plain read and a plain copy.
+#include "mean_prediction.h"
+
+#include "cpu/kernels.h"
+#include "cpu/softmax.h"
+
+namespace sedd::SEDD_ISA {
+namespace {
+
+constexpr int64_t kBlock = kSoftmaxBlock;
+// A smaller q_y counts as 0: its term is then e_y, which differs by less than 100 q_y.
+constexpr float kLeast = 1e-30f;
+
+// The numbers of a row in the compute type. For a uniform π, excess, keep and rate include it.
+template <class Real>
+struct LaneNumbers {
+    Real top, log_total, a, excess, keep, rate;
+};
+
+// μ_y, t_y and e_y of kCount vectors from y on, given the logits.
+template <Family P, int kCount, class Real, class Vec>
+inline void unfold(const LaneNumbers<Real>& n, const Vec (&pi)[kCount], Vec (&mu)[kCount], Vec (&t)[kCount],
+                   Vec (&e)[kCount]) {
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) mu[k] = (mu[k] - n.top) - n.log_total;
+    exp_lanes(mu);
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) {
+        const Vec moved = mu[k] * n.a;
+        t[k] = pi[k] * n.keep + moved;
+        e[k] = pi[k] * n.excess + moved;
+    }
+}
+
+inline VecF at_least(VecF a, float least) { return max_or_second(broadcast(least), a); }
+inline double at_least(double a, double least) { return max_or_second(least, a); }
+
+// a where q is large enough for h, else b.
+inline VecF where_counts(VecF q, VecF a, VecF b) { return q > kLeast ? a : b; }
+inline double where_counts(double q, double a, double b) { return q > static_cast<double>(kLeast) ? a : b; }
+
+// Sums over entries whose vectors hold the logits and π; entries that do not count have the logit -inf and π = 0.
+template <Family P, bool kGradient, int kCount, class Real, class Vec>
+inline void add_terms(const LaneNumbers<Real>& n, const Vec (&pi)[kCount], Vec (&l)[kCount], Vec* entropy,
+                      Vec* pi_ratio, Vec* mu_ratio) {
+    constexpr Real least = static_cast<Real>(1.2e-38f);
+    Vec t[kCount], e[kCount], r[kCount], u[kCount], h[kCount], q[kCount];
+    unfold<P>(n, pi, l, t, e);
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) {
+        q[k] = pi[k] * n.rate;
+        const Vec inverse = Real(1) / at_least(q[k], kLeast);
+        r[k] = e[k] * inverse;
+        u[k] = at_least(t[k] * inverse, least);
+    }
+    excess_lanes(r, u, h);
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) entropy[k] += where_counts(q[k], q[k] * h[k], e[k]);
+    if constexpr (kGradient) {
+        SEDD_UNROLL for (int k = 0; k < kCount; ++k) {
+            const Vec ratio = e[k] / at_least(t[k], least);
+            pi_ratio[k] += pi[k] * ratio;
+            mu_ratio[k] += l[k] * ratio;
+        }
+    }
+}
+
+// π of kCount vectors: that of a vector π, or 1 for a uniform π, whose numbers include it.
+template <Family P, int kCount, class Real, class Vec>
+inline void load_pi(const Real* stationary, int64_t y, Vec (&pi)[kCount]) {
+    SEDD_UNROLL for (int k = 0; k < kCount; ++k) {
+        if constexpr (P == Family::rank_one) {
+            pi[k] = load(stationary + y + k * Lanes<Real>::width);
+        } else {
+            pi[k] = broadcast(Real(1));
+        }
+    }
+}
+
+// Adds the sums over [begin, end).
+template <Family P, bool kGradient, class T, class Real = Compute<T>>
+void add_sums(MeanPredictionSums& sums, const LaneNumbers<Real>& n, const T* logits, const Real* stationary,
+              int64_t begin, int64_t end) {
+    using Vec = typename Lanes<Real>::Vec;
+    constexpr int width = Lanes<Real>::width;
+    for (int64_t block = begin; block < end; block += kBlock) {
+        const int64_t stop = block + kBlock < end ? block + kBlock : end;
+        Vec entropy[kUnroll] = {}, pi_ratio[kUnroll] = {}, mu_ratio[kUnroll] = {};
+        int64_t y = block;
+        const auto add = [&](auto& l, auto& pi) {
+            load_vectors<true>(logits + y, l);
+            load_pi<P>(stationary, y, pi);
+            add_terms<P, kGradient>(n, pi, l, entropy, pi_ratio, mu_ratio);
+        };
+        for (; y + kUnroll * width <= stop; y += kUnroll * width) {
+            Vec l[kUnroll], pi[kUnroll];
+            add(l, pi);
+        }
+        for (; y + width <= stop; y += width) {
+            Vec l[1], pi[1];
+            add(l, pi);
+        }
+        if (y < stop) {
+            Vec l[1] = {load_partial(logits + y, stop - y, -__builtin_inff())}, pi[1];
+            if constexpr (P == Family::rank_one) {
+                pi[0] = load_partial(stationary + y, stop - y, 0.0f);
+            } else {
+                Real ones[width];
+                for (Real& one : ones) one = Real(1);
+                pi[0] = load_partial(ones, stop - y, 0.0f);
+            }
+            add_terms<P, kGradient>(n, pi, l, entropy, pi_ratio, mu_ratio);
+        }
+        const auto total = [](const Vec* v) { return sum_lanes((v[0] + v[1]) + (v[2] + v[3])); };
+        sums.entropy += total(entropy);
+        sums.pi_ratio += total(pi_ratio);
+        sums.mu_ratio += total(mu_ratio);
+    }
+}
+
+// out_y = scale μ_y (a e_y / t_y - base) over kCount vectors, given the logits; e/t is 1 for an absorbing process.
+template <Family P, int kCount, class Real, class Vec>
+inline void differentiate(const LaneNumbers<Real>& n, Real base, Real scale, const Vec (&pi)[kCount],
+                          Vec (&l)[kCount]) {
+    if constexpr (P == Family::absorbing) {
+        SEDD_UNROLL for (int k = 0; k < kCount; ++k) l[k] = (l[k] - n.top) - n.log_total;
+        exp_lanes(l);
+        SEDD_UNROLL for (int k = 0; k < kCount; ++k) l[k] *= scale;  // scale (a - base)
+    } else {
+        Vec t[kCount], e[kCount];
+        unfold<P>(n, pi, l, t, e);
+        SEDD_UNROLL for (int k = 0; k < kCount; ++k) {
+            const Vec ratio = e[k] / at_least(t[k], static_cast<Real>(1.2e-38f));
+            l[k] *= scale * (n.a * ratio - base);
+        }
+    }
+}
+
+template <Family P, class T, class Real = Compute<T>>
+void write_gradient(T* out, const LaneNumbers<Real>& n, Real base, Real scale, const T* logits, const Real* stationary,
+                    int64_t begin, int64_t end) {
+    using Vec = typename Lanes<Real>::Vec;
+    constexpr int width = Lanes<Real>::width;
+    constexpr bool ordered = P == Family::rank_one;
+    int64_t y = begin;
+    const auto write = [&](auto& l, auto& pi) {
+        load_vectors<ordered>(logits + y, l);
+        if constexpr (P != Family::absorbing) load_pi<P>(stationary, y, pi);
+        differentiate<P>(n, base, scale, pi, l);
+        store_vectors<ordered>(out + y, l);
+    };
+    for (; y + kUnroll * width <= end; y += kUnroll * width) {
+        Vec l[kUnroll], pi[kUnroll];
+        prefetch<kUnroll>(logits + y);
+        write(l, pi);
+    }
+    for (; y + width <= end; y += width) {
+        Vec l[1], pi[1];
+        write(l, pi);
+    }
+    if (y >= end) return;
+    Vec l[1] = {load_partial(logits + y, end - y, 0.0f)}, pi[1] = {broadcast(Real(1))};
+    if constexpr (P == Family::rank_one) pi[0] = load_partial(stationary + y, end - y, 0.0f);
+    differentiate<P>(n, base, scale, pi, l);
+    store_partial(out + y, l[0], end - y);
+}
+
+// Calls work(begin, end) for the ranges of [0, dim) between the given tokens.
+template <class Work>
+void between(int64_t dim, const int64_t (&tokens)[3], Work work) {
+    int64_t begin = 0;
+    while (begin < dim) {
+        int64_t next = dim;
+        for (const int64_t token : tokens) {
+            if (token >= begin && token < next) next = token;
+        }
+        if (begin < next) work(begin, next);
+        begin = next + 1;
+    }
+}
+
+template <Family P, class Real, class Numbers>
+LaneNumbers<Real> lane_numbers(const Numbers& n, double rate, int64_t dim) {
+    const double pi = P == Family::uniform ? 1.0 / static_cast<double>(dim) : 1.0;
+    return {static_cast<Real>(n.top),         static_cast<Real>(n.log_total), static_cast<Real>(n.a),
+            static_cast<Real>(n.excess * pi), static_cast<Real>(n.keep * pi), static_cast<Real>(rate * pi)};
+}
+
+template <Family P, class T>
+double row_loss(const MeanPredictionParams& p, int64_t row, double pi_x) {
+    using Real = Compute<T>;
+    const Real* stationary = static_cast<const Real*>(p.stationary);
+    const T* l = static_cast<const T*>(p.logits) + row * p.dim;
+    const int64_t x = p.x_t[row], x_0 = p.x_0[row], special[3] = {x, x_0, p.mask};
+    Normaliser others;
+    between(p.dim, special, [&](int64_t begin, int64_t end) { others.add(l, begin, end); });
+    const auto logit = [&](int64_t y) { return y == p.mask ? -__builtin_inf() : read_one(l + y); };
+    const MeanPredictionLogits logits{logit(x), x == x_0 ? -__builtin_inf() : logit(x_0), others.log_total()};
+    double top = others.top;
+    top = logits.x > top ? logits.x : top;
+    top = logits.x_0 > top ? logits.x_0 : top;
+    const MeanPredictionRow numbers =
+        mean_prediction_row(logits, top, p.sigma[row], p.sigma_s != nullptr ? p.sigma_s[row] : -1.0, pi_x, x == x_0);
+    MeanPredictionSums sums;
+    if constexpr (P == Family::absorbing) {  // q_y = 0 and e_y = t_y = a μ_y
+        sums.entropy = numbers.a * (numbers.moved ? numbers.rest_x0 - numbers.mu_x : numbers.rest_x);
+        sums.mu_ratio = numbers.moved ? numbers.rest_x0 - numbers.mu_x : numbers.rest_x;
+    } else {
+        const LaneNumbers<Real> n = lane_numbers<P, Real>(numbers, numbers.rate, p.dim);
+        between(p.dim, special, [&](int64_t begin, int64_t end) {
+            if (p.numbers != nullptr) {
+                add_sums<P, true>(sums, n, l, stationary, begin, end);
+            } else {
+                add_sums<P, false>(sums, n, l, stationary, begin, end);
+            }
+        });
+        if constexpr (P == Family::uniform) sums.pi_ratio /= static_cast<double>(p.dim);
+    }
+    const bool has_mask = p.mask >= 0 && p.mask != x && p.mask != x_0;
+    MeanPredictionGradient gradient;
+    const double loss = mean_prediction_value(numbers, sums, pi_x, stationary_at(P, stationary, p.dim, x_0),
+                                              has_mask ? stationary_at(P, stationary, p.dim, p.mask) : 0.0, gradient);
+    if (p.numbers != nullptr) p.numbers[row] = gradient;
+    return loss;
+}
+
+template <Family P, class T>
+void forward_rows(const MeanPredictionParams& p, int64_t begin, int64_t end, void*, Status& status) {
+    using Real = Compute<T>;
+    for (int64_t i = begin; i < end; ++i) {
+        const Fault fault = mean_prediction_fault(p, i);
+        if (fault != Fault::none) {
+            report(status, fault, i);
+            continue;
+        }
+        const double pi_x = stationary_at(P, static_cast<const Real*>(p.stationary), p.dim, p.x_t[i]);
+        static_cast<Real*>(p.out)[i] = pi_x == 0.0 ? Real(0) : static_cast<Real>(row_loss<P, T>(p, i, pi_x));
+    }
+}
+
+template <Family P, class T>
+void backward_rows(const MeanPredictionParams& p, int64_t begin, int64_t end, void*, Status& status) {
+    using Real = Compute<T>;
+    const Real* stationary = static_cast<const Real*>(p.stationary);
+    for (int64_t i = begin; i < end; ++i) {
+        const Fault fault = mean_prediction_fault(p, i);
+        if (fault != Fault::none) {
+            report(status, fault, i);
+            continue;
+        }
+        const int64_t x = p.x_t[i], x_0 = p.x_0[i];
+        const T* l = static_cast<const T*>(p.logits) + i * p.dim;
+        T* out = static_cast<T*>(p.out) + i * p.dim;
+        if (stationary_at(P, stationary, p.dim, x) == 0.0) {
+            memset(out, 0, sizeof(T) * static_cast<size_t>(p.dim));
+            continue;
+        }
+        const MeanPredictionGradient& g = p.numbers[i];
+        const LaneNumbers<Real> n = lane_numbers<P, Real>(g, 0.0, p.dim);
+        const double upstream = static_cast<double>(static_cast<const Real*>(p.grad_loss)[i]);
+        const double scale = upstream * g.scale * (P == Family::absorbing ? g.a - g.base : 1.0);
+        write_gradient<P>(out, n, static_cast<Real>(g.base), static_cast<Real>(scale), l, stationary, 0, p.dim);
+        write_one(out + x, upstream * g.at_x);
+        if (x != x_0) write_one(out + x_0, upstream * g.at_x_0);
+        if (p.mask >= 0) write_one(out + p.mask, 0.0);
+    }
+}
+
+}  // namespace
+
+RowKernel<MeanPredictionParams> mean_prediction(DType dtype, Family family) {
+    return dispatch(dtype, family, [](auto element, auto family) -> RowKernel<MeanPredictionParams> {
+        return forward_rows<family.value, typename decltype(element)::Type>;
+    });
+}
+
+RowKernel<MeanPredictionParams> mean_prediction_backward(DType dtype, Family family) {
+    return dispatch(dtype, family, [](auto element, auto family) -> RowKernel<MeanPredictionParams> {
+        return backward_rows<family.value, typename decltype(element)::Type>;
+    });
+}
+
+}  // namespace sedd::SEDD_ISA

@@ -1,0 +1,150 @@
+"""What the losses with a fused output head share: the operators of a loss, and its gradients.
+
+The gradients are computed together with the loss, for an upstream gradient of 1 in every row. If the upstream gradient
+is another number, the same for all rows, the backward pass scales them. If it differs from row to row, the backward
+pass computes them again, with the head's matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sedd_ext._dispatch import compute_dtype
+from sedd_ext._operators import define, schema
+
+__all__: list[str] = []
+
+
+def common_gradient(grad_loss: Tensor) -> Tensor | None:
+    """The upstream gradient, if it is the same number for all rows, which is the usual case; else None.
+
+    The gradient of a sum has stride 0, which shows this without a read. Comparing numbers waits for the device.
+    """
+    if grad_loss.numel() == 0:
+        return grad_loss.new_ones(())
+    first = grad_loss[(0,) * grad_loss.dim()]
+    if all(stride == 0 or size == 1 for stride, size in zip(grad_loss.stride(), grad_loss.shape, strict=True)):
+        return first
+    if grad_loss.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None  # a capture cannot wait; computing the gradients again is always correct
+    return first if bool((grad_loss == first).all()) else None
+
+
+def empty_results(a: Any, names: Sequence[str] = ("hidden", "weight", "bias")) -> tuple[Tensor, ...]:
+    """Memory for the loss [*B] and the gradients of the named arguments; a gradient that is not needed is empty."""
+    gradients = []
+    for name in names:
+        value = a.weight[:, 0] if name == "bias" and a.bias is None else getattr(a, name)
+        gradients.append(value.new_empty(value.shape if getattr(a, f"grad_{name}") else (0,)))
+    return a.hidden.new_empty(a.x_t.shape, dtype=compute_dtype(a.dtype)), *gradients
+
+
+def _gradient_function(name: str, count: int) -> type[torch.autograd.Function]:
+    """Computes the gradients from those for an upstream gradient of 1, which are the first ``count`` arguments."""
+
+    class Gradient(torch.autograd.Function):
+        """Its own backward raises, because a second derivative would silently lack terms."""
+
+        @staticmethod
+        def forward(ctx: Any, grad_loss: Tensor, *given: Any) -> tuple[Tensor, ...]:
+            gradients: tuple[Tensor, ...] = given[:count]
+            if not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and bool((grad_loss == 1).all()):
+                return gradients
+            gradients = getattr(torch.ops.sedd_ext, f"{name}_backward")(grad_loss, *given)
+            return gradients
+
+        @staticmethod
+        def backward(ctx: Any, *_: Tensor) -> None:
+            raise RuntimeError(f"{name}_loss: differentiable once only, and this asks for a second derivative")
+
+    return Gradient
+
+
+class FusedLoss:
+    """A loss with a fused head: registers ``NAME`` and ``NAME_backward``; a call gives the differentiable loss [*B].
+
+    Args:
+        name: the name of the operator.
+        arguments: the NamedTuple of its arguments: first the tensors, among them ``hidden``, ``weight``, ``bias``,
+            ``x_t`` and ``loss_weight``, then options, the first of which is
+            ``family``, among them ``dtype`` and for each of ``names`` a bool
+            ``grad_NAME``, whether its gradient is needed.
+        forward: computes the loss and the gradients, see :func:`empty_results`.
+        names: the arguments that get a gradient; the first is ``hidden``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: Any,
+        forward: Callable[..., tuple[Tensor, ...]],
+        names: Sequence[str] = ("hidden", "weight", "bias"),
+    ) -> None:
+        self.name, self.arguments, self.names = name, arguments, names
+        self.gradient = _gradient_function(name, len(names))
+        self.function = self._function()
+        result = ", ".join(["Tensor"] * len(names))
+        made = ", ".join(f"Tensor {field}_gradient" for field in names)
+        define(f"{name}({schema(arguments)}) -> (Tensor, {result})", forward, self._fake)
+        define(
+            f"{name}_backward(Tensor grad_loss, {made}, {schema(arguments)}) -> ({result})",
+            self._backward,
+            self._backward_fake,
+        )
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        loss: Tensor = self.function.apply(*arguments)
+        return loss
+
+    def _fake(self, *arguments: Any) -> tuple[Tensor, ...]:
+        return empty_results(self.arguments(*arguments), self.names)
+
+    def _backward_fake(self, grad_loss: Tensor, *given: Any) -> tuple[Tensor, ...]:
+        return tuple(map(torch.empty_like, given[: len(self.names)]))
+
+    @torch.no_grad()
+    def _backward(self, grad_loss: Tensor, *given: Any) -> tuple[Tensor, ...]:
+        gradients, a = given[: len(self.names)], self.arguments(*given[len(self.names) :])
+        if not any(getattr(a, f"grad_{field}") for field in self.names[1:]):
+            # the gradient of a row is proportional to the upstream one of the row
+            factors = grad_loss.unsqueeze(-1).to(gradients[0].dtype)
+            hidden = gradients[0] * factors if a.grad_hidden else gradients[0].clone()
+            return hidden, *map(torch.clone, gradients[1:])
+        factor = common_gradient(grad_loss)
+        if factor is not None:
+            return tuple(gradient * factor.to(gradient.dtype) for gradient in gradients)
+        loss_weight = grad_loss.double() if a.loss_weight is None else a.loss_weight * grad_loss
+        operator = getattr(torch.ops.sedd_ext, self.name)
+        everything: tuple[Tensor, ...] = operator(*a._replace(loss_weight=loss_weight.contiguous()))
+        return everything[1:]
+
+    def _function(self) -> type[torch.autograd.Function]:
+        name, names, fields, count = self.name, self.names, self.arguments._fields, len(self.names)
+        places, flags = [fields.index(f) for f in names], [fields.index(f"grad_{f}") for f in names]
+        tensors = fields.index("family")  # the first option
+        gradient = self.gradient
+
+        class Loss(torch.autograd.Function):
+            """Computes the loss, and the gradients for an upstream gradient of 1."""
+
+            @staticmethod
+            def forward(ctx: Any, *given: Any) -> Tensor:
+                loss, *gradients = getattr(torch.ops.sedd_ext, name)(*given)
+                ctx.save_for_backward(*gradients, *given[:tensors])
+                ctx.options = given[tensors:]
+                result: Tensor = loss
+                return result
+
+            @staticmethod
+            def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+                found: list[Tensor | None] = [None] * len(fields)
+                made = gradient.apply(grad_loss, *ctx.saved_tensors, *ctx.options)
+                for place, flag, one in zip(places, flags, made[:count], strict=True):
+                    found[place] = one if ctx.options[flag - tensors] else None
+                return tuple(found)
+
+        return Loss

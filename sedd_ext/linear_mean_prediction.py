@@ -1,0 +1,172 @@
+"""The output head and the loss of a mean prediction in one operator, without a rows × N tensor."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sedd_ext import _C
+from sedd_ext._dispatch import check_process, check_reduction, check_tokens, contiguous, per_row, stationary_for
+from sedd_ext.fused_loss import FusedLoss, empty_results
+from sedd_ext.head import BUFFER_BYTES, Gradients, Head, Rows, check_head, float16_unit
+from sedd_ext.mean_prediction import launch_mean_prediction
+from sedd_ext.process import RankOne
+
+__all__ = ["linear_mean_prediction_loss"]
+
+
+class Arguments(NamedTuple):
+    """The arguments of the operator and of its backward."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    x_t: Tensor
+    x_0: Tensor
+    sigma: Tensor
+    sigma_s: Tensor | None
+    loss_weight: Tensor | None
+    stationary: Tensor | None
+    family: str
+    mask: int
+    dtype: torch.dtype
+    buffer_bytes: int
+    grad_hidden: bool
+    grad_weight: bool
+    grad_bias: bool
+
+
+@torch.no_grad()
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Computes some rows of logits at once and their loss, overwrites them with the gradient, and adds its products."""
+    a = Arguments(*arguments)
+    loss, hidden_gradient, weight_gradient, bias_gradient = empty_results(a)
+    stationary, needs_gradient = contiguous(a.stationary), a.grad_hidden or a.grad_weight or a.grad_bias
+    rows = Rows(a.x_t, a.sigma, stationary, a.family, a.weight.shape[0], a.x_0)
+    head = Head(rows.select(a.hidden).to(a.dtype), a.weight, a.bias, a.buffer_bytes, whole_rows=True)
+    gradients = Gradients(head, weight_gradient, bias_gradient, a.grad_hidden)
+    x_t, x_0, sigma = rows.select(a.x_t), rows.select(a.x_0), rows.select(a.sigma)
+    sigma_s = None if a.sigma_s is None else rows.select(a.sigma_s)
+    weights = torch.ones_like(sigma) if a.loss_weight is None else rows.select(a.loss_weight)
+    losses = loss.new_zeros(sigma.shape[0])
+    for tile in head.tiles():
+        at = tile.rows
+        numbers = sigma.new_empty(tile.log_score.shape[0], _C.mean_prediction_numbers) if needs_gradient else None
+        options: dict[str, Any] = {
+            "x_t": x_t[at],
+            "x_0": x_0[at],
+            "sigma": sigma[at],
+            "sigma_s": None if sigma_s is None else sigma_s[at],
+            "stationary": stationary,
+            "family": a.family,
+            "mask": a.mask,
+        }
+        fault, row = launch_mean_prediction("mean_prediction", tile.log_score, losses[at], None, numbers, **options)
+        if fault:
+            tokens = {"x_t": a.x_t, "x_0": a.x_0}
+            rows.raise_fault((fault, at.start + row), tokens, ("sigma", a.sigma), sigma_s=a.sigma_s)
+        if needs_gradient:
+            upstream, unit = weights[at], None
+            if a.dtype == torch.float16:  # no gradient exceeds scale (1 + a), with scale = 1/b or less
+                unit = float16_unit(upstream.abs() * 2 / -torch.expm1(-sigma[at]), tile)
+                upstream = upstream / unit
+            launch_mean_prediction(
+                "mean_prediction_backward",
+                tile.log_score,
+                tile.log_score,
+                upstream.to(losses.dtype),
+                numbers,
+                **options,
+            )
+            gradients.add(tile, unit)
+    if a.loss_weight is not None:
+        losses *= weights.to(losses.dtype)
+    loss = rows.restore(losses, loss)
+    if a.grad_hidden:
+        hidden_gradient = rows.restore(gradients.hidden.to(a.hidden.dtype), hidden_gradient)
+    return loss, hidden_gradient, weight_gradient, bias_gradient
+
+
+_loss = FusedLoss("linear_mean_prediction", Arguments, _forward)
+
+
+def linear_mean_prediction_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_t: Tensor,
+    x_0: Tensor,
+    sigma: Tensor | float,
+    process: RankOne,
+    *,
+    sigma_s: Tensor | float | None = None,
+    loss_weight: Tensor | float | None = None,
+    reduction: Literal["none", "mean", "sum"] = "none",
+    buffer_bytes: int = BUFFER_BYTES,
+) -> Tensor:
+    """The output head and the loss in one operator: ``mean_prediction_loss(F.linear(hidden, weight, bias), ...)``.
+
+    The logits exist only for some rows at a time, in a buffer of fixed size. Apart from the gradients of hidden, weight
+    and bias, the memory does not grow with rows × N. Rows with π_{x_t} = 0 (unmasked tokens of absorbing diffusion)
+    skip the head. On a GPU, the call waits until the other rows are counted.
+
+    The gradients are computed in the forward pass, for an upstream gradient of 1. The backward pass scales them. If the
+    upstream gradient differs from row to row, the backward pass computes them again. So for a mean, use
+    ``reduction="mean"`` or pass ``loss_weight``. The gradients of weight and bias are added up in float32.
+
+    Args:
+        hidden: hidden states, [*B, d].
+        weight: weight of the head, [N, d], of the same dtype as ``hidden`` unless autocast is on.
+        bias: bias of the head, [N], or None.
+        x_t: as for :func:`mean_prediction_loss`.
+        x_0: as for :func:`mean_prediction_loss`.
+        sigma: as for :func:`mean_prediction_loss`.
+        process: as for :func:`mean_prediction_loss`.
+        sigma_s: as for :func:`mean_prediction_loss`.
+        loss_weight: as for :func:`mean_prediction_loss`.
+        reduction: ``"none"`` gives [*B]; ``"mean"`` and ``"sum"`` give a scalar over all positions.
+        buffer_bytes: memory for logits: as many rows as fit, but at least one.
+
+    Returns:
+        The loss, float32 (float64 for float64 matrix products). It is differentiable once, with respect to ``hidden``,
+        ``weight`` and ``bias``. Gradients that are not needed are not computed.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: as :func:`mean_prediction_loss`, or ``buffer_bytes`` is not a positive int.
+
+    Source: see :func:`mean_prediction_loss`.
+    """
+    process = check_process(process)
+    hidden, weight, bias, dtype = check_head(hidden, weight, bias, process, buffer_bytes)
+    batch, device = hidden.shape[:-1], hidden.device
+    x_t, x_0 = check_tokens("x_t", x_t, batch, "hidden"), check_tokens("x_0", x_0, batch, "hidden")
+    check_reduction(reduction)
+    if reduction == "mean":
+        scale = 1.0 / max(1, batch.numel())
+        loss_weight = scale if loss_weight is None else loss_weight * scale
+    grad_hidden, grad_weight, grad_bias = (
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
+    )
+    arguments = Arguments(
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        x_t=x_t,
+        x_0=x_0,
+        sigma=per_row("sigma", sigma, batch, device),
+        sigma_s=None if sigma_s is None else per_row("sigma_s", sigma_s, batch, device),
+        loss_weight=None if loss_weight is None else per_row("loss_weight", loss_weight, batch, device),
+        stationary=stationary_for(process, dtype, device),
+        family=process.family,
+        mask=-1 if process.mask_id is None else process.mask_id,
+        dtype=dtype,
+        buffer_bytes=buffer_bytes,
+        grad_hidden=grad_hidden,
+        grad_weight=grad_weight,
+        grad_bias=grad_bias,
+    )
+    loss = _loss(*arguments)
+    return loss if reduction == "none" else loss.sum()
