@@ -142,19 +142,22 @@ SEDD_HD double mean_prediction_value(const MeanPredictionRow& r, const MeanPredi
         entropy += excess_entropy(e, r.rate * pi_mask, t, 0.0);
         pi_ratio += pi_mask * positive_ratio(e, t);
     }
-    const double g_x = positive_ratio(r.stay_e, r.stay_t);
-    if (r.stay_t > 0.0) entropy += excess_entropy(r.stay_e, r.stay_q, r.stay_t, 0.0);
-    pi_ratio -= g_x * (1.0 - pi_x);
-    mu_ratio -= g_x * r.rest_x;
-    const double d_x = -r.bend * pi_ratio, mean = r.a * mu_ratio + r.mu_x * d_x;
+    // In discrete time, g_x is subtracted from every g_y. μ_x g_x is finite, but g_x grows like 1/μ_x.
+    double g_x = 0.0, x_ratio = 0.0;
+    if (r.stay_t > 0.0 || r.stay_q > 0.0) {
+        entropy += excess_entropy(r.stay_e, r.stay_q, r.stay_t, -INFINITY);
+        g_x = positive_ratio(r.stay_e, r.stay_t);
+        x_ratio = positive_ratio(r.mu_x * r.stay_e, r.stay_t);
+    }
+    const double d_x = -r.bend * (pi_ratio - g_x * (1.0 - pi_x));
     gradient.top = r.top;
     gradient.log_total = r.log_total;
     gradient.excess = r.excess;
     gradient.keep = r.keep;
     gradient.a = r.a;
-    gradient.base = r.a * g_x + mean;
+    gradient.base = r.a * (mu_ratio + x_ratio) + r.mu_x * d_x;
     gradient.scale = r.scale;
-    gradient.at_x = r.scale * r.mu_x * (d_x - mean);
+    gradient.at_x = r.scale * (r.mu_x * r.rest_x * d_x + r.a * (x_ratio * r.rest_x - r.mu_x * mu_ratio));
     gradient.at_x_0 = r.scale * (r.a * x_0_ratio - r.mu_x0 * gradient.base);
     return r.scale * entropy;
 }

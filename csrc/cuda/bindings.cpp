@@ -41,6 +41,8 @@ void bind_cuda(py::module_& m) {
     bind(m, "score_entropy", score_entropy_cuda, score_entropy_workspace);
     bind(m, "score_entropy_backward", score_entropy_backward_cuda, score_entropy_backward_workspace);
     bind(m, "score_entropy_tile", score_entropy_tile_cuda, score_entropy_tile_workspace);
+    bind(m, "mean_prediction", mean_prediction_cuda, mean_prediction_workspace);
+    bind(m, "mean_prediction_backward", mean_prediction_backward_cuda, none);
     bind(m, "transition_column", transition_column_cuda, transition_workspace);
     bind(m, "transition_row", transition_row_cuda, transition_workspace);
     bind(m, "sample_transition", sample_transition_cuda, none);

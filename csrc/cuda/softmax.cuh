@@ -36,6 +36,11 @@ struct Normaliser {
         top = higher;
     }
 
+    // log Σ exp(l_y)
+    __device__ __forceinline__ double log_total() const {
+        return total == Real(0) ? -INFINITY : static_cast<double>(top) + log(static_cast<double>(total));
+    }
+
     __device__ __forceinline__ void add(const Normaliser& other) {
         const Real higher = other.top > top ? other.top : top;
         total = total * relative(top, higher) + other.total * relative(other.top, higher);
