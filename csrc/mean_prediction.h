@@ -73,11 +73,18 @@ struct MeanPredictionRow {
     bool moved;                     // x ≠ x0
 };
 
+// h(r) = r - log(1 + r), given log(1 + r) where r is not small; never below 0.
+SEDD_HD double excess_over_log(double r, double log_ratio) {
+    if (r > -1e-3 && r < 1e-3) {
+        return r * r * (1.0 / 2 - r * (1.0 / 3 - r * (1.0 / 4 - r * (1.0 / 5 - r * (1.0 / 6)))));
+    }
+    return r - (r > -0.5 && r < 0.5 ? log1p(r) : log_ratio);
+}
+
 // q h(e/q) with t = q + e, or e if q = 0. log_t is used if e is near -q, where t may underflow.
 SEDD_HD double excess_entropy(double e, double q, double t, double log_t) {
     if (q == 0.0) return e;
-    if (e > -0.5 * q && e < 0.5 * q) return e - q * log1p(e / q);
-    return e - q * ((t > 0.0 ? log(t) : log_t) - log(q));
+    return q * excess_over_log(e / q, (t > 0.0 ? log(t) : log_t) - log(q));
 }
 
 SEDD_HD double positive_ratio(double e, double t) { return t > 0.0 ? e / t : 0.0; }
@@ -159,7 +166,7 @@ SEDD_HD double mean_prediction_value(const MeanPredictionRow& r, const MeanPredi
     gradient.scale = r.scale;
     gradient.at_x = r.scale * (r.mu_x * r.rest_x * d_x + r.a * (x_ratio * r.rest_x - r.mu_x * mu_ratio));
     gradient.at_x_0 = r.scale * (r.a * x_0_ratio - r.mu_x0 * gradient.base);
-    return r.scale * entropy;
+    return r.scale * (entropy < 0.0 ? 0.0 : entropy);  // terms with a tiny q are not computed exactly
 }
 
 SEDD_HD Fault mean_prediction_fault(const MeanPredictionParams& p, int64_t row) {

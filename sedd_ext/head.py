@@ -187,7 +187,10 @@ class Gradients:
         gradient, (is_first_tile, is_first_chunk) = tile.log_score, (tile.entries.start == 0, tile.rows.start == 0)
         outputs = (self.weight, self.bias)
         if is_first_chunk:
-            self._totals = [output[tile.entries].to(self.dtype) for output in outputs]  # a view if it has the dtype
+            # a view if it has the dtype, or if there is nothing to add up
+            alone = tile.is_last_chunk and unit is None and gradient.dtype == self.weight.dtype == self.bias.dtype
+            dtype = self.weight.dtype if alone else self.dtype
+            self._totals = [output[tile.entries].to(dtype) for output in outputs]
         weight, bias = self._totals
         if self.hidden.numel():
             _add_product(self.hidden[tile.rows], gradient, tile.weight, is_first_tile, unit)
@@ -199,7 +202,7 @@ class Gradients:
             _add_product(bias.unsqueeze(0), self._ones[:, : gradient.shape[0]], gradient, is_first_chunk, unit)
         if tile.is_last_chunk:
             for output, total in zip(outputs, self._totals, strict=True):
-                if output.dtype != self.dtype:
+                if output.dtype != total.dtype:
                     output[tile.entries] = total
 
 

@@ -396,37 +396,5 @@ inline Vec exp_lanes(Vec x) {
     return one[0];
 }
 
-// h(r) = r - log(1 + r), given r and u = 1 + r, each to full precision, to about one unit in the last place of the
-// larger of r and log u, and of r² if both are small. u must be a normal number above 0, or NaN.
-//
-// u = 2^k (1 + f) with |f| ≤ 0.42, and log(1 + f) = f - f²/2 + f³ p(f). For k = 0, f = r, so that h = f²/2 - f³ p(f)
-// has no cancellation. The coefficients of p are those of Cephes' logf.
-template <int kCount>
-inline void excess_lanes(const VecF (&r)[kCount], const VecF (&u)[kCount], VecF (&h)[kCount]) {
-    constexpr float ln2_high = 0x1.62e400p-1f, ln2_low = 0x1.7f7d1cp-20f;
-    VecF f[kCount], p[kCount];
-    SEDD_UNROLL for (int k = 0; k < kCount; ++k) {
-        const VecI bits = bit_cast<VecI>(u[k]);
-        const VecI exponent = (bits - 0x3f3504f3) >> 23;  // of u / √½
-        const VecF n = __builtin_convertvector(exponent, VecF);
-        f[k] = bit_cast<VecF>(bits - (exponent << 23)) - 1.0f;
-        f[k] = exponent == 0 ? r[k] : f[k];
-        h[k] = ((r[k] - f[k]) - n * ln2_high) - n * ln2_low;
-    }
-    SEDD_UNROLL for (int k = 0; k < kCount; ++k) p[k] = f[k] * 7.0376836292e-2f - 1.1514610310e-1f;
-    SEDD_UNROLL for (int k = 0; k < kCount; ++k) p[k] = p[k] * f[k] + 1.1676998740e-1f;
-    SEDD_UNROLL for (int k = 0; k < kCount; ++k) p[k] = p[k] * f[k] - 1.2420140846e-1f;
-    SEDD_UNROLL for (int k = 0; k < kCount; ++k) p[k] = p[k] * f[k] + 1.4249322787e-1f;
-    SEDD_UNROLL for (int k = 0; k < kCount; ++k) p[k] = p[k] * f[k] - 1.6668057665e-1f;
-    SEDD_UNROLL for (int k = 0; k < kCount; ++k) p[k] = p[k] * f[k] + 2.0000714765e-1f;
-    SEDD_UNROLL for (int k = 0; k < kCount; ++k) p[k] = p[k] * f[k] - 2.4999993993e-1f;
-    SEDD_UNROLL for (int k = 0; k < kCount; ++k) p[k] = p[k] * f[k] + 3.3333331174e-1f;
-    SEDD_UNROLL for (int k = 0; k < kCount; ++k) h[k] += f[k] * f[k] * (0.5f - f[k] * p[k]);
-}
-template <int kCount>
-inline void excess_lanes(const double (&r)[kCount], const double (&u)[kCount], double (&h)[kCount]) {
-    for (int k = 0; k < kCount; ++k) h[k] = r[k] - (r[k] > -0.5 && r[k] < 0.5 ? log1p(r[k]) : log(u[k]));
-}
-
 }  // namespace
 }  // namespace sedd::SEDD_ISA

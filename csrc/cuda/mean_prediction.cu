@@ -103,7 +103,10 @@ __global__ void __launch_bounds__(kRowThreads)
     if (row >= p.rows) return;
     if (!is_live<P, Real>(p, row)) {
         const bool fault = mean_prediction_fault(p, row) != Fault::none;
-        if (lane_of() == 0) static_cast<Real*>(p.out)[row] = fault ? not_a_number<Real>() : Real(0);
+        if (lane_of() == 0) {
+            static_cast<Real*>(p.out)[row] = fault ? not_a_number<Real>() : Real(0);
+            if (p.numbers != nullptr) p.numbers[row] = {};
+        }
         return;
     }
     const Normaliser<double> others = row_normaliser(normalisers + row * segments, segments);
@@ -142,9 +145,6 @@ struct LaneNumbers {
     __device__ __forceinline__ Real mean(Real l) const { return exponential((l - top) - log_total); }
 };
 
-__device__ __forceinline__ float logarithm(float x) { return logf(x); }
-[[maybe_unused]] __device__ __attribute__((noinline)) double logarithm(double x) { return log(x); }
-
 // h(r) = r - log(1 + r), given u = 1 + r: near 0 as r²/2 - r³ p(r), with the coefficients of Cephes' logf.
 __device__ __forceinline__ float excess_of(float r, float u) {
     float p = 7.0376836292e-2f;
@@ -156,10 +156,10 @@ __device__ __forceinline__ float excess_of(float r, float u) {
     p = p * r + 2.0000714765e-1f;
     p = p * r - 2.4999993993e-1f;
     p = p * r + 3.3333331174e-1f;
-    return r > -0.29f && r < 0.41f ? r * r * (0.5f - r * p) : r - logarithm(u);
+    return r > -0.29f && r < 0.41f ? r * r * (0.5f - r * p) : r - logf(u);
 }
 [[maybe_unused]] __device__ __attribute__((noinline)) double excess_of(double r, double u) {
-    return r - (r > -0.5 && r < 0.5 ? log1p(r) : logarithm(u));
+    return excess_over_log(r, log(u));
 }
 
 template <class Real>
