@@ -12,7 +12,7 @@ import torch
 from backends import to_device
 from torch import Tensor, nn
 
-from sedd_ext import Hybrid, Tweedie, reverse_probs, score_entropy_loss
+from sedd_ext import _C, Hybrid, Tweedie, reverse_probs, score_entropy_loss
 
 pytestmark = pytest.mark.operators
 
@@ -31,10 +31,30 @@ LINEAR = {**HEAD, **LOSS, "loss_weight": NOISE, **PI, "neg_entropy": PROCESS.neg
 MADE = {f"{name}_gradient": torch.zeros_like(value) for name, value in HEAD.items()}
 COLUMN = {"sigma": NOISE, **PI, "dim": N, "dtype": torch.float32}
 
+MEAN = {
+    "logits": torch.zeros(3, N),
+    "x_t": TOKENS,
+    "x_0": torch.tensor([0, 3, 35]),
+    "sigma": NOISE,
+    "sigma_s": NOISE / 2,
+    **PI,
+    "mask": N - 1,
+}
+LINEAR_MEAN = {**HEAD, **{k: v for k, v in MEAN.items() if k not in ("logits", *PI, "mask")}, "loss_weight": NOISE}
+LINEAR_MEAN |= {**PI, "mask": N - 1, **COMPUTE, **FLAGS}
+
 # A call of every operator that is right, with its arguments in order
 CALLS: dict[str, dict[str, Any]] = {
     "score_entropy": {**SCORES, **LOSS, **PI, "neg_entropy": PROCESS.neg_entropy},
     "score_entropy_backward": {"grad_loss": torch.ones(3), **SCORES, **LOSS, **PI, "neg_entropy": PROCESS.neg_entropy},
+    "mean_prediction": {**MEAN, "needs_gradient": True},
+    "mean_prediction_backward": {
+        "grad_loss": torch.ones(3),
+        "numbers": torch.ones(3, _C.mean_prediction_numbers, dtype=torch.float64),
+        **MEAN,
+    },
+    "linear_mean_prediction": LINEAR_MEAN,
+    "linear_mean_prediction_backward": {"grad_loss": torch.tensor([1.0, 2.0, 3.0]), **MADE, **LINEAR_MEAN},
     "reverse_probs": {**SCORES, "x_t": TOKENS, "noise": NOISE, **SHIFT, **PI, **STEP},
     "reverse_sample": {**SCORES, "x_t": TOKENS, "noise": NOISE, **SHIFT, **PI, **STEP, **SEED},
     "transition_column": {"x_0": TOKENS, **COLUMN},
@@ -55,6 +75,7 @@ WRONG = {
     "family": ["", "masked", "absorbing"],  # the last one has no vector
     "step": ["", "ancestral"],
     "forbidden": [-2, N, 2**40, -(2**40)],
+    "mask": [-2, N, 2**40, -(2**40)],
     "dim": [0, -1, N + 1, 2**40],
     "dtype": [torch.int64, torch.complex64],
     "buffer_bytes": [0, -1],
@@ -67,7 +88,7 @@ def wrong_values(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Tensor):
         # no kernel takes the first two; the others, all but a few arguments that come in any dtype of a head
         dtypes = [torch.int32, torch.complex64]
-        if name not in ("grad_loss", "log_score", *HEAD):
+        if name not in ("grad_loss", "log_score", "logits", *HEAD):
             dtypes += [dtype for dtype in (torch.float64, torch.bfloat16) if dtype != value.dtype]
         for dtype in dtypes:
             yield str(dtype), value.to(dtype)
@@ -82,7 +103,7 @@ def wrong_values(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield "None", None
 
 
-ALLOWED = {("bias", "None"), ("log_score_shift", "None"), ("loss_weight", "None")}
+ALLOWED = {(name, "None") for name in ("bias", "log_score_shift", "loss_weight", "sigma_s", "needs_gradient")}
 ALLOWED |= {*((name, "empty") for name in MADE), *((name, "None") for name in FLAGS)}
 
 

@@ -72,6 +72,23 @@ const char* score_entropy_tile_cuda(const ScoreEntropyTileParams& p, const CudaL
     return nullptr;
 }
 
+const char* mean_prediction_cuda(const MeanPredictionParams& p, const CudaLaunch& launch) {
+    note(launch);
+    mean_prediction_cpu(p, 1);
+    for (int64_t row = 0; row < p.rows; ++row) {
+        if (mean_prediction_fault(p, row) != Fault::none) mark(p.out, compute_type(p.dtype), row, 1);
+    }
+    return nullptr;
+}
+
+const char* mean_prediction_backward_cuda(const MeanPredictionParams& p, const CudaLaunch&) {
+    mean_prediction_backward_cpu(p, 1);
+    for (int64_t row = 0; row < p.rows; ++row) {
+        if (mean_prediction_fault(p, row) != Fault::none) mark(p.out, p.dtype, row, p.dim);
+    }
+    return nullptr;
+}
+
 const char* transition_column_cuda(const TransitionParams& p, const CudaLaunch&) {
     transition_column_cpu(p, 1);
     for (int64_t row = 0; row < p.rows; ++row) {
@@ -128,6 +145,7 @@ const char* reverse_tile_cuda(const ReverseTileParams& p, const CudaLaunch&) {
 int64_t score_entropy_workspace(int64_t, int64_t, DType) { return 0; }
 int64_t score_entropy_backward_workspace(int64_t, int64_t, DType) { return 0; }
 int64_t score_entropy_tile_workspace(int64_t, int64_t, DType) { return 0; }
+int64_t mean_prediction_workspace(int64_t, int64_t, DType) { return 0; }
 int64_t transition_workspace(int64_t, int64_t, DType) { return 0; }
 int64_t reverse_workspace(int64_t, int64_t, DType) { return 0; }
 

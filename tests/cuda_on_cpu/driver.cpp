@@ -17,6 +17,7 @@
 
 #include <sys/mman.h>
 
+#include "mean_prediction.h"
 #include "reverse.h"
 #include "score_entropy.h"
 #include "transition.h"
@@ -170,6 +171,8 @@ struct Problem {
     double score(int64_t row, int64_t y) const {
         return std::exp(log_score[row * shape.dim + y] - shift[static_cast<size_t>(row)]);
     }
+    // The token whose logit a mean prediction ignores.
+    int64_t mask() const { return shape.family == Family::uniform || shape.dim == 1 ? -1 : shape.dim - 1; }
     bool is_token(int64_t token) const { return 0 <= token && token < shape.dim; }
     const void* stationary() const { return shape.family == Family::rank_one ? pi.data() : nullptr; }
     const double* shifts() const { return shape.shifted ? shift.data() : nullptr; }
@@ -350,6 +353,88 @@ void score_entropy(const Problem& p, Expected& loss, Expected& gradient) {
         }
         loss.set(row, value, part * scale);
     }
+}
+
+// softmax(logits) of a row without MASK.
+std::vector<double> mean_prediction_of(const Problem& p, int64_t row) {
+    std::vector<double> mu(static_cast<size_t>(p.shape.dim));
+    double total = 0.0;
+    for (int64_t y = 0; y < p.shape.dim; ++y) {
+        if (y != p.mask()) total += mu[static_cast<size_t>(y)] = std::exp(p.log_score[row * p.shape.dim + y]);
+    }
+    for (double& value : mu) value /= total;
+    return mu;
+}
+
+// The loss of score_entropy at s_y = Σ_k μ_k p(y | k) / p(x | k), and its gradient through that sum and the softmax.
+void mean_prediction(const Problem& p, Expected& loss, Expected& gradient) {
+    const double part = 2.0 * tolerance(p.shape.dtype);
+    for (int64_t row = 0; row < p.shape.rows; ++row) {
+        const auto i = static_cast<size_t>(row);
+        const int64_t x = p.x_t[i], x_0 = p.x_0[i], dim = p.shape.dim;
+        if (!p.is_token(x) || !p.is_token(x_0) || !is_noise(p.sigma[i])) continue;
+        const double sigma = p.sigma[i], a = std::exp(-sigma), b = -std::expm1(-sigma), weight = p.pi[x];
+        for (int64_t y = 0; y < dim; ++y) gradient.set(row * dim + y, 0.0, 0.0);
+        loss.set(row, 0.0, 0.0);
+        if (weight == 0.0) continue;
+        const std::vector<double> mu = mean_prediction_of(p, row);
+        const auto from = [&](int64_t k) { return transition(p, sigma, k, x); };  // p(x | k)
+        double over = 0.0, value = 0.0, scale = 0.0, slope = 0.0, slope_size = 0.0;
+        for (int64_t k = 0; k < dim; ++k) over += mu[static_cast<size_t>(k)] / from(k);
+        std::vector<double> by_score(mu.size()), by_size(mu.size());
+        for (int64_t y = 0; y < dim; ++y) {
+            const auto at = static_cast<size_t>(y);
+            const double s = a * mu[at] / from(y) + b * p.pi[y] * over, r = transition(p, sigma, x_0, y) / from(x_0);
+            if (y == x || s == 0.0) continue;
+            const double logs = r > 0.0 ? r * std::log(s) : 0.0, k = r > 0.0 ? r * (std::log(r) - 1.0) : 0.0;
+            value += weight * (s - logs + k);
+            scale += weight * (s + std::abs(logs) + std::abs(k));
+            by_score[at] = weight * (1.0 - r / s);
+            by_size[at] = weight * (1.0 + r / s);
+            slope += p.pi[y] * by_score[at];
+            slope_size += p.pi[y] * by_size[at];
+        }
+        double mean = 0.0, mean_size = 0.0;
+        const auto by_mean = [&](int64_t k, const std::vector<double>& v, double all) {
+            return (a * v[static_cast<size_t>(k)] + b * all) / from(k);
+        };
+        for (int64_t k = 0; k < dim; ++k) {
+            mean += mu[static_cast<size_t>(k)] * by_mean(k, by_score, slope);
+            mean_size += mu[static_cast<size_t>(k)] * by_mean(k, by_size, slope_size);
+        }
+        for (int64_t k = 0; k < dim; ++k) {
+            const double factor = p.grad_loss[row] * mu[static_cast<size_t>(k)];
+            const double right = factor * (by_mean(k, by_score, slope) - mean);
+            const double size = factor * (by_mean(k, by_size, slope_size) + mean_size);
+            gradient.set(row * dim + k, right, part * size + 1.01 * rounding(p.shape.dtype, right));
+        }
+        loss.set(row, value, part * scale);
+    }
+}
+
+// D_KL(q(x_s | x_t, x_0) ‖ Σ_k μ_k q(x_s | x_t, k)) for half of the noise.
+Expected mean_prediction_step(const Problem& p) {
+    Expected loss(p.shape.rows);
+    for (int64_t row = 0; row < p.shape.rows; ++row) {
+        const auto i = static_cast<size_t>(row);
+        const int64_t x = p.x_t[i], x_0 = p.x_0[i];
+        if (!p.is_token(x) || !p.is_token(x_0) || !is_noise(p.sigma[i])) continue;
+        loss.set(row, 0.0, 0.0);
+        if (p.pi[x] == 0.0) continue;
+        const double half = 0.5 * p.sigma[i], a = std::exp(-half), b = -std::expm1(-half);
+        const std::vector<double> mu = mean_prediction_of(p, row);
+        double over = 0.0, value = 0.0;
+        for (int64_t k = 0; k < p.shape.dim; ++k) over += mu[static_cast<size_t>(k)] / transition(p, p.sigma[i], k, x);
+        for (int64_t y = 0; y < p.shape.dim; ++y) {
+            const double weight = mu[static_cast<size_t>(y)] / transition(p, p.sigma[i], y, x);
+            const double theirs = transition(p, half, y, x) * (a * weight + b * p.pi[y] * over);
+            const double right =
+                transition(p, half, y, x) * transition(p, half, x_0, y) / transition(p, p.sigma[i], x_0, x);
+            if (right > 0.0) value += right * std::log(right / theirs);
+        }
+        loss.set(row, value, 4.0 * tolerance(p.shape.dtype) * (1.0 + value));
+    }
+    return loss;
 }
 
 Expected transition_entries(const Problem& p, bool column) {
@@ -543,6 +628,7 @@ class Driver {
         if (wants("score_entropy")) run_score_entropy(p);
         const bool has_transitions = compute_type(shape.dtype) == shape.dtype;
         if (has_transitions && wants("transition")) run_transition(p);
+        if (wants("mean_prediction")) run_mean_prediction(p);
         if (wants("reverse")) run_reverse(p);
     }
 
@@ -678,6 +764,54 @@ class Driver {
             if (gradient != nullptr) tile.write_to(gradient);
         }
         return nullptr;
+    }
+
+    void run_mean_prediction(const Problem& p) {
+        const Shape& s = p.shape;
+        Expected loss(s.rows), gradient(s.rows * s.dim);
+        mean_prediction(p, loss, gradient);
+        const Array numbers = garbage(s.rows * static_cast<int64_t>(sizeof(sedd::MeanPredictionGradient)));
+        sedd::MeanPredictionParams params{p.log_score.data(),
+                                          p.x_t.data(),
+                                          p.x_0.data(),
+                                          p.sigma.data(),
+                                          nullptr,
+                                          p.stationary(),
+                                          p.grad_loss.data(),
+                                          nullptr,
+                                          nullptr,
+                                          s.rows,
+                                          s.dim,
+                                          p.mask(),
+                                          s.dtype,
+                                          s.family};
+        const int64_t workspace = sedd::mean_prediction_workspace(s.rows, s.dim, s.dtype);
+        const auto forward = [&](void* out, const sedd::CudaLaunch& where) {
+            params.out = out;
+            return sedd::mean_prediction_cuda(params, where);
+        };
+        check(p, "mean_prediction without a gradient", compute_type(s.dtype), loss, workspace, forward);
+        params.numbers = static_cast<sedd::MeanPredictionGradient*>(numbers.data());
+        check(p, "mean_prediction", compute_type(s.dtype), loss, workspace, forward);
+        Array other_loss(compute_type(s.dtype), s.rows);
+        for (const bool in_place : {false, true}) {
+            check(p, in_place ? "mean_prediction_backward in place" : "mean_prediction_backward", s.dtype, gradient,
+                  workspace, [&](void* out, const sedd::CudaLaunch& where) {
+                      const char* error = forward(other_loss.data(), where);
+                      if (error != nullptr) return error;
+                      sedd::MeanPredictionParams backward = params;
+                      backward.out = out;
+                      if (in_place) {
+                          backward.logits = out;
+                          std::memcpy(out, p.log_score.data(), static_cast<size_t>(s.rows * s.dim) * bytes_of(s.dtype));
+                      }
+                      return sedd::mean_prediction_backward_cuda(backward, where);
+                  });
+        }
+        std::vector<double> half = p.sigma;
+        for (double& sigma : half) sigma *= 0.5;
+        params.sigma_s = half.data();
+        check(p, "mean_prediction of a step", compute_type(s.dtype), mean_prediction_step(p), workspace, forward);
     }
 
     void run_transition(const Problem& p) {
@@ -851,6 +985,11 @@ std::string run_on(const std::string& family, int device) {
         error = sedd::reverse_sample_cuda({log_score.data(), x.data(), noise.data(), nullptr, nullptr, &out,
                                            seed.data(), 1, 3, -1, DType::float32, Family::uniform, Step::euler},
                                           where);
+    } else if (family == "mean_prediction") {
+        double big_workspace[64];
+        error = sedd::mean_prediction_cuda({log_score.data(), x.data(), x.data(), noise.data(), nullptr, nullptr,
+                                            nullptr, nullptr, &out, 1, 3, -1, DType::float32, Family::uniform},
+                                           {big_workspace, nullptr, device});
     } else if (family == "score_entropy") {
         error = sedd::score_entropy_cuda({log_score.data(), x.data(), x.data(), noise.data(), nullptr, nullptr, nullptr,
                                           &out, -std::log(3.0), 1, 3, DType::float32, Family::uniform},
@@ -869,7 +1008,7 @@ std::string run_on(const std::string& family, int device) {
 // on device 0.
 std::string run_on_both(const std::string& only) {
     for (const int device : {1, 0}) {
-        for (const char* family : {"reverse", "score_entropy", "transition"}) {
+        for (const char* family : {"mean_prediction", "reverse", "score_entropy", "transition"}) {
             const std::string what = only.empty() || only == family ? run_on(family, device) : "";
             if (!what.empty()) return family + (": " + what);
         }
@@ -880,7 +1019,7 @@ std::string run_on_both(const std::string& only) {
 
 }  // namespace
 
-// driver [--quick] [--in-turn] [--only score_entropy|transition|reverse] [SCHEDULE]...
+// driver [--quick] [--in-turn] [--only mean_prediction|score_entropy|transition|reverse] [SCHEDULE]...
 int main(int count, char** words) {
     bool quick = false, in_turn = false;
     std::string only;

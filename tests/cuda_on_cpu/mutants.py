@@ -28,7 +28,7 @@ else:
 
 Check = Literal["values", "address", "thread"]
 
-FAMILIES = ("reverse", "score_entropy", "transition")  # the sources, without .cu
+FAMILIES = ("mean_prediction", "reverse", "score_entropy", "transition")  # the sources, without .cu
 
 CHECKS: dict[Check, tuple[str, ...]] = {
     "values": (),
@@ -543,6 +543,114 @@ MUTANTS = [
         "    if (lane_of() != 0) return;\n    sweep.scores",
         "    sweep.scores",
         family="score_entropy",
+    ),
+    # ---- Mean prediction ----
+    Mutant(
+        "MASK is in the softmax",
+        "mean_prediction.cu",
+        "return y == x || y == x_0 || y == mask; }",
+        "return y == x || y == x_0; }",
+        family="mean_prediction",
+    ),
+    Mutant(
+        "x is among the others of its vector",
+        "mean_prediction.cu",
+        "return in(x) || in(x_0) || in(mask);",
+        "return in(x_0) || in(mask);",
+        family="mean_prediction",
+    ),
+    Mutant(
+        "x_0 is among the others, as a single entry",
+        "mean_prediction.cu",
+        "[&](int y, Real l) { one(y, special.contains(y) ? nothing : l); });",
+        "[&](int y, Real l) { one(y, y != special.x_0 && special.contains(y) ? nothing : l); });",
+        family="mean_prediction",
+    ),
+    Mutant(
+        "a segment's normaliser ignores its largest logit",
+        "softmax.cuh",
+        "return {top, warp_sum(n.total * Normaliser<Real>::relative(n.top, top))};",
+        "return {top, warp_sum(n.total)};",
+        family="mean_prediction",
+    ),
+    Mutant(
+        "the lane's sum is not rescaled",
+        "softmax.cuh",
+        "total = total * relative(top, higher) + sum_of(terms);",
+        "total = total + sum_of(terms);",
+        family="mean_prediction",
+    ),
+    Mutant(
+        "the normaliser has one segment too few",
+        "softmax.cuh",
+        "for (int s = lane_of(); s < count; s += kWarp) {",
+        "for (int s = lane_of(); s < count - (count > 8); s += kWarp) {",
+        family="mean_prediction",
+    ),
+    Mutant(
+        "the sums of a loss are those of the first warp's segments",
+        "mean_prediction.cu",
+        "for (int s = lane_of(); s < segments; s += kWarp) {",
+        "for (int s = lane_of(); s < (segments < 8 ? segments : 8); s += kWarp) {",
+        family="mean_prediction",
+    ),
+    Mutant(
+        "π of special entries is in the sums",
+        "mean_prediction.cu",
+        "        if (special.contains(y)) pi = 0;\n",
+        "",
+        family="mean_prediction",
+    ),
+    Mutant(
+        "the mean of a uniform π is its sum",
+        "mean_prediction.cu",
+        "sum.pi_ratio /= static_cast<double>(p.dim);",
+        ";",
+        family="mean_prediction",
+    ),
+    Mutant(
+        "x_0's gradient is like the others'",
+        "mean_prediction.cu",
+        "y == special.x_0 ? at_x_0 : value;",
+        "value;",
+        family="mean_prediction",
+    ),
+    Mutant(
+        "MASK has a gradient",
+        "mean_prediction.cu",
+        "return y == special.mask ? Real(0) : y == special.x ?",
+        "return y == special.x ?",
+        family="mean_prediction",
+    ),
+    Mutant(
+        "a bad row's gradient is 0",
+        "mean_prediction.cu",
+        "return fault ? not_a_number<Real>() : Real(0); });",
+        "return Real(0); });",
+        family="mean_prediction",
+    ),
+    Mutant(
+        "a bad row's loss of a mean prediction is 0",
+        "mean_prediction.cu",
+        "[row] = fault ? not_a_number<Real>() : Real(0);",
+        "[row] = Real(0);",
+        family="mean_prediction",
+    ),
+    Mutant(
+        "the workspace has no room for the sums",
+        "mean_prediction.cu",
+        "5 * real_bytes(dtype);  // Normaliser and SegmentSums",
+        "2 * real_bytes(dtype);",
+        "address",
+        "mean_prediction",
+    ),
+    Mutant(
+        "every lane writes the numbers of its row",
+        "mean_prediction.cu",
+        "    if (lane_of() != 0) return;\n    const T* l",
+        "    const T* l",
+        "thread",
+        "mean_prediction",
     ),
 ]
 
