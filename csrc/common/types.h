@@ -27,6 +27,7 @@ enum class Fault : int32_t {
     x_0 = 2,    // token outside [0, dim)
     sigma = 3,  // not a finite number above zero
     total = 4,  // the probabilities of a row have no finite positive sum
+    noise = 5,  // the noise of a reverse step from a mean prediction: out of its range
 };
 
 // The first bad row of a launch. The output of a launch with a bad row is undefined.

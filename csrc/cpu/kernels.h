@@ -2,6 +2,7 @@
 #pragma once
 
 #include "reverse.h"
+#include "reverse_mean.h"
 #include "score_entropy.h"
 
 namespace sedd {
@@ -18,16 +19,20 @@ struct KernelTable {
     RowKernel<ReverseParams> (*reverse_probs)(DType, Family);
     RowKernel<ReverseParams> (*reverse_sample)(DType, Family);
     RowKernel<ReverseTileParams> (*reverse_tile)(DType, Family);
+    RowKernel<ReverseMeanParams> (*reverse_mean_probs)(DType, Family, bool has_power);
+    RowKernel<ReverseMeanParams> (*reverse_mean_sample)(DType, Family, bool has_power);
 };
 
-#define SEDD_DECLARE_KERNELS(isa)                                        \
-    namespace isa {                                                      \
-    RowKernel<ScoreEntropyParams> score_entropy(DType, Family);          \
-    RowKernel<ScoreEntropyParams> score_entropy_backward(DType, Family); \
-    RowKernel<ScoreEntropyTileParams> score_entropy_tile(DType, Family); \
-    RowKernel<ReverseParams> reverse_probs(DType, Family);               \
-    RowKernel<ReverseParams> reverse_sample(DType, Family);              \
-    RowKernel<ReverseTileParams> reverse_tile(DType, Family);            \
+#define SEDD_DECLARE_KERNELS(isa)                                          \
+    namespace isa {                                                        \
+    RowKernel<ScoreEntropyParams> score_entropy(DType, Family);            \
+    RowKernel<ScoreEntropyParams> score_entropy_backward(DType, Family);   \
+    RowKernel<ScoreEntropyTileParams> score_entropy_tile(DType, Family);   \
+    RowKernel<ReverseParams> reverse_probs(DType, Family);                 \
+    RowKernel<ReverseParams> reverse_sample(DType, Family);                \
+    RowKernel<ReverseTileParams> reverse_tile(DType, Family);              \
+    RowKernel<ReverseMeanParams> reverse_mean_probs(DType, Family, bool);  \
+    RowKernel<ReverseMeanParams> reverse_mean_sample(DType, Family, bool); \
     }
 
 SEDD_DECLARE_KERNELS(baseline)
@@ -46,6 +51,8 @@ constexpr int64_t kReverseBlock = 512;
 static inline int64_t reverse_blocks(int64_t dim) { return (dim + kReverseBlock - 1) / kReverseBlock; }
 // Bytes for the sums, and for the entries of one block.
 static inline int64_t reverse_scratch(int64_t dim) { return 8 * (reverse_blocks(dim) + kReverseBlock); }
+// With the largest logits of blocks too.
+static inline int64_t reverse_mean_scratch(int64_t dim) { return reverse_scratch(dim) + 8 * reverse_blocks(dim); }
 
 // Keeps the fault with the smallest row, whichever thread finds it.
 static inline void report(Status& status, Fault fault, int64_t row) {
