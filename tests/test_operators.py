@@ -31,6 +31,19 @@ LINEAR = {**HEAD, **LOSS, "loss_weight": NOISE, **PI, "neg_entropy": PROCESS.neg
 MADE = {f"{name}_gradient": torch.zeros_like(value) for name, value in HEAD.items()}
 COLUMN = {"sigma": NOISE, **PI, "dim": N, "dtype": torch.float32}
 
+MEAN = {
+    "x_t": TOKENS,
+    "noise": NOISE,
+    "sigma": NOISE,
+    "power": None,
+    "stationary": PROCESS.stationary.float(),
+    "cumulative": PROCESS.cumulative,
+    "family": "rank_one",
+    "mean_step": "tweedie",
+    "mask": N - 1,
+    "forbidden": N - 1,
+}
+
 # A call of every operator that is right, with its arguments in order
 CALLS: dict[str, dict[str, Any]] = {
     "score_entropy": {**SCORES, **LOSS, **PI, "neg_entropy": PROCESS.neg_entropy},
@@ -50,10 +63,16 @@ CALLS: dict[str, dict[str, Any]] = {
     "linear_score_entropy": LINEAR,
     "linear_score_entropy_backward": {"grad_loss": torch.tensor([1.0, 2.0, 3.0]), **MADE, **LINEAR},
     "linear_reverse_sample": {**HEAD, "x_t": TOKENS, "noise": NOISE, **SHIFT, **PI, **STEP, **COMPUTE, **SEED},
+    "reverse_mean_probs": {**SCORES, **MEAN},
+    "reverse_mean_sample": {**SCORES, **MEAN, **SEED},
+    "linear_reverse_mean_sample": {**HEAD, **MEAN, **COMPUTE, **SEED},
 }
 WRONG = {
     "family": ["", "masked", "absorbing"],  # the last one has no vector
     "step": ["", "ancestral"],
+    "mean_step": ["", "generalized_masked"],  # the last one has a power
+    "mask": [-2, N, 2**40, -(2**40)],
+    "power": [torch.ones(N), torch.ones(N + 1)],
     "forbidden": [-2, N, 2**40, -(2**40)],
     "dim": [0, -1, N + 1, 2**40],
     "dtype": [torch.int64, torch.complex64],

@@ -214,7 +214,8 @@ void normalise(const ReverseMeanParams& p, const Blocks& blocks, const MeanMasse
     const Real* stationary = static_cast<const Real*>(p.stationary);
     const Real pi = static_cast<Real>(m.pi / m.total * (P == Family::uniform ? 1.0 / static_cast<double>(p.dim) : 1.0));
     for (int64_t k = 0; k < reverse_blocks(p.dim); ++k) {
-        const double relative = blocks.tops[k] == blocks.top ? 1.0 : exp(blocks.tops[k] - blocks.top);
+        // a block of -inf alone, before any other logit, may have tops[k] > top
+        const double relative = blocks.tops[k] < blocks.top ? exp(blocks.tops[k] - blocks.top) : 1.0;
         const Real factor = static_cast<Real>(m.unit / m.total * relative);
         for (int64_t y = blocks.begin(k); y < blocks.end(k); ++y) {
             if constexpr (P == Family::absorbing) out[y] = factor * out[y];
