@@ -203,8 +203,8 @@ def linear_reverse_sample(
         top_p: as for :func:`reverse_sample`.
         generator: random number generator on the tensors' device; torch's default one if None.
         buffer_bytes: memory for a tile of log-scores. A tile has 2,048 entries of the vocabulary (8,192 on a GPU) and
-            as many rows as fit. With a ``temperature`` or ``top_p`` other than 1, or a mean prediction, a tile has whole
-            rows.
+            as many rows as fit. With a ``temperature`` or ``top_p`` other than 1, or a mean prediction, a tile has
+            whole rows.
 
     Returns:
         Tokens [*B], int64.

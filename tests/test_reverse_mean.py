@@ -102,7 +102,7 @@ def test_probs_of_a_large_vocabulary(process_of: Process, kind: str) -> None:
 
 
 def posterior(process: RankOne, mu: Tensor, sigma: float, dsigma: float) -> Tensor:
-    """Σ_k μ_k q(x_s | x_t, x_0 = k) from matrix exponentials, [x_t, x_s]; NaN in rows that the process never reaches."""
+    """Σ_k μ_k q(x_s | x_t, x_0 = k) from matrix exponentials, [x_t, x_s]; NaN in rows that no process reaches."""
     step, before = transition_matrix(process, dsigma), transition_matrix(process, sigma - dsigma)
     joint = step[:, :, None] * before[None]  # [x_t, x_s, x_0]
     return ((joint / transition_matrix(process, sigma)[:, None]) * mu).sum(-1)
@@ -547,12 +547,12 @@ def test_options_that_do_not_fit(backend: Backend) -> None:
         (GeneralizedMasked(0.1, 0.5, torch.ones(7).int()), process, options(None), r"^power: expected a floating"),
         (0.1, process, options(0.2), r"^step: expected Tweedie\(dsigma\), Euler\(step\) or GeneralizedMasked"),
     ]
-    for step, noise, given, message in wrong:
+    for step, noise, extra, message in wrong:
         for operator in (reverse_probs, reverse_sample):
             with pytest.raises((TypeError, ValueError), match=message):
-                operator(logits, x, step, noise, **given)
+                operator(logits, x, step, noise, **extra)
         with pytest.raises((TypeError, ValueError), match=message):
-            linear_reverse_sample(torch.zeros(2, 2), torch.zeros(7, 2), None, x, step, noise, **given)
+            linear_reverse_sample(torch.zeros(2, 2), torch.zeros(7, 2), None, x, step, noise, **extra)
 
 
 # --------------------------------------------------------------------------------------------------------- operator
@@ -572,9 +572,9 @@ def test_batches_and_broadcasting(process_of: Process, kind: str) -> None:
     assert torch.equal(reverse_probs(strided, x, step, process, **options(sigma)), probs)
     assert reverse_sample(logits, x, step, process, **options(sigma)).shape == (4, 6)
     assert reverse_sample(logits[:, :0], x[:, :0], step, process, **options(sigma)).shape == (4, 0)
-    assert reverse_probs(logits[1:, 1:], x[1:, 1:], STEPS[kind](sigma[1:]), process, **options(sigma[1:])).equal(
-        probs[1:, 1:]
-    )
+    part = slice(1, None), slice(1, None)  # of CUDA kernels, which divide a row at addresses, another order of sums
+    later = reverse_probs(logits[part], x[part], STEPS[kind](sigma[1:]), process, **options(sigma[1:]))
+    torch.testing.assert_close(later, probs[part], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.operators("cpu", "cuda")

@@ -190,8 +190,8 @@ MUTANTS = [
     Mutant(
         "a lane too few in the mask", "segments.cuh", "kAll = 0xffffffffu", "kAll = 0x7fffffffu", family="score_entropy"
     ),
-    Mutant("scan leaves a lane out", "reverse.cu", "if (lane_of() >= offset)", "if (lane_of() > offset)"),
-    Mutant("a vote of the lanes without a hit", "reverse.cu", "value > 0.0 && target < end", "!(target < end)"),
+    Mutant("scan leaves a lane out", "draw.cuh", "if (lane_of() >= offset)", "if (lane_of() > offset)"),
+    Mutant("a vote of the lanes without a hit", "draw.cuh", "value > 0.0 && target < end", "!(target < end)"),
     # ---- The ends of a row ----
     Mutant(
         "segments without the head",
@@ -279,12 +279,12 @@ MUTANTS = [
         family="score_entropy",
     ),
     Mutant(
-        "the draw looks at a sum too many", "reverse.cu", "s < segments ? static", "s <= segments ? static", "address"
+        "the draw looks at a sum too many", "draw.cuh", "s < segments ? static", "s <= segments ? static", "address"
     ),
-    Mutant("the draw stays in the first 32 segments", "reverse.cu", "begin += kWarp", "begin += segments"),
+    Mutant("the draw stays in the first 32 segments", "draw.cuh", "begin += kWarp", "begin += segments"),
     Mutant(
         "the draw stays in its first vectors",
-        "reverse.cu",
+        "draw.cuh",
         "return entry;\n        }\n        target = w.target;",
         "return entry;\n        }",
     ),
