@@ -20,7 +20,7 @@
 namespace sedd {
 namespace {
 
-constexpr int kMaxWarps = 24;  // per block, see reverse.cu
+constexpr int kMaxWarps = 20;  // per block, for 96 registers per thread; 24 warps leave 80, and threads spill
 constexpr int64_t kSharedBytes = 48 << 10;
 
 // exp(l - top) [v_y] of an entry; MASK has none.
@@ -92,7 +92,7 @@ __device__ __forceinline__ SegmentSums<Real> segment_sums(const T* row, int dim,
 }
 
 // Combines the sums of segments, and makes picks[s], the sums that draws use, relative to the largest logit of the row.
-// Called by a whole warp; the result is the same on every lane.
+// Called by a whole warp; the result is the same on every lane. In a draw, a lane reads only those picks that it wrote.
 template <bool kPower, class Real>
 __device__ __forceinline__ SegmentSums<double> row_sums(const SegmentSums<Real>* sums, int segments, double* picks) {
     double top = Normaliser<double>::none().top;
@@ -259,7 +259,6 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
     int64_t token = task.stays_at(p);
     if (task.moves()) {
         const SegmentSums<double> sums = row_sums<kPower>(shared.sums, segments, shared.picks);
-        __syncwarp();  // wait for the sums that the draw uses
         const MeanMasses masses = task.masses(p, sums);
         token = -1;
         if (valid_masses(masses)) {

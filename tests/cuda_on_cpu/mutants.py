@@ -28,7 +28,7 @@ else:
 
 Check = Literal["values", "address", "thread"]
 
-FAMILIES = ("reverse", "score_entropy", "transition")  # the sources, without .cu
+FAMILIES = ("reverse", "reverse_mean", "score_entropy", "transition")  # the sources, without .cu
 
 CHECKS: dict[Check, tuple[str, ...]] = {
     "values": (),
@@ -58,6 +58,44 @@ class Mutant(NamedTuple):
     caught_by: Check = "values"
     family: str = "reverse"
 
+
+MEAN: list[tuple[str, str, str, Check]] = [
+    (
+        "no barrier before a mean step's draw",
+        "    __syncthreads();  // wait for the sums of the segments\n    if (!task.exists || !task.leads()) return;",
+        "    if (!task.exists || !task.leads()) return;",
+        "values",
+    ),
+    (
+        "no barrier before the masses",
+        "    __syncthreads();  // wait for the sums of the segments\n    if (task.moves() && task.leads()) {",
+        "    if (task.moves() && task.leads()) {",
+        "values",
+    ),
+    ("no barrier after the masses", "    __syncthreads();  // wait for the masses\n", "", "values"),
+    (
+        "no barrier of the lanes before the draw",
+        "        __syncwarp();  // wait for the sums that",
+        "        // ",
+        "values",
+    ),
+    ("a mean step reads MASK", "dim, segment, term.mask,", "dim, segment, -1,", "values"),
+    ("a mean step's x in a vector", "y + j == x ? none : l[j]", "l[j]", "values"),
+    ("a mean step's x among single entries", "            if (y == x) return;\n", "", "values"),
+    ("a segment keeps its old scale", "        sums.exps *= scale;\n", "", "values"),
+    ("the powers' sum keeps its old scale", "if constexpr (kPower) sums.weighted *= scale;", "", "values"),
+    (
+        "the entry of the first number",
+        "draw_stationary_without(p, excluded_tokens(p, task.x), u.second)",
+        "draw_stationary_without(p, excluded_tokens(p, task.x), u.first)",
+        "values",
+    ),
+    ("a draw from μ by the first number", "u.second * all", "u.first * all", "values"),
+    ("a mean step returns MASK", "if (y == forbidden) return Real(0);", "", "values"),
+    ("shared memory for a mean row", "return block_rows * segments *", "return segments *", "address"),
+    ("every lane writes a segment's sums", "if (lane_of() == 0) state = {", "state = {", "thread"),
+]
+"""Mistakes in reverse_mean.cu: name, text, replacement and the check that notices them."""
 
 MUTANTS = [
     # ---- Barriers, and what they are for ----
@@ -543,6 +581,18 @@ MUTANTS = [
         "    if (lane_of() != 0) return;\n    sweep.scores",
         "    sweep.scores",
         family="score_entropy",
+    ),
+    # ---- Reverse steps from a mean prediction ----
+    *(
+        Mutant(name, "reverse_mean.cu", text, replacement, caught_by, "reverse_mean")
+        for name, text, replacement, caught_by in MEAN
+    ),
+    Mutant(
+        "a mean step's draw does not scale its segments",
+        "reverse_mean.cu",
+        "sums[s].weighted : sums[s].exps) * scale;",
+        "sums[s].weighted : sums[s].exps);",
+        family="reverse_mean",
     ),
 ]
 
