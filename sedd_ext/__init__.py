@@ -3,7 +3,8 @@
 Processes: :func:`Absorbing`, :func:`Uniform`, :func:`Hybrid`, :class:`RankOne`. Reverse steps: :class:`Tweedie`,
 :class:`Euler`, :class:`GeneralizedMasked`. Operators: :func:`score_entropy_loss`, :func:`transition_column`,
 :func:`transition_row`, :func:`sample_transition`, :func:`reverse_probs`, :func:`reverse_sample`; with the output head
-fused in, :func:`linear_score_entropy_loss`, :func:`linear_reverse_sample`. The same in plain PyTorch: :mod:`sedd_ext.reference`.
+fused in, :func:`linear_score_entropy_loss`, :func:`linear_reverse_sample`. The same in plain PyTorch:
+:mod:`sedd_ext.reference`.
 """
 
 import torch  # noqa: F401 - before the kernels: they use the OpenMP runtime that torch loads

@@ -73,12 +73,6 @@ MEAN: list[tuple[str, str, str, Check]] = [
         "values",
     ),
     ("no barrier after the masses", "    __syncthreads();  // wait for the masses\n", "", "values"),
-    (
-        "no barrier of the lanes before the draw",
-        "        __syncwarp();  // wait for the sums that",
-        "        // ",
-        "values",
-    ),
     ("a mean step reads MASK", "dim, segment, term.mask,", "dim, segment, -1,", "values"),
     ("a mean step's x in a vector", "y + j == x ? none : l[j]", "l[j]", "values"),
     ("a mean step's x among single entries", "            if (y == x) return;\n", "", "values"),
