@@ -32,6 +32,7 @@ FORWARD, BACKWARD = "score entropy forward", "score entropy backward, existing b
 AUTOGRAD, BOTH = "score entropy backward, autograd", "score entropy forward + backward, autograd"
 COLUMN, ROW, SAMPLE = "transition column", "transition row", "transition sample"
 TWEEDIE, EULER = "tweedie sample", "euler sample"
+MEAN_TWEEDIE, MEAN_EULER = "tweedie sample, mean prediction", "euler sample, mean prediction"
 HEADS = (256, 768)  # widths of the hidden states before a fused head
 HEAD_BENCH_ROWS = 512
 HEAD_ROWS = (1024, 4096, 16_384)

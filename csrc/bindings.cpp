@@ -72,6 +72,7 @@ PYBIND11_MODULE(_C, m) {
     using sedd::DType;
     using sedd::Family;
     using sedd::Fault;
+    using sedd::MeanStep;
     using sedd::Step;
     m.doc() = "Kernels of sedd_ext. Private: the Python modules of the package check the tensors.";
     m.attr("__version__") = SEDD_VERSION;
@@ -90,11 +91,16 @@ PYBIND11_MODULE(_C, m) {
     m.attr("families") =
         codes<Family>({{"absorbing", Family::absorbing}, {"uniform", Family::uniform}, {"rank_one", Family::rank_one}});
     m.attr("steps") = codes<Step>({{"euler", Step::euler}, {"tweedie", Step::tweedie}});
+    m.attr("mean_steps") = codes<MeanStep>({{"euler", MeanStep::euler},
+                                            {"tweedie", MeanStep::tweedie},
+                                            {"generalized_masked", MeanStep::generalized_masked}});
+    m.attr("step_slack") = sedd::kStepSlack;
     m.attr("faults") = codes<Fault>({{"x_t", Fault::x_t},
                                      {"x_0", Fault::x_0},
                                      {"sigma", Fault::sigma},
                                      {"total", Fault::total},
-                                     {"sigma_s", Fault::sigma_s}});
+                                     {"sigma_s", Fault::sigma_s},
+                                     {"noise", Fault::noise}});
     m.attr("arguments") = py::dict();
     bind(m, "score_entropy", sedd::score_entropy_cpu);
     bind(m, "score_entropy_backward", sedd::score_entropy_backward_cpu);
@@ -107,6 +113,8 @@ PYBIND11_MODULE(_C, m) {
     bind(m, "reverse_probs", sedd::reverse_probs_cpu);
     bind(m, "reverse_sample", sedd::reverse_sample_cpu);
     bind(m, "reverse_tile", sedd::reverse_tile_cpu);
+    bind(m, "reverse_mean_probs", sedd::reverse_mean_probs_cpu);
+    bind(m, "reverse_mean_sample", sedd::reverse_mean_sample_cpu);
     m.def("advise_huge_pages", advise_huge_pages);
     m.def("isa", [] { return sedd::kernels().isa; });
     m.def("available_isas", available_isas);

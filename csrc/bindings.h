@@ -12,6 +12,7 @@
 
 #include "mean_prediction.h"
 #include "reverse.h"
+#include "reverse_mean.h"
 #include "score_entropy.h"
 #include "transition.h"
 
@@ -74,6 +75,14 @@ constexpr auto fields_of(const ReverseTileParams*) {
                            SEDD_FIELD(row_ids), SEDD_FIELD(rows), SEDD_FIELD(width), SEDD_FIELD(first), SEDD_FIELD(dim),
                            SEDD_FIELD(forbidden), SEDD_FIELD(dtype), SEDD_FIELD(family), SEDD_FIELD(step),
                            SEDD_FIELD(sweep));
+}
+
+constexpr auto fields_of(const ReverseMeanParams*) {
+    using Struct = ReverseMeanParams;
+    return std::make_tuple(SEDD_FIELD(logits), SEDD_FIELD(x_t), SEDD_FIELD(noise), SEDD_FIELD(sigma),
+                           SEDD_FIELD(stationary), SEDD_FIELD(cumulative), SEDD_FIELD(power), SEDD_FIELD(out),
+                           SEDD_FIELD(seed), SEDD_FIELD(row_ids), SEDD_FIELD(rows), SEDD_FIELD(dim), SEDD_FIELD(mask),
+                           SEDD_FIELD(forbidden), SEDD_FIELD(dtype), SEDD_FIELD(family), SEDD_FIELD(step));
 }
 
 constexpr auto fields_of(const TransitionParams*) {

@@ -1,10 +1,11 @@
 """Score-entropy discrete diffusion over the vocabulary axis: compiled kernels as PyTorch operators.
 
 Processes: :func:`Absorbing`, :func:`Uniform`, :func:`Hybrid`, :class:`RankOne`. Reverse steps: :class:`Tweedie`,
-:class:`Euler`. Operators: :func:`score_entropy_loss`, :func:`mean_prediction_loss`, :func:`transition_column`,
-:func:`transition_row`, :func:`sample_transition`, :func:`reverse_probs`, :func:`reverse_sample`; with the output head
-fused in, :func:`linear_score_entropy_loss`, :func:`linear_mean_prediction_loss`, :func:`linear_reverse_sample`. The
-same in plain PyTorch: :mod:`sedd_ext.reference`.
+:class:`Euler`, :class:`GeneralizedMasked`. Operators: :func:`score_entropy_loss`, :func:`mean_prediction_loss`,
+:func:`transition_column`, :func:`transition_row`, :func:`sample_transition`, :func:`reverse_probs`,
+:func:`reverse_sample`; with the output head fused in, :func:`linear_score_entropy_loss`,
+:func:`linear_mean_prediction_loss`, :func:`linear_reverse_sample`. The same in plain PyTorch:
+:mod:`sedd_ext.reference`.
 """
 
 import torch  # noqa: F401 - before the kernels: they use the OpenMP runtime that torch loads
@@ -24,7 +25,7 @@ from sedd_ext.mean_prediction import mean_prediction_loss
 from sedd_ext.process import Absorbing, Hybrid, RankOne, Uniform
 from sedd_ext.reverse import reverse_probs, reverse_sample
 from sedd_ext.score_entropy import score_entropy_loss
-from sedd_ext.step import Euler, Tweedie
+from sedd_ext.step import Euler, GeneralizedMasked, Tweedie
 from sedd_ext.transition import sample_transition, transition_column, transition_row
 
 __version__: str = _C.__version__
@@ -35,6 +36,7 @@ has_cuda_kernels: bool = bool(_C.cuda)
 __all__ = [
     "Absorbing",
     "Euler",
+    "GeneralizedMasked",
     "Hybrid",
     "RankOne",
     "Tweedie",

@@ -17,6 +17,7 @@ __all__: list[str] = []
 DTYPES = {getattr(torch, name): code for name, code in _C.dtypes.items()}
 """The codes of dtypes in kernel calls. Those of families and steps are ``FAMILIES`` and ``STEPS``."""
 FAMILIES, STEPS = _C.families, _C.steps
+MEAN_STEPS = _C.mean_steps
 # torch calls AMD's devices "cuda" too
 CUDA = ("cuda",) if _C.cuda and torch.version.hip is None else ()
 _HUGE_BYTES = 1 << 24

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sedd_ext import _C
-from sedd_ext._dispatch import CUDA, DTYPES, FAMILIES, STEPS, compute_dtype, kind_of
+from sedd_ext._dispatch import CUDA, DTYPES, FAMILIES, MEAN_STEPS, STEPS, compute_dtype, kind_of
 
 __all__: list[str] = []
 
@@ -90,11 +90,18 @@ RULES: dict[str, list[Rule]] = {
     ],
     "family": [("{0} not in FAMILIES", ValueError, "'absorbing', 'uniform' or 'rank_one'")],
     "step": [("{0} not in STEPS", ValueError, "'tweedie' or 'euler'")],
+    "mean_step": [
+        ("{0} not in MEAN_STEPS", ValueError, "'tweedie', 'euler' or 'generalized_masked'"),
+        ("(sigma is None) != ({0} == 'generalized_masked')", ValueError, "'generalized_masked' if sigma is None"),
+        ("(power is None) == ({0} == 'generalized_masked')", ValueError, "'generalized_masked' if there is a power"),
+        ("{0} == 'generalized_masked' and family != 'absorbing'", ValueError, "another step if not absorbing"),
+    ],
+    "power": [("{0}.dtype is not exact or {0}.numel() != dim", ValueError, "{dim} numbers of {exact}")],
+    "mask": [("not -1 <= {0} < dim", ValueError, "a token in [0, {dim}), or -1 for none")],
     "dim": [("{0} < 1", ValueError, "a positive number of tokens")],
     "dtype": [("{0} not in dtypes", TypeError, "one of {dtypes}")],
     "stationary": [_vector("exact")],
     "cumulative": [_vector("float64")],
-    "mask": [("not -1 <= {0} < dim", ValueError, "a token in [0, {dim}), or -1 for none")],
     "forbidden": [("not -1 <= {0} < dim", ValueError, "a token in [0, {dim}), or -1 for none")],
     "buffer_bytes": [("{0} < 1", ValueError, "a positive number")],
     "seed": [("{0}.dtype is not int64 or {0}.numel() != 1", ValueError, "one number of int64")],
@@ -108,6 +115,7 @@ _KNOWN = {
     "DTYPES": DTYPES,
     "FAMILIES": FAMILIES,
     "STEPS": STEPS,
+    "MEAN_STEPS": MEAN_STEPS,
     "EXACT": {dtype: compute_dtype(dtype) for dtype in DTYPES},
     "MEAN_PREDICTION_NUMBERS": _C.mean_prediction_numbers,
     "int64": torch.int64,

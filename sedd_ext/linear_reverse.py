@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +23,11 @@ from sedd_ext._dispatch import (
 )
 from sedd_ext._operators import define, schema
 from sedd_ext.head import BUFFER_BYTES, Head, Rows, check_head, product
+from sedd_ext.linear_reverse_mean import Output, Product, sample_tempered
 from sedd_ext.process import RankOne
 from sedd_ext.reverse import check_tempering, draw_tempered
-from sedd_ext.step import NOISE_NAME, Step, check_step
+from sedd_ext.reverse_mean import Numbers, check_score, mean_numbers
+from sedd_ext.step import NOISE_NAME, MeanStep, check_step
 
 __all__ = ["linear_reverse_sample"]
 
@@ -134,16 +136,43 @@ def _sample_tempered(a: Arguments, temperature: float, top_p: float, generator: 
     return out.view(a.x_t.shape)
 
 
+def _sample_mean(
+    head: Output,
+    numbers: Numbers,
+    products: Product,
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Draws from a mean prediction."""
+    x_t = numbers.x_t
+    if x_t.is_meta:
+        return x_t.new_empty(x_t.shape)
+    with torch.autocast(x_t.device.type, enabled=False):
+        if check_tempering(temperature, top_p):
+
+            def draw(probs: Tensor, x: Tensor, uniforms: Tensor) -> Tensor:
+                return draw_tempered(probs, x, temperature, top_p, uniforms)
+
+            return sample_tempered(head, numbers, products, draw, generator)
+        result: Tensor = torch.ops.sedd_ext.linear_reverse_mean_sample(
+            *head, *numbers, *products, draw_seed(generator, x_t.device)
+        )
+        return result
+
+
 def linear_reverse_sample(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     x_t: Tensor,
-    step: Step,
+    step: MeanStep,
     process: RankOne,
     *,
     log_score_shift: Tensor | float | None = None,
     denoise: bool = False,
+    parameterization: Literal["score", "mean"] = "score",
+    sigma: Tensor | float | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
@@ -163,16 +192,19 @@ def linear_reverse_sample(
         weight: the head's weight, [N, d], of the same dtype (any, under autocast).
         bias: the head's bias [N], or None.
         x_t: the current tokens, [*B], int64, in [0, N).
-        step: :class:`Tweedie(dsigma) <sedd_ext.Tweedie>` or :class:`Euler(step) <sedd_ext.Euler>`.
+        step: as for :func:`reverse_probs`.
         process: the process; ``process.dim`` is N.
         log_score_shift: subtracted from every log-score of its row; a number or a floating-point tensor that broadcasts
             to [*B].
         denoise: for the last step: MASK, if the process has one, gets probability 0.
+        parameterization: as for :func:`reverse_probs`. With ``"mean"`` the head computes logits.
+        sigma: as for :func:`reverse_probs`.
         temperature: as for :func:`reverse_sample`.
         top_p: as for :func:`reverse_sample`.
         generator: random number generator on the tensors' device; torch's default one if None.
         buffer_bytes: memory for a tile of log-scores. A tile has 2,048 entries of the vocabulary (8,192 on a GPU) and
-            as many rows as fit. With a ``temperature`` or ``top_p`` other than 1, a tile has whole rows.
+            as many rows as fit. With a ``temperature`` or ``top_p`` other than 1, or a mean prediction, a tile has
+            whole rows.
 
     Returns:
         Tokens [*B], int64.
@@ -185,12 +217,18 @@ def linear_reverse_sample(
 
     Source: SEDD (Lou, Meng & Ermon 2024), Algorithm 2 with eq. 17 (Euler) or eq. 19 (Tweedie).
     """
-    process, step = check_process(process), check_step(step)
+    process = check_process(process)
     hidden, weight, bias, dtype = check_head(hidden, weight, bias, process, buffer_bytes)
     batch, device = hidden.shape[:-1], hidden.device
     x_t = check_tokens("x_t", x_t, batch, "hidden")
     check_same_device(hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}), x_t=x_t)
     tempered = check_tempering(temperature, top_p)
+    if parameterization == "mean":
+        numbers = mean_numbers(x_t, step, process, sigma, log_score_shift, denoise, dtype)
+        head = Output(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
+        return _sample_mean(head, numbers, Product(dtype, buffer_bytes), temperature, top_p, generator)
+    check_score(parameterization, sigma)
+    step = check_step(step)
     arguments = Arguments(
         hidden=hidden.detach(),
         weight=weight.detach(),

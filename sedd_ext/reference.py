@@ -7,12 +7,14 @@ vocabulary is float64 for float64 log-scores and float32 for all other dtypes; t
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from sedd_ext.process import RankOne
-from sedd_ext.step import Step, Tweedie
+from sedd_ext.step import Euler, GeneralizedMasked, MeanStep, Tweedie
 
 __all__ = [
     "implied_log_score",
@@ -183,11 +185,13 @@ def _posterior(
 def reverse_probs(
     log_score: Tensor,
     x_t: Tensor,
-    step: Step,
+    step: MeanStep,
     process: RankOne,
     *,
     log_score_shift: float | Tensor | None = None,
     denoise: bool = False,
+    parameterization: Literal["score", "mean"] = "score",
+    sigma: float | Tensor | None = None,
 ) -> Tensor:
     """Probabilities of one reverse step. See :func:`sedd_ext.reverse_probs`.
 
@@ -196,8 +200,16 @@ def reverse_probs(
 
     Euler: ``p(y) = step · π_x s_y`` for y ≠ x and the rest of the mass, if any, on x.
 
+    From a mean prediction, with μ = softmax(logits) without MASK and D_y = a_t [y = x] + b_t π_x, Tweedie is the
+    posterior ``p(y) = (a_d [y = x] + b_d π_x) (a_s μ_y / D_y + b_s π_y Σ_k μ_k / D_k)``, and Euler has the score
+    ``π_x s_y = (1 - μ_x a_t / D_x) π_y + (a_t / b_t) μ_y``.
+
     Source: SEDD, equations 19 and 17.
     """
+    if parameterization == "mean":
+        return _mean_probs(log_score, x_t, step, process, sigma, denoise)
+    if isinstance(step, GeneralizedMasked):
+        raise TypeError("step: expected Tweedie(dsigma) or Euler(step), got GeneralizedMasked")
     score, here, pi_x = _reverse_score(log_score, x_t, process, log_score_shift)
     noise = _per_row(step.noise, x_t)
     weights = (
@@ -209,17 +221,28 @@ def reverse_probs(
 def reverse_sample(
     log_score: Tensor,
     x_t: Tensor,
-    step: Step,
+    step: MeanStep,
     process: RankOne,
     *,
     log_score_shift: float | Tensor | None = None,
     denoise: bool = False,
+    parameterization: Literal["score", "mean"] = "score",
+    sigma: float | Tensor | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """A draw from :func:`reverse_probs`. See :func:`sedd_ext.reverse_sample`."""
-    probs = reverse_probs(log_score, x_t, step, process, log_score_shift=log_score_shift, denoise=denoise)
+    probs = reverse_probs(
+        log_score,
+        x_t,
+        step,
+        process,
+        log_score_shift=log_score_shift,
+        denoise=denoise,
+        parameterization=parameterization,
+        sigma=sigma,
+    )
     if temperature != 1.0 or top_p != 1.0:
         probs = _tempered(probs, x_t, temperature, top_p)
     return _draw(probs, generator)
@@ -296,6 +319,47 @@ def _euler(score: Tensor, here: Tensor, pi_x: Tensor, step: Tensor) -> Tensor:
     leave = (rate * score).masked_fill(here, 0.0)
     stay = (1 - leave.sum(-1, keepdim=True)).clamp(min=0)
     return torch.where(here, stay, leave)
+
+
+def _mean_probs(
+    logits: Tensor, x_t: Tensor, step: MeanStep, process: RankOne, sigma: float | Tensor | None, denoise: bool
+) -> Tensor:
+    """The probabilities of a step from a mean prediction [*B, N]."""
+    here, pi = _is_entry(x_t, process.dim), process.stationary.to(logits.device)
+    pi_x = pi[x_t]
+    logits = logits.to(_compute_dtype(logits)).masked_fill((pi_x == 0)[..., None], 0.0)
+    if process.mask_id is not None:
+        logits = logits.masked_fill(torch.arange(process.dim, device=logits.device) == process.mask_id, -torch.inf)
+    mu = logits.softmax(-1)
+    if isinstance(step, GeneralizedMasked):
+        ratio = _per_row(step.s, x_t) / _per_row(step.t, x_t)
+        power = step.power.to(device=logits.device, dtype=torch.float64)
+        weights = mu * -torch.expm1(ratio.log()[..., None] * power).to(mu.dtype)
+    else:
+        assert sigma is not None
+        weights = _mean_weights(mu, here, pi, pi_x, step, _per_row(sigma, x_t))
+    if not isinstance(step, Tweedie):
+        weights = weights.masked_fill(here, 0.0)
+        weights = torch.where(here, (1 - weights.sum(-1, keepdim=True)).clamp(min=0), weights)
+    return _normalised(torch.where((pi_x == 0)[..., None], here.to(mu.dtype), weights), process, denoise)
+
+
+def _mean_weights(mu: Tensor, here: Tensor, pi: Tensor, pi_x: Tensor, step: MeanStep, sigma: Tensor) -> Tensor:
+    """The weights of a Tweedie step, or those of an Euler step for y ≠ x."""
+    pi_x, live = pi_x[..., None], (pi_x > 0)[..., None]
+    a_t, b_t = (v[..., None] for v in _decay(sigma))
+    if isinstance(step, Euler):
+        mu_x = (mu * here).sum(-1, keepdim=True, dtype=torch.float64)
+        alpha = 1 - mu_x * a_t / torch.where(live, a_t + b_t * pi_x, 1.0)
+        size = _per_row(step.step, here[..., 0])[..., None]
+        return (size * alpha * pi).to(mu.dtype) + (size * a_t / b_t).to(mu.dtype) * mu
+    assert isinstance(step, Tweedie)
+    delta = _per_row(step.dsigma, here[..., 0])
+    a_d, b_d = (v[..., None] for v in _decay(delta))
+    a_s, b_s = (v[..., None] for v in _decay((sigma - delta).clamp(min=0)))
+    d = torch.where(live, a_t * here + b_t * pi_x, 1.0)
+    mean = (mu / d).sum(-1, keepdim=True)
+    return ((a_d * here + b_d * pi_x) * (a_s * mu / d + b_s * pi * mean)).to(mu.dtype)
 
 
 def _tempered(probs: Tensor, x_t: Tensor, temperature: float, top_p: float) -> Tensor:

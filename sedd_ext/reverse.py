@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from sedd_ext._dispatch import (
     STEPS,
     check_log_score,
     check_process,
+    check_same_device,
     check_tokens,
     compute_dtype,
     contiguous,
@@ -26,7 +27,8 @@ from sedd_ext._dispatch import (
 )
 from sedd_ext._operators import define
 from sedd_ext.process import RankOne
-from sedd_ext.step import NOISE_NAME, Step, check_step
+from sedd_ext.reverse_mean import check_score, mean_numbers
+from sedd_ext.step import NOISE_NAME, MeanStep, check_step
 
 __all__ = ["reverse_probs", "reverse_sample"]
 
@@ -130,10 +132,26 @@ def draw_tempered(probs: Tensor, x_t: Tensor, temperature: float, top_p: float, 
     return torch.where(bad, -1, torch.where(uniforms[0] >= stay, token, x_t))
 
 
+def _mean_arguments(
+    log_score: Tensor,
+    x_t: Tensor,
+    step: MeanStep,
+    process: RankOne,
+    log_score_shift: Tensor | float | None,
+    denoise: bool,
+    sigma: Tensor | float | None,
+) -> tuple[Any, ...]:
+    process = check_process(process)
+    log_score = check_log_score(log_score, process)
+    x_t = check_tokens("x_t", x_t, log_score.shape[:-1])
+    check_same_device(log_score=log_score, x_t=x_t)
+    return log_score.detach(), *mean_numbers(x_t, step, process, sigma, log_score_shift, denoise, log_score.dtype)
+
+
 def _arguments(
     log_score: Tensor,
     x_t: Tensor,
-    step: Step,
+    step: MeanStep,
     process: RankOne,
     log_score_shift: Tensor | float | None,
     denoise: bool,
@@ -157,11 +175,13 @@ def _arguments(
 def reverse_probs(
     log_score: Tensor,
     x_t: Tensor,
-    step: Step,
+    step: MeanStep,
     process: RankOne,
     *,
     log_score_shift: Tensor | float | None = None,
     denoise: bool = False,
+    parameterization: Literal["score", "mean"] = "score",
+    sigma: Tensor | float | None = None,
 ) -> Tensor:
     """Probabilities of one reverse step at every position.
 
@@ -174,6 +194,12 @@ def reverse_probs(
         log_score_shift: subtracted from every log-score of its row; a number or a floating-point tensor that broadcasts
             to [*B].
         denoise: for the last step: MASK, if the process has one, gets probability 0.
+        parameterization: ``"score"`` or ``"mean"``. With ``"mean"`` the first argument holds logits, and μ =
+            softmax(logits) over all tokens but MASK predicts the clean token. The step is then the posterior
+            Σ_k μ_k q(x_s | x_t, x_0 = k) (Tweedie), the Euler step with the score that μ implies, or
+            :class:`GeneralizedMasked(s, t, power) <sedd_ext.GeneralizedMasked>`.
+        sigma: for ``"mean"``: the total noise σ̄ at the current time, a number or a floating-point tensor that
+            broadcasts to [*B]; at least ``dsigma`` for Tweedie. None for ``"score"`` and for ``GeneralizedMasked``.
 
     Returns:
         Normalised probabilities [*B, N], float32 (float64 for float64 log-scores), without gradient. A token with
@@ -187,6 +213,12 @@ def reverse_probs(
 
     Source: SEDD (Lou, Meng & Ermon 2024), eq. 17 (Euler) and eq. 19 (Tweedie).
     """
+    if parameterization == "mean":
+        mean = _mean_arguments(log_score, x_t, step, process, log_score_shift, denoise, sigma)
+        probs: Tensor = torch.ops.sedd_ext.reverse_mean_probs(*mean)
+        return probs
+    if parameterization != "score" or sigma is not None:
+        check_score(parameterization, sigma)
     arguments = _arguments(log_score, x_t, step, process, log_score_shift, denoise)
     result: Tensor = torch.ops.sedd_ext.reverse_probs(*arguments)
     return result
@@ -195,11 +227,13 @@ def reverse_probs(
 def reverse_sample(
     log_score: Tensor,
     x_t: Tensor,
-    step: Step,
+    step: MeanStep,
     process: RankOne,
     *,
     log_score_shift: Tensor | float | None = None,
     denoise: bool = False,
+    parameterization: Literal["score", "mean"] = "score",
+    sigma: Tensor | float | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
@@ -218,6 +252,8 @@ def reverse_sample(
         process: as for :func:`reverse_probs`.
         log_score_shift: as for :func:`reverse_probs`.
         denoise: as for :func:`reverse_probs`.
+        parameterization: as for :func:`reverse_probs`. Draws from a mean prediction reject nothing.
+        sigma: as for :func:`reverse_probs`.
         temperature: makes the distribution of a token that changes sharper (below 1) or flatter (above 1):
             p(y | y ≠ x)^(1/temperature), normalised. Whether a token changes does not depend on it. 1 is the papers'
             distribution.
@@ -233,11 +269,21 @@ def reverse_sample(
 
     Source: SEDD (Lou, Meng & Ermon 2024), Algorithm 2.
     """
-    arguments = _arguments(log_score, x_t, step, process, log_score_shift, denoise)
-    if not check_tempering(temperature, top_p):
-        result: Tensor = torch.ops.sedd_ext.reverse_sample(*arguments, draw_seed(generator, x_t.device))
-        return result
+    if parameterization == "mean":
+        arguments = _mean_arguments(log_score, x_t, step, process, log_score_shift, denoise, sigma)
+        if not check_tempering(temperature, top_p):
+            drawn: Tensor = torch.ops.sedd_ext.reverse_mean_sample(*arguments, draw_seed(generator, x_t.device))
+            return drawn
+        operator = torch.ops.sedd_ext.reverse_mean_probs
+    else:
+        if parameterization != "score" or sigma is not None:
+            check_score(parameterization, sigma)
+        arguments = _arguments(log_score, x_t, step, process, log_score_shift, denoise)
+        if not check_tempering(temperature, top_p):
+            result: Tensor = torch.ops.sedd_ext.reverse_sample(*arguments, draw_seed(generator, x_t.device))
+            return result
+        operator = torch.ops.sedd_ext.reverse_probs
     draw_seed(generator, x_t.device)  # checks the generator
-    probs = torch.ops.sedd_ext.reverse_probs(*arguments).view(-1, log_score.shape[-1])
+    probs = operator(*arguments).view(-1, log_score.shape[-1])
     uniforms = torch.rand(2, x_t.numel(), dtype=torch.float64, device=x_t.device, generator=generator)
     return draw_tempered(probs, x_t.reshape(-1), temperature, top_p, uniforms).view(x_t.shape)

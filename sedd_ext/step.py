@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-__all__ = ["Euler", "Step", "Tweedie"]
+__all__ = ["Euler", "GeneralizedMasked", "Step", "Tweedie"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,33 @@ class Euler:
         return self.step
 
 
+@dataclass(frozen=True, eq=False)
+class GeneralizedMasked:
+    """A step of masked diffusion in which every token has a schedule of its own, α_k(t) = 1 - t^{w_k}.
+
+    From time t to s < t, with the prediction μ of the clean token, for a masked position::
+
+        p(k) = μ_k (1 - (s/t)^{w_k}) for k ≠ MASK,   p(MASK) = the rest
+
+    At s = 0, p(k) = μ_k. For an absorbing process and ``parameterization="mean"`` only.
+
+    Args:
+        s: the earlier time, 0 ≤ s < t, a number or a floating-point tensor that broadcasts to [*B].
+        t: the current time, likewise.
+        power: w > 0, a floating-point tensor [N]; the entry of MASK is ignored.
+
+    Source: MD4 (Shi et al. 2024), its generalised form GenMD4.
+    """
+
+    s: Tensor | float
+    t: Tensor | float
+    power: Tensor
+    name: ClassVar[str] = "generalized_masked"
+    """Its name in ``torch.ops.sedd_ext``."""
+
+
 Step = Tweedie | Euler
+MeanStep = Tweedie | Euler | GeneralizedMasked
 
 NOISE_NAME = {Tweedie.name: "dsigma", Euler.name: "step"}
 """The name of the noise of a step in error messages."""
@@ -70,5 +96,15 @@ def check_step(value: object) -> Step:
     """Checks that ``value`` is a reverse step."""
     if not isinstance(value, (Tweedie, Euler)):
         got = f"a {value.dtype} tensor" if isinstance(value, Tensor) else repr(value)
+        if isinstance(value, GeneralizedMasked):
+            got = "GeneralizedMasked, which needs parameterization='mean'"
         raise TypeError(f"step: expected Tweedie(dsigma) or Euler(step), got {got}")
+    return value
+
+
+def check_mean_step(value: object) -> MeanStep:
+    """Checks that ``value`` is a reverse step from a mean prediction."""
+    if not isinstance(value, (Tweedie, Euler, GeneralizedMasked)):
+        got = f"a {value.dtype} tensor" if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"step: expected Tweedie(dsigma), Euler(step) or GeneralizedMasked(s, t, power), got {got}")
     return value

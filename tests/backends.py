@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import sedd_ext
-from sedd_ext import _C, Euler, Tweedie, _dispatch
+from sedd_ext import _C, Euler, GeneralizedMasked, Tweedie, _dispatch
 
 SCHEDULES = ["forward", "reverse", "greedy", "random"]
 
@@ -163,6 +163,8 @@ def to_device(values: Any) -> Any:
             return torch.Generator(current.device).manual_seed(seed)
         if isinstance(value, (Euler, Tweedie)):
             return type(value)(move(value.noise))
+        if isinstance(value, GeneralizedMasked):
+            return GeneralizedMasked(move(value.s), move(value.t), move(value.power))
         return value.to(current.device) if isinstance(value, Tensor) else value
 
     return values if current.device == "cpu" else pytree.tree_map(move, values)

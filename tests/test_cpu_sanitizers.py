@@ -36,7 +36,7 @@ def driver(mutant: tuple[str, Path] | None = None) -> Path:
         ("csrc/cpu/dispatch.cpp", ("-DSEDD_X86",) if x86 else ()),
     ]
     for isa, flags in sets.items():
-        for name in ("reverse.cpp", "score_entropy.cpp"):
+        for name in ("reverse.cpp", "reverse_mean.cpp", "score_entropy.cpp"):
             path: Path | str = f"csrc/cpu/{name}"
             if mutant is not None and mutant[0] == name and isa == "baseline":
                 path = mutant[1]
@@ -66,10 +66,13 @@ def test_no_access_beyond_memory() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "replacement"),
     [
-        (
-            "reverse.cpp",
-            "for (; y + width <= end; y += width) visit(y);",
-            "for (; y < end; y += width) visit(y);",
+        *(
+            (
+                name,
+                "for (; y + kUnroll * width <= end; y += kUnroll * width) add(y, Count<kUnroll>{});",
+                "for (; y < end; y += kUnroll * width) add(y, Count<kUnroll>{});",
+            )
+            for name in ("reverse.cpp", "reverse_mean.cpp")
         ),
         (
             "score_entropy.cpp",
@@ -77,7 +80,7 @@ def test_no_access_beyond_memory() -> None:
             "for (; y < stop; y += width) add_vectors",
         ),
     ],
-    ids=["reverse", "score_entropy"],
+    ids=["reverse", "reverse_mean", "score_entropy"],
 )
 def test_reads_beyond_a_row_are_noticed(name: str, text: str, replacement: str) -> None:
     """A whole vector where a part of one is left, in the baseline's kernels."""

@@ -32,6 +32,19 @@ MADE = {f"{name}_gradient": torch.zeros_like(value) for name, value in HEAD.item
 COLUMN = {"sigma": NOISE, **PI, "dim": N, "dtype": torch.float32}
 
 MEAN = {
+    "x_t": TOKENS,
+    "noise": NOISE,
+    "sigma": NOISE,
+    "power": None,
+    "stationary": PROCESS.stationary.float(),
+    "cumulative": PROCESS.cumulative,
+    "family": "rank_one",
+    "mean_step": "tweedie",
+    "mask": N - 1,
+    "forbidden": N - 1,
+}
+
+MEAN_LOSS = {
     "logits": torch.zeros(3, N),
     "x_t": TOKENS,
     "x_0": torch.tensor([0, 3, 35]),
@@ -40,18 +53,18 @@ MEAN = {
     **PI,
     "mask": N - 1,
 }
-LINEAR_MEAN = {**HEAD, **{k: v for k, v in MEAN.items() if k not in ("logits", *PI, "mask")}, "loss_weight": NOISE}
+LINEAR_MEAN = {**HEAD, **{k: v for k, v in MEAN_LOSS.items() if k not in ("logits", *PI, "mask")}, "loss_weight": NOISE}
 LINEAR_MEAN |= {**PI, "mask": N - 1, **COMPUTE, **FLAGS}
 
 # A call of every operator that is right, with its arguments in order
 CALLS: dict[str, dict[str, Any]] = {
     "score_entropy": {**SCORES, **LOSS, **PI, "neg_entropy": PROCESS.neg_entropy},
     "score_entropy_backward": {"grad_loss": torch.ones(3), **SCORES, **LOSS, **PI, "neg_entropy": PROCESS.neg_entropy},
-    "mean_prediction": {**MEAN, "needs_gradient": True},
+    "mean_prediction": {**MEAN_LOSS, "needs_gradient": True},
     "mean_prediction_backward": {
         "grad_loss": torch.ones(3),
         "numbers": torch.ones(3, _C.mean_prediction_numbers, dtype=torch.float64),
-        **MEAN,
+        **MEAN_LOSS,
     },
     "linear_mean_prediction": LINEAR_MEAN,
     "linear_mean_prediction_backward": {"grad_loss": torch.tensor([1.0, 2.0, 3.0]), **MADE, **LINEAR_MEAN},
@@ -70,10 +83,15 @@ CALLS: dict[str, dict[str, Any]] = {
     "linear_score_entropy": LINEAR,
     "linear_score_entropy_backward": {"grad_loss": torch.tensor([1.0, 2.0, 3.0]), **MADE, **LINEAR},
     "linear_reverse_sample": {**HEAD, "x_t": TOKENS, "noise": NOISE, **SHIFT, **PI, **STEP, **COMPUTE, **SEED},
+    "reverse_mean_probs": {**SCORES, **MEAN},
+    "reverse_mean_sample": {**SCORES, **MEAN, **SEED},
+    "linear_reverse_mean_sample": {**HEAD, **MEAN, **COMPUTE, **SEED},
 }
 WRONG = {
     "family": ["", "masked", "absorbing"],  # the last one has no vector
     "step": ["", "ancestral"],
+    "mean_step": ["", "generalized_masked"],  # the last one has a power
+    "power": [torch.ones(N), torch.ones(N + 1)],
     "forbidden": [-2, N, 2**40, -(2**40)],
     "mask": [-2, N, 2**40, -(2**40)],
     "dim": [0, -1, N + 1, 2**40],

@@ -23,11 +23,12 @@ enum class Family : int32_t {
 
 enum class Fault : int32_t {
     none = 0,
-    x_t = 1,    // token outside [0, dim)
-    x_0 = 2,    // token outside [0, dim)
-    sigma = 3,  // not a finite number above zero
-    total = 4,  // the probabilities of a row have no finite positive sum
+    x_t = 1,      // token outside [0, dim)
+    x_0 = 2,      // token outside [0, dim)
+    sigma = 3,    // not a finite number above zero
+    total = 4,    // the probabilities of a row have no finite positive sum
     sigma_s = 5,  // not in [0, sigma)
+    noise = 6,    // the noise of a reverse step from a mean prediction: out of its range
 };
 
 // The first bad row of a launch. The output of a launch with a bad row is undefined.

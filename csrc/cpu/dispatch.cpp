@@ -10,7 +10,8 @@ namespace {
 #define SEDD_TABLE(isa)                                                                                       \
     KernelTable {                                                                                             \
         #isa, isa::score_entropy, isa::score_entropy_backward, isa::score_entropy_tile, isa::mean_prediction, \
-            isa::mean_prediction_backward, isa::reverse_probs, isa::reverse_sample, isa::reverse_tile         \
+            isa::mean_prediction_backward, isa::reverse_probs, isa::reverse_sample, isa::reverse_tile,        \
+            isa::reverse_mean_probs, isa::reverse_mean_sample                                                 \
     }
 
 bool runs_here(const char* isa) {
@@ -106,6 +107,16 @@ Status reverse_sample_cpu(const ReverseParams& p, int threads) {
 
 Status reverse_tile_cpu(const ReverseTileParams& p, int threads) {
     return launch(kernels().reverse_tile(p.dtype, p.family), p, p.width, reverse_scratch(p.width), threads);
+}
+
+Status reverse_mean_probs_cpu(const ReverseMeanParams& p, int threads) {
+    return launch(kernels().reverse_mean_probs(p.dtype, p.family, p.power != nullptr), p, p.dim,
+                  reverse_mean_scratch(p.dim), threads);
+}
+
+Status reverse_mean_sample_cpu(const ReverseMeanParams& p, int threads) {
+    return launch(kernels().reverse_mean_sample(p.dtype, p.family, p.power != nullptr), p, p.dim,
+                  reverse_mean_scratch(p.dim), threads);
 }
 
 }  // namespace sedd

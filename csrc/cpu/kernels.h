@@ -3,6 +3,7 @@
 
 #include "mean_prediction.h"
 #include "reverse.h"
+#include "reverse_mean.h"
 #include "score_entropy.h"
 
 namespace sedd {
@@ -21,6 +22,8 @@ struct KernelTable {
     RowKernel<ReverseParams> (*reverse_probs)(DType, Family);
     RowKernel<ReverseParams> (*reverse_sample)(DType, Family);
     RowKernel<ReverseTileParams> (*reverse_tile)(DType, Family);
+    RowKernel<ReverseMeanParams> (*reverse_mean_probs)(DType, Family, bool has_power);
+    RowKernel<ReverseMeanParams> (*reverse_mean_sample)(DType, Family, bool has_power);
 };
 
 #define SEDD_DECLARE_KERNELS(isa)                                            \
@@ -33,6 +36,8 @@ struct KernelTable {
     RowKernel<ReverseParams> reverse_probs(DType, Family);                   \
     RowKernel<ReverseParams> reverse_sample(DType, Family);                  \
     RowKernel<ReverseTileParams> reverse_tile(DType, Family);                \
+    RowKernel<ReverseMeanParams> reverse_mean_probs(DType, Family, bool);    \
+    RowKernel<ReverseMeanParams> reverse_mean_sample(DType, Family, bool);   \
     }
 
 SEDD_DECLARE_KERNELS(baseline)
@@ -51,6 +56,8 @@ constexpr int64_t kReverseBlock = 512;
 static inline int64_t reverse_blocks(int64_t dim) { return (dim + kReverseBlock - 1) / kReverseBlock; }
 // Bytes for the sums, and for the entries of one block.
 static inline int64_t reverse_scratch(int64_t dim) { return 8 * (reverse_blocks(dim) + kReverseBlock); }
+// With the largest logits of blocks too.
+static inline int64_t reverse_mean_scratch(int64_t dim) { return reverse_scratch(dim) + 8 * reverse_blocks(dim); }
 
 // Keeps the fault with the smallest row, whichever thread finds it.
 static inline void report(Status& status, Fault fault, int64_t row) {

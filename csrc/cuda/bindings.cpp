@@ -49,6 +49,8 @@ void bind_cuda(py::module_& m) {
     bind(m, "reverse_probs", reverse_probs_cuda, reverse_workspace);
     bind(m, "reverse_sample", reverse_sample_cuda, reverse_workspace);
     bind(m, "reverse_tile", reverse_tile_cuda, none);
+    bind(m, "reverse_mean_probs", reverse_mean_probs_cuda, none);
+    bind(m, "reverse_mean_sample", reverse_mean_sample_cuda, none);
 }
 
 }  // namespace sedd

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "reverse_mean.h"
 #include "transition.h"
 
 namespace sedd {
@@ -36,6 +37,15 @@ bool has_fault(const ReverseParams& p, int64_t row, Status (*run)(const ReverseP
     one.x_t += row, one.noise += row, one.rows = 1, one.out = out.data();
     if (p.shift != nullptr) one.shift += row;
     return run(one, 1).fault != Fault::none;
+}
+
+bool has_fault(const ReverseMeanParams& p, int64_t row) {
+    ReverseMeanParams one = p;
+    std::vector<char> out(static_cast<size_t>(8 * p.dim));
+    one.logits = static_cast<const char*>(p.logits) + row * p.dim * bytes_of(p.dtype);
+    one.x_t += row, one.noise += row, one.rows = 1, one.out = out.data();
+    if (p.sigma != nullptr) one.sigma += row;
+    return reverse_mean_probs_cpu(one, 1).fault != Fault::none;
 }
 
 // The driver asks where launches ran. The CPU runs all of them, wherever they are told to.
@@ -138,6 +148,23 @@ const char* reverse_tile_cuda(const ReverseTileParams& p, const CudaLaunch&) {
     for (int64_t row = 0; row < p.rows; ++row) {
         const bool stays = p.family == Family::absorbing && p.x_t[row] != p.dim - 1;
         if (reverse_fault(p, row) != Fault::none || (stays && p.x_t[row] == p.forbidden)) p.out[row] = -1;
+    }
+    return nullptr;
+}
+
+const char* reverse_mean_probs_cuda(const ReverseMeanParams& p, const CudaLaunch&) {
+    reverse_mean_probs_cpu(p, 1);
+    for (int64_t row = 0; row < p.rows; ++row) {
+        if (has_fault(p, row)) mark(p.out, compute_type(p.dtype), row, p.dim);
+    }
+    return nullptr;
+}
+
+const char* reverse_mean_sample_cuda(const ReverseMeanParams& p, const CudaLaunch& launch) {
+    note(launch);
+    reverse_mean_sample_cpu(p, 1);
+    for (int64_t row = 0; row < p.rows; ++row) {
+        if (has_fault(p, row)) static_cast<int64_t*>(p.out)[row] = -1;
     }
     return nullptr;
 }

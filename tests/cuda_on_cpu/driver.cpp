@@ -19,6 +19,7 @@
 
 #include "mean_prediction.h"
 #include "reverse.h"
+#include "reverse_mean.h"
 #include "score_entropy.h"
 #include "transition.h"
 
@@ -612,6 +613,110 @@ std::set<int64_t> tile_tokens(const Problem& p, Step kind, const Weights& w, int
     return result;
 }
 
+// ---- Reverse steps from a mean prediction ----
+
+// The probabilities of a row by the formulas, term by term; empty if it is bad.
+struct MeanLaw {
+    std::vector<double> mu, probs;  // the part of each probability that comes from μ, and the whole
+    double stay = 0.0;
+};
+
+// w of generalized masked diffusion: exact in float32.
+double power_of(int64_t y) { return 0.25 + static_cast<double>(y % 5) * 0.5; }
+
+MeanLaw mean_law(const Problem& p, sedd::MeanStep kind, int64_t row, double step, int64_t mask, int64_t forbidden) {
+    const auto i = static_cast<size_t>(row);
+    const int64_t x = p.x_t[i], dim = p.shape.dim;
+    const bool generalized = kind == sedd::MeanStep::generalized_masked;
+    if (!p.is_token(x) || (generalized ? !(step < 0.0) : !is_noise(p.sigma[i]) || !is_noise(step))) return {};
+    MeanLaw law;
+    law.mu.resize(static_cast<size_t>(dim)), law.probs.resize(static_cast<size_t>(dim));
+    if (!(p.pi[x] > 0.0)) {
+        law.stay = law.probs[static_cast<size_t>(x)] = 1.0;
+        return x == forbidden ? MeanLaw{} : law;
+    }
+    const auto logit = [&](int64_t y) { return y == mask ? -kInfinity : p.log_score[row * dim + y]; };
+    double all = 0.0;
+    for (int64_t y = 0; y < dim; ++y) all += std::exp(logit(y));
+    if (!(all > 0.0)) return {};
+    const double a = std::exp(-p.sigma[i]), b = -std::expm1(-p.sigma[i]), here = a + b * p.pi[x];
+    const double mu_x = std::exp(logit(x)) / all, alpha = 1.0 - mu_x * a / here;
+    const double before = std::max(0.0, p.sigma[i] - step), a_s = std::exp(-before), b_s = -std::expm1(-before);
+    double others = 0.0, total = 0.0;
+    for (int64_t y = 0; y < dim; ++y) {
+        if (y == x) continue;
+        const double mu = std::exp(logit(y)) / all;
+        double of_mu = 0.0, of_pi = 0.0;
+        if (generalized) {
+            of_mu = -mu * std::expm1(power_of(y) * step);
+        } else if (kind == sedd::MeanStep::euler) {
+            of_mu = step * a / b * mu, of_pi = step * alpha * p.pi[y];
+        } else {
+            const double ratio = std::expm1(-step) / std::expm1(-p.sigma[i]);
+            of_mu = ratio * a_s * mu, of_pi = ratio * b_s * alpha * p.pi[y];
+        }
+        others += of_mu + of_pi;
+        if (y == forbidden) of_pi = 0.0;
+        law.mu[static_cast<size_t>(y)] = of_mu;
+        total += law.probs[static_cast<size_t>(y)] = of_mu + of_pi;
+    }
+    if (x != forbidden) {
+        law.stay = std::max(0.0, 1.0 - others);
+        if (kind == sedd::MeanStep::tweedie) {
+            law.stay = (std::exp(-step) - std::expm1(-step) * p.pi[x]) * (a_s * mu_x / here + b_s * alpha / b);
+        }
+    }
+    total += law.probs[static_cast<size_t>(x)] = law.stay;
+    if (!(total > 0.0)) return {};
+    for (double& value : law.mu) value /= total;
+    for (double& value : law.probs) value /= total;
+    law.stay /= total;
+    return law;
+}
+
+Expected mean_probs(const Problem& p, const std::vector<MeanLaw>& laws) {
+    Expected expected(p.shape.rows * p.shape.dim);
+    for (int64_t row = 0; row < p.shape.rows; ++row) {
+        const MeanLaw& law = laws[static_cast<size_t>(row)];
+        for (size_t y = 0; y < law.probs.size(); ++y) {
+            const double scale = static_cast<int64_t>(y) == p.x_t[static_cast<size_t>(row)] ? 1.0 : law.probs[y];
+            expected.set(row * p.shape.dim + static_cast<int64_t>(y), law.probs[y],
+                         4.0 * tolerance(p.shape.dtype) * scale);
+        }
+    }
+    return expected;
+}
+
+// What the row's random numbers make of it: a token or -1; several where rounding decides.
+std::set<int64_t> mean_tokens(const Problem& p, const MeanLaw& law, int64_t row) {
+    if (law.probs.empty()) return {-1};
+    const sedd::Uniforms u = sedd::row_uniforms(static_cast<uint64_t>(p.seed[0]),
+                                                static_cast<uint64_t>(p.row_ids[static_cast<size_t>(row)]));
+    const double slack = 8.0 * tolerance(p.shape.dtype);
+    std::set<int64_t> result;
+    const auto x = static_cast<size_t>(p.x_t[static_cast<size_t>(row)]);
+    if (law.stay > 0.0 && u.first <= law.stay + slack) result.insert(static_cast<int64_t>(x));
+    double mu_total = 0.0, pi_total = 0.0;
+    const auto of_pi = [&](size_t y) { return y == x ? 0.0 : law.probs[y] - law.mu[y]; };
+    for (size_t y = 0; y < law.mu.size(); ++y) mu_total += law.mu[y], pi_total += of_pi(y);
+    // the second number selects an entry of one of the two parts
+    const auto add = [&](auto part, double total) {
+        double at = 0.0;
+        for (size_t y = 0; y < law.mu.size(); ++y) {
+            const double from = at, value = part(y) / total;
+            at += value;
+            if (value > 0.0 && from - slack <= u.second && u.second <= at + slack) {
+                result.insert(static_cast<int64_t>(y));
+            }
+        }
+    };
+    if (mu_total > 0.0 && law.stay - slack <= u.first && u.first <= law.stay + mu_total + slack) {
+        add([&](size_t y) { return law.mu[y]; }, mu_total);
+    }
+    if (pi_total > 1e-9 && law.stay + mu_total - slack <= u.first) add(of_pi, pi_total);
+    return result;
+}
+
 // ---- Differences ----
 
 class Driver {
@@ -630,6 +735,7 @@ class Driver {
         if (has_transitions && wants("transition")) run_transition(p);
         if (wants("mean_prediction")) run_mean_prediction(p);
         if (wants("reverse")) run_reverse(p);
+        if (wants("reverse_mean")) run_reverse_mean(p);
     }
 
   private:
@@ -914,6 +1020,69 @@ class Driver {
             why_not, 2);
     }
 
+    void run_reverse_mean(const Problem& p) {
+        const int64_t mask = p.shape.family == Family::uniform ? -1 : p.shape.dim - 1;
+        for (const int64_t forbidden : {int64_t{-1}, mask}) {
+            run_reverse_mean(p, sedd::MeanStep::tweedie, mask, forbidden);
+            run_reverse_mean(p, sedd::MeanStep::euler, mask, forbidden);
+            if (p.shape.family == Family::absorbing) {
+                run_reverse_mean(p, sedd::MeanStep::generalized_masked, mask, forbidden);
+            }
+        }
+    }
+
+    void run_reverse_mean(const Problem& p, sedd::MeanStep kind, int64_t mask, int64_t forbidden) {
+        const Shape& s = p.shape;
+        const bool generalized = kind == sedd::MeanStep::generalized_masked;
+        Array power(compute_type(s.dtype), s.dim);
+        for (int64_t y = 0; y < s.dim; ++y) power.set(y, power_of(y));
+        std::vector<double> step;
+        std::vector<MeanLaw> laws;
+        std::vector<std::set<int64_t>> right;
+        for (int64_t row = 0; row < s.rows; ++row) {
+            const double sigma = p.sigma[static_cast<size_t>(row)];
+            step.push_back(generalized ? (row % 4 == 0 ? -kInfinity : -sigma) : (row % 4 == 0 ? 1.0 : 0.4) * sigma);
+            laws.push_back(mean_law(p, kind, row, step.back(), mask, forbidden));
+            right.push_back(mean_tokens(p, laws.back(), row));
+        }
+        sedd::ReverseMeanParams params{p.log_score.data(),
+                                       p.x_t.data(),
+                                       step.data(),
+                                       generalized ? nullptr : p.sigma.data(),
+                                       p.stationary(),
+                                       s.family == Family::rank_one ? p.cumulative.data() : nullptr,
+                                       generalized ? power.data() : nullptr,
+                                       nullptr,
+                                       p.seed.data(),
+                                       p.row_ids.data(),
+                                       s.rows,
+                                       s.dim,
+                                       mask,
+                                       forbidden,
+                                       s.dtype,
+                                       s.family,
+                                       kind};
+        constexpr const char* kNames[] = {"euler", "tweedie", "generalized masked"};
+        const std::string name = std::string("mean ") + kNames[static_cast<int>(kind)];
+        const std::string without = forbidden >= 0 ? " without MASK" : "";
+        check(p, (name + "_probs" + without).c_str(), compute_type(s.dtype), mean_probs(p, laws), 0,
+              [&](void* out, const sedd::CudaLaunch& where) {
+                  params.out = out;
+                  return sedd::reverse_mean_probs_cuda(params, where);
+              });
+        check_tokens(
+            p, (name + "_sample" + without).c_str(), 0,
+            [&](void* out, const sedd::CudaLaunch& where) {
+                params.out = out;
+                return sedd::reverse_mean_sample_cuda(params, where);
+            },
+            [&right](int64_t at, int64_t token) -> std::string {
+                const std::set<int64_t>& may_be = right[static_cast<size_t>(at)];
+                if (may_be.count(token) != 0) return "";
+                return "not " + (may_be.empty() ? "one" : std::to_string(*may_be.begin()));
+            });
+    }
+
     // Tokens of both sweeps, the second one of all rows.
     const char* reverse_tiles(const Problem& p, const sedd::ReverseParams& whole, const std::vector<int64_t>& at,
                               int64_t* out, const sedd::CudaLaunch& where) const {
@@ -990,6 +1159,11 @@ std::string run_on(const std::string& family, int device) {
         error = sedd::mean_prediction_cuda({log_score.data(), x.data(), x.data(), noise.data(), nullptr, nullptr,
                                             nullptr, nullptr, &out, 1, 3, -1, DType::float32, Family::uniform},
                                            {big_workspace, nullptr, device});
+    } else if (family == "reverse_mean") {
+        error = sedd::reverse_mean_sample_cuda(
+            {log_score.data(), x.data(), noise.data(), noise.data(), nullptr, nullptr, nullptr, &out, seed.data(),
+             nullptr, 1, 3, -1, -1, DType::float32, Family::uniform, sedd::MeanStep::euler},
+            where);
     } else if (family == "score_entropy") {
         error = sedd::score_entropy_cuda({log_score.data(), x.data(), x.data(), noise.data(), nullptr, nullptr, nullptr,
                                           &out, -std::log(3.0), 1, 3, DType::float32, Family::uniform},
@@ -1008,7 +1182,7 @@ std::string run_on(const std::string& family, int device) {
 // on device 0.
 std::string run_on_both(const std::string& only) {
     for (const int device : {1, 0}) {
-        for (const char* family : {"mean_prediction", "reverse", "score_entropy", "transition"}) {
+        for (const char* family : {"mean_prediction", "reverse", "reverse_mean", "score_entropy", "transition"}) {
             const std::string what = only.empty() || only == family ? run_on(family, device) : "";
             if (!what.empty()) return family + (": " + what);
         }
@@ -1019,7 +1193,7 @@ std::string run_on_both(const std::string& only) {
 
 }  // namespace
 
-// driver [--quick] [--in-turn] [--only mean_prediction|score_entropy|transition|reverse] [SCHEDULE]...
+// driver [--quick] [--in-turn] [--only mean_prediction|score_entropy|transition|reverse|reverse_mean] [SCHEDULE]...
 int main(int count, char** words) {
     bool quick = false, in_turn = false;
     std::string only;

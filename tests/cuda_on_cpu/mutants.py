@@ -28,7 +28,7 @@ else:
 
 Check = Literal["values", "address", "thread"]
 
-FAMILIES = ("mean_prediction", "reverse", "score_entropy", "transition")  # the sources, without .cu
+FAMILIES = ("mean_prediction", "reverse", "reverse_mean", "score_entropy", "transition")  # the sources, without .cu
 
 CHECKS: dict[Check, tuple[str, ...]] = {
     "values": (),
@@ -58,6 +58,38 @@ class Mutant(NamedTuple):
     caught_by: Check = "values"
     family: str = "reverse"
 
+
+MEAN: list[tuple[str, str, str, Check]] = [
+    (
+        "no barrier before a mean step's draw",
+        "    __syncthreads();  // wait for the sums of the segments\n    if (!task.exists || !task.leads()) return;",
+        "    if (!task.exists || !task.leads()) return;",
+        "values",
+    ),
+    (
+        "no barrier before the masses",
+        "    __syncthreads();  // wait for the sums of the segments\n    if (task.moves() && task.leads()) {",
+        "    if (task.moves() && task.leads()) {",
+        "values",
+    ),
+    ("no barrier after the masses", "    __syncthreads();  // wait for the masses\n", "", "values"),
+    ("a mean step reads MASK", "dim, segment, term.mask,", "dim, segment, -1,", "values"),
+    ("a mean step's x in a vector", "y + j == x ? none : l[j]", "l[j]", "values"),
+    ("a mean step's x among single entries", "            if (y == x) return;\n", "", "values"),
+    ("a segment keeps its old scale", "        sums.exps *= scale;\n", "", "values"),
+    ("the powers' sum keeps its old scale", "if constexpr (kPower) sums.weighted *= scale;", "", "values"),
+    (
+        "the entry of the first number",
+        "draw_stationary_without(p, excluded_tokens(p, task.x), u.second)",
+        "draw_stationary_without(p, excluded_tokens(p, task.x), u.first)",
+        "values",
+    ),
+    ("a draw from μ by the first number", "u.second * all", "u.first * all", "values"),
+    ("a mean step returns MASK", "if (y == forbidden) return Real(0);", "", "values"),
+    ("shared memory for a mean row", "return block_rows * segments *", "return segments *", "address"),
+    ("every lane writes a segment's sums", "if (lane_of() == 0) state = {", "state = {", "thread"),
+]
+"""Mistakes in reverse_mean.cu: name, text, replacement and the check that notices them."""
 
 MUTANTS = [
     # ---- Barriers, and what they are for ----
@@ -190,8 +222,8 @@ MUTANTS = [
     Mutant(
         "a lane too few in the mask", "segments.cuh", "kAll = 0xffffffffu", "kAll = 0x7fffffffu", family="score_entropy"
     ),
-    Mutant("scan leaves a lane out", "reverse.cu", "if (lane_of() >= offset)", "if (lane_of() > offset)"),
-    Mutant("a vote of the lanes without a hit", "reverse.cu", "value > 0.0 && target < end", "!(target < end)"),
+    Mutant("scan leaves a lane out", "draw.cuh", "if (lane_of() >= offset)", "if (lane_of() > offset)"),
+    Mutant("a vote of the lanes without a hit", "draw.cuh", "value > 0.0 && target < end", "!(target < end)"),
     # ---- The ends of a row ----
     Mutant(
         "segments without the head",
@@ -279,12 +311,12 @@ MUTANTS = [
         family="score_entropy",
     ),
     Mutant(
-        "the draw looks at a sum too many", "reverse.cu", "s < segments ? static", "s <= segments ? static", "address"
+        "the draw looks at a sum too many", "draw.cuh", "s < segments ? static", "s <= segments ? static", "address"
     ),
-    Mutant("the draw stays in the first 32 segments", "reverse.cu", "begin += kWarp", "begin += segments"),
+    Mutant("the draw stays in the first 32 segments", "draw.cuh", "begin += kWarp", "begin += segments"),
     Mutant(
         "the draw stays in its first vectors",
-        "reverse.cu",
+        "draw.cuh",
         "return entry;\n        }\n        target = w.target;",
         "return entry;\n        }",
     ),
@@ -651,6 +683,18 @@ MUTANTS = [
         "    const T* l",
         "thread",
         "mean_prediction",
+    ),
+    # ---- Reverse steps from a mean prediction ----
+    *(
+        Mutant(name, "reverse_mean.cu", text, replacement, caught_by, "reverse_mean")
+        for name, text, replacement, caught_by in MEAN
+    ),
+    Mutant(
+        "a mean step's draw does not scale its segments",
+        "reverse_mean.cu",
+        "sums[s].weighted : sums[s].exps) * scale;",
+        "sums[s].weighted : sums[s].exps);",
+        family="reverse_mean",
     ),
 ]
 

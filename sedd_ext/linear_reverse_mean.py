@@ -1,0 +1,111 @@
+"""Reverse steps from a mean prediction, from hidden states to tokens.
+
+A softmax has to be normalised before a token can be drawn, so a tile of the head holds whole rows, and the kernel of
+:mod:`sedd_ext.reverse_mean` works on it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sedd_ext._dispatch import draw_seed
+from sedd_ext._operators import define, schema
+from sedd_ext.head import Head, Rows, is_noise, product
+from sedd_ext.reverse_mean import Numbers, check_power, launch_mean, raise_mean_fault
+
+__all__: list[str] = []
+
+
+class Output(NamedTuple):
+    """The output head in the arguments of the operator."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Product(NamedTuple):
+    """How the operator computes the logits."""
+
+    dtype: torch.dtype
+    buffer_bytes: int
+
+
+def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor, *_: Any) -> Tensor:
+    return x_t.new_empty(x_t.shape)
+
+
+@torch.no_grad()
+def _sample(*arguments: Any) -> Tensor:
+    head, rest = Output(*arguments[:3]), arguments[3:]
+    numbers, (dtype, buffer_bytes, seed) = Numbers(*rest[: len(Numbers._fields)]), rest[len(Numbers._fields) :]
+    check_power(numbers)
+    out = numbers.x_t.reshape(-1).clone()
+    rows, dim = live_rows(numbers, head.weight.shape[0]), head.weight.shape[0]
+    hidden = head.hidden.reshape(-1, head.hidden.shape[-1])[rows].to(dtype)
+    drawn = torch.empty_like(rows)
+    for tile in Head(hidden, head.weight, head.bias, buffer_bytes, whole_rows=True).tiles():
+        ids = rows[tile.rows]
+        fault, row = launch_mean(
+            "reverse_mean_sample", drawn[tile.rows], tile.log_score, select(numbers, ids), seed=seed, row_ids=ids
+        )
+        if fault:
+            raise_mean_fault((fault, int(ids[row])), numbers, dim, scores="hidden")
+    out[rows] = drawn
+    return out.view(numbers.x_t.shape)
+
+
+def live_rows(numbers: Numbers, dim: int) -> Tensor:
+    """Indices of the rows that go through the head, in the flattened batch: those that may move, and bad ones."""
+    noise = numbers.noise if numbers.sigma is None else numbers.sigma
+    good = noise < 0 if numbers.sigma is None else is_noise(numbers.noise) & is_noise(numbers.sigma)
+    if numbers.mean_step == "tweedie":
+        good = good & (numbers.noise <= noise)  # the kernel looks at those that are longer by rounding
+    index = Rows(numbers.x_t, torch.where(good, 1.0, torch.nan), numbers.stationary, numbers.family, dim).index
+    return torch.arange(numbers.x_t.numel(), device=numbers.x_t.device) if index is None else index
+
+
+def select(numbers: Numbers, rows: Tensor) -> Numbers:
+    """The numbers of these rows of the flattened batch."""
+    sigma = None if numbers.sigma is None else numbers.sigma.reshape(-1)[rows]
+    return numbers._replace(x_t=numbers.x_t.reshape(-1)[rows], noise=numbers.noise.reshape(-1)[rows], sigma=sigma)
+
+
+define(
+    f"linear_reverse_mean_sample({schema(Output)}, {schema(Numbers)}, {schema(Product)}, Tensor seed) -> Tensor",
+    _sample,
+    _fake,
+)
+
+
+def sample_tempered(
+    head: Output,
+    numbers: Numbers,
+    products: Product,
+    draw: Any,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Draws from tempered probabilities, as many rows at once as the buffer takes.
+
+    Args:
+        head: the output head.
+        numbers: the step.
+        products: how to compute the logits.
+        draw: draws tokens from probabilities [R, N], given the tokens [R] and two uniform numbers per row [2, R].
+        generator: the random number generator.
+    """
+    dim, hidden = head.weight.shape[0], head.hidden.reshape(-1, head.hidden.shape[-1])
+    out = numbers.x_t.reshape(-1).clone()
+    draw_seed(generator, out.device)  # checks the generator
+    # for every row, so that the numbers of a row do not depend on which rows are live
+    uniforms = torch.rand(2, len(out), dtype=torch.float64, device=out.device, generator=generator)
+    w, b = head.weight.to(products.dtype), None if head.bias is None else head.bias.to(products.dtype)
+    # 16 bytes per entry: logits, probabilities, and the probabilities in float64
+    for at in live_rows(numbers, dim).split(max(1, products.buffer_bytes // (dim * 16))):
+        logits = product(hidden[at].to(products.dtype), w, b, w.new_empty(len(at) * dim))
+        probs = torch.ops.sedd_ext.reverse_mean_probs(logits, *select(numbers, at))
+        out[at] = draw(probs, out[at], uniforms[:, at])
+    return out.view(numbers.x_t.shape)
