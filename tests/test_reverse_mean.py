@@ -302,6 +302,18 @@ def test_samples_follow_the_probabilities(
             assert chi_square(counts, probs) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["uniform", "hybrid", "vector"])
+def test_draws_that_come_from_the_stationary_distribution(backend: Backend, name: str) -> None:
+    """At σ̄ = 6 nearly all of them: an entry too many or too few beside x shows."""
+    process, draws, logits = PROCESSES[name](27), backend.draws(20_000), random_log_score((27,), torch.float32)
+    for x in (0, 4, 26):
+        step, given = Tweedie(3.0), options(6.0)
+        rows = logits.repeat(draws, 1), torch.full((draws,), x)
+        drawn = reverse_sample(*rows, step, process, generator=seeded(x), **given)
+        probs = reference.reverse_probs(logits.double(), torch.tensor(x), step, process, **given)
+        assert chi_square(drawn.bincount(minlength=27), probs) > 1e-3
+
+
 @pytest.mark.parametrize("place", [0, 3, 26])
 @pytest.mark.parametrize("denoise", [False, True])
 def test_tokens_between_the_excluded_ones(backend: Backend, place: int, denoise: bool) -> None:
