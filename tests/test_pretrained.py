@@ -292,7 +292,8 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named(tmp_path: Path) 
         ({"model": {"length": "long"}}, "model.length: expected int, got 'long'"),
         ({"model": {"length": 8.0}}, "model.length: expected int, got 8.0"),
         ({"model": {"length": 0}}, "length: expected a positive int, got 0"),
-        ({"parameterization": "subs"}, "parameterization: expected 'sedd', got 'subs'"),
+        ({"parameterization": "ar"}, "parameterization: expected one of sedd, subs, mean, got 'ar'"),
+        ({"objective": "mse"}, "objective: expected one of score_entropy, "),
     ],
 )
 def test_a_configuration_that_will_not_do(entries: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class PlainScoreEntropy(Objective):
     def loss(self, diffusion, x_0, x_t, t, *, given, scale, fused):
         sigma, process = diffusion.schedule.total(t)[:, None], diffusion.process
         log_score = diffusion.network.head(diffusion.network.hidden(x_t, sigma[:, 0].detach()))
-        shift = diffusion.log_score_shift(sigma, x_t)
+        shift = diffusion.step_options(sigma, x_t)["log_score_shift"]
         loss = reference.score_entropy_loss(log_score, x_t, x_0, sigma, process, log_score_shift=shift)
         return (scale * diffusion.schedule.rate(t) * loss[:, given:].sum(1)).float()
 ''',

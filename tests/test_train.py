@@ -800,11 +800,11 @@ def test_a_hybrid_run_from_before_the_shift_stays_as_it_was(make_config: MakeCon
     again = Run(unnamed, resume=True)
     fresh = Run(dataclasses.replace(unnamed, run_dir=config.run_dir + "_new"))
     masked = torch.ones(1), torch.tensor([257])
-    assert again.state.diffusion.log_score_shift(*masked) is None
+    assert again.state.diffusion.step_options(*masked)["log_score_shift"] is None
     loaded = load_model(config.run_dir)
-    assert loaded.diffusion.log_score_shift(*masked) is None
+    assert loaded.diffusion.step_options(*masked)["log_score_shift"] is None
     assert loaded.model.parameterization.log_score_shift(loaded.model.process, *masked) is None
-    assert fresh.state.diffusion.log_score_shift(*masked) is not None
+    assert fresh.state.diffusion.step_options(*masked)["log_score_shift"] is not None
 
 
 def test_a_run_of_an_earlier_version_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

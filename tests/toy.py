@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,8 +21,8 @@ class OwnShift:
     def __init__(self, network: TrueScore) -> None:
         self.network = network
 
-    def log_score_shift(self, process: RankOne, sigma: Tensor, x_t: Tensor) -> Tensor | None:
-        return self.network.log_score_shift(sigma, x_t)
+    def step_options(self, process: RankOne, sigma: Tensor, x_t: Tensor) -> dict[str, Any]:
+        return {"log_score_shift": self.network.log_score_shift(sigma, x_t)}
 
 
 def diffusion(network: TrueScore | SEDD, process: RankOne, schedule: Schedule) -> Diffusion:

@@ -215,6 +215,7 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
         if not 0 <= self.uniform_fraction <= 1:
             raise ValueError(f"uniform_fraction: expected a number in [0, 1], got {self.uniform_fraction}")
+        OBJECTIVES[self.objective]().check(self.make_process(2))
         try:
             with renamed({name: f"schedule_params.{name}" for name in self.schedule_params}):
                 get_schedule(self.schedule, **self.schedule_params)

@@ -15,22 +15,20 @@ from sedd.network import Network
 from sedd.runtime import device_of
 from sedd_ext import RankOne, sample_transition
 
-__all__ = ["Diffusion", "Objective", "Parameterization", "Score"]
+__all__ = ["Diffusion", "Mean", "Objective", "Parameterization", "Score"]
 
 
 class Parameterization(Protocol):
-    """How the output of a network becomes log-scores: ``log_score = head(hidden(x_t, sigma)) - log_score_shift``."""
+    """How the output of a network is read: as log-scores (:class:`Score`) or as logits of the clean token
+    (:class:`Mean`)."""
 
-    def log_score_shift(self, process: RankOne, sigma: Tensor, x_t: Tensor) -> Tensor | None:
-        """What is subtracted from all log-scores of a position; None for nothing.
+    def step_options(self, process: RankOne, sigma: Tensor, x_t: Tensor) -> dict[str, Any]:
+        """The keyword arguments with which the reverse steps of :mod:`sedd_ext` read the output.
 
         Args:
             process: the noise process.
             sigma: total noise σ̄, floating point, broadcasts to the shape of x_t.
             x_t: tokens of the positions [*B], int64.
-
-        Returns:
-            A tensor that broadcasts to [*B].
         """
         ...
 
@@ -49,6 +47,10 @@ class Score:
     scale_by_sigma: bool = True
     hybrid_shift: bool = True
 
+    def step_options(self, process: RankOne, sigma: Tensor, x_t: Tensor) -> dict[str, Any]:
+        """See :meth:`Parameterization.step_options`."""
+        return {"log_score_shift": self.log_score_shift(process, sigma, x_t)}
+
     def log_score_shift(self, process: RankOne, sigma: Tensor, x_t: Tensor) -> Tensor | None:
         """The shift that centres the log-scores, so that the head need not depend on σ̄.
 
@@ -61,7 +63,14 @@ class Score:
         * hybrid processes with uniform fraction λ: log(n b (1-λ) / (a + b λ)) at masked positions and 0 at the others.
           There the scores of such text are 1, except MASK's, which :meth:`initialize` gives a bias.
 
-        See :meth:`Parameterization.log_score_shift` for arguments and result. None for uniform processes.
+        Args:
+            process: the noise process.
+            sigma: total noise σ̄, floating point, broadcasts to the shape of x_t.
+            x_t: tokens of the positions [*B], int64.
+
+        Returns:
+            A tensor that broadcasts to [*B]: what is subtracted from all log-scores of a position. None for nothing,
+            as for uniform processes.
         """
         n = process.dim - 1
         if process.family == "absorbing":
@@ -101,8 +110,23 @@ class Score:
             bias[-1] = math.log((process.dim - 1) * ratio)
 
 
+@dataclass(frozen=True)
+class Mean:
+    """The network predicts the clean token: μ = softmax(logits) over all tokens but MASK.
+
+    Source: D3PM (Austin et al. 2021), section 3.3; MD4 (Shi et al. 2024).
+    """
+
+    def step_options(self, process: RankOne, sigma: Tensor, x_t: Tensor) -> dict[str, Any]:
+        """See :meth:`Parameterization.step_options`."""
+        return {"parameterization": "mean", "sigma": sigma}
+
+
 class Objective(ABC):
     """A training loss, which is also the integrand of the likelihood bound. Found by name in ``OBJECTIVES``."""
+
+    def check(self, process: RankOne) -> None:  # noqa: B027 - any process, unless a subclass says otherwise
+        """Raises a ValueError if the objective does not suit the process."""
 
     def parameterization(self, config: Any) -> Parameterization:
         """How the network's output is read.
@@ -142,6 +166,7 @@ class Diffusion(nn.Module):
         parameterization: Parameterization | None = None,
     ) -> None:
         super().__init__()
+        objective.check(process)
         self.network = network
         self.process = process
         self.schedule = schedule
@@ -157,9 +182,9 @@ class Diffusion(nn.Module):
         """The same model under another noise schedule; network and parameters are shared."""
         return Diffusion(self.network, self.process, schedule, self.objective, self.parameterization)
 
-    def log_score_shift(self, sigma: Tensor, x_t: Tensor) -> Tensor | None:
-        """See :meth:`Parameterization.log_score_shift`."""
-        return self.parameterization.log_score_shift(self.process, sigma, x_t)
+    def step_options(self, sigma: Tensor, x_t: Tensor) -> dict[str, Any]:
+        """See :meth:`Parameterization.step_options`."""
+        return self.parameterization.step_options(self.process, sigma, x_t)
 
     @torch.no_grad()
     def noise(self, x_0: Tensor, t: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from sedd.diffusion.diffusion import Diffusion, Objective
-from sedd_ext import RankOne, linear_score_entropy_loss, score_entropy_loss
+from sedd.diffusion.diffusion import Diffusion, Mean, Objective, Parameterization
+from sedd_ext import (
+    RankOne,
+    linear_mean_prediction_loss,
+    linear_score_entropy_loss,
+    mean_prediction_loss,
+    score_entropy_loss,
+)
 
-__all__ = ["OBJECTIVES", "ScoreEntropy", "sample_times"]
+__all__ = ["GIDD", "MD4", "OBJECTIVES", "UDLM", "MeanPrediction", "ScoreEntropy", "sample_times"]
 
 
 def sample_times(
@@ -48,15 +57,27 @@ def sample_times(
     return eps + (1.0 - eps) * u
 
 
-class ScoreEntropy(Objective):
-    """Diffusion-weighted denoising score entropy: σ(t) Σ_i L(x_t^i, x_0^i) for each sequence.
+class _PositionLoss(Objective):
+    """A loss that is a sum over positions: σ(t) Σ_i L(x_t^i, x_0^i) for each sequence.
 
     Positions whose token has π_x = 0 (for absorbing processes: all but MASK) have loss 0, whatever the network says. So
-    the head, which is most of the work of a small network, runs at the other positions only. A linear head runs tile by
-    tile, and no log-scores of the whole vocabulary are stored.
-
-    Source: SEDD (Lou, Meng & Ermon 2024), algorithm 1 and equation 10.
+    the head, which is most of the work of a small network, runs at the other positions only. A linear head is fused
+    with the loss, and no output of the whole vocabulary is stored.
     """
+
+    operator: Callable[..., Tensor]
+    """L of the head's output at some positions; and the same with a linear head fused in."""
+    linear_operator: Callable[..., Tensor]
+
+    def options(self, diffusion: Diffusion, sigma: Tensor, x_t: Tensor) -> dict[str, Any]:
+        """More keyword arguments of the operators, numbers or tensors that broadcast to x_t.
+
+        Args:
+            diffusion: the model.
+            sigma: total noise, broadcasts to the shape of x_t.
+            x_t: noised tokens [*B].
+        """
+        return {}
 
     def loss(
         self, diffusion: Diffusion, x_0: Tensor, x_t: Tensor, t: Tensor, *, given: int, scale: float, fused: bool
@@ -66,32 +87,97 @@ class ScoreEntropy(Objective):
         sigma, rate = schedule.total(t), scale * schedule.rate(t)
         hidden = network.hidden(x_t, sigma)[:, given:]
         x_0, x_t = x_0[:, given:], x_t[:, given:]
-        shift = diffusion.log_score_shift(sigma.unsqueeze(-1), x_t)
+        options = self.options(diffusion, sigma.unsqueeze(-1), x_t)
         head = network.head_parameters() if fused else None
         if head is not None:
-            loss = linear_score_entropy_loss(
-                hidden,
-                *head,
-                x_t,
-                x_0,
-                sigma.unsqueeze(-1),
-                process,
-                log_score_shift=shift,
-                loss_weight=rate.unsqueeze(-1),
-            )
+            options["loss_weight"] = rate.unsqueeze(-1)
+            loss = type(self).linear_operator(hidden, *head, x_t, x_0, sigma.unsqueeze(-1), process, **options)
             return loss.sum(1).float()
         rows = _scored_rows(x_t, process)
         sequence = rows // x_t.shape[1]
-        loss = score_entropy_loss(
+        loss = type(self).operator(
             network.head(hidden.flatten(0, 1).index_select(0, rows)),
             x_t.flatten()[rows],
             x_0.flatten()[rows],
             sigma[sequence],
             process,
-            log_score_shift=None if shift is None else shift.expand_as(x_t).flatten()[rows],
+            **{
+                name: value.expand_as(x_t).flatten()[rows] if isinstance(value, Tensor) else value
+                for name, value in options.items()
+            },
         )
         total = loss.new_zeros(x_0.shape[0]).index_add(0, sequence, loss)
         return (rate * total).float()
+
+
+class ScoreEntropy(_PositionLoss):
+    """Diffusion-weighted denoising score entropy of the log-scores, for any process.
+
+    Source: SEDD (Lou, Meng & Ermon 2024), algorithm 1 and equation 10.
+    """
+
+    operator = staticmethod(score_entropy_loss)
+    linear_operator = staticmethod(linear_score_entropy_loss)
+
+    def options(self, diffusion: Diffusion, sigma: Tensor, x_t: Tensor) -> dict[str, Any]:
+        """The shift of the log-scores."""
+        return diffusion.step_options(sigma, x_t)
+
+
+class MeanPrediction(_PositionLoss):
+    """Score entropy of a network that predicts the clean token, for any process: see
+    :func:`sedd_ext.mean_prediction_loss`.
+
+    Source: the papers of its three special cases, :class:`MD4`, :class:`UDLM` and :class:`GIDD`.
+    """
+
+    operator = staticmethod(mean_prediction_loss)
+    linear_operator = staticmethod(linear_mean_prediction_loss)
+
+    def parameterization(self, config: Any) -> Parameterization:
+        """The softmax of the network's output predicts the clean token."""
+        return Mean()
+
+
+class MD4(MeanPrediction):
+    """Masked diffusion: the cross-entropy of masked positions, weighted with -α'(t) / (1 - α(t)).
+
+    Source: MD4 (Shi et al. 2024), equation 5; MDLM (Sahoo et al. 2024) has the same loss.
+    """
+
+    def check(self, process: RankOne) -> None:
+        """The process must be absorbing."""
+        _expect("md4", "absorbing", process.family == "absorbing", process)
+
+
+class UDLM(MeanPrediction):
+    """Uniform diffusion with a mean prediction.
+
+    Source: UDLM (Schiff et al. 2024), equation 13; DUO (Sahoo et al. 2025) has the same bound.
+    """
+
+    def check(self, process: RankOne) -> None:
+        """The process must be uniform."""
+        _expect("udlm", "uniform", process.family == "uniform", process)
+
+
+class GIDD(MeanPrediction):
+    """Masked and uniform noise with a mean prediction.
+
+    Source: GIDD (von Rütte et al. 2025), with a constant mixing distribution.
+    """
+
+    def check(self, process: RankOne) -> None:
+        """The process must be hybrid."""
+        _expect("gidd", "hybrid", process.uniform_fraction is not None, process)
+
+
+def _expect(objective: str, wanted: str, is_so: bool, process: RankOne) -> None:
+    if not is_so:
+        raise ValueError(
+            f"objective: {objective} expects the {wanted} process, got {process}; set process: {wanted}, or use "
+            "mean_prediction, which takes any process"
+        )
 
 
 def _scored_rows(x_t: Tensor, process: RankOne) -> Tensor:
@@ -103,5 +189,11 @@ def _scored_rows(x_t: Tensor, process: RankOne) -> Tensor:
     return (process.stationary > 0).to(x_t.device)[x_t.flatten()].nonzero().squeeze(1)
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"score_entropy": ScoreEntropy}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "score_entropy": ScoreEntropy,
+    "mean_prediction": MeanPrediction,
+    "md4": MD4,
+    "udlm": UDLM,
+    "gidd": GIDD,
+}
 """All objectives by name. To add one, write a subclass of :class:`sedd.diffusion.Objective` and name it here."""

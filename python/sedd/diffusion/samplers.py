@@ -101,8 +101,8 @@ class Walk:
         Returns:
             Tokens [R] for the R positions, in the order of ``tokens[where]``.
         """
-        hidden, x_t, shift = self._hidden(where, t)
-        options: dict[str, Any] = {"log_score_shift": shift, "denoise": denoise, **self._options}
+        hidden, x_t, options = self._hidden(where, t)
+        options.update(self._options, denoise=denoise)
         step = self._per_position(step, where)
         if self._head is not None:
             return linear_reverse_sample(hidden, *self._head, x_t, step, self.process, **options)
@@ -111,11 +111,11 @@ class Walk:
     @torch.no_grad()
     def probs(self, where: Tensor, t: Tensor | float, step: Tweedie | Euler, *, denoise: bool = False) -> Tensor:
         """Probabilities [R, N] of the tokens that :meth:`draw` draws from, in float32 or float64."""
-        hidden, x_t, shift = self._hidden(where, t)
+        hidden, x_t, options = self._hidden(where, t)
         log_score = self.diffusion.network.head(hidden)
         log_score = log_score if log_score.dtype == torch.float64 else log_score.float()
         step = self._per_position(step, where)
-        return reverse_probs(log_score, x_t, step, self.process, log_score_shift=shift, denoise=denoise)
+        return reverse_probs(log_score, x_t, step, self.process, denoise=denoise, **options)
 
     def write(self, where: Tensor, tokens: Tensor) -> None:
         """Puts tokens [R] at the positions ``where`` [B, L]."""
@@ -144,8 +144,8 @@ class Walk:
             return step
         return type(step)(noise.to(where.device)[where.nonzero()[:, 0]])
 
-    def _hidden(self, where: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor | None]:
-        """States [R, d], tokens [R] and shift of the log-scores at the R positions, with few calls of the network.
+    def _hidden(self, where: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """States [R, d], tokens [R] and options of the steps at the R positions, with few calls of the network.
 
         Sequences without such a position are left out. A network that does not depend on the time sees a sequence again
         only after one of its tokens has changed.
@@ -168,7 +168,7 @@ class Walk:
                     self._states[stale] = network.hidden(self.tokens[stale], given)
             hidden = self._states[where]
         rows = sigma if sigma.numel() == 1 else sigma[where.nonzero()[:, 0]]
-        return hidden, x_t, self.diffusion.log_score_shift(rows, x_t)
+        return hidden, x_t, self.diffusion.step_options(rows, x_t)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from sedd.config import TrainConfig
 from sedd.data.tokenizer import TOKENIZER_FILES, TOKENIZERS, Tokenizer, get_tokenizer
+from sedd.diffusion.objectives import OBJECTIVES
 from sedd.diffusion.schedule import SCHEDULES, Schedule, get_schedule
 from sedd.hints import program
 from sedd.hub.weights import PICKLES, read_weights
@@ -51,6 +52,7 @@ __all__ = ["StoredModel", "read_model", "to_config"]
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 PROCESSES = {"absorb": "absorbing", "absorbing_state": "absorbing", "uniform_state": "uniform"}
+PARAMETERIZATIONS = {"sedd": "score_entropy", "subs": "mean_prediction", "mean": "mean_prediction"}
 VOCABULARIES = {50_257: "gpt2", 257: "bytes", 27: "text8"}
 """The tokeniser of a model without a ``tokenizer`` entry, by its number of tokens."""
 
@@ -69,6 +71,7 @@ class StoredModel:
         tensors: the averaged weights by name.
         config: the options of the run; None if it is not a run of ``sedd train``.
         state: the ``state.json`` of the checkpoint; None if it is not a run of ``sedd train``.
+        objective: the loss of the training, a key of :data:`sedd.diffusion.OBJECTIVES`.
     """
 
     path: Path
@@ -80,6 +83,7 @@ class StoredModel:
     tensors: Mapping[str, Tensor]
     config: TrainConfig | None = None
     state: dict[str, Any] | None = None
+    objective: str = "score_entropy"
 
 
 def read_model(name_or_path: Path | str, *, config: Mapping[str, Any] | None = None, **hub: Any) -> StoredModel:
@@ -145,6 +149,7 @@ def _read_checkpoint(checkpoint: Path) -> StoredModel:
         tensors,
         config,
         state,
+        config.objective,
     )
 
 
@@ -164,14 +169,18 @@ def _offering_another(run_dir: Path) -> Iterator[None]:
 
 
 def to_config(
-    sizes: ModelConfig, process: RankOne, schedule: Schedule | None, tokenizer: str | Tokenizer | None
+    sizes: ModelConfig,
+    process: RankOne,
+    schedule: Schedule | None,
+    tokenizer: str | Tokenizer | None,
+    objective: str = "score_entropy",
 ) -> dict[str, Any]:
     """The content of ``config.json`` for a model, with the keys of the released SEDD repositories.
 
     Returns:
         ``tokens`` (size of the vocabulary without MASK), ``tokenizer`` (a name, "tokenizer.json" for that file in the
         same folder, or None), ``graph`` (``type`` absorb, uniform or hybrid), ``noise`` (``type`` and the parameters of
-        the schedule) and ``model`` (the dimensions of the network).
+        the schedule), ``model`` (the dimensions of the network), and ``objective`` if it is not score_entropy.
 
     Raises:
         ValueError: the model has no schedule, or its process or schedule is not a registered one.
@@ -201,15 +210,13 @@ def to_config(
         "graph": kind,
         "noise": {"type": names[0], **vars(schedule)},
         "model": dataclasses.asdict(sizes),
+        **({} if objective == "score_entropy" else {"objective": objective}),
     }
 
 
 def _from_config(config: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path, file: Path) -> StoredModel:
     """The model of a configuration with the released keys. Missing entries are inferred from the tensors."""
-    if config.get("parameterization", "sedd") != "sedd":
-        raise ValueError(
-            f"parameterization: expected 'sedd', got {config['parameterization']!r}, which does not predict scores"
-        )
+    objective = _objective(config)
     embedding = weights.get("vocab_embed.embedding")
     frequencies = weights.get("rotary_emb.inv_freq")
     if embedding is None or embedding.dim() != 2 or frequencies is None or not frequencies.numel():
@@ -247,7 +254,9 @@ def _from_config(config: Mapping[str, Any], weights: Mapping[str, Tensor], path:
             f"tokens: expected {tokens} for an embedding of {dim} rows (including MASK), got {config['tokens']}"
         )
     tokenizer = _tokenizer(config, tokens, file.parent)
-    return StoredModel(path, file, ModelConfig(**sizes), process, _schedule(config), tokenizer, weights)
+    return StoredModel(
+        path, file, ModelConfig(**sizes), process, _schedule(config), tokenizer, weights, objective=objective
+    )
 
 
 def _tokenizer(config: Mapping[str, Any], tokens: int, folder: Path) -> str | Tokenizer | None:
@@ -263,6 +272,18 @@ def _tokenizer(config: Mapping[str, Any], tokens: int, folder: Path) -> str | To
     if sized is None or sized.vocab_size != tokens:
         raise ValueError(f"tokenizer: expected a tokeniser of {tokens} tokens, got {name!r}")
     return tokenizer
+
+
+def _objective(config: Mapping[str, Any]) -> str:
+    """The objective; for MDLM's and DUO's checkpoints, from ``parameterization``, their name for what is predicted."""
+    kind = str(config.get("parameterization", "sedd"))
+    if kind not in PARAMETERIZATIONS:
+        expected = ", ".join(PARAMETERIZATIONS)
+        raise ValueError(f"parameterization: expected one of {expected}, got {kind!r}")
+    objective = str(config.get("objective", PARAMETERIZATIONS[kind]))
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    return objective
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

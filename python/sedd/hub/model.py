@@ -12,13 +12,14 @@ from torch import Tensor
 
 from sedd.data.tokenizer import Tokenizer
 from sedd.diffusion.diffusion import Score
+from sedd.diffusion.objectives import OBJECTIVES
 from sedd.diffusion.schedule import Schedule
 from sedd.files import TEMPORARY, flush_folder, move_all, naming, save_tensors, write_json
 from sedd.hints import pip_install
 from sedd.hub.formats import StoredModel, read_model, to_config
 from sedd.network import DiffusionTransformer, ModelConfig
 from sedd.training.checkpoint import load_weights
-from sedd_ext import RankOne
+from sedd_ext import RankOne, reference
 
 if TYPE_CHECKING:
     from huggingface_hub import PyTorchModelHubMixin
@@ -81,9 +82,11 @@ class SEDD(
         process: the noise process; its ``dim`` is the size of the embedding and of the head.
         schedule: the noise schedule of the training; the network does not use it, but it is saved with the model.
         tokenizer: the tokeniser of the text, or the name of a registered one; saved with the model.
+        objective: the loss of the training, a key of :data:`sedd.diffusion.OBJECTIVES`. It says how the output of the
+            head is read: as log-scores, or as logits of the clean token.
 
     Raises:
-        ValueError: there is no preset of that name.
+        ValueError: there is no preset or objective of that name.
 
     Source: SEDD (Lou, Meng & Ermon 2024), section 5 and appendix C.2.
     """
@@ -94,6 +97,7 @@ class SEDD(
         process: RankOne,
         schedule: Schedule | None = None,
         tokenizer: str | Tokenizer | None = None,
+        objective: str = "score_entropy",
     ) -> None:
         super().__init__(config, process.dim)
         self.process = process
@@ -103,8 +107,12 @@ class SEDD(
         if isinstance(tokenizer, Tokenizer) and not tokenizer.files():
             tokenizer = tokenizer.name
         self.tokenizer = tokenizer
-        self.parameterization = Score(self.config.scale_by_sigma, self.config.hybrid_shift)
-        self.parameterization.initialize(self.output_layer.linear.bias, process, schedule)
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
+        self.objective = objective
+        self.parameterization = OBJECTIVES[objective]().parameterization(self.config)
+        if isinstance(self.parameterization, Score):
+            self.parameterization.initialize(self.output_layer.linear.bias, process, schedule)
 
     @classmethod
     def from_stored(cls, stored: StoredModel, device: torch.device | str = "cpu") -> SEDD:
@@ -114,7 +122,7 @@ class SEDD(
             ValueError: the tensors do not fit the model; the message lists missing, unexpected and misshapen ones.
         """
         with torch.device("meta"):  # initial weights would be overwritten
-            model = cls(stored.sizes, stored.process, stored.schedule, stored.tokenizer)
+            model = cls(stored.sizes, stored.process, stored.schedule, stored.tokenizer, stored.objective)
         load_weights(model, stored.tensors, stored.file)
         return model.to(device).eval()
 
@@ -148,7 +156,7 @@ class SEDD(
 
     def to_config(self) -> dict[str, Any]:
         """The content of ``config.json``, see :func:`sedd.hub.formats.to_config`."""
-        return to_config(self.config, self.process, self.schedule, self.tokenizer)
+        return to_config(self.config, self.process, self.schedule, self.tokenizer, self.objective)
 
     def facts(self) -> str:
         """A one-line summary: parameters, noise, schedule and tokens.
@@ -239,7 +247,8 @@ class SEDD(
 
         Returns:
             log_score [B, L, N], float32 even under autocast (float64 for a float64 model). Shifted by
-            :meth:`sedd.diffusion.Score.log_score_shift`; the entry y = x_t is zero.
+            :meth:`sedd.diffusion.Score.log_score_shift`, or those that the model's prediction of the clean token
+            implies; the entry y = x_t is zero.
 
         Raises:
             TypeError: ``x_t`` is not int64 or ``sigma`` not floating point.
@@ -248,7 +257,10 @@ class SEDD(
         """
         log_score = self.head(self.hidden(x_t, sigma))
         log_score = log_score if log_score.dtype == torch.float64 else log_score.float()
-        shift = self.parameterization.log_score_shift(self.process, sigma.unsqueeze(-1), x_t)
-        if shift is not None:
-            log_score = log_score - shift.to(log_score.dtype).unsqueeze(-1)
+        if isinstance(self.parameterization, Score):
+            shift = self.parameterization.log_score_shift(self.process, sigma.unsqueeze(-1), x_t)
+            if shift is not None:
+                log_score = log_score - shift.to(log_score.dtype).unsqueeze(-1)
+        else:
+            log_score = reference.implied_log_score(log_score, x_t, sigma.unsqueeze(-1), self.process)
         return log_score.scatter(-1, x_t.unsqueeze(-1), 0.0)
