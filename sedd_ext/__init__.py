@@ -2,8 +2,9 @@
 
 Processes: :func:`Absorbing`, :func:`Uniform`, :func:`Hybrid`, :class:`RankOne`. Reverse steps: :class:`Tweedie`,
 :class:`Euler`. Operators: :func:`score_entropy_loss`, :func:`transition_column`, :func:`transition_row`,
-:func:`sample_transition`, :func:`reverse_probs`, :func:`reverse_sample`; with the output head fused in,
-:func:`linear_score_entropy_loss`, :func:`linear_reverse_sample`. The same in plain PyTorch: :mod:`sedd_ext.reference`.
+:func:`sample_transition`, :func:`reverse_probs`, :func:`reverse_sample`, :func:`generalized_masked_loss`; with
+the output head fused in, :func:`linear_score_entropy_loss`, :func:`linear_reverse_sample`,
+:func:`linear_generalized_masked_loss`. The same in plain PyTorch: :mod:`sedd_ext.reference`.
 """
 
 import torch  # noqa: F401 - before the kernels: they use the OpenMP runtime that torch loads
@@ -16,6 +17,7 @@ except ImportError as error:
         "installed package: run Python from another folder, or install with pip install -e ."
     ) from error
 from sedd_ext import reference
+from sedd_ext.generalized_masked import generalized_masked_loss
 from sedd_ext.linear_reverse import linear_reverse_sample
 from sedd_ext.linear_score_entropy import linear_score_entropy_loss
 from sedd_ext.process import Absorbing, Hybrid, RankOne, Uniform
@@ -37,6 +39,7 @@ __all__ = [
     "Tweedie",
     "Uniform",
     "__version__",
+    "generalized_masked_loss",
     "has_cuda_kernels",
     "linear_reverse_sample",
     "linear_score_entropy_loss",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -222,7 +223,12 @@ def launch(kernel: str, **arguments: Any) -> Status:
 
 
 def raise_fault(
-    status: Status, tokens: dict[str, Tensor], dim: int, sigma: tuple[str, Tensor], scores: str = "log_score"
+    status: Status,
+    tokens: dict[str, Tensor],
+    dim: int,
+    sigma: tuple[str, Tensor],
+    scores: str = "log_score",
+    most: float = math.inf,
 ) -> None:
     """Raises a ValueError for a fault of a kernel. It names the argument, the first bad row and its value.
 
@@ -232,6 +238,7 @@ def raise_fault(
         dim: N.
         sigma: name and values of the noise argument.
         scores: name of the argument that determines the scores.
+        most: the largest number that the noise argument may have.
     """
     code, row = status
     if code == 0:
@@ -244,7 +251,9 @@ def raise_fault(
     if fault == "sigma":
         name, values = sigma
         value = float(values.reshape(-1)[row])
-        wanted = f"numbers of at least {_C.least_noise}" if 0 < value < _C.least_noise else "finite numbers above 0"
+        wanted = "finite numbers above 0" if most == math.inf else f"numbers in (0, {most:g}]"
+        if 0 < value < _C.least_noise:
+            wanted = f"numbers of at least {_C.least_noise}"
         raise ValueError(f"{name}: expected {wanted}, got {value} {where}")
     raise ValueError(
         f"{scores}: expected scores whose probabilities have a finite sum above 0, got a row ({where}) with NaN, a "

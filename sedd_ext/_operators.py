@@ -14,6 +14,7 @@ from typing import Any, NoReturn, get_type_hints
 import torch
 from torch import Tensor
 
+from sedd_ext import _C
 from sedd_ext._dispatch import CUDA, DTYPES, FAMILIES, STEPS, compute_dtype, kind_of
 
 __all__: list[str] = []
@@ -40,9 +41,22 @@ def _vector(dtype: str) -> Rule:
 RULES: dict[str, list[Rule]] = {
     **{name: _numbers("int64") for name in ("x_t", "x_0", "x")},
     **{name: _numbers("float64") for name in ("sigma", "noise", "log_score_shift", "loss_weight")},
+    "t": _numbers("float64"),
     "log_score": [
         ("exact is None", TypeError, _ANY_FLOAT),
         ("{0}.numel() != rows * dim", ValueError, "shape [*B, N] for {rows} tokens"),
+    ],
+    "logits": [
+        ("exact is None", TypeError, _ANY_FLOAT),
+        ("{0}.numel() != rows * dim", ValueError, "shape [*B, N] for {rows} tokens"),
+    ],
+    "power": [
+        ("{0}.dtype is not exact", TypeError, "a tensor of {exact}"),
+        ("{0}.numel() != dim", ValueError, "{dim} numbers, one a token of the vocabulary"),
+    ],
+    "numbers": [
+        ("{0}.dtype is not float64", TypeError, "a tensor of float64"),
+        ("{0}.numel() != rows * ROW_NUMBERS", ValueError, "{ROW_NUMBERS} numbers for each of {rows} tokens"),
     ],
     "grad_loss": [
         ("{0}.dtype not in DTYPES", TypeError, _ANY_FLOAT),
@@ -97,6 +111,7 @@ _KNOWN = {
     "FAMILIES": FAMILIES,
     "STEPS": STEPS,
     "EXACT": {dtype: compute_dtype(dtype) for dtype in DTYPES},
+    "ROW_NUMBERS": _C.generalized_masked_row_numbers,
     "int64": torch.int64,
     "float64": torch.float64,
 }
@@ -115,7 +130,7 @@ def checked(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
         given = f"{name} is not None and " if optional else ""
         rules += [(name, f"{given}({wrong.format(name)})", error, expected) for wrong, error, expected in RULES[name]]
     tokens = next(name for name in ("x_t", "x_0", "x") if name in arguments)
-    scores = next((name for name in ("log_score", "weight") if name in arguments), None)
+    scores = next((name for name in ("log_score", "logits", "weight") if name in arguments), None)
     dtype = "dtype" if "dtype" in arguments else f"{scores}.dtype"
     known = [f"rows = {tokens}.numel()"]
     if scores is not None:

@@ -15,6 +15,7 @@ from sedd_ext.process import RankOne
 from sedd_ext.step import Step, Tweedie
 
 __all__ = [
+    "generalized_masked_loss",
     "reverse_probs",
     "reverse_sample",
     "sample_transition",
@@ -100,6 +101,28 @@ def score_entropy_loss(
     coefficients = (pi_x, pi_x * c, pi_x * a / d, pi_x * constant)
     w, w_c, w_x0, w_constant = (torch.where(live, v, 0.0).to(scores.dtype) for v in coefficients)
     return _reduce(w * positive - w_c * weighted - w_x0 * at_x0 + w_constant, reduction)
+
+
+# ---------------------------------------------------------------------------------------- generalised masked diffusion
+
+
+def generalized_masked_loss(
+    logits: Tensor, x_t: Tensor, x_0: Tensor, t: float | Tensor, power: Tensor, *, reduction: str = "none"
+) -> Tensor:
+    """Loss of generalised masked diffusion by plain autograd: ``(1/t) (Σ_k w_k μ_k - w_v - w_v log μ_v)`` for v = x_0.
+
+    μ is the softmax of the logits without MASK's, the last one. See :func:`sedd_ext.generalized_masked_loss`.
+
+    Source: Shi, Han, Wang, Doucet & Titsias 2024, section 5.
+    """
+    dtype, masked = _compute_dtype(logits), x_t == logits.shape[-1] - 1
+    # rows that are not masked are replaced before any arithmetic, so that NaN there affects nothing
+    scores = logits.to(dtype)[..., :-1].masked_fill(~masked[..., None], 0.0)
+    w, log_mu = power.to(dtype)[:-1], scores.log_softmax(-1)
+    v = torch.where(masked, x_0, 0)
+    w_v, log_mu_v = w[v], log_mu.gather(-1, v[..., None]).squeeze(-1)
+    loss = (w * log_mu.exp()).sum(-1) - w_v - w_v * log_mu_v
+    return _reduce(torch.where(masked, loss, 0.0) / _per_row(t, x_t).to(dtype), reduction)
 
 
 # -------------------------------------------------------------------------------------------------------- reverse steps

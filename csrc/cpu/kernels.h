@@ -1,6 +1,7 @@
 // The row kernels, compiled once per instruction set, and the table from which the launchers select at run time.
 #pragma once
 
+#include "generalized_masked.h"
 #include "reverse.h"
 #include "score_entropy.h"
 
@@ -18,16 +19,22 @@ struct KernelTable {
     RowKernel<ReverseParams> (*reverse_probs)(DType, Family);
     RowKernel<ReverseParams> (*reverse_sample)(DType, Family);
     RowKernel<ReverseTileParams> (*reverse_tile)(DType, Family);
+    RowKernel<GeneralizedMaskedParams> (*generalized_masked)(DType);
+    RowKernel<GeneralizedMaskedParams> (*generalized_masked_backward)(DType);
+    RowKernel<GeneralizedMaskedParams> (*generalized_masked_power)(DType);  // takes blocks of columns
 };
 
-#define SEDD_DECLARE_KERNELS(isa)                                        \
-    namespace isa {                                                      \
-    RowKernel<ScoreEntropyParams> score_entropy(DType, Family);          \
-    RowKernel<ScoreEntropyParams> score_entropy_backward(DType, Family); \
-    RowKernel<ScoreEntropyTileParams> score_entropy_tile(DType, Family); \
-    RowKernel<ReverseParams> reverse_probs(DType, Family);               \
-    RowKernel<ReverseParams> reverse_sample(DType, Family);              \
-    RowKernel<ReverseTileParams> reverse_tile(DType, Family);            \
+#define SEDD_DECLARE_KERNELS(isa)                                          \
+    namespace isa {                                                        \
+    RowKernel<ScoreEntropyParams> score_entropy(DType, Family);            \
+    RowKernel<ScoreEntropyParams> score_entropy_backward(DType, Family);   \
+    RowKernel<ScoreEntropyTileParams> score_entropy_tile(DType, Family);   \
+    RowKernel<ReverseParams> reverse_probs(DType, Family);                 \
+    RowKernel<ReverseParams> reverse_sample(DType, Family);                \
+    RowKernel<ReverseTileParams> reverse_tile(DType, Family);              \
+    RowKernel<GeneralizedMaskedParams> generalized_masked(DType);          \
+    RowKernel<GeneralizedMaskedParams> generalized_masked_backward(DType); \
+    RowKernel<GeneralizedMaskedParams> generalized_masked_power(DType);    \
     }
 
 SEDD_DECLARE_KERNELS(baseline)
@@ -46,6 +53,9 @@ constexpr int64_t kReverseBlock = 512;
 static inline int64_t reverse_blocks(int64_t dim) { return (dim + kReverseBlock - 1) / kReverseBlock; }
 // Bytes for the sums, and for the entries of one block.
 static inline int64_t reverse_scratch(int64_t dim) { return 8 * (reverse_blocks(dim) + kReverseBlock); }
+
+// Columns of a block of generalized_masked_power.
+constexpr int64_t kPowerColumns = 1024;
 
 // Keeps the fault with the smallest row, whichever thread finds it.
 static inline void report(Status& status, Fault fault, int64_t row) {
