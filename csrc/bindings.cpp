@@ -83,6 +83,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("reverse_draw_numbers") = sizeof(sedd::ReverseDraw) / sizeof(double);
     m.attr("score_entropy_sweep_numbers") = sizeof(sedd::ScoreEntropySweep) / sizeof(double);
     m.attr("mean_prediction_numbers") = sizeof(sedd::MeanPredictionGradient) / sizeof(double);
+    m.attr("generalized_masked_row_numbers") = sizeof(sedd::GeneralizedMaskedRow) / sizeof(double);
     m.attr("sweep_again") = sedd::kSweepAgain;
     m.attr("dtypes") = codes<DType>({{"float32", DType::float32},
                                      {"float64", DType::float64},
@@ -115,6 +116,9 @@ PYBIND11_MODULE(_C, m) {
     bind(m, "reverse_tile", sedd::reverse_tile_cpu);
     bind(m, "reverse_mean_probs", sedd::reverse_mean_probs_cpu);
     bind(m, "reverse_mean_sample", sedd::reverse_mean_sample_cpu);
+    bind(m, "generalized_masked", sedd::generalized_masked_cpu);
+    bind(m, "generalized_masked_backward", sedd::generalized_masked_backward_cpu);
+    bind(m, "generalized_masked_power", sedd::generalized_masked_power_cpu);
     m.def("advise_huge_pages", advise_huge_pages);
     m.def("isa", [] { return sedd::kernels().isa; });
     m.def("available_isas", available_isas);

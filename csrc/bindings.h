@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "generalized_masked.h"
 #include "mean_prediction.h"
 #include "reverse.h"
 #include "reverse_mean.h"
@@ -90,6 +91,13 @@ constexpr auto fields_of(const TransitionParams*) {
     return std::make_tuple(SEDD_FIELD(x), SEDD_FIELD(sigma), SEDD_FIELD(stationary), SEDD_FIELD(cumulative),
                            SEDD_FIELD(out), SEDD_FIELD(seed), SEDD_FIELD(rows), SEDD_FIELD(dim), SEDD_FIELD(dtype),
                            SEDD_FIELD(family));
+}
+
+constexpr auto fields_of(const GeneralizedMaskedParams*) {
+    using Struct = GeneralizedMaskedParams;
+    return std::make_tuple(SEDD_FIELD(logits), SEDD_FIELD(power), SEDD_FIELD(x_t), SEDD_FIELD(x_0), SEDD_FIELD(t),
+                           SEDD_FIELD(grad_loss), SEDD_FIELD(numbers), SEDD_FIELD(out), SEDD_FIELD(rows),
+                           SEDD_FIELD(dim), SEDD_FIELD(dtype));
 }
 
 constexpr auto fields_of(const CpuLaunch*) {

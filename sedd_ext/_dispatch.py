@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -229,6 +230,7 @@ def raise_fault(
     sigma: tuple[str, Tensor],
     scores: str = "log_score",
     sigma_s: Tensor | None = None,
+    most: float = math.inf,
 ) -> None:
     """Raises a ValueError for a fault of a kernel. It names the argument, the first bad row and its value.
 
@@ -239,6 +241,7 @@ def raise_fault(
         sigma: name and values of the noise argument.
         scores: name of the argument that determines the scores.
         sigma_s: total noise at an earlier time, if the kernel takes it.
+        most: the largest number that the noise argument may have.
     """
     code, row = status
     if code == 0:
@@ -251,7 +254,9 @@ def raise_fault(
     if fault == "sigma":
         name, values = sigma
         value = float(values.reshape(-1)[row])
-        wanted = f"numbers of at least {_C.least_noise}" if 0 < value < _C.least_noise else "finite numbers above 0"
+        wanted = "finite numbers above 0" if most == math.inf else f"numbers in (0, {most:g}]"
+        if 0 < value < _C.least_noise:
+            wanted = f"numbers of at least {_C.least_noise}"
         raise ValueError(f"{name}: expected {wanted}, got {value} {where}")
     if fault == "sigma_s":
         assert sigma_s is not None

@@ -40,7 +40,7 @@ def _vector(dtype: str) -> Rule:
 
 RULES: dict[str, list[Rule]] = {
     **{name: _numbers("int64") for name in ("x_t", "x_0", "x")},
-    **{name: _numbers("float64") for name in ("sigma", "sigma_s", "noise", "log_score_shift", "loss_weight")},
+    **{name: _numbers("float64") for name in ("sigma", "sigma_s", "noise", "log_score_shift", "loss_weight", "t")},
     **{
         name: [
             ("exact is None", TypeError, _ANY_FLOAT),
@@ -54,6 +54,10 @@ RULES: dict[str, list[Rule]] = {
             ValueError,
             "the second result of mean_prediction with needs_gradient",
         )
+    ],
+    "row_numbers": [
+        ("{0}.dtype is not float64", TypeError, "a tensor of float64"),
+        ("{0}.numel() != rows * ROW_NUMBERS", ValueError, "{ROW_NUMBERS} numbers for each of {rows} tokens"),
     ],
     "grad_loss": [
         ("{0}.dtype not in DTYPES", TypeError, _ANY_FLOAT),
@@ -118,6 +122,7 @@ _KNOWN = {
     "MEAN_STEPS": MEAN_STEPS,
     "EXACT": {dtype: compute_dtype(dtype) for dtype in DTYPES},
     "MEAN_PREDICTION_NUMBERS": _C.mean_prediction_numbers,
+    "ROW_NUMBERS": _C.generalized_masked_row_numbers,
     "int64": torch.int64,
     "float64": torch.float64,
 }

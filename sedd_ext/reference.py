@@ -17,6 +17,7 @@ from sedd_ext.process import RankOne
 from sedd_ext.step import Euler, GeneralizedMasked, MeanStep, Tweedie
 
 __all__ = [
+    "generalized_masked_loss",
     "implied_log_score",
     "mean_prediction_loss",
     "reverse_probs",
@@ -177,6 +178,28 @@ def _posterior(
     origin = a_s.to(weighted.dtype)[..., None] * weighted
     origin = origin + (b_s[..., None] * pi).to(weighted.dtype) * weighted.sum(-1, keepdim=True)
     return (a_d[..., None] * here + (b_d * pi_x)[..., None]).to(weighted.dtype) * origin
+
+
+# ---------------------------------------------------------------------------------------- generalised masked diffusion
+
+
+def generalized_masked_loss(
+    logits: Tensor, x_t: Tensor, x_0: Tensor, t: float | Tensor, power: Tensor, *, reduction: str = "none"
+) -> Tensor:
+    """Loss of generalised masked diffusion by plain autograd: ``(1/t) (Σ_k w_k μ_k - w_v - w_v log μ_v)`` for v = x_0.
+
+    μ is the softmax of the logits without MASK's, the last one. See :func:`sedd_ext.generalized_masked_loss`.
+
+    Source: Shi, Han, Wang, Doucet & Titsias 2024, section 5.
+    """
+    dtype, masked = _compute_dtype(logits), x_t == logits.shape[-1] - 1
+    # rows that are not masked are replaced before any arithmetic, so that NaN there affects nothing
+    scores = logits.to(dtype)[..., :-1].masked_fill(~masked[..., None], 0.0)
+    w, log_mu = power.to(dtype)[:-1], scores.log_softmax(-1)
+    v = torch.where(masked, x_0, 0)
+    w_v, log_mu_v = w[v], log_mu.gather(-1, v[..., None]).squeeze(-1)
+    loss = (w * log_mu.exp()).sum(-1) - w_v - w_v * log_mu_v
+    return _reduce(torch.where(masked, loss, 0.0) / _per_row(t, x_t).to(dtype), reduction)
 
 
 # -------------------------------------------------------------------------------------------------------- reverse steps

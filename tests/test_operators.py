@@ -56,6 +56,18 @@ MEAN_LOSS = {
 LINEAR_MEAN = {**HEAD, **{k: v for k, v in MEAN_LOSS.items() if k not in ("logits", *PI, "mask")}, "loss_weight": NOISE}
 LINEAR_MEAN |= {**PI, "mask": N - 1, **COMPUTE, **FLAGS}
 
+POWER = {
+    "logits": torch.zeros(3, N),
+    "x_t": TOKENS,
+    "x_0": torch.tensor([0, 3, 35]),
+    "t": NOISE,
+    "power": torch.ones(N),
+}
+BEFORE_POWER = {
+    "grad_loss": torch.ones(3),
+    "row_numbers": torch.ones(3, _C.generalized_masked_row_numbers, dtype=torch.float64),
+}
+
 # A call of every operator that is right, with its arguments in order
 CALLS: dict[str, dict[str, Any]] = {
     "score_entropy": {**SCORES, **LOSS, **PI, "neg_entropy": PROCESS.neg_entropy},
@@ -68,6 +80,9 @@ CALLS: dict[str, dict[str, Any]] = {
     },
     "linear_mean_prediction": LINEAR_MEAN,
     "linear_mean_prediction_backward": {"grad_loss": torch.tensor([1.0, 2.0, 3.0]), **MADE, **LINEAR_MEAN},
+    "generalized_masked": POWER,
+    "generalized_masked_backward": {**BEFORE_POWER, **POWER},
+    "generalized_masked_power": {**BEFORE_POWER, **POWER},
     "reverse_probs": {**SCORES, "x_t": TOKENS, "noise": NOISE, **SHIFT, **PI, **STEP},
     "reverse_sample": {**SCORES, "x_t": TOKENS, "noise": NOISE, **SHIFT, **PI, **STEP, **SEED},
     "transition_column": {"x_0": TOKENS, **COLUMN},
@@ -91,7 +106,7 @@ WRONG = {
     "family": ["", "masked", "absorbing"],  # the last one has no vector
     "step": ["", "ancestral"],
     "mean_step": ["", "generalized_masked"],  # the last one has a power
-    "power": [torch.ones(N), torch.ones(N + 1)],
+    "power": [torch.ones(N + 1)],
     "forbidden": [-2, N, 2**40, -(2**40)],
     "mask": [-2, N, 2**40, -(2**40)],
     "dim": [0, -1, N + 1, 2**40],

@@ -11,7 +11,8 @@ namespace {
     KernelTable {                                                                                             \
         #isa, isa::score_entropy, isa::score_entropy_backward, isa::score_entropy_tile, isa::mean_prediction, \
             isa::mean_prediction_backward, isa::reverse_probs, isa::reverse_sample, isa::reverse_tile,        \
-            isa::reverse_mean_probs, isa::reverse_mean_sample                                                 \
+            isa::reverse_mean_probs, isa::reverse_mean_sample, isa::generalized_masked,                       \
+            isa::generalized_masked_backward, isa::generalized_masked_power                                   \
     }
 
 bool runs_here(const char* isa) {
@@ -117,6 +118,22 @@ Status reverse_mean_probs_cpu(const ReverseMeanParams& p, int threads) {
 Status reverse_mean_sample_cpu(const ReverseMeanParams& p, int threads) {
     return launch(kernels().reverse_mean_sample(p.dtype, p.family, p.power != nullptr), p, p.dim,
                   reverse_mean_scratch(p.dim), threads);
+}
+
+Status generalized_masked_cpu(const GeneralizedMaskedParams& p, int threads) {
+    return launch(kernels().generalized_masked(p.dtype), p, p.dim, 0, threads);
+}
+
+Status generalized_masked_backward_cpu(const GeneralizedMaskedParams& p, int threads) {
+    return launch(kernels().generalized_masked_backward(p.dtype), p, p.dim, 0, threads);
+}
+
+Status generalized_masked_power_cpu(const GeneralizedMaskedParams& p, int threads) {
+    const RowKernel<GeneralizedMaskedParams> kernel = kernels().generalized_masked_power(p.dtype);
+    const int64_t blocks = (p.dim + kPowerColumns - 1) / kPowerColumns;
+    return parallel_rows(
+        blocks, p.rows * kPowerColumns, 0, threads,
+        [&](int64_t begin, int64_t end, void* scratch, Status& status) { kernel(p, begin, end, scratch, status); });
 }
 
 }  // namespace sedd

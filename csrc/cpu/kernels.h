@@ -1,6 +1,7 @@
 // The row kernels, compiled once per instruction set, and the table from which the launchers select at run time.
 #pragma once
 
+#include "generalized_masked.h"
 #include "mean_prediction.h"
 #include "reverse.h"
 #include "reverse_mean.h"
@@ -24,6 +25,9 @@ struct KernelTable {
     RowKernel<ReverseTileParams> (*reverse_tile)(DType, Family);
     RowKernel<ReverseMeanParams> (*reverse_mean_probs)(DType, Family, bool has_power);
     RowKernel<ReverseMeanParams> (*reverse_mean_sample)(DType, Family, bool has_power);
+    RowKernel<GeneralizedMaskedParams> (*generalized_masked)(DType);
+    RowKernel<GeneralizedMaskedParams> (*generalized_masked_backward)(DType);
+    RowKernel<GeneralizedMaskedParams> (*generalized_masked_power)(DType);  // takes blocks of columns
 };
 
 #define SEDD_DECLARE_KERNELS(isa)                                            \
@@ -38,6 +42,9 @@ struct KernelTable {
     RowKernel<ReverseTileParams> reverse_tile(DType, Family);                \
     RowKernel<ReverseMeanParams> reverse_mean_probs(DType, Family, bool);    \
     RowKernel<ReverseMeanParams> reverse_mean_sample(DType, Family, bool);   \
+    RowKernel<GeneralizedMaskedParams> generalized_masked(DType);            \
+    RowKernel<GeneralizedMaskedParams> generalized_masked_backward(DType);   \
+    RowKernel<GeneralizedMaskedParams> generalized_masked_power(DType);      \
     }
 
 SEDD_DECLARE_KERNELS(baseline)
@@ -58,6 +65,9 @@ static inline int64_t reverse_blocks(int64_t dim) { return (dim + kReverseBlock 
 static inline int64_t reverse_scratch(int64_t dim) { return 8 * (reverse_blocks(dim) + kReverseBlock); }
 // With the largest logits of blocks too.
 static inline int64_t reverse_mean_scratch(int64_t dim) { return reverse_scratch(dim) + 8 * reverse_blocks(dim); }
+
+// Columns of a block of generalized_masked_power.
+constexpr int64_t kPowerColumns = 1024;
 
 // Keeps the fault with the smallest row, whichever thread finds it.
 static inline void report(Status& status, Fault fault, int64_t row) {

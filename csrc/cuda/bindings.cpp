@@ -51,6 +51,9 @@ void bind_cuda(py::module_& m) {
     bind(m, "reverse_tile", reverse_tile_cuda, none);
     bind(m, "reverse_mean_probs", reverse_mean_probs_cuda, none);
     bind(m, "reverse_mean_sample", reverse_mean_sample_cuda, none);
+    bind(m, "generalized_masked", generalized_masked_cuda, generalized_masked_workspace);
+    bind(m, "generalized_masked_backward", generalized_masked_backward_cuda, generalized_masked_backward_workspace);
+    bind(m, "generalized_masked_power", generalized_masked_power_cuda, generalized_masked_power_workspace);
 }
 
 }  // namespace sedd
