@@ -18,6 +18,7 @@ except ImportError as error:
     ) from error
 from sedd_ext import reference
 from sedd_ext.generalized_masked import generalized_masked_loss
+from sedd_ext.linear_generalized_masked import linear_generalized_masked_loss
 from sedd_ext.linear_reverse import linear_reverse_sample
 from sedd_ext.linear_score_entropy import linear_score_entropy_loss
 from sedd_ext.process import Absorbing, Hybrid, RankOne, Uniform
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "generalized_masked_loss",
     "has_cuda_kernels",
+    "linear_generalized_masked_loss",
     "linear_reverse_sample",
     "linear_score_entropy_loss",
     "reference",
