@@ -4,8 +4,8 @@ Processes: :func:`Absorbing`, :func:`Uniform`, :func:`Hybrid`, :class:`RankOne`.
 :class:`Euler`, :class:`GeneralizedMasked`. Operators: :func:`score_entropy_loss`, :func:`mean_prediction_loss`,
 :func:`generalized_masked_loss`, :func:`transition_column`, :func:`transition_row`, :func:`sample_transition`,
 :func:`reverse_probs`, :func:`reverse_sample`; with the output head fused in, :func:`linear_score_entropy_loss`,
-:func:`linear_mean_prediction_loss`, :func:`linear_reverse_sample`. The same in plain PyTorch:
-:mod:`sedd_ext.reference`.
+:func:`linear_mean_prediction_loss`, :func:`linear_generalized_masked_loss`, :func:`linear_reverse_sample`. The same in
+plain PyTorch: :mod:`sedd_ext.reference`.
 """
 
 import torch  # noqa: F401 - before the kernels: they use the OpenMP runtime that torch loads
@@ -19,6 +19,7 @@ except ImportError as error:
     ) from error
 from sedd_ext import reference
 from sedd_ext.generalized_masked import generalized_masked_loss
+from sedd_ext.linear_generalized_masked import linear_generalized_masked_loss
 from sedd_ext.linear_mean_prediction import linear_mean_prediction_loss
 from sedd_ext.linear_reverse import linear_reverse_sample
 from sedd_ext.linear_score_entropy import linear_score_entropy_loss
@@ -45,6 +46,7 @@ __all__ = [
     "__version__",
     "generalized_masked_loss",
     "has_cuda_kernels",
+    "linear_generalized_masked_loss",
     "linear_mean_prediction_loss",
     "linear_reverse_sample",
     "linear_score_entropy_loss",

@@ -83,7 +83,7 @@ RULES: dict[str, list[Rule]] = {
                 f"{name}'s dtype and shape, or nothing",
             )
         ]
-        for name in ("hidden", "weight")
+        for name in ("hidden", "weight", "power")
     },
     "bias_gradient": [
         (

@@ -8,7 +8,7 @@ pass computes them again, with the head's matrix product.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -70,8 +70,7 @@ class FusedLoss:
     Args:
         name: the name of the operator.
         arguments: the NamedTuple of its arguments: first the tensors, among them ``hidden``, ``weight``, ``bias``,
-            ``x_t`` and ``loss_weight``, then options, the first of which is
-            ``family``, among them ``dtype`` and for each of ``names`` a bool
+            ``x_t`` and ``loss_weight``, then options, among them ``dtype`` and for each of ``names`` a bool
             ``grad_NAME``, whether its gradient is needed.
         forward: computes the loss and the gradients, see :func:`empty_results`.
         names: the arguments that get a gradient; the first is ``hidden``.
@@ -125,7 +124,8 @@ class FusedLoss:
     def _function(self) -> type[torch.autograd.Function]:
         name, names, fields, count = self.name, self.names, self.arguments._fields, len(self.names)
         places, flags = [fields.index(f) for f in names], [fields.index(f"grad_{f}") for f in names]
-        tensors = fields.index("family")  # the first option
+        kinds = get_type_hints(self.arguments).values()
+        tensors = sum(kind in (Tensor, Tensor | None) for kind in kinds)
         gradient = self.gradient
 
         class Loss(torch.autograd.Function):

@@ -278,9 +278,9 @@ def is_noise(sigma: Tensor) -> Tensor:
 
 
 def check_head(
-    hidden: object, weight: object, bias: object, process: RankOne, buffer_bytes: object
+    hidden: object, weight: object, bias: object, process: RankOne | None, buffer_bytes: object
 ) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype]:
-    """Checks the arguments of the head.
+    """Checks the arguments of the head. Without a process, N is that of the weight.
 
     Returns:
         ``hidden``, ``weight``, ``bias`` and the dtype of the matrix products: autocast's if it is on, else their own.
@@ -293,7 +293,10 @@ def check_head(
     assert isinstance(hidden, Tensor)
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
-    if weight.dim() != 2 or weight.shape[0] != process.dim:
+    if process is None:
+        if weight.dim() != 2 or weight.shape[0] < 1:
+            raise ValueError(f"weight: expected shape [N, d], got {list(weight.shape)}")
+    elif weight.dim() != 2 or weight.shape[0] != process.dim:
         raise ValueError(f"weight: expected shape [{process.dim}, d] for {process}, got {list(weight.shape)}")
     check_device("hidden", hidden)
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
@@ -302,7 +305,7 @@ def check_head(
             f"got {list(hidden.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected shape [{process.dim}], got {list(bias.shape)}")
+        raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
     if not isinstance(buffer_bytes, int) or isinstance(buffer_bytes, bool) or buffer_bytes < 1:
         raise ValueError(f"buffer_bytes: expected a positive int, got {buffer_bytes!r}")
     dtype, device = weight.dtype, hidden.device.type

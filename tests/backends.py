@@ -181,6 +181,7 @@ def _there_and_back(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 generalized_masked_loss = _there_and_back(sedd_ext.generalized_masked_loss)
+linear_generalized_masked_loss = _there_and_back(sedd_ext.linear_generalized_masked_loss)
 linear_mean_prediction_loss = _there_and_back(sedd_ext.linear_mean_prediction_loss)
 linear_reverse_sample = _there_and_back(sedd_ext.linear_reverse_sample)
 linear_score_entropy_loss = _there_and_back(sedd_ext.linear_score_entropy_loss)

@@ -68,6 +68,9 @@ BEFORE_POWER = {
     "row_numbers": torch.ones(3, _C.generalized_masked_row_numbers, dtype=torch.float64),
 }
 
+LINEAR_POWER = {**HEAD, "power": torch.ones(N), "x_t": TOKENS, "x_0": torch.tensor([0, 3, 35]), "t": NOISE}
+LINEAR_POWER |= {"loss_weight": NOISE, **COMPUTE, **FLAGS, "grad_power": True}
+
 # A call of every operator that is right, with its arguments in order
 CALLS: dict[str, dict[str, Any]] = {
     "score_entropy": {**SCORES, **LOSS, **PI, "neg_entropy": PROCESS.neg_entropy},
@@ -83,6 +86,13 @@ CALLS: dict[str, dict[str, Any]] = {
     "generalized_masked": POWER,
     "generalized_masked_backward": {**BEFORE_POWER, **POWER},
     "generalized_masked_power": {**BEFORE_POWER, **POWER},
+    "linear_generalized_masked": LINEAR_POWER,
+    "linear_generalized_masked_backward": {
+        "grad_loss": torch.tensor([1.0, 2.0, 3.0]),
+        **MADE,
+        "power_gradient": torch.zeros(N),
+        **LINEAR_POWER,
+    },
     "reverse_probs": {**SCORES, "x_t": TOKENS, "noise": NOISE, **SHIFT, **PI, **STEP},
     "reverse_sample": {**SCORES, "x_t": TOKENS, "noise": NOISE, **SHIFT, **PI, **STEP, **SEED},
     "transition_column": {"x_0": TOKENS, **COLUMN},
@@ -137,7 +147,10 @@ def wrong_values(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 ALLOWED = {(name, "None") for name in ("bias", "log_score_shift", "loss_weight", "sigma_s", "needs_gradient")}
-ALLOWED |= {*((name, "empty") for name in MADE), *((name, "None") for name in FLAGS)}
+ALLOWED |= {
+    *((name, "empty") for name in (*MADE, "power_gradient")),
+    *((name, "None") for name in (*FLAGS, "grad_power")),
+}
 
 
 def call(operator: str, arguments: dict[str, Any]) -> Any:
