@@ -23,6 +23,7 @@ X86 = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
 }
 """As in CMakeLists.txt."""
+KERNELS = ("generalized_masked.cpp", "mean_prediction.cpp", "reverse.cpp", "reverse_mean.cpp", "score_entropy.cpp")
 
 
 def driver(mutant: tuple[str, Path] | None = None) -> Path:
@@ -36,7 +37,7 @@ def driver(mutant: tuple[str, Path] | None = None) -> Path:
         ("csrc/cpu/dispatch.cpp", ("-DSEDD_X86",) if x86 else ()),
     ]
     for isa, flags in sets.items():
-        for name in ("reverse.cpp", "reverse_mean.cpp", "score_entropy.cpp"):
+        for name in KERNELS:
             path: Path | str = f"csrc/cpu/{name}"
             if mutant is not None and mutant[0] == name and isa == "baseline":
                 path = mutant[1]
