@@ -36,7 +36,7 @@ def driver(mutant: tuple[str, Path] | None = None) -> Path:
         ("csrc/cpu/dispatch.cpp", ("-DSEDD_X86",) if x86 else ()),
     ]
     for isa, flags in sets.items():
-        for name in ("reverse.cpp", "score_entropy.cpp"):
+        for name in ("generalized_masked.cpp", "reverse.cpp", "score_entropy.cpp"):
             path: Path | str = f"csrc/cpu/{name}"
             if mutant is not None and mutant[0] == name and isa == "baseline":
                 path = mutant[1]
@@ -76,8 +76,13 @@ def test_no_access_beyond_memory() -> None:
             "for (; y + width <= stop; y += width) add_vectors",
             "for (; y < stop; y += width) add_vectors",
         ),
+        (
+            "generalized_masked.cpp",
+            "for (; y + width <= end; y += width) add_vectors<1>",
+            "for (; y < end; y += width) add_vectors<1>",
+        ),
     ],
-    ids=["reverse", "score_entropy"],
+    ids=["reverse", "score_entropy", "generalized_masked"],
 )
 def test_reads_beyond_a_row_are_noticed(name: str, text: str, replacement: str) -> None:
     """A whole vector where a part of one is left, in the baseline's kernels."""
