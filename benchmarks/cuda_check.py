@@ -60,6 +60,12 @@ BOUNDS = {
     "score_entropy.tile_kernel<false>": Bounds(SEGMENTS, 64, 1),
     "score_entropy.tile_numbers_kernel": Bounds(BY_ROW, 64),
     "score_entropy.tile_loss_kernel": Bounds(BY_ROW, 64),
+    "generalized_masked.sums_kernel": Bounds(SEGMENTS, 64, 1),
+    "generalized_masked.loss_kernel": Bounds(BY_ROW, 64),
+    "generalized_masked.numbers_kernel": Bounds(BY_ROW, 64),
+    "generalized_masked.gradient_kernel": Bounds(SEGMENTS, 64, 1, "element"),
+    "generalized_masked.columns_kernel": Bounds(BY_ROW, 64),
+    "generalized_masked.power_kernel": Bounds(BY_ROW, 64),
     "reverse.sums_kernel": Bounds(SEGMENTS, 64, 1),
     "reverse.sample_kernel<absorbing>": Bounds(SEGMENTS, 80, 1, shared=1576),
     "reverse.sample_kernel": Bounds(SEGMENTS, 80, 2, shared=1576),  # scores; the second sweep: weights
@@ -76,6 +82,8 @@ OPERATIONS: dict[str, list[tuple[str, list[str], tuple[int, ...]]]] = {
     "score_entropy.gradient_kernel": [("score entropy, backward", PROCESSES, (0,))],
     "score_entropy.tile_kernel<true>": [("linear score entropy tile, with gradient", PROCESSES, (0,))],
     "score_entropy.tile_kernel<false>": [("linear score entropy tile, loss alone", PROCESSES, (0,))],
+    "generalized_masked.sums_kernel": [("generalized masked, forward", ["any other"], (0,))],
+    "generalized_masked.gradient_kernel": [("generalized masked, backward", ["any other"], (0,))],
     "reverse.sample_kernel<absorbing>": [("reverse sample", PROCESSES[:1], (0,))],
     "reverse.sample_kernel": [
         ("reverse sample", PROCESSES[1:], (0,)),

@@ -12,7 +12,7 @@ import torch
 from backends import to_device
 from torch import Tensor, nn
 
-from sedd_ext import Hybrid, Tweedie, reverse_probs, score_entropy_loss
+from sedd_ext import _C, Hybrid, Tweedie, reverse_probs, score_entropy_loss
 
 pytestmark = pytest.mark.operators
 
@@ -29,6 +29,10 @@ COMPUTE = {"dtype": torch.float32, "buffer_bytes": 1 << 20}
 FLAGS = {"grad_hidden": True, "grad_weight": True, "grad_bias": True}
 LINEAR = {**HEAD, **LOSS, "loss_weight": NOISE, **PI, "neg_entropy": PROCESS.neg_entropy, **COMPUTE, **FLAGS}
 MADE = {f"{name}_gradient": torch.zeros_like(value) for name, value in HEAD.items()}
+MASKED = {"x_t": TOKENS, "x_0": TOKENS.flip(0), "t": NOISE, "power": torch.ones(N)}
+NUMBERS = {"numbers": torch.ones(3, _C.generalized_masked_row_numbers, dtype=torch.float64)}
+LINEAR_MASKED = {**HEAD, "power": torch.ones(N), **{k: MASKED[k] for k in ("x_t", "x_0", "t")}, "loss_weight": NOISE}
+LINEAR_MASKED |= {**COMPUTE, **FLAGS, "grad_power": True}
 COLUMN = {"sigma": NOISE, **PI, "dim": N, "dtype": torch.float32}
 
 # A call of every operator that is right, with its arguments in order
@@ -49,6 +53,21 @@ CALLS: dict[str, dict[str, Any]] = {
     },
     "linear_score_entropy": LINEAR,
     "linear_score_entropy_backward": {"grad_loss": torch.tensor([1.0, 2.0, 3.0]), **MADE, **LINEAR},
+    "generalized_masked": {"logits": SCORES["log_score"], **MASKED},
+    "generalized_masked_backward": {
+        "grad_loss": torch.ones(3),
+        **NUMBERS,
+        "logits": SCORES["log_score"],
+        **MASKED,
+    },
+    "generalized_masked_power": {"grad_loss": torch.ones(3), **NUMBERS, "logits": SCORES["log_score"], **MASKED},
+    "linear_generalized_masked": LINEAR_MASKED,
+    "linear_generalized_masked_backward": {
+        "grad_loss": torch.tensor([1.0, 2.0, 3.0]),
+        **MADE,
+        "power_gradient": torch.zeros(N),
+        **LINEAR_MASKED,
+    },
     "linear_reverse_sample": {**HEAD, "x_t": TOKENS, "noise": NOISE, **SHIFT, **PI, **STEP, **COMPUTE, **SEED},
 }
 WRONG = {
@@ -67,7 +86,7 @@ def wrong_values(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Tensor):
         # no kernel takes the first two; the others, all but a few arguments that come in any dtype of a head
         dtypes = [torch.int32, torch.complex64]
-        if name not in ("grad_loss", "log_score", *HEAD):
+        if name not in ("grad_loss", "log_score", "logits", *HEAD):
             dtypes += [dtype for dtype in (torch.float64, torch.bfloat16) if dtype != value.dtype]
         for dtype in dtypes:
             yield str(dtype), value.to(dtype)
@@ -83,7 +102,7 @@ def wrong_values(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 ALLOWED = {("bias", "None"), ("log_score_shift", "None"), ("loss_weight", "None")}
-ALLOWED |= {*((name, "empty") for name in MADE), *((name, "None") for name in FLAGS)}
+ALLOWED |= {*((name, "empty") for name in (*MADE, "power_gradient")), *((name, "None") for name in FLAGS)}
 
 
 def call(operator: str, arguments: dict[str, Any]) -> Any:
