@@ -47,6 +47,7 @@ class Bounds:
     registers: int  # of a thread, at most
     paths: int = 0  # main loops
     writes: str = ""  # in the last one: "element", "real" (the compute type) or "only" (elements, and nothing is read)
+    rescales: int = 0  # exponentials of a vector beside its elements', where a sum is relative to the largest so far
     shared: int = 0  # dynamic shared memory, at most, for N = 50,258, or a tile of 8,192
 
 
@@ -60,7 +61,7 @@ BOUNDS = {
     "score_entropy.tile_kernel<false>": Bounds(SEGMENTS, 64, 1),
     "score_entropy.tile_numbers_kernel": Bounds(BY_ROW, 64),
     "score_entropy.tile_loss_kernel": Bounds(BY_ROW, 64),
-    "generalized_masked.sums_kernel": Bounds(SEGMENTS, 64, 1),
+    "generalized_masked.sums_kernel": Bounds(SEGMENTS, 64, 1, rescales=1),
     "generalized_masked.loss_kernel": Bounds(BY_ROW, 64),
     "generalized_masked.numbers_kernel": Bounds(BY_ROW, 64),
     "generalized_masked.gradient_kernel": Bounds(SEGMENTS, 64, 1, "element"),
@@ -394,7 +395,7 @@ def violations(kernel: Kernel) -> Iterator[str]:
             if path.count("store") < stores:
                 yield f"main loop {at}: {path.count('store')} 128-bit stores, {stores} wanted"
         if kernel.dtype != "float64":
-            if reads and path.count("exp") != path.elements:
+            if reads and path.count("exp") != path.elements + bounds.rescales * VECTORS:
                 yield f"main loop {at}: {path.count('exp')} MUFU.EX2 for {path.elements} elements"
             if path.double:
                 yield f"main loop {at}: {path.double} double-precision instructions"

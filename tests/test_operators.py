@@ -102,7 +102,10 @@ def wrong_values(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 ALLOWED = {("bias", "None"), ("log_score_shift", "None"), ("loss_weight", "None")}
-ALLOWED |= {*((name, "empty") for name in (*MADE, "power_gradient")), *((name, "None") for name in FLAGS)}
+ALLOWED |= {
+    *((name, "empty") for name in (*MADE, "power_gradient")),
+    *((name, "None") for name in (*FLAGS, "grad_power")),
+}
 
 
 def call(operator: str, arguments: dict[str, Any]) -> Any:
