@@ -80,8 +80,18 @@ def test_no_access_beyond_memory() -> None:
             "for (; y + width <= stop; y += width) add_vectors",
             "for (; y < stop; y += width) add_vectors",
         ),
+        (
+            "generalized_masked.cpp",
+            "for (; y + width <= end; y += width) add_vectors<1>",
+            "for (; y < end; y += width) add_vectors<1>",
+        ),
+        (
+            "mean_prediction.cpp",
+            "for (; y + width <= end; y += width) {\n        Vec l[1], pi[1];\n        write(l, pi);",
+            "for (; y < end; y += width) {\n        Vec l[1], pi[1];\n        write(l, pi);",
+        ),
     ],
-    ids=["reverse", "reverse_mean", "score_entropy"],
+    ids=["reverse", "reverse_mean", "score_entropy", "generalized_masked", "mean_prediction"],
 )
 def test_reads_beyond_a_row_are_noticed(name: str, text: str, replacement: str) -> None:
     """A whole vector where a part of one is left, in the baseline's kernels."""

@@ -1,10 +1,13 @@
-// Loss of generalised masked diffusion (GenMD4). Forward: sums_kernel reads a masked row once and computes, for each
-// segment, the normaliser of the softmax and the mean of the powers w; loss_kernel combines them. Backward:
-// gradient_kernel reads an element, computes its gradient and writes it; the result may overwrite the logits. The
-// gradient in w adds up columns: column_kernel has one thread per column and takes the rows in their order.
+// Generalised masked diffusion. Forward: sums_kernel reads a masked row once and computes, for each segment, the
+// largest logit and the sums of exp and of w exp relative to it. loss_kernel combines the segments of a row, computes
+// the formula and writes the numbers that the backward kernels need. Backward: numbers_kernel computes the factors of a
+// row; gradient_kernel reads an element, computes exp, two products and a sum, and writes the result, to the same
+// memory if wanted. Power: columns_kernel has one column per thread and kColumnRows rows per block, of which it writes
+// the sums; power_kernel adds those of a column, in the order of the rows.
 //
 // Bytes per element: the forward pass reads 4 (float32) or 2; the backward pass reads and writes 8 or 4; the gradient
-// in w reads 4 or 2. The powers are read from the L2 cache, 4 bytes per element.
+// of w reads 4 or 2 once more, and a 64th of the elements as sums, twice. w is read from the L2 cache, 4 bytes per
+// element.
 //
 // Configuration: one warp per segment and eight warps per block, without shared memory or barriers (see segments.cuh).
 // Rows that are not masked are not read. Their loss is 0; that of a bad row is NaN.
@@ -15,183 +18,231 @@
 namespace sedd {
 namespace {
 
-constexpr int kRowThreads = 128;  // per block, in the kernels with one warp per row or one thread per column
+constexpr int kRowThreads = 128;     // per block, in the kernels with one thread or one warp per row
+constexpr int kColumnThreads = 128;  // per block, in the kernels with one thread per column
+constexpr int kColumnRows = 64;      // of a block of columns_kernel
 
-__device__ __forceinline__ bool is_bad(const GeneralizedMaskedParams& p, int64_t row) {
-    return generalized_masked_fault(p, row) != Fault::none;
-}
 __device__ __forceinline__ bool is_masked(const GeneralizedMaskedParams& p, int64_t row) {
-    return !is_bad(p, row) && p.x_t[row] == p.dim - 1;
+    return p.x_t[row] == p.dim - 1;
 }
 
-// Σ e^{l_k} = total · e^top and Σ w_k e^{l_k} = dot · e^top over the entries of a segment other than v and MASK.
+template <class T>
+__device__ __forceinline__ const T* row_logits(const GeneralizedMaskedParams& p, int64_t row) {
+    return static_cast<const T*>(p.logits) + row * p.dim;
+}
+
+// The sums of entries that have been added: Σ e^{l_k} = total · e^top and Σ w_k e^{l_k} = dot · e^top.
 template <class Real>
-struct Sums {
-    Normaliser<Real> mass;
-    Real dot;
+struct WeightedSums {
+    Real top, total, dot;
 
-    static __device__ __forceinline__ Sums none() { return {Normaliser<Real>::none(), Real(0)}; }
+    static __device__ __forceinline__ WeightedSums none() { return {Normaliser<Real>::none().top, Real(0), Real(0)}; }
 
-    // Adds entries relative to their own largest logit.
+    __device__ __forceinline__ void raise(Real higher) {
+        const Real scale = Normaliser<Real>::relative(top, higher);
+        total *= scale;
+        dot *= scale;
+        top = higher;
+    }
+
     template <int kWidth>
-    __device__ __forceinline__ void add(const Real (&l)[kWidth], const Real (&w)[kWidth]) {
-        Real top = mass.top, terms[kWidth], weighted[kWidth];
+    __device__ __forceinline__ void add(const Real (&l)[kWidth], const Real* power) {
+        Real higher = top, terms[kWidth], weighted[kWidth];
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) top = l[j] > top ? l[j] : top;
+        for (int j = 0; j < kWidth; ++j) higher = l[j] > higher ? l[j] : higher;
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
-            terms[j] = Normaliser<Real>::relative(l[j], top);
-            weighted[j] = terms[j] * w[j];
+            terms[j] = Normaliser<Real>::relative(l[j], higher);
+            weighted[j] = terms[j] * power[j];
         }
-        rescale(top);
-        mass.total += sum_of(terms);
+        raise(higher);
+        total += sum_of(terms);
         dot += sum_of(weighted);
     }
-    __device__ __forceinline__ void add(Real l, Real w) {
-        const Real top = l > mass.top ? l : mass.top, term = Normaliser<Real>::relative(l, top);
-        rescale(top);
-        mass.total += term;
-        dot += term * w;
+
+    __device__ __forceinline__ void add(Real l, Real power) {
+        raise(l > top ? l : top);
+        const Real term = Normaliser<Real>::relative(l, top);
+        total += term;
+        dot += term * power;
     }
-    __device__ __forceinline__ void rescale(Real top) {
-        const Real scale = Normaliser<Real>::relative(mass.top, top);
-        mass.total *= scale;
-        dot *= scale;
-        mass.top = top;
+
+    __device__ __forceinline__ void add(const WeightedSums& other) {
+        raise(other.top > top ? other.top : top);
+        const Real scale = Normaliser<Real>::relative(other.top, top);
+        total += other.total * scale;
+        dot += other.dot * scale;
     }
 };
 
 // The sums of all lanes, the same on every lane. Called by a whole warp.
 template <class Real>
-__device__ __forceinline__ Sums<Real> warp_sums(Sums<Real> sums) {
-    Real top = sums.mass.top;
+__device__ __forceinline__ WeightedSums<Real> warp_sums(WeightedSums<Real> sums) {
+    Real top = sums.top;
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
         const Real other = __shfl_xor_sync(kAll, top, offset);
         top = other > top ? other : top;
     }
-    sums.rescale(top);
-    sums.mass.total = warp_sum(sums.mass.total);
-    sums.dot = warp_sum(sums.dot);
-    return sums;
+    sums.raise(top);
+    return {top, warp_sum(sums.total), warp_sum(sums.dot)};
 }
 
+// segments[row, segment] = the sums over the segment, without v and MASK.
 template <class T>
 __global__ void __launch_bounds__(kWarps* kWarp)
-    sums_kernel(GeneralizedMaskedParams p, RowSplit split, Sums<RealOf<T>>* sums) {
+    sums_kernel(GeneralizedMaskedParams p, RowSplit split, WeightedSums<RealOf<T>>* segments) {
     using Real = RealOf<T>;
     constexpr int width = Vector<T>::kWidth;
     const Place place = place_of(split);
     if (place.row >= p.rows || place.segment >= split.segments || !is_masked(p, place.row)) return;
-    const T* row = static_cast<const T*>(p.logits) + place.row * p.dim;
+    if (!valid_token(p.x_0[place.row], p.dim)) return;
     const Real* power = static_cast<const Real*>(p.power);
-    const int mask = static_cast<int>(p.dim - 1), v = static_cast<int>(p.x_0[place.row]);
-    Sums<Real> sum = Sums<Real>::none();
+    WeightedSums<Real> sums = WeightedSums<Real>::none();
     visit(
-        row, mask, place.segment, v,  // the row without MASK
-        [&](int y, Real(&l)[width]) {
-            Real w[width];
-#pragma unroll
-            for (int j = 0; j < width; ++j) w[j] = power[y + j];
-            sum.add(l, w);
-        },
-        [&](int y, Real l) { sum.add(l, power[y]); });
-    sum = warp_sums(sum);
-    if (lane_of() == 0) sums[place.row * split.segments + place.segment] = sum;
+        row_logits<T>(p, place.row), static_cast<int>(p.dim) - 1, place.segment, static_cast<int>(p.x_0[place.row]),
+        [&](int y, Real(&l)[width]) { sums.add(l, power + y); }, [&](int y, Real l) { sums.add(l, power[y]); });
+    sums = warp_sums(sums);
+    if (lane_of() == 0) segments[place.row * split.segments + place.segment] = sums;
 }
 
-// One warp per row.
+// Computes the numbers and the loss of a row from the sums of its segments: one warp per row.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads)
-    loss_kernel(GeneralizedMaskedParams p, int segments, const Sums<RealOf<T>>* sums) {
+    loss_kernel(GeneralizedMaskedParams p, int count, const WeightedSums<RealOf<T>>* segments) {
     using Real = RealOf<T>;
     const int64_t row = (static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x) / kWarp;
     if (row >= p.rows) return;
     Real* loss = static_cast<Real*>(p.out) + row;
-    if (!is_masked(p, row)) {
-        if (lane_of() == 0) {
-            *loss = is_bad(p, row) ? not_a_number<Real>() : Real(0);
-            p.numbers[row] = {};
-        }
+    const bool fault = generalized_masked_fault(p, row) != Fault::none;
+    if (fault || !is_masked(p, row)) {
+        if (lane_of() != 0) return;
+        p.numbers[row] = {};
+        *loss = fault ? not_a_number<Real>() : Real(0);
         return;
     }
-    Sums<double> all = Sums<double>::none();
-    for (int s = lane_of(); s < segments; s += kWarp) {
-        const Sums<Real> part = sums[row * segments + s];
-        const double top = static_cast<double>(part.mass.top);
-        if (top > all.mass.top) all.rescale(top);
-        const double scale = Normaliser<double>::relative(top, all.mass.top);
-        all.mass.total += scale * static_cast<double>(part.mass.total);
-        all.dot += scale * static_cast<double>(part.dot);
+    WeightedSums<double> sums = WeightedSums<double>::none();
+    for (int s = lane_of(); s < count; s += kWarp) {
+        const WeightedSums<Real> segment = segments[row * count + s];
+        sums.add(WeightedSums<double>{static_cast<double>(segment.top), static_cast<double>(segment.total),
+                                      static_cast<double>(segment.dot)});
     }
-    all = warp_sums(all);
+    sums = warp_sums(sums);
     if (lane_of() != 0) return;
     const int64_t v = p.x_0[row];
-    const double logit = Vector<T>::read(static_cast<const T*>(p.logits) + row * p.dim + v);
-    const GeneralizedMaskedRow numbers = generalized_masked_row(all.mass.top, all.mass.total, all.dot, logit);
+    const double logit_v = static_cast<double>(Vector<T>::read(row_logits<T>(p, row) + v));
+    const GeneralizedMaskedRow numbers = generalized_masked_row(sums.top, sums.total, sums.dot, logit_v);
     p.numbers[row] = numbers;
-    *loss = static_cast<Real>(
-        generalized_masked_value(numbers, static_cast<double>(static_cast<const Real*>(p.power)[v]), p.t[row]));
+    const double power_v = static_cast<double>(static_cast<const Real*>(p.power)[v]);
+    *loss = static_cast<Real>(generalized_masked_value(numbers, power_v, p.t[row]));
 }
 
+// The factors of a row in the compute type, and v. Rows that are not masked have v = kUnmasked; bad ones have no v, but
+// NaN for all numbers.
 template <class Real>
-__device__ __forceinline__ GeneralizedMaskedGradient gradient_of(const GeneralizedMaskedParams& p, int64_t row) {
-    const double power_v = static_cast<double>(static_cast<const Real*>(p.power)[p.x_0[row]]);
-    return generalized_masked_gradient(p.numbers[row], power_v, p.t[row],
-                                       static_cast<double>(static_cast<const Real*>(p.grad_loss)[row]));
+struct GradientNumbers {
+    Real top, factor, lift, at_v, power_at_v;
+    int v;
+};
+constexpr int kUnmasked = -1, kBad = -2;
+
+template <class T>
+__global__ void __launch_bounds__(kRowThreads)
+    numbers_kernel(GeneralizedMaskedParams p, GradientNumbers<RealOf<T>>* numbers) {
+    using Real = RealOf<T>;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+    if (row >= p.rows) return;
+    if (generalized_masked_fault(p, row) != Fault::none) {
+        const Real nan = not_a_number<Real>();
+        numbers[row] = {nan, nan, nan, nan, nan, kBad};
+        return;
+    }
+    if (!is_masked(p, row)) {
+        numbers[row] = {Real(0), Real(0), Real(0), Real(0), Real(0), kUnmasked};
+        return;
+    }
+    const int64_t v = p.x_0[row];
+    const double power_v = static_cast<double>(static_cast<const Real*>(p.power)[v]);
+    const GeneralizedMaskedGradient g = generalized_masked_gradient(
+        p.numbers[row], power_v, p.t[row], static_cast<double>(static_cast<const Real*>(p.grad_loss)[row]));
+    numbers[row] = {static_cast<Real>(p.numbers[row].top),
+                    static_cast<Real>(g.factor),
+                    static_cast<Real>(g.lift),
+                    static_cast<Real>(g.at_v),
+                    static_cast<Real>(g.power_at_v),
+                    static_cast<int>(v)};
 }
 
 template <class T>
-__global__ void __launch_bounds__(kWarps* kWarp) gradient_kernel(GeneralizedMaskedParams p, RowSplit split) {
+__global__ void __launch_bounds__(kWarps* kWarp)
+    gradient_kernel(GeneralizedMaskedParams p, RowSplit split, const GradientNumbers<RealOf<T>>* numbers) {
     using Real = RealOf<T>;
     using V = Vector<T>;
     constexpr int width = V::kWidth;
     const Place place = place_of(split);
     if (place.row >= p.rows || place.segment >= split.segments) return;
-    const int64_t offset = place.row * p.dim;
-    const int dim = static_cast<int>(p.dim), mask = dim - 1;
-    const T* row = static_cast<const T*>(p.logits) + offset;
-    T* out = static_cast<T*>(p.out) + offset;
-    if (!is_masked(p, place.row)) {
-        const Real rest = is_bad(p, place.row) ? not_a_number<Real>() : Real(0);
+    const int dim = static_cast<int>(p.dim);
+    T* out = static_cast<T*>(p.out) + place.row * p.dim;
+    const GradientNumbers<Real> n = numbers[place.row];
+    if (n.v < 0) {
+        const Real rest = n.v == kUnmasked ? Real(0) : not_a_number<Real>();
         write_segment(out, dim, place.segment, [rest](int) { return rest; });
         return;
     }
     const Real* power = static_cast<const Real*>(p.power);
-    const GeneralizedMaskedGradient g = gradient_of<Real>(p, place.row);
-    const Real top = static_cast<Real>(p.numbers[place.row].top), factor = static_cast<Real>(g.factor),
-               lift = static_cast<Real>(g.lift), at_v = static_cast<Real>(g.at_v);
-    const int v = static_cast<int>(p.x_0[place.row]);
-    const auto gradient = [&](int y, Real l) {
-        if (y == mask) return Real(0);
-        return y == v ? at_v : factor * exponential(l - top) * (power[y] + lift);
+    const auto gradient = [&](int y, Real l) { return n.factor * exponential(l - n.top) * (power[y] + n.lift); };
+    const auto special = [&](int y, Real g) { return y == dim - 1 ? Real(0) : y == n.v ? n.at_v : g; };
+    const auto in_vector = [](int entry, int y) {
+        return static_cast<unsigned>(entry - y) < static_cast<unsigned>(width);
     };
     visit(
-        row, dim, place.segment, -1,
+        row_logits<T>(p, place.row), dim, place.segment, -1,
         [&](int y, Real(&l)[width]) {
 #pragma unroll
             for (int j = 0; j < width; ++j) l[j] = gradient(y + j, l[j]);
+            if (in_vector(n.v, y) || in_vector(dim - 1, y)) {
+#pragma unroll
+                for (int j = 0; j < width; ++j) l[j] = special(y + j, l[j]);
+            }
             write_vector(out + y, l);
         },
-        [&](int y, Real l) { V::write(out + y, gradient(y, l)); });
+        [&](int y, Real l) { V::write(out + y, special(y, gradient(y, l))); });
 }
 
-// One thread per column.
+// sums[chunk, column] = the contributions of the chunk's rows to the column, added in their order.
 template <class T>
-__global__ void __launch_bounds__(kRowThreads) column_kernel(GeneralizedMaskedParams p) {
+__global__ void __launch_bounds__(kColumnThreads)
+    columns_kernel(GeneralizedMaskedParams p, unsigned pieces, const GradientNumbers<RealOf<T>>* numbers,
+                   RealOf<T>* sums) {
     using Real = RealOf<T>;
-    const int64_t column = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+    const int64_t chunk = blockIdx.x / pieces;
+    const int64_t column = static_cast<int64_t>(blockIdx.x % pieces) * kColumnThreads + threadIdx.x;
+    if (column >= p.dim - 1) return;
+    const int64_t begin = chunk * kColumnRows, end = begin + kColumnRows < p.rows ? begin + kColumnRows : p.rows;
+    Real sum = 0;
+#pragma unroll 4
+    for (int64_t row = begin; row < end; ++row) {
+        const GradientNumbers<Real> n = numbers[row];
+        if (n.v == kUnmasked) continue;
+        if (n.v < 0 || n.v == column) {
+            sum += n.power_at_v;
+        } else {
+            const Real l = Vector<T>::read(row_logits<T>(p, row) + column);
+            sum += n.factor * exponential(l - n.top);
+        }
+    }
+    sums[chunk * (p.dim - 1) + column] = sum;
+}
+
+template <class Real>
+__global__ void __launch_bounds__(kColumnThreads)
+    power_kernel(GeneralizedMaskedParams p, int64_t chunks, const Real* sums) {
+    const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumnThreads + threadIdx.x;
     if (column >= p.dim) return;
     double sum = 0.0;
     if (column < p.dim - 1) {
-        for (int64_t row = 0; row < p.rows; ++row) {
-            if (is_bad(p, row)) sum = not_a_number<double>();
-            if (!is_masked(p, row)) continue;
-            const GeneralizedMaskedGradient g = gradient_of<Real>(p, row);
-            const Real l = Vector<T>::read(static_cast<const T*>(p.logits) + row * p.dim + column);
-            const Real top = static_cast<Real>(p.numbers[row].top);
-            sum += column == p.x_0[row] ? g.power_at_v
-                                        : static_cast<double>(static_cast<Real>(g.factor) * exponential(l - top));
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            sum += static_cast<double>(sums[chunk * (p.dim - 1) + column]);
         }
     }
     static_cast<double*>(p.out)[column] = sum;
@@ -199,9 +250,64 @@ __global__ void __launch_bounds__(kRowThreads) column_kernel(GeneralizedMaskedPa
 
 // ---- launchers ----
 
+int64_t column_chunks(int64_t rows) { return (rows + kColumnRows - 1) / kColumnRows; }
+
+// Bytes of GradientNumbers for all rows, up to a boundary of 8 bytes.
+int64_t number_bytes(int64_t rows, DType dtype) {
+    const int64_t size = dtype == DType::float64 ? sizeof(GradientNumbers<double>) : sizeof(GradientNumbers<float>);
+    return (rows * size + 7) / 8 * 8;
+}
+
+template <class T>
+const char* launch_numbers(const GeneralizedMaskedParams& p, const CudaLaunch& launch) {
+    SEDD_LAUNCH((numbers_kernel<T>), blocks_for(p.rows, kRowThreads), kRowThreads, 0, stream_of(launch), p,
+                static_cast<GradientNumbers<RealOf<T>>*>(launch.workspace));
+    return nullptr;
+}
+
+template <class T>
+const char* launch_forward(const GeneralizedMaskedParams& p, const CudaLaunch& launch) {
+    const RowSplit split = split_rows(p.dim, p.dtype);
+    const int64_t blocks = split_blocks(split, p.rows);
+    if (const char* why = too_large(p.rows * kWarp, p.dim, blocks)) return why;
+    auto* segments = static_cast<WeightedSums<RealOf<T>>*>(launch.workspace);
+    SEDD_LAUNCH((sums_kernel<T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, split, segments);
+    SEDD_LAUNCH((loss_kernel<T>), blocks_for(p.rows * kWarp, kRowThreads), kRowThreads, 0, stream_of(launch), p,
+                split.segments, segments);
+    return launch_error();
+}
+
+template <class T>
+const char* launch_backward(const GeneralizedMaskedParams& p, const CudaLaunch& launch) {
+    const RowSplit split = split_rows(p.dim, p.dtype);
+    const int64_t blocks = split_blocks(split, p.rows);
+    if (const char* why = too_large(p.rows, p.dim, blocks)) return why;
+    launch_numbers<T>(p, launch);
+    SEDD_LAUNCH((gradient_kernel<T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, split,
+                static_cast<const GradientNumbers<RealOf<T>>*>(launch.workspace));
+    return launch_error();
+}
+
+template <class T>
+const char* launch_power(const GeneralizedMaskedParams& p, const CudaLaunch& launch) {
+    using Real = RealOf<T>;
+    const int64_t chunks = column_chunks(p.rows);
+    const unsigned pieces = blocks_for(p.dim, kColumnThreads);
+    if (const char* why = too_large(p.rows, p.dim, chunks * pieces)) return why;
+    auto* sums = reinterpret_cast<Real*>(static_cast<char*>(launch.workspace) + number_bytes(p.rows, p.dtype));
+    if (p.rows > 0) {
+        launch_numbers<T>(p, launch);
+        SEDD_LAUNCH((columns_kernel<T>), blocks_for(chunks * pieces, 1), kColumnThreads, 0, stream_of(launch), p,
+                    pieces, static_cast<const GradientNumbers<Real>*>(launch.workspace), sums);
+    }
+    SEDD_LAUNCH((power_kernel<Real>), pieces, kColumnThreads, 0, stream_of(launch), p, chunks,
+                static_cast<const Real*>(sums));
+    return launch_error();
+}
+
+// Calls f(type) on the device of the launch.
 template <class F>
-const char* with_logits(const GeneralizedMaskedParams& p, const CudaLaunch& launch, F f) {
-    if (p.rows == 0) return nullptr;
+const char* with_device(const GeneralizedMaskedParams& p, const CudaLaunch& launch, F f) {
     if (const char* why = use_device(launch.device)) return why;
     return with_type(p.dtype, f);
 }
@@ -209,44 +315,30 @@ const char* with_logits(const GeneralizedMaskedParams& p, const CudaLaunch& laun
 }  // namespace
 
 const char* generalized_masked_cuda(const GeneralizedMaskedParams& p, const CudaLaunch& launch) {
-    return with_logits(p, launch, [&](auto* type) -> const char* {
-        using T = std::remove_pointer_t<decltype(type)>;
-        const RowSplit split = split_rows(p.dim, p.dtype);
-        const int64_t blocks = split_blocks(split, p.rows);
-        if (const char* why = too_large(p.rows * kWarp, p.dim, blocks)) return why;
-        auto* sums = static_cast<Sums<RealOf<T>>*>(launch.workspace);
-        SEDD_LAUNCH((sums_kernel<T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, split, sums);
-        SEDD_LAUNCH((loss_kernel<T>), blocks_for(p.rows * kWarp, kRowThreads), kRowThreads, 0, stream_of(launch), p,
-                    split.segments, sums);
-        return launch_error();
-    });
+    if (p.rows == 0) return nullptr;
+    return with_device(p, launch,
+                       [&](auto* type) { return launch_forward<std::remove_pointer_t<decltype(type)>>(p, launch); });
 }
 
 const char* generalized_masked_backward_cuda(const GeneralizedMaskedParams& p, const CudaLaunch& launch) {
-    return with_logits(p, launch, [&](auto* type) -> const char* {
-        using T = std::remove_pointer_t<decltype(type)>;
-        const RowSplit split = split_rows(p.dim, p.dtype);
-        const int64_t blocks = split_blocks(split, p.rows);
-        if (const char* why = too_large(p.rows, p.dim, blocks)) return why;
-        SEDD_LAUNCH((gradient_kernel<T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, split);
-        return launch_error();
-    });
+    if (p.rows == 0) return nullptr;
+    return with_device(p, launch,
+                       [&](auto* type) { return launch_backward<std::remove_pointer_t<decltype(type)>>(p, launch); });
 }
 
 const char* generalized_masked_power_cuda(const GeneralizedMaskedParams& p, const CudaLaunch& launch) {
-    if (const char* why = use_device(launch.device)) return why;
-    return with_type(p.dtype, [&](auto* type) -> const char* {
-        using T = std::remove_pointer_t<decltype(type)>;
-        if (const char* why = too_large(p.rows, p.dim, p.dim)) return why;
-        SEDD_LAUNCH((column_kernel<T>), blocks_for(p.dim, kRowThreads), kRowThreads, 0, stream_of(launch), p);
-        return launch_error();
-    });
+    return with_device(p, launch,
+                       [&](auto* type) { return launch_power<std::remove_pointer_t<decltype(type)>>(p, launch); });
 }
 
 int64_t generalized_masked_workspace(int64_t rows, int64_t dim, DType dtype) {
     return 3 * rows * num_segments(dim, dtype) * real_bytes(dtype);
 }
-int64_t generalized_masked_backward_workspace(int64_t, int64_t, DType) { return 0; }
-int64_t generalized_masked_power_workspace(int64_t, int64_t, DType) { return 0; }
+
+int64_t generalized_masked_backward_workspace(int64_t rows, int64_t, DType dtype) { return number_bytes(rows, dtype); }
+
+int64_t generalized_masked_power_workspace(int64_t rows, int64_t dim, DType dtype) {
+    return number_bytes(rows, dtype) + column_chunks(rows) * (dim - 1) * real_bytes(dtype);
+}
 
 }  // namespace sedd

@@ -158,9 +158,7 @@ __device__ __forceinline__ float excess_of(float r, float u) {
     p = p * r + 3.3333331174e-1f;
     return r > -0.29f && r < 0.41f ? r * r * (0.5f - r * p) : r - logf(u);
 }
-__device__ __forceinline__ double excess_of(double r, double u) {
-    return excess_over_log(r, log(u));
-}
+__device__ __forceinline__ double excess_of(double r, double u) { return excess_over_log(r, log(u)); }
 
 template <class Real>
 __device__ __forceinline__ Real at_least(Real value, float least) {

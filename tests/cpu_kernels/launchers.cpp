@@ -169,6 +169,31 @@ const char* reverse_mean_sample_cuda(const ReverseMeanParams& p, const CudaLaunc
     return nullptr;
 }
 
+const char* generalized_masked_cuda(const GeneralizedMaskedParams& p, const CudaLaunch& launch) {
+    note(launch);
+    generalized_masked_cpu(p, 1);
+    for (int64_t row = 0; row < p.rows; ++row) {
+        if (generalized_masked_fault(p, row) != Fault::none) mark(p.out, compute_type(p.dtype), row, 1);
+    }
+    return nullptr;
+}
+
+const char* generalized_masked_backward_cuda(const GeneralizedMaskedParams& p, const CudaLaunch&) {
+    generalized_masked_backward_cpu(p, 1);
+    for (int64_t row = 0; row < p.rows; ++row) {
+        if (generalized_masked_fault(p, row) != Fault::none) mark(p.out, p.dtype, row, p.dim);
+    }
+    return nullptr;
+}
+
+const char* generalized_masked_power_cuda(const GeneralizedMaskedParams& p, const CudaLaunch&) {
+    if (generalized_masked_power_cpu(p, 1).fault != Fault::none) mark(p.out, DType::float64, 0, p.dim - 1);
+    return nullptr;
+}
+
+int64_t generalized_masked_workspace(int64_t, int64_t, DType) { return 0; }
+int64_t generalized_masked_backward_workspace(int64_t, int64_t, DType) { return 0; }
+int64_t generalized_masked_power_workspace(int64_t, int64_t, DType) { return 0; }
 int64_t score_entropy_workspace(int64_t, int64_t, DType) { return 0; }
 int64_t score_entropy_backward_workspace(int64_t, int64_t, DType) { return 0; }
 int64_t score_entropy_tile_workspace(int64_t, int64_t, DType) { return 0; }

@@ -17,6 +17,7 @@
 
 #include <sys/mman.h>
 
+#include "generalized_masked.h"
 #include "mean_prediction.h"
 #include "reverse.h"
 #include "reverse_mean.h"
@@ -438,6 +439,76 @@ Expected mean_prediction_step(const Problem& p) {
     return loss;
 }
 
+// Rows of masked diffusion: two of three are masked. Bad ones stay bad, or are replaced by ones that are not masked if
+// there are any tokens. Powers lie in [0.1, 3].
+struct MaskedRows {
+    MaskedRows(const Problem& p, bool with_bad)
+        : power(compute_type(p.shape.dtype), p.shape.dim), x_t(p.x_t), x_0(p.x_0), t(p.sigma) {
+        const int64_t mask = p.shape.dim - 1;
+        for (int64_t y = 0; y <= mask; ++y)
+            power.set(y, y < mask ? 0.1 + static_cast<double>(y * 37 % 30) / 10.0 : kNan);
+        for (size_t i = 0; i < x_t.size(); ++i) {
+            if (x_0[i] == mask) x_0[i] = 0;  // bad where there is no other token
+            if (p.is_token(x_t[i])) x_t[i] = i % 3 != 1 || i == 7 ? mask : x_0[i];
+            if (is_noise(t[i])) t[i] /= 1.0 + t[i];
+        }
+        if (x_t.size() > 8) t[4] = 1.5;
+        for (size_t i = 0; i < x_t.size(); ++i) {
+            if (with_bad || mask == 0 || !is_bad(i, p.shape.dim)) continue;
+            x_t[i] = x_0[i] = 0;
+            t[i] = 0.5;
+        }
+    }
+
+    bool is_bad(size_t i, int64_t dim) const {
+        const bool tokens = 0 <= x_t[i] && x_t[i] < dim && 0 <= x_0[i] && x_0[i] < dim;
+        return !tokens || !(t[i] > 0.0 && t[i] <= 1.0) || (x_t[i] == dim - 1 && x_0[i] == dim - 1);
+    }
+
+    Array power;
+    std::vector<int64_t> x_t, x_0;
+    std::vector<double> t;
+};
+
+// loss = (Σ_k w_k μ_k - w_v - w_v log μ_v) / t, its gradient in the logits, and the one in w, with μ_MASK = 0.
+void generalized_masked(const Problem& p, const MaskedRows& rows, Expected& loss, Expected& gradient,
+                        Expected& in_power) {
+    const int64_t dim = p.shape.dim, mask = dim - 1;
+    const double part = tolerance(p.shape.dtype);
+    std::vector<double> power(static_cast<size_t>(dim)), power_scale(static_cast<size_t>(dim));
+    for (int64_t row = 0; row < p.shape.rows; ++row) {
+        const auto i = static_cast<size_t>(row);
+        if (rows.is_bad(i, dim)) {
+            std::fill(power.begin(), power.end() - 1, kNan);
+            continue;
+        }
+        const int64_t v = rows.x_0[i];
+        const bool masked = rows.x_t[i] == mask;
+        const auto e = [&](int64_t y) { return std::exp(p.log_score[row * dim + y]); };
+        double total = 0.0, mean = 0.0;
+        for (int64_t y = 0; y < mask; ++y) total += e(y);
+        for (int64_t y = 0; y < mask; ++y) mean += rows.power[y] * e(y) / total;
+        const double c = masked ? 1.0 / rows.t[i] : 0.0, w = masked ? rows.power[v] : 0.0;
+        const double cost = masked ? std::log(total) - p.log_score[row * dim + v] : 0.0;
+        loss.set(row, masked ? c * (mean - w + w * cost) : 0.0, masked ? part * c * (mean + w + w * cost) : 0.0);
+        for (int64_t y = 0; y < dim; ++y) {
+            const int64_t at = row * dim + y;
+            gradient.set(at, 0.0, 0.0);
+            if (y == mask || !masked) continue;
+            const double mu = e(y) / total, handed = c * p.grad_loss[row], here = y == v ? 1.0 : 0.0;
+            const double slope = handed * (mu * (rows.power[y] - mean) - w * (here - mu));
+            gradient.set(
+                at, slope,
+                part * handed * (mu * (rows.power[y] + mean + w) + w * here) + 1.01 * rounding(p.shape.dtype, slope));
+            power[static_cast<size_t>(y)] += handed * (mu - here * (1.0 - cost));
+            power_scale[static_cast<size_t>(y)] += handed * (mu + here * (1.0 + cost));
+        }
+    }
+    for (int64_t y = 0; y < dim; ++y) {
+        in_power.set(y, power[static_cast<size_t>(y)], part * power_scale[static_cast<size_t>(y)]);
+    }
+}
+
 Expected transition_entries(const Problem& p, bool column) {
     Expected expected(p.shape.rows * p.shape.dim);
     for (int64_t row = 0; row < p.shape.rows; ++row) {
@@ -736,6 +807,10 @@ class Driver {
         if (wants("mean_prediction")) run_mean_prediction(p);
         if (wants("reverse")) run_reverse(p);
         if (wants("reverse_mean")) run_reverse_mean(p);
+        if (shape.family == Family::absorbing && wants("generalized_masked")) {
+            run_generalized_masked(p, MaskedRows(p, true), "generalized_masked");
+            run_generalized_masked(p, MaskedRows(p, false), "generalized_masked of good rows");
+        }
     }
 
   private:
@@ -918,6 +993,65 @@ class Driver {
         for (double& sigma : half) sigma *= 0.5;
         params.sigma_s = half.data();
         check(p, "mean_prediction of a step", compute_type(s.dtype), mean_prediction_step(p), workspace, forward);
+    }
+
+    void run_generalized_masked(const Problem& p, const MaskedRows& rows, const std::string& name) {
+        const Shape& s = p.shape;
+        Expected loss(s.rows), gradient(s.rows * s.dim), in_power(s.dim);
+        generalized_masked(p, rows, loss, gradient, in_power);
+        const Array numbers = garbage(s.rows * static_cast<int64_t>(sizeof(sedd::GeneralizedMaskedRow)));
+        sedd::GeneralizedMaskedParams params{p.log_score.data(),
+                                             rows.power.data(),
+                                             rows.x_t.data(),
+                                             rows.x_0.data(),
+                                             rows.t.data(),
+                                             p.grad_loss.data(),
+                                             static_cast<sedd::GeneralizedMaskedRow*>(numbers.data()),
+                                             nullptr,
+                                             s.rows,
+                                             s.dim,
+                                             s.dtype};
+        check(p, name.c_str(), compute_type(s.dtype), loss, sedd::generalized_masked_workspace(s.rows, s.dim, s.dtype),
+              [&](void* out, const sedd::CudaLaunch& where) {
+                  params.out = out;
+                  return sedd::generalized_masked_cuda(params, where);
+              });
+        const int64_t workspace = sedd::generalized_masked_backward_workspace(s.rows, s.dim, s.dtype);
+        check(p, (name + ", backward").c_str(), s.dtype, gradient, workspace,
+              [&](void* out, const sedd::CudaLaunch& where) {
+                  params.out = out;
+                  return sedd::generalized_masked_backward_cuda(params, where);
+              });
+        check(p, (name + ", backward in place").c_str(), s.dtype, gradient, workspace,
+              [&](void* out, const sedd::CudaLaunch& where) {
+                  std::memcpy(out, p.log_score.data(), static_cast<size_t>(s.rows * s.dim) * bytes_of(s.dtype));
+                  sedd::GeneralizedMaskedParams in_place = params;
+                  in_place.logits = in_place.out = out;
+                  return sedd::generalized_masked_backward_cuda(in_place, where);
+              });
+        check_columns(p, name + ", power", in_power, [&](void* out, const sedd::CudaLaunch& where) {
+            params.out = out;
+            return sedd::generalized_masked_power_cuda(params, where);
+        });
+    }
+
+    // A result with one float64 number a column.
+    template <class Launch>
+    void check_columns(const Problem& p, const std::string& operation, const Expected& expected, Launch launch) {
+        const Shape& s = p.shape;
+        Array out(DType::float64, s.dim);
+        const int64_t workspace = sedd::generalized_masked_power_workspace(s.rows, s.dim, s.dtype);
+        under_schedules(p, operation.c_str(), workspace, out, launch, [&] {
+            for (int64_t y = 0; y < s.dim; ++y) {
+                const double right = expected.value[static_cast<size_t>(y)], value = out[y];
+                if (std::isnan(right) ? std::isnan(value)
+                                      : std::abs(value - right) <= expected.slack[static_cast<size_t>(y)]) {
+                    continue;
+                }
+                return "column " + std::to_string(y) + ": " + std::to_string(value) + ", not " + std::to_string(right);
+            }
+            return std::string();
+        });
     }
 
     void run_transition(const Problem& p) {
@@ -1168,6 +1302,14 @@ std::string run_on(const std::string& family, int device) {
         error = sedd::score_entropy_cuda({log_score.data(), x.data(), x.data(), noise.data(), nullptr, nullptr, nullptr,
                                           &out, -std::log(3.0), 1, 3, DType::float32, Family::uniform},
                                          where);
+    } else if (family == "generalized_masked") {
+        double numbers[5];
+        static_assert(sizeof numbers == sizeof(sedd::GeneralizedMaskedRow), "one row");
+        float sums[3];
+        error = sedd::generalized_masked_cuda(
+            {log_score.data(), log_score.data(), x.data(), x.data(), noise.data(), nullptr,
+             reinterpret_cast<sedd::GeneralizedMaskedRow*>(numbers), &out, 1, 3, DType::float32},
+            {sums, nullptr, device});
     } else {
         error = sedd::sample_transition_cuda(
             {x.data(), noise.data(), nullptr, nullptr, &out, seed.data(), 1, 3, DType::float32, Family::uniform},
@@ -1182,7 +1324,8 @@ std::string run_on(const std::string& family, int device) {
 // on device 0.
 std::string run_on_both(const std::string& only) {
     for (const int device : {1, 0}) {
-        for (const char* family : {"mean_prediction", "reverse", "reverse_mean", "score_entropy", "transition"}) {
+        for (const char* family :
+             {"generalized_masked", "mean_prediction", "reverse", "reverse_mean", "score_entropy", "transition"}) {
             const std::string what = only.empty() || only == family ? run_on(family, device) : "";
             if (!what.empty()) return family + (": " + what);
         }
@@ -1193,7 +1336,7 @@ std::string run_on_both(const std::string& only) {
 
 }  // namespace
 
-// driver [--quick] [--in-turn] [--only mean_prediction|score_entropy|transition|reverse|reverse_mean] [SCHEDULE]...
+// driver [--quick] [--in-turn] [--only FAMILY] [SCHEDULE]..., with the name of a source in csrc/cuda as FAMILY
 int main(int count, char** words) {
     bool quick = false, in_turn = false;
     std::string only;

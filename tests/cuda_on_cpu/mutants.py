@@ -28,7 +28,8 @@ else:
 
 Check = Literal["values", "address", "thread"]
 
-FAMILIES = ("mean_prediction", "reverse", "reverse_mean", "score_entropy", "transition")  # the sources, without .cu
+FAMILIES = ("generalized_masked", "mean_prediction", "reverse", "reverse_mean", "score_entropy", "transition")
+"""The sources, without .cu."""
 
 CHECKS: dict[Check, tuple[str, ...]] = {
     "values": (),
@@ -527,6 +528,109 @@ MUTANTS = [
         "        if (fault) sweep.row.weight = not_a_number<double>();\n",
         "",
         family="score_entropy",
+    ),
+    # ---- Generalised masked diffusion ----
+    Mutant(
+        "v is among the other tokens",
+        "generalized_masked.cu",
+        "place.segment, static_cast<int>(p.x_0[place.row]),",
+        "place.segment, -1,",
+        family="generalized_masked",
+    ),
+    Mutant(
+        "MASK has a share",
+        "generalized_masked.cu",
+        "static_cast<int>(p.dim) - 1, place.segment",
+        "static_cast<int>(p.dim), place.segment",
+        family="generalized_masked",
+    ),
+    Mutant(
+        "a lower largest logit",
+        "generalized_masked.cu",
+        "        total *= scale;\n",
+        "",
+        family="generalized_masked",
+    ),
+    Mutant(
+        "the weighted sum of a segment is not rescaled",
+        "generalized_masked.cu",
+        "        dot *= scale;\n",
+        "",
+        family="generalized_masked",
+    ),
+    Mutant(
+        "every lane writes a segment's sums",
+        "generalized_masked.cu",
+        "if (lane_of() == 0) segments[",
+        "segments[",
+        "thread",
+        "generalized_masked",
+    ),
+    Mutant(
+        "v has the gradient of the others",
+        "generalized_masked.cu",
+        "in_vector(n.v, y) || ",
+        "",
+        family="generalized_masked",
+    ),
+    Mutant(
+        "MASK has a gradient",
+        "generalized_masked.cu",
+        " || in_vector(dim - 1, y)",
+        "",
+        family="generalized_masked",
+    ),
+    Mutant(
+        "a bad row of masked diffusion has no loss",
+        "generalized_masked.cu",
+        "fault ? not_a_number<Real>() : Real(0);",
+        "Real(0);",
+        family="generalized_masked",
+    ),
+    Mutant(
+        "a bad row of masked diffusion has no gradient",
+        "generalized_masked.cu",
+        "n.v == kUnmasked ? Real(0) : not_a_number<Real>();",
+        "Real(0);",
+        family="generalized_masked",
+    ),
+    Mutant(
+        "a clean token is used before it is checked",
+        "generalized_masked.cu",
+        "    if (generalized_masked_fault(p, row) != Fault::none) {\n",
+        "    if (generalized_masked_fault(p, row) == Fault::x_t) {\n",
+        "address",
+        "generalized_masked",
+    ),
+    Mutant(
+        "v's power has the gradient of the others",
+        "generalized_masked.cu",
+        "if (n.v < 0 || n.v == column)",
+        "if (n.v < 0)",
+        family="generalized_masked",
+    ),
+    Mutant(
+        "rows that are not masked move the powers",
+        "generalized_masked.cu",
+        "numbers[row] = {Real(0), Real(0), Real(0), Real(0), Real(0), kUnmasked};",
+        "numbers[row] = {Real(0), Real(1), Real(0), Real(0), Real(1), 0};",
+        family="generalized_masked",
+    ),
+    Mutant(
+        "MASK's power has a column of the sums",
+        "generalized_masked.cu",
+        "if (column >= p.dim - 1) return;",
+        "if (column >= p.dim) return;",
+        "address",
+        "generalized_masked",
+    ),
+    Mutant(
+        "a workspace without the sums of the last rows",
+        "generalized_masked.cu",
+        "column_chunks(rows) * (dim - 1)",
+        "(column_chunks(rows) - 1) * (dim - 1)",
+        "address",
+        "generalized_masked",
     ),
     # ---- Tiles: barriers, and who writes ----
     Mutant(
