@@ -191,16 +191,15 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     }
     const Real* power = static_cast<const Real*>(p.power);
     const auto gradient = [&](int y, Real l) { return n.factor * exponential(l - n.top) * (power[y] + n.lift); };
-    const auto special = [&](int y, Real g) { return y == dim - 1 ? Real(0) : y == n.v ? n.at_v : g; };
-    const auto in_vector = [](int entry, int y) {
-        return static_cast<unsigned>(entry - y) < static_cast<unsigned>(width);
-    };
+    const auto special = [&](int y, Real g) { return y == n.v ? n.at_v : g; };
+    // MASK's entry is not visited, so that any warp may write it
+    if (place.segment == 0 && lane_of() == 0) V::write(out + dim - 1, Real(0));
     visit(
-        row_logits<T>(p, place.row), dim, place.segment, -1,
+        row_logits<T>(p, place.row), dim - 1, place.segment, -1,
         [&](int y, Real(&l)[width]) {
 #pragma unroll
             for (int j = 0; j < width; ++j) l[j] = gradient(y + j, l[j]);
-            if (in_vector(n.v, y) || in_vector(dim - 1, y)) {
+            if (static_cast<unsigned>(n.v - y) < static_cast<unsigned>(width)) {
 #pragma unroll
                 for (int j = 0; j < width; ++j) l[j] = special(y + j, l[j]);
             }

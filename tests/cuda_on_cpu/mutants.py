@@ -569,15 +569,15 @@ MUTANTS = [
     Mutant(
         "v has the gradient of the others",
         "generalized_masked.cu",
-        "in_vector(n.v, y) || ",
-        "",
+        "if (static_cast<unsigned>(n.v - y) < static_cast<unsigned>(width)) {",
+        "if (false) {",
         family="generalized_masked",
     ),
     Mutant(
         "MASK has a gradient",
         "generalized_masked.cu",
-        " || in_vector(dim - 1, y)",
-        "",
+        "row_logits<T>(p, place.row), dim - 1, place.segment, -1,",
+        "row_logits<T>(p, place.row), dim, place.segment, -1,",
         family="generalized_masked",
     ),
     Mutant(
