@@ -30,7 +30,11 @@ from gpu_tables import Record, summary, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
-TESTED = ("score_entropy", "reverse", "transition", "linear_score_entropy", "linear_reverse", "bad_input", "operators")
+TESTED = (
+    *("score_entropy", "mean_prediction", "generalized_masked", "reverse", "reverse_mean", "transition"),
+    *("linear_score_entropy", "linear_mean_prediction", "linear_generalized_masked"),
+    *("linear_reverse", "linear_reverse_mean", "bad_input", "operators"),
+)
 OPERATOR_TESTS = [f"tests/test_{name}.py" for name in (*TESTED, "cuda_kernels")]
 KINDS = ("about", "operators", "accuracy", "tokens", "timings", "models", "launches", "buffers", "counters")
 DEVICES = ("cpu", "cuda")

@@ -326,6 +326,7 @@ const char* generalized_masked_backward_cuda(const GeneralizedMaskedParams& p, c
 }
 
 const char* generalized_masked_power_cuda(const GeneralizedMaskedParams& p, const CudaLaunch& launch) {
+    if (p.dim == 0) return nullptr;
     return with_device(p, launch,
                        [&](auto* type) { return launch_power<std::remove_pointer_t<decltype(type)>>(p, launch); });
 }
