@@ -103,8 +103,8 @@ def test_kernels_take_their_arguments_by_name(kernel: str) -> None:
                 function(wrong)
     with pytest.raises(TypeError, match=rf"^{kernel}: expected the arguments .*; got other too"):
         function({**right, "other": 0})
-    with pytest.raises(TypeError, match=r"^stationary: expected a tensor, an address or None, got str"):
-        function({**right, "stationary": "0"})
+    with pytest.raises(TypeError, match=r"^out: expected a tensor, an address or None, got str"):
+        function({**right, "out": "0"})
     with pytest.raises(TypeError):
         function({**right, "rows": 0.5})
 
@@ -112,7 +112,7 @@ def test_kernels_take_their_arguments_by_name(kernel: str) -> None:
 def test_codes_and_names_come_from_the_compiled_module() -> None:
     assert set(_C.families) == {"absorbing", "uniform", "rank_one"}
     assert set(_C.steps) == {Tweedie.name, Euler.name}
-    assert set(_C.faults) == {"x_t", "x_0", "sigma", "total"}
+    assert set(_C.faults) == {"x_t", "x_0", "sigma", "total", "sigma_s", "noise"}
     assert set(_dispatch.DTYPES) == {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
 

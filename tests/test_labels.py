@@ -132,5 +132,7 @@ def test_instruction_sets_have_kernels_of_their_own() -> None:
     for one, mine in all_results.items():
         for other, theirs in all_results.items():
             for name in mine:
+                if name == "gradient" and {one.variant, other.variant} == {"avx2", "avx512"}:
+                    continue  # no sum, and the same operations
                 same = torch.equal(mine[name], theirs[name])
                 assert same == (one == other), f"{name} of {one} and {other}"
