@@ -10,7 +10,7 @@
 // D and f are sums of terms that are not negative. They are computed from the entries other than v, because 1 - μ_v
 // would lose its digits near the minimum, μ_v = 1. This header computes the numbers of a row, on every device.
 //
-// Source: Shi, Han, Wang, Doucet & Titsias 2024, section 5.
+// Source: Shi et al. 2024.
 #pragma once
 
 #include "common/rank_one.h"

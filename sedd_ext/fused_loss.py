@@ -13,7 +13,8 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from sedd_ext._dispatch import compute_dtype
+from sedd_ext._autograd import gradient_function
+from sedd_ext._dispatch import compute_dtype, per_row
 from sedd_ext._operators import define, schema
 
 __all__: list[str] = []
@@ -43,25 +44,26 @@ def empty_results(a: Any, names: Sequence[str] = ("hidden", "weight", "bias")) -
     return a.hidden.new_empty(a.x_t.shape, dtype=compute_dtype(a.dtype)), *gradients
 
 
-def _gradient_function(name: str, count: int) -> type[torch.autograd.Function]:
-    """Computes the gradients from those for an upstream gradient of 1, which are the first ``count`` arguments."""
+def shared_arguments(
+    reduction: str, loss_weight: Tensor | float | None, batch: torch.Size, device: torch.device, **parts: Tensor | None
+) -> dict[str, Any]:
+    """The arguments that all losses share: ``loss_weight``, and for each differentiable part ``grad_NAME``.
 
-    class Gradient(torch.autograd.Function):
-        """Its own backward raises, because a second derivative would silently lack terms."""
-
-        @staticmethod
-        def forward(ctx: Any, grad_loss: Tensor, *given: Any) -> tuple[Tensor, ...]:
-            gradients: tuple[Tensor, ...] = given[:count]
-            if not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and bool((grad_loss == 1).all()):
-                return gradients
-            gradients = getattr(torch.ops.sedd_ext, f"{name}_backward")(grad_loss, *given)
-            return gradients
-
-        @staticmethod
-        def backward(ctx: Any, *_: Tensor) -> None:
-            raise RuntimeError(f"{name}_loss: differentiable once only, and this asks for a second derivative")
-
-    return Gradient
+    Args:
+        reduction: the reduction of the loss; a mean goes into the weights, which the gradients then contain.
+        loss_weight: a factor for the loss of each position, or None.
+        batch: the shape of the batch.
+        device: the device of the loss.
+        **parts: the tensors that may need a gradient.
+    """
+    if reduction == "mean":
+        scale = 1.0 / max(1, batch.numel())
+        loss_weight = scale if loss_weight is None else loss_weight * scale
+    enabled = torch.is_grad_enabled()
+    return {
+        "loss_weight": None if loss_weight is None else per_row("loss_weight", loss_weight, batch, device),
+        **{f"grad_{name}": enabled and part is not None and part.requires_grad for name, part in parts.items()},
+    }
 
 
 class FusedLoss:
@@ -84,7 +86,7 @@ class FusedLoss:
         names: Sequence[str] = ("hidden", "weight", "bias"),
     ) -> None:
         self.name, self.arguments, self.names = name, arguments, names
-        self.gradient = _gradient_function(name, len(names))
+        self.gradient = gradient_function(f"{name}_loss", self._gradients)
         self.function = self._function()
         result = ", ".join(["Tensor"] * len(names))
         made = ", ".join(f"Tensor {field}_gradient" for field in names)
@@ -120,6 +122,12 @@ class FusedLoss:
         operator = getattr(torch.ops.sedd_ext, self.name)
         everything: tuple[Tensor, ...] = operator(*a._replace(loss_weight=loss_weight.contiguous()))
         return everything[1:]
+
+    def _gradients(self, grad_loss: Tensor, *given: Any) -> tuple[Tensor, ...]:
+        if not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and bool((grad_loss == 1).all()):
+            return given[: len(self.names)]
+        gradients: tuple[Tensor, ...] = getattr(torch.ops.sedd_ext, f"{self.name}_backward")(grad_loss, *given)
+        return gradients
 
     def _function(self) -> type[torch.autograd.Function]:
         name, names, fields, count = self.name, self.names, self.arguments._fields, len(self.names)

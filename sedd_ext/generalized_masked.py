@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sedd_ext import _C
+from sedd_ext._autograd import gradient_function
 from sedd_ext._dispatch import (
     DTYPES,
     check_device,
@@ -49,7 +50,7 @@ def check_power_values(power: Tensor) -> None:
         return
     at = int((~((tokens > 0) & (tokens < torch.inf))).nonzero()[0])
     raise ValueError(
-        f"power: expected finite numbers above 0, got {float(tokens[at])} at index [{at}]; softplus of a parameter is"
+        f"power: expected finite numbers above 0, got {float(tokens[at])} at index [{at}]; use softplus of a parameter"
     )
 
 
@@ -132,19 +133,13 @@ define(
 define(f"generalized_masked_power(Tensor grad_loss, Tensor row_numbers, {_ARGUMENTS}) -> Tensor", _power, _power_fake)
 
 
-class _GeneralizedMaskedGradient(torch.autograd.Function):
-    """Computes one gradient. Its own backward raises, because a second derivative would silently lack terms."""
-
-    @staticmethod
-    def forward(ctx: Any, in_power: bool, *arguments: Tensor) -> Tensor:
-        operators = torch.ops.sedd_ext
-        operator = operators.generalized_masked_power if in_power else operators.generalized_masked_backward
-        result: Tensor = operator(*arguments)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError("generalized_masked_loss: differentiable once only, and this asks for a second derivative")
+_LogitsGradient, _PowerGradient = (
+    gradient_function("generalized_masked_loss", compute)
+    for compute in (
+        lambda *arguments: torch.ops.sedd_ext.generalized_masked_backward(*arguments),
+        lambda *arguments: torch.ops.sedd_ext.generalized_masked_power(*arguments),
+    )
+)
 
 
 class _GeneralizedMasked(torch.autograd.Function):
@@ -161,9 +156,8 @@ class _GeneralizedMasked(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None]:
         in_logits, _, _, _, in_power = ctx.needs_input_grad
         arguments = (grad_loss, *ctx.saved_tensors)
-        apply = _GeneralizedMaskedGradient.apply
-        logits_gradient = apply(False, *arguments) if in_logits else None  # type: ignore[no-untyped-call]
-        power_gradient = apply(True, *arguments) if in_power else None  # type: ignore[no-untyped-call]
+        logits_gradient = _LogitsGradient.apply(*arguments) if in_logits else None
+        power_gradient = _PowerGradient.apply(*arguments) if in_power else None
         return logits_gradient, None, None, None, power_gradient
 
 
@@ -206,7 +200,7 @@ def generalized_masked_loss(
             above 0, ``t`` requires a gradient, or ``reduction`` is unknown. On a GPU the values are not checked: an
             invalid row has loss and gradient NaN, and the gradient in ``power`` is NaN.
 
-    Source: Shi, Han, Wang, Doucet & Titsias 2024, "Simplified and Generalized Masked Diffusion", section 5.
+    Source: GenMD4 of "Simplified and Generalized Masked Diffusion" (Shi et al. 2024).
     """
     if not isinstance(logits, Tensor) or logits.dtype not in DTYPES:
         raise TypeError(f"logits: expected a float32, bfloat16, float16 or float64 tensor, got {kind_of(logits)}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sedd_ext._dispatch import DTYPES, check_reduction, check_tokens, launch, per_row
-from sedd_ext.fused_loss import FusedLoss, empty_results
+from sedd_ext.fused_loss import FusedLoss, empty_results, shared_arguments
 from sedd_ext.generalized_masked import NUMBERS, check_power, check_power_values, raise_row_fault
 from sedd_ext.head import BUFFER_BYTES, Gradients, Head, Rows, Tile, check_head, float16_unit
 
@@ -177,20 +177,13 @@ def linear_generalized_masked_loss(
             above 0, an argument that gets no gradient requires one, ``reduction`` is unknown, or ``buffer_bytes`` is
             not a positive int. On a GPU the values are not checked, see :func:`generalized_masked_loss`.
 
-    Source: Shi, Han, Wang, Doucet & Titsias 2024, "Simplified and Generalized Masked Diffusion", section 5.
+    Source: see :func:`generalized_masked_loss`.
     """
     hidden, weight, bias, dtype = check_head(hidden, weight, bias, None, buffer_bytes)
     batch, device = hidden.shape[:-1], hidden.device
     x_t, x_0 = check_tokens("x_t", x_t, batch, "hidden"), check_tokens("x_0", x_0, batch, "hidden")
     check_reduction(reduction)
     power = check_power(power, weight.shape[0], dtype)
-    if reduction == "mean":
-        scale = 1.0 / max(1, batch.numel())
-        loss_weight = scale if loss_weight is None else loss_weight * scale
-    grad_hidden, grad_weight, grad_bias, grad_power = (
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in (hidden, weight, bias, power)
-    )
     arguments = Arguments(
         hidden=hidden,
         weight=weight,
@@ -199,13 +192,9 @@ def linear_generalized_masked_loss(
         x_t=x_t,
         x_0=x_0,
         t=per_row("t", t, batch, device),
-        loss_weight=None if loss_weight is None else per_row("loss_weight", loss_weight, batch, device),
         dtype=dtype,
         buffer_bytes=buffer_bytes,
-        grad_hidden=grad_hidden,
-        grad_weight=grad_weight,
-        grad_bias=grad_bias,
-        grad_power=grad_power,
+        **shared_arguments(reduction, loss_weight, batch, device, hidden=hidden, weight=weight, bias=bias, power=power),
     )
     loss = _loss(*arguments)
     return loss if reduction == "none" else loss.sum()

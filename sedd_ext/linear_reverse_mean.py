@@ -14,7 +14,7 @@ from torch import Tensor
 from sedd_ext._dispatch import draw_seed
 from sedd_ext._operators import define, schema
 from sedd_ext.head import Head, Rows, is_noise, product
-from sedd_ext.reverse_mean import Numbers, check_power, launch_mean, raise_mean_fault
+from sedd_ext.reverse_mean import Numbers, check_numbers, launch_mean, raise_mean_fault
 
 __all__: list[str] = []
 
@@ -42,7 +42,7 @@ def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor, *_: 
 def _sample(*arguments: Any) -> Tensor:
     head, rest = Output(*arguments[:3]), arguments[3:]
     numbers, (dtype, buffer_bytes, seed) = Numbers(*rest[: len(Numbers._fields)]), rest[len(Numbers._fields) :]
-    check_power(numbers)
+    check_numbers(numbers)
     out = numbers.x_t.reshape(-1).clone()
     rows, dim = live_rows(numbers, head.weight.shape[0]), head.weight.shape[0]
     hidden = head.hidden.reshape(-1, head.hidden.shape[-1])[rows].to(dtype)

@@ -18,7 +18,7 @@ from sedd_ext._dispatch import (
     per_row,
     stationary_for,
 )
-from sedd_ext.fused_loss import FusedLoss, empty_results
+from sedd_ext.fused_loss import FusedLoss, empty_results, shared_arguments
 from sedd_ext.head import BUFFER_BYTES, Gradients, Head, Rows, Tile, check_head, float16_unit
 from sedd_ext.process import RankOne
 
@@ -202,12 +202,6 @@ def linear_score_entropy_loss(
     batch, device = hidden.shape[:-1], hidden.device
     x_t, x_0 = check_tokens("x_t", x_t, batch, "hidden"), check_tokens("x_0", x_0, batch, "hidden")
     check_reduction(reduction)
-    if reduction == "mean":
-        scale = 1.0 / max(1, batch.numel())
-        loss_weight = scale if loss_weight is None else loss_weight * scale
-    grad_hidden, grad_weight, grad_bias = (
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
-    )
     arguments = Arguments(
         hidden=hidden,
         weight=weight,
@@ -216,15 +210,12 @@ def linear_score_entropy_loss(
         x_0=x_0,
         sigma=per_row("sigma", sigma, batch, device),
         log_score_shift=None if log_score_shift is None else per_row("log_score_shift", log_score_shift, batch, device),
-        loss_weight=None if loss_weight is None else per_row("loss_weight", loss_weight, batch, device),
         stationary=stationary_for(process, dtype, device),
         family=process.family,
         neg_entropy=process.neg_entropy,
         dtype=dtype,
         buffer_bytes=buffer_bytes,
-        grad_hidden=grad_hidden,
-        grad_weight=grad_weight,
-        grad_bias=grad_bias,
+        **shared_arguments(reduction, loss_weight, batch, device, hidden=hidden, weight=weight, bias=bias),
     )
     loss = _loss(*arguments)
     return loss if reduction == "none" else loss.sum()

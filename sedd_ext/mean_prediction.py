@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sedd_ext import _C
+from sedd_ext._autograd import gradient_function
 from sedd_ext._dispatch import (
     DTYPES,
     FAMILIES,
@@ -111,17 +112,9 @@ define(f"mean_prediction({_ARGUMENTS}, bool needs_gradient) -> (Tensor, Tensor)"
 define(f"mean_prediction_backward(Tensor grad_loss, Tensor numbers, {_ARGUMENTS}) -> Tensor", _backward, _backward_fake)
 
 
-class _MeanPredictionGradient(torch.autograd.Function):
-    """Computes the gradient. Its own backward raises, because a second derivative would silently lack terms."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        result: Tensor = torch.ops.sedd_ext.mean_prediction_backward(*arguments)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError("mean_prediction_loss: differentiable once only, and this asks for a second derivative")
+_Gradient = gradient_function(
+    "mean_prediction_loss", lambda *arguments: torch.ops.sedd_ext.mean_prediction_backward(*arguments)
+)
 
 
 class _MeanPrediction(torch.autograd.Function):
@@ -137,9 +130,7 @@ class _MeanPrediction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = _MeanPredictionGradient.apply(  # type: ignore[no-untyped-call]
-            grad_loss, *ctx.saved_tensors, *ctx.options
-        )
+        gradient = _Gradient.apply(grad_loss, *ctx.saved_tensors, *ctx.options)
         return gradient, *(None,) * 8
 
 
@@ -192,8 +183,8 @@ def mean_prediction_loss(
         ValueError: a shape does not fit, a token lies outside [0, N), σ̄ is NaN, infinite or not above 0, ``sigma_s`` is
             not in [0, σ̄), an argument that gets no gradient requires one, or ``reduction`` is unknown.
 
-    Source: MD4 (Shi et al. 2024), equation 4, for absorbing processes; SEDD (Lou, Meng & Ermon 2024), Theorem 3.6, at
-        the implied score; D3PM (Austin et al. 2021), equation 1.
+    Source: SEDD (Lou, Meng & Ermon 2024), Theorem 3.6, at the implied score. MD4 (Shi et al. 2024) and MDLM (Sahoo et
+        al. 2024) have it for absorbing processes; D3PM (Austin et al. 2021) has the discrete step.
     """
     process = check_process(process)
     logits = check_log_score(logits, process, "logits")

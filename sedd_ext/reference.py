@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from sedd_ext.process import RankOne
-from sedd_ext.step import Euler, GeneralizedMasked, MeanStep, Tweedie
+from sedd_ext.step import GeneralizedMasked, MeanStep, Tweedie
 
 __all__ = [
     "generalized_masked_loss",
@@ -124,13 +124,13 @@ def mean_prediction_loss(
     """Score entropy at the score that softmax(logits) implies, by plain autograd. With ``sigma_s``, the divergence
     D_KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)) of a discrete step. See :func:`sedd_ext.mean_prediction_loss`.
 
-    Source: SEDD, theorem 3.6; D3PM, equation 1.
+    Source: SEDD, theorem 3.6; D3PM.
     """
     if sigma_s is None:
         loss = score_entropy_loss(implied_log_score(logits, x_t, sigma, process), x_t, x_0, sigma, process)
     else:
-        clean = one_hot(x_0, process.dim).to(_compute_dtype(logits)).log()
-        predicted = _posterior(_log_mean(logits, process), x_t, sigma, sigma_s, process)
+        clean = one_hot(x_0, process.dim).to(_compute_dtype(logits))
+        predicted = _posterior(_log_mean(logits, process).exp(), x_t, sigma, sigma_s, process)
         true = _posterior(clean, x_t, sigma, sigma_s, process)
         loss = (torch.xlogy(true, true) - torch.xlogy(true, predicted.masked_fill(true == 0, 1.0))).sum(-1)
     loss = loss.masked_fill((process.stationary.to(x_t.device) == 0)[x_t], 0.0)
@@ -165,19 +165,16 @@ def _log_mean(logits: Tensor, process: RankOne) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def _posterior(
-    log_mean: Tensor, x_t: Tensor, sigma: float | Tensor, sigma_s: float | Tensor, process: RankOne
-) -> Tensor:
+def _posterior(mean: Tensor, x_t: Tensor, sigma: float | Tensor, sigma_s: float | Tensor, process: RankOne) -> Tensor:
     """p(x_s | x_t) = Σ_k μ_k q(x_s | x_t, x_0 = k) [*B, N], by Bayes' rule and the closed form of both transitions."""
     pi = process.stationary.to(x_t.device)
     pi_x, here = pi[x_t].masked_fill(pi[x_t] == 0, 1.0), _is_entry(x_t, process.dim)
     sigma, sigma_s = _per_row(sigma, x_t), _per_row(sigma_s, x_t)
     (a_t, b_t), (a_s, b_s), (a_d, b_d) = _decay(sigma), _decay(sigma_s), _decay(sigma - sigma_s)
     evidence = a_t[..., None] * here + (b_t * pi_x)[..., None]  # q(x_t | x_0 = k)
-    weighted = log_mean.exp() / evidence.to(log_mean.dtype)
-    origin = a_s.to(weighted.dtype)[..., None] * weighted
-    origin = origin + (b_s[..., None] * pi).to(weighted.dtype) * weighted.sum(-1, keepdim=True)
-    return (a_d[..., None] * here + (b_d * pi_x)[..., None]).to(weighted.dtype) * origin
+    weighted = mean / evidence
+    origin = a_s[..., None] * weighted + b_s[..., None] * pi * weighted.sum(-1, keepdim=True)
+    return ((a_d[..., None] * here + (b_d * pi_x)[..., None]) * origin).to(mean.dtype)
 
 
 # ---------------------------------------------------------------------------------------- generalised masked diffusion
@@ -190,7 +187,7 @@ def generalized_masked_loss(
 
     μ is the softmax of the logits without MASK's, the last one. See :func:`sedd_ext.generalized_masked_loss`.
 
-    Source: Shi, Han, Wang, Doucet & Titsias 2024, section 5.
+    Source: GenMD4 (Shi et al. 2024).
     """
     dtype, masked = _compute_dtype(logits), x_t == logits.shape[-1] - 1
     # rows that are not masked are replaced before any arithmetic, so that NaN there affects nothing
@@ -360,29 +357,24 @@ def _mean_probs(
         weights = mu * -torch.expm1(ratio.log()[..., None] * power).to(mu.dtype)
     else:
         assert sigma is not None
-        weights = _mean_weights(mu, here, pi, pi_x, step, _per_row(sigma, x_t))
+        total = _per_row(sigma, x_t)
+        if isinstance(step, Tweedie):
+            earlier = (total - _per_row(step.dsigma, x_t)).clamp(min=0)
+            weights = _posterior(mu, x_t, total, earlier, process)
+        else:
+            weights = _euler_weights(mu, here, pi, pi_x, _per_row(step.step, x_t), total)
     if not isinstance(step, Tweedie):
         weights = weights.masked_fill(here, 0.0)
         weights = torch.where(here, (1 - weights.sum(-1, keepdim=True)).clamp(min=0), weights)
     return _normalised(torch.where((pi_x == 0)[..., None], here.to(mu.dtype), weights), process, denoise)
 
 
-def _mean_weights(mu: Tensor, here: Tensor, pi: Tensor, pi_x: Tensor, step: MeanStep, sigma: Tensor) -> Tensor:
-    """The weights of a Tweedie step, or those of an Euler step for y ≠ x."""
-    pi_x, live = pi_x[..., None], (pi_x > 0)[..., None]
-    a_t, b_t = (v[..., None] for v in _decay(sigma))
-    if isinstance(step, Euler):
-        mu_x = (mu * here).sum(-1, keepdim=True, dtype=torch.float64)
-        alpha = 1 - mu_x * a_t / torch.where(live, a_t + b_t * pi_x, 1.0)
-        size = _per_row(step.step, here[..., 0])[..., None]
-        return (size * alpha * pi).to(mu.dtype) + (size * a_t / b_t).to(mu.dtype) * mu
-    assert isinstance(step, Tweedie)
-    delta = _per_row(step.dsigma, here[..., 0])
-    a_d, b_d = (v[..., None] for v in _decay(delta))
-    a_s, b_s = (v[..., None] for v in _decay((sigma - delta).clamp(min=0)))
-    d = torch.where(live, a_t * here + b_t * pi_x, 1.0)
-    mean = (mu / d).sum(-1, keepdim=True)
-    return ((a_d * here + b_d * pi_x) * (a_s * mu / d + b_s * pi * mean)).to(mu.dtype)
+def _euler_weights(mu: Tensor, here: Tensor, pi: Tensor, pi_x: Tensor, step: Tensor, sigma: Tensor) -> Tensor:
+    """The weights of an Euler step from a mean prediction for y ≠ x [*B, N]: ``step (α π_y + (a/b) μ_y)``."""
+    a, b = _decay(sigma)
+    mu_x = (mu * here).sum(-1, dtype=torch.float64)
+    alpha = 1 - mu_x * a / torch.where(pi_x > 0, a + b * pi_x, 1.0)
+    return ((step * alpha)[..., None] * pi).to(mu.dtype) + (step * a / b)[..., None].to(mu.dtype) * mu
 
 
 def _tempered(probs: Tensor, x_t: Tensor, temperature: float, top_p: float) -> Tensor:

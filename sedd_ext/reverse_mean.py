@@ -29,6 +29,7 @@ from sedd_ext._dispatch import (
     stationary_for,
 )
 from sedd_ext._operators import define, schema
+from sedd_ext.generalized_masked import check_power, check_power_values
 from sedd_ext.process import RankOne
 from sedd_ext.step import NOISE_NAME, GeneralizedMasked, check_mean_step
 
@@ -114,11 +115,7 @@ def _generalized_masked(
         raise ValueError(f"process: expected an absorbing process for GeneralizedMasked, got {process}")
     if sigma is not None:
         raise ValueError(f"sigma: expected None for GeneralizedMasked, which has times, got {kind_of(sigma)}")
-    power = step.power
-    if not isinstance(power, Tensor) or not power.is_floating_point():
-        raise TypeError(f"power: expected a floating-point tensor, got {kind_of(power)}")
-    if power.shape != (process.dim,):
-        raise ValueError(f"power: expected shape [{process.dim}], got {list(power.shape)}")
+    power = check_power(step.power, process.dim, dtype)
     if power.device != device:
         raise ValueError(f"power: expected a tensor on {device}, got one on {power.device}")
     s, t = per_row("s", step.s, batch, device), per_row("t", step.t, batch, device)
@@ -126,7 +123,7 @@ def _generalized_masked(
     # near 1 the difference is exact, and the ratio is not
     noise = torch.where(ratio < 0.5, ratio.log(), torch.log1p((s - t) / t))
     noise = torch.where((s >= 0) & (t > 0) & t.isfinite(), noise, torch.nan)
-    return noise, power.detach().to(compute_dtype(dtype)).contiguous()
+    return noise, power.detach().contiguous()
 
 
 def launch_mean(kernel: str, out: Tensor, log_score: Tensor, numbers: Numbers, **others: Any) -> Status:
@@ -152,16 +149,10 @@ def launch_mean(kernel: str, out: Tensor, log_score: Tensor, numbers: Numbers, *
     )
 
 
-def check_power(numbers: Numbers) -> None:
+def check_numbers(numbers: Numbers) -> None:
     """Checks the powers on the CPU. CUDA kernels, which nobody waits for, mark the rows."""
-    power = numbers.power
-    if power is None or not power.is_cpu:
-        return
-    bad = ~((power > 0) & (power < torch.inf))
-    bad[numbers.mask] = False
-    if bool(bad.any()):
-        index = int(bad.nonzero()[0])
-        raise ValueError(f"power: expected finite numbers above 0, got {float(power[index])} at index {index}")
+    if numbers.power is not None:
+        check_power_values(numbers.power)
 
 
 def raise_mean_fault(status: Status, numbers: Numbers, dim: int, scores: str = "log_score") -> None:
@@ -188,7 +179,7 @@ def _probs_fake(log_score: Tensor, *_: Any) -> Tensor:
 
 def _probs(log_score: Tensor, *rest: Any) -> Tensor:
     numbers, out = Numbers(*rest), fresh(_probs_fake(log_score))
-    check_power(numbers)
+    check_numbers(numbers)
     status = launch_mean("reverse_mean_probs", out, log_score, numbers, seed=None, row_ids=None)
     raise_mean_fault(status, numbers, log_score.size(-1))
     return out
@@ -202,7 +193,7 @@ def _sample(log_score: Tensor, *rest: Any) -> Tensor:
     *given, seed = rest
     numbers = Numbers(*given)
     out = _sample_fake(log_score, numbers.x_t)
-    check_power(numbers)
+    check_numbers(numbers)
     status = launch_mean("reverse_mean_sample", out, log_score, numbers, seed=seed, row_ids=None)
     raise_mean_fault(status, numbers, log_score.size(-1))
     return out

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sedd_ext._autograd import gradient_function
 from sedd_ext._dispatch import (
     DTYPES,
     FAMILIES,
@@ -91,17 +92,9 @@ define(f"score_entropy({_ARGUMENTS}) -> Tensor", _forward, _fake)
 define(f"score_entropy_backward(Tensor grad_loss, {_ARGUMENTS}) -> Tensor", _backward, _backward_fake)
 
 
-class _ScoreEntropyGradient(torch.autograd.Function):
-    """Computes the gradient. Its own backward raises, because a second derivative would silently lack terms."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        result: Tensor = torch.ops.sedd_ext.score_entropy_backward(*arguments)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError("score_entropy_loss: differentiable once only, and this asks for a second derivative")
+_Gradient = gradient_function(
+    "score_entropy_loss", lambda *arguments: torch.ops.sedd_ext.score_entropy_backward(*arguments)
+)
 
 
 class _ScoreEntropy(torch.autograd.Function):
@@ -128,9 +121,7 @@ class _ScoreEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None, None, None, None]:
-        grad = _ScoreEntropyGradient.apply(  # type: ignore[no-untyped-call]
-            grad_loss, *ctx.saved_tensors, ctx.family, ctx.neg_entropy
-        )
+        grad = _Gradient.apply(grad_loss, *ctx.saved_tensors, ctx.family, ctx.neg_entropy)
         return grad, None, None, None, None, None, None, None
 
 

@@ -28,11 +28,12 @@ from huggingface_hub import errors
 from torch import Tensor
 
 from sedd.cli import main
+from sedd.diffusion.objectives import MeanPrediction
 from sedd.diffusion.schedule import Cosine, Geometric, LogLinear
 from sedd.hub import SEDD, load_model
 from sedd.hub.weights import PICKLES
 from sedd.network import ModelConfig
-from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
+from sedd_ext import Absorbing, Hybrid, RankOne, Uniform, reference
 
 D, BLOCKS, HEADS, COND, LENGTH = 32, 2, 4, 16, 24
 MODEL = {
@@ -292,7 +293,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named(tmp_path: Path) 
         ({"model": {"length": "long"}}, "model.length: expected int, got 'long'"),
         ({"model": {"length": 8.0}}, "model.length: expected int, got 8.0"),
         ({"model": {"length": 0}}, "length: expected a positive int, got 0"),
-        ({"parameterization": "ar"}, "parameterization: expected one of sedd, subs, mean, got 'ar'"),
+        ({"parameterization": "ar"}, "parameterization: expected one of sedd, subs, got 'ar'"),
         ({"objective": "mse"}, "objective: expected one of score_entropy, "),
     ],
 )
@@ -301,6 +302,22 @@ def test_a_configuration_that_will_not_do(entries: dict[str, Any], message: str,
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | entries))
     with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}.*{re.escape(message)}"):
         SEDD.from_pretrained(tmp_path)
+
+
+def test_networks_that_predict_the_clean_token_round_trip(tmp_path: Path) -> None:
+    """As MDLM writes them (SUBS): read, written as ours, read again."""
+    write_hub(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"parameterization": "subs"}))
+    assert main(["convert", str(tmp_path), str(tmp_path / "ours")]) == 0
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["objective"] == "mean_prediction"
+    x_t, sigma = torch.randint(258, (3, 10), generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 1.0, 5.0])
+    for path in (tmp_path, tmp_path / "ours"):
+        loaded = load_model(path)
+        assert isinstance(loaded.diffusion.objective, MeanPrediction)
+        assert loaded.diffusion.step_options(sigma, x_t) == {"parameterization": "mean", "sigma": sigma}
+        logits = loaded.model.head(loaded.model.hidden(x_t, sigma))
+        expected = reference.implied_log_score(logits, x_t, sigma[:, None], loaded.diffusion.process)
+        torch.testing.assert_close(loaded.model(x_t, sigma), expected.scatter(-1, x_t[..., None], 0.0))
 
 
 def test_what_a_checkpoint_does_not_say_can_be_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,8 +19,10 @@ __all__ = ["Diffusion", "Mean", "Objective", "Parameterization", "Score"]
 
 
 class Parameterization(Protocol):
-    """How the output of a network is read: as log-scores (:class:`Score`) or as logits of the clean token
-    (:class:`Mean`)."""
+    """How the output of a network is read.
+
+    :class:`Score` reads log-scores, :class:`Mean` reads logits of the clean token.
+    """
 
     def step_options(self, process: RankOne, sigma: Tensor, x_t: Tensor) -> dict[str, Any]:
         """The keyword arguments with which the reverse steps of :mod:`sedd_ext` read the output.
@@ -114,7 +116,7 @@ class Score:
 class Mean:
     """The network predicts the clean token: μ = softmax(logits) over all tokens but MASK.
 
-    Source: D3PM (Austin et al. 2021), section 3.3; MD4 (Shi et al. 2024).
+    Source: D3PM (Austin et al. 2021); MD4 (Shi et al. 2024).
     """
 
     def step_options(self, process: RankOne, sigma: Tensor, x_t: Tensor) -> dict[str, Any]:

@@ -66,8 +66,9 @@ class _PositionLoss(Objective):
     """
 
     operator: Callable[..., Tensor]
-    """L of the head's output at some positions; and the same with a linear head fused in."""
+    """Computes L from the head's output at some positions."""
     linear_operator: Callable[..., Tensor]
+    """Computes L from hidden states and a linear head."""
 
     def options(self, diffusion: Diffusion, sigma: Tensor, x_t: Tensor) -> dict[str, Any]:
         """More keyword arguments of the operators, numbers or tensors that broadcast to x_t.
@@ -125,10 +126,11 @@ class ScoreEntropy(_PositionLoss):
 
 
 class MeanPrediction(_PositionLoss):
-    """Score entropy of a network that predicts the clean token, for any process: see
-    :func:`sedd_ext.mean_prediction_loss`.
+    """Score entropy of a network that predicts the clean token, for any process.
 
-    Source: the papers of its three special cases, :class:`MD4`, :class:`UDLM` and :class:`GIDD`.
+    :class:`MD4`, :class:`UDLM` and :class:`GIDD` are special cases.
+
+    Source: see :func:`sedd_ext.mean_prediction_loss`.
     """
 
     operator = staticmethod(mean_prediction_loss)
@@ -142,23 +144,23 @@ class MeanPrediction(_PositionLoss):
 class MD4(MeanPrediction):
     """Masked diffusion: the cross-entropy of masked positions, weighted with -α'(t) / (1 - α(t)).
 
-    Source: MD4 (Shi et al. 2024), equation 5; MDLM (Sahoo et al. 2024) has the same loss.
+    Source: MD4 (Shi et al. 2024); MDLM (Sahoo et al. 2024) has the same loss.
     """
 
     def check(self, process: RankOne) -> None:
         """The process must be absorbing."""
-        _expect("md4", "absorbing", process.family == "absorbing", process)
+        _expect("md4", "absorbing", process)
 
 
 class UDLM(MeanPrediction):
     """Uniform diffusion with a mean prediction.
 
-    Source: UDLM (Schiff et al. 2024), equation 13; DUO (Sahoo et al. 2025) has the same bound.
+    Source: UDLM (Schiff et al. 2024); DUO (Sahoo et al. 2025) has the same bound.
     """
 
     def check(self, process: RankOne) -> None:
         """The process must be uniform."""
-        _expect("udlm", "uniform", process.family == "uniform", process)
+        _expect("udlm", "uniform", process)
 
 
 class GIDD(MeanPrediction):
@@ -169,14 +171,16 @@ class GIDD(MeanPrediction):
 
     def check(self, process: RankOne) -> None:
         """The process must be hybrid."""
-        _expect("gidd", "hybrid", process.uniform_fraction is not None, process)
+        _expect("gidd", "hybrid", process)
 
 
-def _expect(objective: str, wanted: str, is_so: bool, process: RankOne) -> None:
-    if not is_so:
+def _expect(objective: str, wanted: str, process: RankOne) -> None:
+    """Raises a ValueError unless the process is of the wanted kind."""
+    kind = process.family if process.uniform_fraction is None else "hybrid"
+    if kind != wanted:
         raise ValueError(
-            f"objective: {objective} expects the {wanted} process, got {process}; set process: {wanted}, or use "
-            "mean_prediction, which takes any process"
+            f"process: expected {wanted} for the objective {objective}, got {kind}; the objective mean_prediction "
+            "takes any process"
         )
 
 

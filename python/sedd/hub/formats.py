@@ -52,7 +52,8 @@ __all__ = ["StoredModel", "read_model", "to_config"]
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 PROCESSES = {"absorb": "absorbing", "absorbing_state": "absorbing", "uniform_state": "uniform"}
-PARAMETERIZATIONS = {"sedd": "score_entropy", "subs": "mean_prediction", "mean": "mean_prediction"}
+PARAMETERIZATIONS = {"sedd": "score_entropy", "subs": "mean_prediction"}
+"""The objective for each ``parameterization`` of MDLM's code: SUBS is a mean prediction that leaves out MASK."""
 VOCABULARIES = {50_257: "gpt2", 257: "bytes", 27: "text8"}
 """The tokeniser of a model without a ``tokenizer`` entry, by its number of tokens."""
 
@@ -275,7 +276,7 @@ def _tokenizer(config: Mapping[str, Any], tokens: int, folder: Path) -> str | To
 
 
 def _objective(config: Mapping[str, Any]) -> str:
-    """The objective; for MDLM's and DUO's checkpoints, from ``parameterization``, their name for what is predicted."""
+    """The objective; for MDLM's checkpoints, which do not name it, that of their ``parameterization``."""
     kind = str(config.get("parameterization", "sedd"))
     if kind not in PARAMETERIZATIONS:
         expected = ", ".join(PARAMETERIZATIONS)
