@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +102,21 @@ class Score:
 
 
 class Objective(ABC):
-    """A training loss, which is also the integrand of the likelihood bound. Found by name in ``OBJECTIVES``."""
+    """A training loss, which is also the integrand of the likelihood bound. Found by name in ``OBJECTIVES``.
+
+    Attributes:
+        autoregressive: the loss is the exact -log p(x_0) of a causal network, which ignores time and noise. Such models
+            have an exact likelihood instead of a bound, and write from left to right.
+    """
+
+    autoregressive: ClassVar[bool] = False
+
+    def check(self, network: Network, process: RankOne) -> None:  # noqa: B027  most objectives take any
+        """Checks that a model can have this objective.
+
+        Raises:
+            ValueError: the objective needs another network or process.
+        """
 
     def parameterization(self, config: Any) -> Parameterization:
         """How the network's output is read.
@@ -142,6 +156,7 @@ class Diffusion(nn.Module):
         parameterization: Parameterization | None = None,
     ) -> None:
         super().__init__()
+        objective.check(network, process)
         self.network = network
         self.process = process
         self.schedule = schedule
@@ -210,5 +225,9 @@ class Diffusion(nn.Module):
         fused: bool = True,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The training loss: noises the sequences and returns :meth:`loss`, with the arguments of both."""
-        return self.loss(x_0, self.noise(x_0, t, generator=generator), t, scale=scale, fused=fused)
+        """The training loss: noises the sequences and returns :meth:`loss`, with the arguments of both.
+
+        An autoregressive model gets no noise.
+        """
+        x_t = x_0 if self.objective.autoregressive else self.noise(x_0, t, generator=generator)
+        return self.loss(x_0, x_t, t, scale=scale, fused=fused)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sedd.diffusion.autoregressive import Autoregressive
 from sedd.diffusion.diffusion import Diffusion, Objective
 from sedd_ext import RankOne, linear_score_entropy_loss, score_entropy_loss
 
@@ -103,5 +104,5 @@ def _scored_rows(x_t: Tensor, process: RankOne) -> Tensor:
     return (process.stationary > 0).to(x_t.device)[x_t.flatten()].nonzero().squeeze(1)
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"score_entropy": ScoreEntropy}
+OBJECTIVES: dict[str, type[Objective]] = {"score_entropy": ScoreEntropy, "autoregressive": Autoregressive}
 """All objectives by name. To add one, write a subclass of :class:`sedd.diffusion.Objective` and name it here."""

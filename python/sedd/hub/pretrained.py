@@ -68,7 +68,8 @@ def load_model(name_or_path: Path | str, device: torch.device | str = "cpu") -> 
             f"tokenizer to one of {', '.join(TOKENIZERS)}, or put a tokenizer.json in the same folder"
         )
     tokenizer = stored.tokenizer if isinstance(stored.tokenizer, Tokenizer) else get_tokenizer(stored.tokenizer)
-    objective = OBJECTIVES["score_entropy" if stored.config is None else stored.config.objective]()
+    usual = "autoregressive" if stored.sizes.causal else "score_entropy"
+    objective = OBJECTIVES[usual if stored.config is None else stored.config.objective]()
     parameterization = objective.parameterization(stored.sizes)
     diffusion = Diffusion(model, stored.process, stored.schedule, objective, parameterization).to(device).eval()
     return LoadedModel(stored.path, diffusion, tokenizer, stored.config, stored.state)
