@@ -1,8 +1,9 @@
 """The network: a diffusion transformer (DDiT) with adaLN-zero conditioning on the total noise σ̄.
 
 Parameter names and shapes are those of the released SEDD models, so that their weights load unchanged. Attention is
-torch's own ``scaled_dot_product_attention``; a causal network may keep keys and values between calls. The network is written for mixed precision by autocast: matrix products
-run in the autocast dtype; the residual stream, layer norms and the conditioning stay in float32.
+torch's own ``scaled_dot_product_attention``; a causal network may keep keys and values between calls. The network is
+written for mixed precision by autocast: matrix products run in the autocast dtype; the residual stream, layer norms and
+the conditioning stay in float32.
 """
 
 from __future__ import annotations
@@ -216,7 +217,7 @@ def _attend(
     if past is not None:
         block, cache = past
         k, v = cache.extend(block, k, v)
-        if 0 < cache.length and q.shape[2] > 1:
+        if cache.length > 0 and q.shape[2] > 1:
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(cache.length)
         causal = causal and cache.length == 0  # one new position sees all, several need the mask
     with torch.autocast(q.device.type, enabled=False):

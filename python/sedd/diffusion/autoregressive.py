@@ -108,7 +108,7 @@ def _nats(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _chunked_nats(rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
-    """Cross entropy [R] of a linear head for states [R, d], without the logits of all rows: backward computes them again."""
+    """Cross entropy [R] of a linear head for states [R, d]; backward computes the logits of each chunk again."""
 
     def nats(rows: Tensor, target: Tensor) -> Tensor:
         return _nats(F.linear(rows, weight, bias), target)

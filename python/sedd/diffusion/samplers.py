@@ -392,8 +392,9 @@ def sample(
         Tokens [B, L], int64.
 
     Raises:
-        ValueError: a count below 1, an unknown sampler or one for other models, or ``fixed`` that does not fit: wrong shape, a token outside
-            the vocabulary, MASK as a given token, nothing left to sample.
+        ValueError: a count below 1, an unknown sampler or one for other models, or ``fixed`` that does not fit: wrong
+            shape, a token outside the vocabulary, MASK as a given token, nothing left to sample, or, for an
+            autoregressive model, a given token after a gap.
         TypeError: ``fixed`` is not an int64 and a bool tensor.
         ImportError: ``progress`` without rich.
 
