@@ -147,7 +147,7 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
         if options.plot:
             raise ValueError("plot: expected a diffusion model, got an autoregressive one, which has no noise levels")
         options = dataclasses.replace(options, draws=1)
-    how = "exact" if exact else f"upper bounds, {options.draws} noise levels per block"
+    how = "exact likelihoods" if exact else f"upper bounds, {options.draws} noise levels per block"
     table = Table("", title=f"{loaded.path}: {how}")
     for column in ("tokens", "nats/token", "perplexity", "mean of exp", "bits/byte"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -22,7 +22,7 @@ from sedd.diffusion.samplers import SAMPLERS, sample
 from sedd.files import write_json
 from sedd.hub.pretrained import LoadedModel, load_model
 from sedd.network import compile_network
-from sedd.options import check_choice, check_one_of, check_options
+from sedd.options import check_choice, check_one_of, check_options, renamed
 from sedd.progress import CONTROLS, console
 from sedd.runtime import resolve_device
 
@@ -117,7 +117,8 @@ def write(run: str, options: SampleOptions, live: bool) -> int:
 def infill(run: str, template: str, options: SamplingOptions, live: bool) -> int:
     """Fills the gaps of a text."""
     loaded = load_model(run, resolve_device(options.device))
-    _generate(loaded, options, live, *parse_template(template, loaded.tokenizer))
+    with renamed({"fixed": "template"}):
+        _generate(loaded, options, live, *parse_template(template, loaded.tokenizer))
     return 0
 
 
