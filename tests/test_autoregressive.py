@@ -31,7 +31,7 @@ from sedd.network import DiffusionTransformer, KeyValueCache, ModelConfig
 from sedd_ext import Absorbing, Uniform
 
 N, LENGTH = 7, 9
-SIZES = {"hidden_size": 16, "n_blocks": 2, "n_heads": 2, "cond_dim": 8, "length": LENGTH, "dropout": 0.0}
+SIZES: dict[str, Any] = {"hidden_size": 16, "n_blocks": 2, "n_heads": 2, "cond_dim": 8, "length": LENGTH, "dropout": 0.0}
 
 
 def network_of(n: int = N, causal: bool = True) -> DiffusionTransformer:
@@ -176,7 +176,7 @@ def test_greedy_decoding_takes_the_most_probable_next_token() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_p": 0.8}], ids=str)
 @pytest.mark.parametrize("given", [0, 3])
-def test_the_same_text_with_the_cache_and_without(options: dict[str, float], given: int) -> None:
+def test_the_same_text_with_the_cache_and_without(options: dict[str, Any], given: int) -> None:
     model, x = model_of(), text(8)
     fixed = (x, torch.arange(LENGTH) < given) if given else None
     written = [
@@ -231,7 +231,7 @@ def test_temperature_and_top_p_choose_among_the_next_tokens() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -1.0, -1.0, -1.0, 50.0], dtype=torch.float64)  # the last is MASK's
     tokens = torch.full((1, LENGTH), N)
 
-    def draws(**options: float) -> torch.Tensor:
+    def draws(**options: Any) -> torch.Tensor:
         walk = Walk(model, tokens, tokens == N, generator=torch.Generator().manual_seed(0), **options)
         return torch.bincount(walk.choose(logits.expand(40_000, -1)), minlength=N) / 40_000
 
@@ -277,12 +277,13 @@ def test_options_that_do_not_fit_are_refused() -> None:
     config = pytest.importorskip("sedd.config")
     assert config.TrainConfig(objective="autoregressive").resolved().model.causal
     assert config.TrainConfig().resolved().model.causal is False
-    for objective, changes, message in (
+    cases: tuple[tuple[str, dict[str, Any], str], ...] = (
         ("autoregressive", {"process": "uniform"}, "process: expected absorbing for the objective autoregressive"),
         ("autoregressive", {"model": {"causal": False}}, "model.causal: expected true"),
         ("autoregressive", {"model": {"time_conditioning": True}}, "model.time_conditioning: expected false"),
         ("score_entropy", {"model": {"causal": True}}, "model.causal: expected false for the objective score_entropy"),
-    ):
+    )
+    for objective, changes, message in cases:
         values = {**changes, "model": config.ModelOptions(**changes.get("model", {}))}
         with pytest.raises(ValueError, match=message):
             config.TrainConfig(objective=objective, **values)
@@ -385,8 +386,8 @@ def test_the_commands(config: Any, tmp_path: Path, capsys: pytest.CaptureFixture
         assert main(words) == 2, words
         assert message in re.sub(r"\s+", " ", capsys.readouterr().err), words
     times = tmp_path / "times.json"
-    words = f"eval latency {other} --twin {run} --steps 1,2 --batch_sizes 1 --repeats 1 --json {times}"
-    assert main(words.split()) == 0
+    latency = f"eval latency {other} --twin {run} --steps 1,2 --batch_sizes 1 --repeats 1 --json {times}"
+    assert main(latency.split()) == 0
     assert json.loads(times.read_text())["twin"].startswith(run)
 
 
