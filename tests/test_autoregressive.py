@@ -31,7 +31,14 @@ from sedd.network import DiffusionTransformer, KeyValueCache, ModelConfig
 from sedd_ext import Absorbing, Uniform
 
 N, LENGTH = 7, 9
-SIZES: dict[str, Any] = {"hidden_size": 16, "n_blocks": 2, "n_heads": 2, "cond_dim": 8, "length": LENGTH, "dropout": 0.0}
+SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "n_blocks": 2,
+    "n_heads": 2,
+    "cond_dim": 8,
+    "length": LENGTH,
+    "dropout": 0.0,
+}
 
 
 def network_of(n: int = N, causal: bool = True) -> DiffusionTransformer:
