@@ -82,6 +82,9 @@ class ModelOptions:
     """Give the network the noise level. If false, sampling calls it only for sequences whose tokens have changed."""
     hybrid_shift: bool | None = None
     """For process hybrid: what scale_by_sigma is for absorbing."""
+    causal: bool | None = None
+    """Let each position see only those before it. The default, and the only possible value, is what the objective
+    needs: true for autoregressive, false for the others."""
 
     def __post_init__(self) -> None:
         """Checks that the sizes fit together."""
@@ -125,7 +128,8 @@ class TrainConfig:
     schedule_params: dict[str, float] = field(default_factory=dict)
     """Parameters of the schedule, for example --schedule_params.eps 1e-4."""
     objective: str = "score_entropy"
-    """Training loss: score_entropy, or a class of your own as module:name."""
+    """Training loss: score_entropy; autoregressive (next-token prediction by a causal network of the same size, as a
+    baseline, without noise); or a class of your own as module:name."""
     fused_head: bool = True
     """Fuse the output head with the loss, without storing log-scores of the whole vocabulary. Use false to compare."""
     antithetic: bool = True
@@ -191,6 +195,7 @@ class TrainConfig:
         check_one_of("corpus", self.corpus, CORPORA)
         check_one_of("schedule", self.schedule, SCHEDULES)
         check_one_of("objective", self.objective, OBJECTIVES)
+        self._check_objective()
         check_one_of("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         for name in self.log_names():
             check_one_of("log", name, [*WRITERS, "none"])
@@ -215,12 +220,29 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
         if not 0 <= self.uniform_fraction <= 1:
             raise ValueError(f"uniform_fraction: expected a number in [0, 1], got {self.uniform_fraction}")
-        OBJECTIVES[self.objective]().check(self.make_process(2))
         try:
             with renamed({name: f"schedule_params.{name}" for name in self.schedule_params}):
                 get_schedule(self.schedule, **self.schedule_params)
         except TypeError as error:
             raise ValueError(f"schedule_params: {error}") from error
+
+    def _check_objective(self) -> None:
+        """Checks that model and process are those of the objective, and makes the model causal if it must be."""
+        OBJECTIVES[self.objective]().check(self.make_process(2))
+        if not OBJECTIVES[self.objective].autoregressive:
+            if self.model.causal:
+                raise ValueError(
+                    f"model.causal: expected false for the objective {self.objective}, got true; use --objective "
+                    "autoregressive, or --model.causal false"
+                )
+            return
+        for name, wanted in (("causal", True), ("time_conditioning", False)):
+            if getattr(self.model, name) not in (None, wanted):
+                raise ValueError(
+                    f"model.{name}: expected {str(wanted).lower()} for the objective {self.objective}, got "
+                    f"{str(not wanted).lower()}; leave it out"
+                )
+        self.model = dataclasses.replace(self.model, causal=True)
 
     def log_names(self) -> list[str]:
         """Returns the names in ``log``."""

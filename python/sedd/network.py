@@ -1,8 +1,9 @@
 """The network: a diffusion transformer (DDiT) with adaLN-zero conditioning on the total noise σ̄.
 
 Parameter names and shapes are those of the released SEDD models, so that their weights load unchanged. Attention is
-torch's own ``scaled_dot_product_attention``. The network is written for mixed precision by autocast: matrix products
-run in the autocast dtype; the residual stream, layer norms and the conditioning stay in float32.
+torch's own ``scaled_dot_product_attention``; a causal network may keep keys and values between calls. The network is
+written for mixed precision by autocast: matrix products run in the autocast dtype; the residual stream, layer norms and
+the conditioning stay in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-__all__ = ["PRESETS", "DiffusionTransformer", "ModelConfig", "Network", "compile_network"]
+__all__ = ["PRESETS", "DiffusionTransformer", "KeyValueCache", "ModelConfig", "Network", "compile_network"]
 
 
 @dataclass
@@ -35,7 +36,9 @@ class ModelConfig:
         hybrid_shift: the same for hybrid processes, see :meth:`sedd.diffusion.Score.log_score_shift`. Other processes
             ignore it. Hybrid models that were saved before this option existed load without it.
         time_conditioning: whether the network is given σ̄. Without it, the network depends on the tokens alone (its
-            conditioning is that of σ̄ = 0), and samplers call it only for sequences whose tokens have changed.
+            conditioning is that of σ̄ = 0), and samplers call it only for sequences whose tokens have changed. Set to
+            False for a causal network.
+        causal: whether each position sees only itself and the positions before it, as autoregressive models need.
 
     Raises:
         ValueError: a size is not positive, sizes do not fit together, or dropout is not in [0, 1).
@@ -50,9 +53,11 @@ class ModelConfig:
     scale_by_sigma: bool = True
     time_conditioning: bool = True
     hybrid_shift: bool = True
+    causal: bool = False
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
+        self.time_conditioning = self.time_conditioning and not self.causal
         for name in ("hidden_size", "n_blocks", "n_heads", "cond_dim", "length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive int, got {getattr(self, name)}")
@@ -109,6 +114,41 @@ def compile_network(network: Network) -> None:
     network.hidden = torch.compile(network.hidden, dynamic=True)  # type: ignore[method-assign]
 
 
+class KeyValueCache:
+    """Keys and values of the positions that a causal network has read, so that it need not read them again.
+
+    Pass the same cache to successive calls of :meth:`DiffusionTransformer.hidden`, each with the next tokens of the
+    same sequences.
+
+    Attributes:
+        capacity: the most positions that it can hold.
+        length: positions read so far.
+
+    Args:
+        capacity: see above.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self._blocks: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores keys and values [B, head, L, d_head] of the next L positions of a block; returns those of all so far.
+
+        ``length`` stays: the network adds L to it when all blocks have stored theirs.
+        """
+        if block not in self._blocks:
+            batch, heads, _, dim = k.shape
+            shape = (batch, heads, self.capacity, dim)
+            self._blocks[block] = k.new_empty(shape), v.new_empty(shape)
+        end = self.length + k.shape[2]
+        for stored, new in zip(self._blocks[block], (k, v), strict=True):
+            stored[:, :, self.length : end] = new
+        keys, values = self._blocks[block]
+        return keys[:, :, :end], values[:, :, :end]
+
+
 class _Embedding(nn.Module):
     def __init__(self, dim: int, vocabulary: int) -> None:
         super().__init__()
@@ -138,7 +178,10 @@ class _SigmaEmbedding(nn.Module):
 
 
 class _Rotary(nn.Module):
-    """Rotary positions: the angles position / 10000^(2i / d_head), as cosines and sines [L, d_head / 2]."""
+    """Rotary positions: the angles position / 10000^(2i / d_head), as cosines and sines [L, d_head / 2].
+
+    Positions count from ``start``.
+    """
 
     inv_freq: Tensor
 
@@ -146,8 +189,9 @@ class _Rotary(nn.Module):
         super().__init__()
         self.register_buffer("inv_freq", 10_000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
 
-    def forward(self, length: int) -> tuple[Tensor, Tensor]:
-        angles = torch.outer(torch.arange(length, device=self.inv_freq.device, dtype=torch.float32), self.inv_freq)
+    def forward(self, length: int, start: int = 0) -> tuple[Tensor, Tensor]:
+        places = torch.arange(start, start + length, device=self.inv_freq.device, dtype=torch.float32)
+        angles = torch.outer(places, self.inv_freq)
         return angles.cos(), angles.sin()
 
 
@@ -157,13 +201,27 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Attention of every position to every other, [B, head, L, d_head], in v's dtype or float32."""
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, causal: bool, past: tuple[int, KeyValueCache] | None
+) -> Tensor:
+    """Attention of every position to every other, [B, head, L, d_head], in v's dtype or float32.
+
+    Causal attention is to the positions before and the position itself; ``past`` (the number of the block, and the
+    cache) adds the positions of earlier calls in front.
+    """
     q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     # On the CPU attention is done in float32: torch's bfloat16 backward there takes twice as long as its float32 one.
     dtype = q.dtype if q.device.type == "cpu" else v.dtype
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    mask = None
+    if past is not None:
+        block, cache = past
+        k, v = cache.extend(block, k, v)
+        if cache.length > 0 and q.shape[2] > 1:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(cache.length)
+        causal = causal and cache.length == 0  # one new position sees all, several need the mask
     with torch.autocast(q.device.type, enabled=False):
-        return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
 def _modulation(linear: nn.Linear, condition: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -190,6 +248,7 @@ class _Block(nn.Module):
         super().__init__()
         dim = config.hidden_size
         self.n_heads = config.n_heads
+        self.causal = config.causal
         self.norm1 = nn.LayerNorm(dim, bias=False)
         self.attn_qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.attn_out = nn.Linear(dim, dim, bias=False)
@@ -198,12 +257,14 @@ class _Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.adaLN_modulation = _zero(nn.Linear(config.cond_dim, 6 * dim))
 
-    def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor, past: tuple[int, KeyValueCache] | None
+    ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(self.adaLN_modulation, condition, 6)
         qkv = self.attn_qkv(_modulate(self.norm1(x), shift1, scale1))
         # [B, L, (three, head, dim)] -> three tensors [B, head, L, dim]
         q, k, v = qkv.unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        attention = self.attn_out(_attend(q, k, v, cos, sin).transpose(1, 2).flatten(-2))
+        attention = self.attn_out(_attend(q, k, v, cos, sin, self.causal, past).transpose(1, 2).flatten(-2))
         x = torch.addcmul(x, gate1, self.dropout(attention))
         mlp = self.mlp(_modulate(self.norm2(x), shift2, scale2))
         return torch.addcmul(x, gate2, self.dropout(mlp))
@@ -245,18 +306,20 @@ class DiffusionTransformer(nn.Module):
         self.config = config
         self.dim = dim
         self.time_conditioning = config.time_conditioning
+        self.causal = config.causal
         self.vocab_embed = _Embedding(config.hidden_size, dim)
         self.sigma_map = _SigmaEmbedding(config.cond_dim)
         self.rotary_emb = _Rotary(config.hidden_size // config.n_heads)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.n_blocks))
         self.output_layer = _OutputLayer(config, dim)
 
-    def hidden(self, x_t: Tensor, sigma: Tensor) -> Tensor:
+    def hidden(self, x_t: Tensor, sigma: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """States before the head: everything before the vocabulary axis.
 
         Args:
             x_t: tokens [B, L], int64.
             sigma: total noise σ̄ of each sequence [B], floating point, > 0; or [1] if all have the same.
+            cache: for a causal network: the positions before these, to which these are added.
 
         Returns:
             States [B, L, d].
@@ -264,15 +327,19 @@ class DiffusionTransformer(nn.Module):
         Raises:
             TypeError: ``x_t`` is not int64 or ``sigma`` not floating point.
             ValueError: wrong shapes, a token outside [0, N), or a σ̄ that is not positive and finite (values are checked
-                on the CPU only: on a GPU the check would wait for the device).
+                on the CPU only: on a GPU the check would wait for the device); a cache for a network that is not
+                causal, or one that is full.
         """
         self._check(x_t, sigma)
+        start = 0 if cache is None else self._start(cache, x_t.shape[1])
         with torch.autocast(x_t.device.type, enabled=False):
             condition = self.sigma_map(sigma if self.time_conditioning else torch.zeros_like(sigma[:1]))
         x = self.vocab_embed(x_t)
-        cos, sin = self.rotary_emb(x_t.shape[1])
-        for block in self.blocks:
-            x = block(x, condition, cos, sin)
+        cos, sin = self.rotary_emb(x_t.shape[1], start)
+        for i, block in enumerate(self.blocks):
+            x = block(x, condition, cos, sin, None if cache is None else (i, cache))
+        if cache is not None:
+            cache.length += x_t.shape[1]
         hidden: Tensor = self.output_layer(x, condition)
         return hidden
 
@@ -285,6 +352,17 @@ class DiffusionTransformer(nn.Module):
         """Weight [N, d] and bias [N] of :meth:`head`, for the operators that fuse the head with loss or sampler."""
         linear = self.output_layer.linear
         return linear.weight, linear.bias
+
+    def _start(self, cache: KeyValueCache, length: int) -> int:
+        """Checks that the cache takes ``length`` more positions; returns the first of them."""
+        if not self.causal:
+            raise ValueError("cache: expected a causal network, got one whose positions see those after them")
+        if cache.length + length > cache.capacity:
+            raise ValueError(
+                f"cache: expected at most {cache.capacity} positions, got {length} after {cache.length}; make a larger "
+                "KeyValueCache"
+            )
+        return cache.length
 
     def _check(self, x_t: Tensor, sigma: Tensor) -> None:
         if x_t.dtype != torch.int64:

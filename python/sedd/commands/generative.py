@@ -23,7 +23,7 @@ from sedd.commands.command import RUN, Command
 from sedd.commands.judge import Judge, load_judge
 from sedd.data.text import DataConfig, load_blocks, load_text, valid_batches
 from sedd.data.tokenizer import EOT_TEXT
-from sedd.diffusion.samplers import SAMPLERS, sample
+from sedd.diffusion.samplers import SAMPLERS, find_sampler, sample
 from sedd.figures import check_figure, write_figure
 from sedd.files import finite, write_json
 from sedd.hints import pip_install
@@ -63,7 +63,8 @@ class GenerativeOptions:
     steps: list[int] = field(default_factory=lambda: [16, 32, 64, 128, 256])
     """Numbers of reverse steps, for example --steps 64,1024."""
     samplers: list[str] = field(default_factory=lambda: ["tweedie", "euler"])
-    """Names of samplers, for example --samplers tweedie,euler."""
+    """Names of samplers, for example --samplers tweedie,euler. For an autoregressive model: --samplers autoregressive,
+    which takes one step for each token, whatever --steps is."""
     num: int = 32
     """Number of texts for each sampler and number of steps. The papers use about 1,000."""
     length: int | None = None
@@ -211,6 +212,13 @@ def generative(run: str, options: GenerativeOptions) -> int:
     device = resolve_device(options.device)
     loaded = load_model(run, device)
     length = options.length or loaded.model.config.length
+    with renamed({"sampler": "samplers"}):
+        for name in options.samplers:
+            find_sampler(loaded.diffusion, name, 1)
+    if loaded.model.causal:
+        if "infill" in options.mauve:
+            raise ValueError("mauve: expected unconditional or prefix for an autoregressive model, got infill")
+        options = dataclasses.replace(options, steps=[length])
     if options.mauve and max(options.given, options.compared) > length:
         raise ValueError(
             f"given, compared: expected at most {length}, the length of a text, got {options.given}, {options.compared}"

@@ -23,7 +23,7 @@ from rich.table import Table
 from sedd.commands.command import RUN, Command
 from sedd.diffusion.diffusion import Diffusion
 from sedd.diffusion.objectives import ScoreEntropy
-from sedd.diffusion.samplers import SAMPLERS, sample
+from sedd.diffusion.samplers import SAMPLERS, find_sampler, sample
 from sedd.diffusion.schedule import LogLinear
 from sedd.figures import check_figure, write_figure
 from sedd.files import write_json
@@ -39,10 +39,10 @@ __all__ = ["LatencyOptions", "crossing", "latency", "make_twin", "plot_latency"]
 
 ABOUT = """Measure the time of sampling, compared with an autoregressive transformer of the same size.
 
-The autoregressive model is a GPT-2 from transformers with the same width, depth, heads and vocabulary, random weights
-and a key-value cache. The two are measured alternately. Prints seconds, tokens per second, and the number of steps at
-which both take the same time. For an untrained model, give tiny, small or medium in place of a model: the time does not
-depend on the weights.
+Unless --twin names a run of sedd train --objective autoregressive, the autoregressive model is a GPT-2 from
+transformers with the same width, depth, heads and vocabulary, random weights and a key-value cache. The two are
+measured alternately. Prints seconds, tokens per second, and the number of steps at which both take the same time. For
+an untrained model, give tiny, small or medium in place of a model: the time does not depend on the weights.
 
 examples:
   sedd eval latency runs/default --plot latency.png
@@ -65,6 +65,9 @@ class LatencyOptions:
     """Tokens per text. Default: the length of a training block."""
     sampler: str = "tweedie"
     """tweedie, euler, greedy, or your own class as module:name."""
+    twin: str | None = None
+    """The autoregressive model: a run of sedd train --objective autoregressive. Default: a GPT-2 of the same size with
+    random weights."""
     repeats: int = 3
     """Number of measurements of each time. The table shows the median, the fastest and the slowest."""
     device: str = "auto"
@@ -168,8 +171,9 @@ def latency(run: str, options: LatencyOptions) -> int:
         check_figure(options.plot)
     device = resolve_device(options.device)
     diffusion, model, name, dtype = _load(run, device)
+    find_sampler(diffusion, options.sampler, 1)
     length = options.length or model.config.length
-    twin = make_twin(model, diffusion.process, length).to(device)
+    write_with, described = _twin(options.twin, model, diffusion.process, length, device)
 
     def diffuse(batch: int, steps: int) -> None:
         sample(
@@ -184,7 +188,7 @@ def latency(run: str, options: LatencyOptions) -> int:
 
     contestants: dict[tuple[int, int], Callable[[], Any]] = {}
     for batch in options.batch_sizes:
-        contestants[batch, 0] = partial(write_with_twin, twin, batch, length)
+        contestants[batch, 0] = partial(write_with, batch, length)
         for steps in options.steps:
             contestants[batch, steps] = partial(diffuse, batch, steps)
     out = console()
@@ -200,7 +204,7 @@ def latency(run: str, options: LatencyOptions) -> int:
             seconds[key].append(_time(contestants[key], device))
     report: dict[str, Any] = {
         "model": name,
-        "twin": f"GPT-2 of {twin.num_parameters():,} parameters, random weights, key-value cache",
+        "twin": described,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "length": length,
         "sampler": options.sampler,
@@ -208,7 +212,7 @@ def latency(run: str, options: LatencyOptions) -> int:
         "threads": torch.get_num_threads(),
         "dtype": str(dtype or torch.float32)[6:],
         "torch": torch.__version__,
-        "transformers": version("transformers"),
+        "transformers": version("transformers") if options.twin is None else None,
         "rows": [_row(batch, steps, seconds[batch, steps], length) for batch, steps in contestants],
         "crossings": _crossings(options, seconds),
     }
@@ -232,7 +236,30 @@ def _load(run: str, device: torch.device) -> tuple[Diffusion, DiffusionTransform
         diffusion = Diffusion(network, process, LogLinear(), ScoreEntropy()).to(device).eval()
         return diffusion, network, f"untrained preset {run}", autocast_dtype("auto", device)
     loaded = load_model(run, device)
+    if loaded.diffusion.objective.autoregressive:
+        raise ValueError(
+            f"run: expected a diffusion model, got {loaded.path}, an autoregressive one; give it as --twin {run}"
+        )
     return loaded.diffusion, loaded.model, str(loaded.path), loaded.autocast_dtype
+
+
+def _twin(
+    run: str | None, model: DiffusionTransformer, process: RankOne, length: int, device: torch.device
+) -> tuple[Callable[[int, int], Any], str]:
+    """The function that writes texts (number, length) of the autoregressive model, and its description."""
+    if run is None:
+        twin = make_twin(model, process, length).to(device)
+        described = f"GPT-2 of {twin.num_parameters():,} parameters, random weights, key-value cache"
+        return partial(write_with_twin, twin), described
+    loaded = load_model(run, device)
+    if not loaded.diffusion.objective.autoregressive:
+        raise ValueError(f"twin: expected a run of sedd train --objective autoregressive, got {loaded.path}")
+
+    def write(batch: int, length: int) -> torch.Tensor:
+        return sample(loaded.diffusion, batch=batch, length=length, device=device, autocast_dtype=loaded.autocast_dtype)
+
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    return write, f"{loaded.path}, {parameters:,} parameters, key-value cache"
 
 
 def _time(contestant: Callable[[], Any], device: torch.device) -> float:

@@ -37,8 +37,8 @@ ABOUT = """Measure the likelihood of text under a model.
 
 Prints, for each text, a Monte Carlo estimate of the upper bound on the negative log-likelihood (theorem 3.6 of SEDD,
 with its prior term) and its standard error. Perplexity is exp(mean nats per token); "mean of exp" is the mean over
-blocks of exp(nats per token), as in the SEDD paper. Without a text, scores the validation text of the run and compares
-the model with a unigram and a bigram model of the training text.
+blocks of exp(nats per token), as in the SEDD paper. An autoregressive model has an exact likelihood. Without a text,
+scores the validation text of the run and compares the model with a unigram and a bigram model of the training text.
 
 A text is wikitext2, wikitext103, lambada, lm1b or ptb (the test sets of the papers, from the Hugging Face hub, with
 their detokenisers), a file, a folder, or the name of a hub data set. Each document ends with end-of-text; documents are
@@ -143,7 +143,12 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
         check_figure(options.plot)
     loaded = load_model(run, resolve_device(options.device))
     out = console()
-    table = Table("", title=f"{loaded.path}: upper bounds, {options.draws} noise levels per block")
+    if exact := loaded.diffusion.objective.autoregressive:
+        if options.plot:
+            raise ValueError("plot: expected a diffusion model, got an autoregressive one, which has no noise levels")
+        options = dataclasses.replace(options, draws=1)
+    how = "exact likelihoods" if exact else f"upper bounds, {options.draws} noise levels per block"
+    table = Table("", title=f"{loaded.path}: {how}")
     for column in ("tokens", "nats/token", "perplexity", "mean of exp", "bits/byte"):
         table.add_column(column, justify="right", no_wrap=True)
     figures: dict[str, Any] = {}
@@ -175,8 +180,8 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
         notes.append(
             f"{title}: {rules}; {result.tokens:,} of {blocks.n_tokens:,} tokens, in {len(scored):,} blocks of "
             f"{result.length}{f', after {options.max_minutes:g} minutes' if stopped else ''}. "
-            f"Standard error: {result.standard_error:.4f} nats/token for all text of this kind, "
-            f"{result.monte_carlo_error:.4f} for these blocks. Prior term: {result.prior:.4f}."
+            f"Standard error: {result.standard_error:.4f} nats/token for all text of this kind"
+            + ("." if exact else f", {result.monte_carlo_error:.4f} for these blocks. Prior term: {result.prior:.4f}.")
         )
         if isinstance(train, TokenBlocks):  # a stream would have to be read completely
             for other, row in _ngrams(train, scored, loaded.tokenizer.vocab_size, result).items():
@@ -310,6 +315,7 @@ def _figures(result: ElboResult, blocks: TokenBlocks, rules: str, options: Perpl
         "tokens_of_text": blocks.n_tokens,
         "bytes": result.n_bytes,
         "draws": options.draws,
+        "exact": result.exact,
         "seed": options.seed,
         "reading": rules,
     }

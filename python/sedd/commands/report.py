@@ -50,7 +50,7 @@ examples:
 MEDIA = {".png": "image/png", ".svg": "image/svg+xml"}
 DETAILS = {
     *("settings", "configs", "versions", "n-samples", "alias", "blocks", "length", "tokens_of_text", "bytes", "draws"),
-    *("seed", "reading", "prior", "monte_carlo_error", "bits_per_token", "perplexity_mean_of_exp"),
+    *("seed", "reading", "prior", "monte_carlo_error", "bits_per_token", "perplexity_mean_of_exp", "exact"),
 }
 """Entries of an evaluation that the page shows only in an expandable section."""
 
@@ -64,9 +64,11 @@ class ReportOptions:
     samples: int = 4
     """Number of texts to sample. The animation shows the first one."""
     steps: int = 64
-    """Number of reverse steps, each a frame of the animation. One denoising step follows."""
-    sampler: str = "tweedie"
-    """tweedie, euler, greedy, or your own class as module:name."""
+    """Number of reverse steps, each a frame of the animation. One denoising step follows. An autoregressive model takes
+    a step for each token."""
+    sampler: str | None = None
+    """tweedie, euler, greedy, autoregressive (for autoregressive models), or your own class as module:name. Default:
+    tweedie; autoregressive for an autoregressive model."""
     length: int | None = None
     """Tokens per text. Default: the length of a training block."""
     seed: int = 0
@@ -77,7 +79,8 @@ class ReportOptions:
     def __post_init__(self) -> None:
         """Checks the values."""
         check_options(self, positive=("samples", "steps", "length"), outputs=("out",))
-        check_one_of("sampler", self.sampler, SAMPLERS)
+        if self.sampler is not None:
+            check_one_of("sampler", self.sampler, SAMPLERS)
 
 
 def report(run: str, options: ReportOptions) -> int:
@@ -91,6 +94,8 @@ def report(run: str, options: ReportOptions) -> int:
     if loaded.config is None or loaded.state is None:
         raise ValueError(f"run: expected a run of sedd train, got {loaded.path}, a model without training losses")
     folder = loaded.path.parent.parent
+    exact = loaded.diffusion.objective.autoregressive
+    how = "One token at a time" if exact else f"{options.steps} reverse steps with {options.sampler or 'tweedie'}"
     texts, film = _film(loaded, options)
     script = files("sedd.commands").joinpath("report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -105,12 +110,12 @@ def report(run: str, options: ReportOptions) -> int:
         film=film,
         # escape < so that no text can close the script element
         film_json=_safe(json.dumps(film, ensure_ascii=True).replace("<", "\\u003c")),
-        curves=[_safe(curve) for curve in _curves(folder / "metrics.jsonl")],
+        curves=[_safe(curve) for curve in _curves(folder / "metrics.jsonl", exact)],
         evaluations=evaluations,
         pictures=pictures,
         eval_folder=str(folder / "eval"),
         samples=texts,
-        samples_note=f"{options.steps} reverse steps with {options.sampler}, seed {options.seed}.",
+        samples_note=f"{how}, seed {options.seed}.",
         changed={name: value for name, value in chosen.items() if usual.get(name) != value and name != "run_dir"},
         options=chosen,
         script=_safe(script),
@@ -140,13 +145,14 @@ def _facts(loaded: LoadedModel) -> dict[str, str]:
     assert state is not None
     facts = {
         "parameters": f"{sum(p.numel() for p in loaded.model.parameters()):,}",
-        "noise": f"{config.process}, {config.schedule}",
+        "noise": "none (autoregressive)" if loaded.model.causal else f"{config.process}, {config.schedule}",
         "tokens": f"{config.tokenizer}, {loaded.tokenizer.vocab_size:,}",
         "block": f"{loaded.model.config.length} tokens",
         "trained for": f"{state['step']:,} steps, {state['elapsed'] / 60:.1f} min",
     }
     if state["valid"] is not None:
-        facts["validation bound"] = f"{state['valid']:.4f} nats/token, {state['valid'] / math.log(2):.4f} bits/token"
+        name = "validation" if loaded.model.causal else "validation bound"
+        facts[name] = f"{state['valid']:.4f} nats/token, {state['valid'] / math.log(2):.4f} bits/token"
     return facts
 
 
@@ -204,8 +210,13 @@ def _film(loaded: LoadedModel, options: ReportOptions) -> tuple[list[str], dict[
     return [loaded.tokenizer.decode(row.tolist()) for row in written], film
 
 
-def _curves(path: Path) -> list[str]:
-    """Plots of the loss with the validation bound, and of the gradient norm, as SVG; empty without metrics."""
+def _curves(path: Path, exact: bool = False) -> list[str]:
+    """Plots of the loss with the validation bound, and of the gradient norm, as SVG; empty without metrics.
+
+    Args:
+        path: the metrics.
+        exact: the validations are exact likelihoods.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -235,7 +246,7 @@ def _curves(path: Path) -> list[str]:
         color="#d1495b",
         marker="o",
         markersize=4,
-        label="validation bound",
+        label="validation" if exact else "validation bound",
     )
     # the initial losses and rare outliers would compress the rest of the curve
     for axes, name, unit in ((losses, "loss", math.log(2)), (norms, "grad_norm", 1.0)):

@@ -22,7 +22,7 @@ from sedd.diffusion.samplers import SAMPLERS, sample
 from sedd.files import write_json
 from sedd.hub.pretrained import LoadedModel, load_model
 from sedd.network import compile_network
-from sedd.options import check_choice, check_one_of, check_options
+from sedd.options import check_choice, check_one_of, check_options, renamed
 from sedd.progress import CONTROLS, console
 from sedd.runtime import resolve_device
 
@@ -53,6 +53,8 @@ examples (quote the text for the shell):
       fill several gaps
   sedd infill runs/default --num 4 --live "$(cat draft.txt)"
       fill the gaps of a file
+
+An autoregressive model can only continue a text.
 """
 
 
@@ -63,10 +65,12 @@ class SamplingOptions:
     num: int = 1
     """Number of texts."""
     steps: int = 128
-    """Number of reverse steps. More steps take longer and give better text. One denoising step follows."""
-    sampler: str = "tweedie"
+    """Number of reverse steps. More steps take longer and give better text. One denoising step follows. Of no effect
+    for an autoregressive model, which takes a step for each token."""
+    sampler: str | None = None
     """tweedie (the best independent reverse step), euler, greedy (the most probable tokens, at the positions where the
-    model is most certain), or your own class as module:name."""
+    model is most certain), autoregressive (from left to right, for autoregressive models only), or your own class as
+    module:name. Default: tweedie; autoregressive for an autoregressive model."""
     temperature: float = 1.0
     """Below 1, more probable tokens are preferred; above 1, less probable ones. 1 samples the model's distribution."""
     top_p: float = 1.0
@@ -84,7 +88,8 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         check_options(self, positive=("num", "steps", "batch_size"), outputs=("json",))
-        check_one_of("sampler", self.sampler, SAMPLERS)
+        if self.sampler is not None:
+            check_one_of("sampler", self.sampler, SAMPLERS)
         check_choice(self.temperature, self.top_p)
 
 
@@ -112,7 +117,8 @@ def write(run: str, options: SampleOptions, live: bool) -> int:
 def infill(run: str, template: str, options: SamplingOptions, live: bool) -> int:
     """Fills the gaps of a text."""
     loaded = load_model(run, resolve_device(options.device))
-    _generate(loaded, options, live, *parse_template(template, loaded.tokenizer))
+    with renamed({"fixed": "template"}):
+        _generate(loaded, options, live, *parse_template(template, loaded.tokenizer))
     return 0
 
 
@@ -162,6 +168,11 @@ def _show(view: Live, is_fixed: Tensor, tokenizer: Tokenizer, step: int, steps: 
 def _generate(loaded: LoadedModel, options: SamplingOptions, live: bool, tokens: Tensor, is_fixed: Tensor) -> None:
     device = loaded.diffusion.device
     if options.compile:
+        if loaded.model.causal:
+            raise ValueError(
+                "compile: expected a diffusion model, got an autoregressive one, whose cache cannot be compiled; leave "
+                "--compile out"
+            )
         compile_network(loaded.model)
     generator = torch.Generator(device).manual_seed(options.seed)
     out = console()

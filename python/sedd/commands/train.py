@@ -97,8 +97,9 @@ def _train(options: TrainConfig, resume: bool, lock: RunLock) -> int:
     state = run.state
     parameters = sum(p.numel() for p in state.diffusion.parameters())
     model = f"{options.model.preset} model" if options.init is None else f"model initialised from {options.init}"
+    noise = "no noise (autoregressive)" if options.model.causal else f"{options.process} noise"
     out.print(
-        f"{model}, {parameters / 1e6:.2f} M parameters, {options.process} noise, "
+        f"{model}, {parameters / 1e6:.2f} M parameters, {noise}, "
         f"{options.tokenizer} tokens in blocks of {run.corpus.shape[0]}, {state.device} "
         f"({str(state.autocast_dtype or torch.float32)[6:]}); output folder: {run.run_dir}"
     )

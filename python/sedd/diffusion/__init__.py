@@ -1,5 +1,6 @@
 """The mathematics: noise schedules, objectives, likelihood bounds and samplers of a discrete diffusion model."""
 
+from sedd.diffusion.autoregressive import Autoregressive
 from sedd.diffusion.continuation import continuation_bound
 from sedd.diffusion.diffusion import Diffusion, Mean, Objective, Parameterization, Score
 from sedd.diffusion.likelihood import ElboResult, elbo
@@ -14,6 +15,7 @@ __all__ = [
     "SAMPLERS",
     "SCHEDULES",
     "UDLM",
+    "Autoregressive",
     "Diffusion",
     "ElboResult",
     "Mean",

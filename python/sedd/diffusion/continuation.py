@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sedd.diffusion.autoregressive import Reader
 from sedd.diffusion.diffusion import Diffusion
 from sedd.diffusion.likelihood import Onset, prior_kl
 from sedd.diffusion.samplers import GreedySampler, Walk
@@ -36,6 +37,8 @@ def continuation_bound(
     to one question therefore see the same times and, with an absorbing process, the same masks (common random numbers),
     and their differences have much less noise than the bounds themselves.
 
+    For an autoregressive model, the result is the exact -log p(continuation | context).
+
     Args:
         diffusion: the model, in evaluation mode.
         context: the tokens before the continuation, possibly none.
@@ -46,7 +49,7 @@ def continuation_bound(
         batch_size: sequences in a call of the model.
 
     Returns:
-        Nats [draws], float64, on the CPU. Their mean is the estimate.
+        Nats [draws], float64, on the CPU. Their mean is the estimate. [1] for an autoregressive model.
 
     Raises:
         ValueError: the continuation is empty, or there are more tokens than ``length``.
@@ -57,6 +60,10 @@ def continuation_bound(
             f"continuation: expected at least 1 token, at most {length} with the context, got {n} after {len(context)}"
         )
     process, schedule, device = diffusion.process, diffusion.schedule, diffusion.device
+    if diffusion.objective.autoregressive:
+        whole = torch.tensor([[*context, *continuation]], device=device)
+        with torch.no_grad():
+            return diffusion.loss(whole, whole, torch.ones(1, device=device), given=len(context)).double().cpu()
     generator = torch.Generator(device).manual_seed(seed_of(seed, context))
     text = torch.tensor([*context, *continuation], device=device)
     places = torch.rand(draws, generator=generator, dtype=torch.float64, device=device)
@@ -87,7 +94,7 @@ def greedy_continuation(diffusion: Diffusion, context: Sequence[int], n: int, *,
     """Greedy decoding after a context by :class:`GreedySampler`, one token per step.
 
     All n positions start as noise of the process: MASK if it is absorbing, otherwise random tokens that depend on the
-    seed and the context.
+    seed and the context. An autoregressive model writes from left to right instead.
 
     Args:
         diffusion: the model, in evaluation mode.
@@ -98,6 +105,12 @@ def greedy_continuation(diffusion: Diffusion, context: Sequence[int], n: int, *,
     Returns:
         n tokens.
     """
+    if diffusion.objective.autoregressive:
+        reader, text = Reader(diffusion, len(context) + n), [*context]
+        for position in range(len(context), len(context) + n):
+            logits = reader.logits(torch.tensor([[*text, 0]], device=diffusion.device), position)
+            text.append(int(logits[0, :-1].argmax()))
+        return text[len(context) :]
     walk = _continuation(diffusion, context, n, seed)
     for _ in GreedySampler(n)(walk):
         pass
@@ -108,6 +121,8 @@ def greedy_continuation(diffusion: Diffusion, context: Sequence[int], n: int, *,
 @torch.no_grad()
 def is_greedy(diffusion: Diffusion, context: Sequence[int], continuation: Sequence[int], *, seed: int = 0) -> bool:
     """Whether :func:`greedy_continuation` gives exactly these tokens. Stops at the first difference."""
+    if diffusion.objective.autoregressive:
+        return greedy_continuation(diffusion, context, len(continuation), seed=seed) == list(continuation)
     walk = _continuation(diffusion, context, len(continuation), seed)
     wanted = torch.tensor([[*context, *continuation]], device=walk.tokens.device)
     return all(bool((walk.free | (tokens == wanted)).all()) for tokens in GreedySampler(len(continuation))(walk))

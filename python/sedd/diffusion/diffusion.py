@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -125,10 +125,20 @@ class Mean:
 
 
 class Objective(ABC):
-    """A training loss, which is also the integrand of the likelihood bound. Found by name in ``OBJECTIVES``."""
+    """A training loss, which is also the integrand of the likelihood bound. Found by name in ``OBJECTIVES``.
+
+    Attributes:
+        autoregressive: the loss is the exact -log p(x_0) of a causal network, which ignores time and noise. Such models
+            have an exact likelihood instead of a bound, and write from left to right.
+    """
+
+    autoregressive: ClassVar[bool] = False
 
     def check(self, process: RankOne) -> None:  # noqa: B027 - any process, unless a subclass says otherwise
         """Raises a ValueError if the objective does not suit the process."""
+
+    def check_network(self, network: Network) -> None:  # noqa: B027 - any network, unless a subclass says otherwise
+        """Raises a ValueError if the objective does not suit the network."""
 
     def parameterization(self, config: Any) -> Parameterization:
         """How the network's output is read.
@@ -169,6 +179,7 @@ class Diffusion(nn.Module):
     ) -> None:
         super().__init__()
         objective.check(process)
+        objective.check_network(network)
         self.network = network
         self.process = process
         self.schedule = schedule
@@ -237,5 +248,9 @@ class Diffusion(nn.Module):
         fused: bool = True,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The training loss: noises the sequences and returns :meth:`loss`, with the arguments of both."""
-        return self.loss(x_0, self.noise(x_0, t, generator=generator), t, scale=scale, fused=fused)
+        """The training loss: noises the sequences and returns :meth:`loss`, with the arguments of both.
+
+        An autoregressive model gets no noise.
+        """
+        x_t = x_0 if self.objective.autoregressive else self.noise(x_0, t, generator=generator)
+        return self.loss(x_0, x_t, t, scale=scale, fused=fused)

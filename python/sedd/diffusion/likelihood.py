@@ -1,4 +1,4 @@
-"""Likelihood: the evidence bound of a diffusion model on text."""
+"""Likelihood: the evidence bound of a diffusion model on text, and the exact value of an autoregressive one."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ class ElboResult:
         onset: for a schedule with σ̄(0) > 0, the integrand of the noise from 0 to σ̄(0) [S, D]; else None.
         prior: the contribution of the prior term in nats per token.
         n_bytes: number of bytes of the scored text, if known.
+        exact: the result of an autoregressive model: each sequence has one draw, its -log p(text), without Monte Carlo
+            noise and prior term.
     """
 
     sequences: Tensor
@@ -41,6 +43,7 @@ class ElboResult:
     prior: float
     n_bytes: int | None = None
     onset: Tensor | None = None
+    exact: bool = False
 
     @property
     def tokens(self) -> int:
@@ -66,11 +69,15 @@ class ElboResult:
     def monte_carlo_error(self) -> float:
         """Standard error of ``nats_per_token`` as an estimate of the bound of these very sequences; NaN for one draw.
 
+        0 for an exact result.
+
         The draws of a sequence are stratified in t. The variances within the strata, Σ_k Var_k, are estimated by half
         the sum of squared differences between neighbouring draws. The first and the last draw have only one neighbour,
         so their squares are added once more. The trend over t counts as noise, which makes the error a little too
         large. The sequences are treated as independent. More draws make the error smaller.
         """
+        if self.exact:
+            return 0.0
         parts = [self.integrand] if self.onset is None else [self.integrand, self.onset]
         if min(part.shape[1] for part in parts) < 2:
             return math.nan
@@ -117,6 +124,7 @@ def joined(results: Sequence[ElboResult]) -> ElboResult:
         prior=sum(result.prior * count for result, count in zip(results, counts, strict=True)) / sum(counts),
         n_bytes=None if first.n_bytes is None else sum(result.n_bytes or 0 for result in results),
         onset=None if first.onset is None else together("onset"),
+        exact=first.exact,
     )
 
 
@@ -162,10 +170,12 @@ def elbo(
     sequences are spread evenly there. Each draw is uniform within its part, so the estimate has no bias. For many
     sequences a few draws each are enough.
 
+    An autoregressive model has no bound but the exact -log p(x_0), in one call of the model for each sequence.
+
     Args:
         diffusion: the model. It is put into evaluation mode, and back into its own mode at the end.
         blocks: text [S, L], int64, without MASK tokens.
-        draws: times drawn per sequence.
+        draws: times drawn per sequence; of no effect for an autoregressive model.
         n_bytes: number of bytes of text in the blocks, for ``bits_per_byte``.
         batch_size: sequences in a call of the model.
         generator: random number generator, on ``device``; torch's default one if None.
@@ -196,11 +206,15 @@ def elbo(
     device = torch.device(device) if device is not None else diffusion.device
     n_sequences, length = blocks.shape
     start, end = (float(s) for s in schedule.total(torch.tensor([0.0, 1.0])))
+    exact = diffusion.objective.autoregressive
 
     # of the schedule's own part, then of the part before it
-    times = _stratified(n_sequences, draws, generator, device)
+    if exact:
+        times = torch.ones(n_sequences, 1, dtype=torch.float64, device=device)
+    else:
+        times = _stratified(n_sequences, draws, generator, device)
     parts = [(diffusion, times)]
-    if start > 0:
+    if start > 0 and not exact:
         onset = diffusion.with_schedule(Onset(start))
         parts.append((onset, _stratified(n_sequences, max(2, draws // 8), generator, device)))
     values = torch.empty(sum(t.numel() for _, t in parts), dtype=torch.float64, device=device)
@@ -225,7 +239,7 @@ def elbo(
         part.view(t.shape).clone()
         for part, (_, t) in zip(values.cpu().split([t.numel() for _, t in parts]), parts, strict=True)
     )
-    prior = prior_kl(blocks.cpu(), end, process).sum(dim=1)
+    prior = torch.zeros(n_sequences) if exact else prior_kl(blocks.cpu(), end, process).sum(dim=1)
     return ElboResult(
         sequences=prior + integrand.mean(dim=1) + sum(part.mean(dim=1) for part in before),
         length=length,
@@ -234,6 +248,7 @@ def elbo(
         prior=float(prior.mean()) / length,
         n_bytes=n_bytes,
         onset=before[0] if before else None,
+        exact=exact,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sedd.diffusion.autoregressive import Autoregressive
 from sedd.diffusion.diffusion import Diffusion, Mean, Objective, Parameterization
 from sedd_ext import (
     RankOne,
@@ -199,5 +200,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "md4": MD4,
     "udlm": UDLM,
     "gidd": GIDD,
+    "autoregressive": Autoregressive,
 }
 """All objectives by name. To add one, write a subclass of :class:`sedd.diffusion.Objective` and name it here."""

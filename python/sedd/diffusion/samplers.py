@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from sedd.diffusion.autoregressive import Reader
 from sedd.diffusion.diffusion import Diffusion
 from sedd.diffusion.schedule import Schedule
 from sedd.progress import track
@@ -19,11 +20,13 @@ from sedd_ext import Euler, RankOne, Tweedie, linear_reverse_sample, reverse_pro
 
 __all__ = [
     "SAMPLERS",
+    "AutoregressiveSampler",
     "EulerSampler",
     "GreedySampler",
     "Sampler",
     "TweedieSampler",
     "Walk",
+    "find_sampler",
     "sample",
 ]
 
@@ -117,6 +120,16 @@ class Walk:
         step = self._per_position(step, where)
         return reverse_probs(log_score, x_t, step, self.process, denoise=denoise, **options)
 
+    def choose(self, logits: Tensor) -> Tensor:
+        """Draws tokens [R] other than MASK from softmax(logits [R, N]), with the walk's temperature and top_p."""
+        # a step of an absorbing process from MASK, in which the scores of the other tokens are exp(logit)
+        mask_id = self.process.dim - 1
+        x_t = torch.full(logits.shape[:1], mask_id, device=logits.device)
+        largest = logits[:, :mask_id].amax(1)
+        return reverse_sample(
+            logits, x_t, Tweedie(1.0), self.process, log_score_shift=largest, denoise=True, **self._options
+        )
+
     def write(self, where: Tensor, tokens: Tensor) -> None:
         """Puts tokens [R] at the positions ``where`` [B, L]."""
         self.tokens = self.tokens.masked_scatter(where, tokens)
@@ -177,9 +190,11 @@ class Sampler(ABC):
 
     Attributes:
         steps: number of reverse steps, at least 1. More steps take longer and give better samples.
+        autoregressive: whether it is for autoregressive models, and not for diffusion models.
     """
 
     steps: int
+    autoregressive: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, walk: Walk) -> Iterator[Tensor]:
@@ -268,8 +283,67 @@ class GreedySampler(Sampler):
             yield walk.tokens
 
 
-SAMPLERS: dict[str, type[Sampler]] = {"tweedie": TweedieSampler, "euler": EulerSampler, "greedy": GreedySampler}
+@dataclass(frozen=True)
+class AutoregressiveSampler(Sampler):
+    """Writes from left to right, each token from its distribution given those before it. For autoregressive models.
+
+    Attributes:
+        steps: of no effect: there is a step for each token.
+        cached: keep the keys and values of what has been read.
+    """
+
+    cached: bool = True
+    autoregressive: ClassVar[bool] = True
+
+    def count(self, walk: Walk) -> int:
+        """A step for each position after the shortest given beginning.
+
+        Raises:
+            ValueError: a token after a free position is given.
+        """
+        if bool((walk.free[:, :-1] & ~walk.free[:, 1:]).any()):
+            raise ValueError(
+                "fixed: expected given tokens at the beginning only, got some after a gap; an autoregressive model "
+                "cannot fill gaps, it continues a text"
+            )
+        return int(walk.free.sum(1).max())
+
+    def __call__(self, walk: Walk) -> Iterator[Tensor]:
+        """See :meth:`Sampler.__call__`."""
+        length = walk.tokens.shape[1]
+        reader = Reader(walk.diffusion, length, cached=self.cached)
+        for position in range(length - self.count(walk), length):
+            where = walk.free & (torch.arange(length, device=walk.free.device) == position)
+            walk.write(where, walk.choose(reader.logits(walk.tokens, position)[where.any(1)]))
+            yield walk.tokens
+
+
+SAMPLERS: dict[str, type[Sampler]] = {
+    "tweedie": TweedieSampler,
+    "euler": EulerSampler,
+    "greedy": GreedySampler,
+    "autoregressive": AutoregressiveSampler,
+}
 """All samplers by name. To add one, write a subclass of :class:`Sampler` and name it here."""
+
+
+def find_sampler(diffusion: Diffusion, sampler: str | Sampler | None, steps: int) -> Sampler:
+    """The sampler of that name for a model; by default ``tweedie``, or ``autoregressive`` for autoregressive models.
+
+    Raises:
+        ValueError: an unknown sampler, or one for models of the other kind.
+    """
+    autoregressive = diffusion.objective.autoregressive
+    if sampler is None:
+        sampler = "autoregressive" if autoregressive else "tweedie"
+    if isinstance(sampler, str) and sampler not in SAMPLERS:
+        raise ValueError(f"sampler: expected one of {', '.join(map(repr, SAMPLERS))}, got {sampler!r}")
+    found = SAMPLERS[sampler](steps) if isinstance(sampler, str) else sampler
+    if found.autoregressive != autoregressive:
+        known = ", ".join(repr(name) for name, kind in SAMPLERS.items() if kind.autoregressive == autoregressive)
+        kind = "an autoregressive model" if autoregressive else "a diffusion model"
+        raise ValueError(f"sampler: expected {known} for {kind}, got {sampler!r}")
+    return found
 
 
 def sample(
@@ -278,7 +352,7 @@ def sample(
     batch: int,
     length: int,
     steps: int = 128,
-    sampler: str | Sampler = "tweedie",
+    sampler: str | Sampler | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     fused: bool = True,
@@ -299,7 +373,8 @@ def sample(
         batch: number of sequences B.
         length: tokens in each, L.
         steps: number of reverse steps, at least 1.
-        sampler: a key of :data:`SAMPLERS`, or a :class:`Sampler`, which has its own ``steps``.
+        sampler: a key of :data:`SAMPLERS`, or a :class:`Sampler`, which has its own ``steps``. None: ``tweedie``, or
+            ``autoregressive`` for an autoregressive model, which writes one token per step and ignores ``steps``.
         temperature: sharpens (below 1) or flattens which token a position changes to, see
             :func:`sedd_ext.reverse_sample`. 1 is the papers' law.
         top_p: a position changes to one of the fewest, most probable tokens that hold this much of the probability.
@@ -317,8 +392,9 @@ def sample(
         Tokens [B, L], int64.
 
     Raises:
-        ValueError: a count below 1, an unknown sampler, or ``fixed`` that does not fit: wrong shape, a token outside
-            the vocabulary, MASK as a given token, nothing left to sample.
+        ValueError: a count below 1, an unknown sampler or one for other models, or ``fixed`` that does not fit: wrong
+            shape, a token outside the vocabulary, MASK as a given token, nothing left to sample, or, for an
+            autoregressive model, a given token after a gap.
         TypeError: ``fixed`` is not an int64 and a bool tensor.
         ImportError: ``progress`` without rich.
 
@@ -327,10 +403,7 @@ def sample(
     for name, value in (("batch", batch), ("length", length), ("steps", steps)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    if isinstance(sampler, str):
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler: expected one of {', '.join(map(repr, SAMPLERS))}, got {sampler!r}")
-        sampler = SAMPLERS[sampler](steps)
+    sampler = find_sampler(diffusion, sampler, steps)
     process = diffusion.process
     device = torch.device(device) if device is not None else diffusion.device
     x = process.sample_limit((batch, length), generator=generator, device=device)

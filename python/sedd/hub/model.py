@@ -199,13 +199,18 @@ class SEDD(
             The URL of the commit with ``push_to_hub=True``, else None.
 
         Raises:
-            ValueError: the model has no schedule, or its process has no name; or the folder is a run or a checkpoint
-                of ``sedd train``, whose files have the same names.
+            ValueError: the model is autoregressive or has no schedule, or its process has no name; or the folder is a
+                run or a checkpoint of ``sedd train``, whose files have the same names.
             OSError: the files cannot be written; existing files are not changed.
             ImportError: ``huggingface_hub`` is not installed.
         """
         if not hasattr(super(), "save_pretrained"):
             raise ImportError(f"saving models needs huggingface_hub: {pip_install('train', 'huggingface_hub')}")
+        if self.causal:
+            raise ValueError(
+                "save_pretrained: expected a diffusion model, got an autoregressive one, a baseline that has no model "
+                "card; keep its run"
+            )
         folder = Path(save_directory)
         if any((folder / name).exists() for name in ("checkpoints", "state.json", ".lock")):
             raise ValueError(
@@ -253,8 +258,11 @@ class SEDD(
         Raises:
             TypeError: ``x_t`` is not int64 or ``sigma`` not floating point.
             ValueError: wrong shapes, a token that is not in [0, N), or a σ̄ that is not positive and finite (values
-                are checked only on the CPU, because a check on another device would synchronise with it).
+                are checked only on the CPU, because a check on another device would synchronise with it); or the
+                model is autoregressive and has no log-scores.
         """
+        if self.causal:
+            raise ValueError("forward: expected a diffusion model, got an autoregressive one, which has no log-scores")
         log_score = self.head(self.hidden(x_t, sigma))
         log_score = log_score if log_score.dtype == torch.float64 else log_score.float()
         if isinstance(self.parameterization, Score):

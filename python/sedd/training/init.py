@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sedd.config import ModelOptions, TrainConfig
 from sedd.data.tokenizer import Tokenizer
-from sedd.network import PRESETS, ModelConfig
+from sedd.network import ModelConfig
 from sedd_ext import RankOne
 
 __all__ = ["Pretrained", "checked_init", "with_sizes"]
@@ -60,7 +60,7 @@ def checked_init(config: TrainConfig, begin: Pretrained, tokenizer: Tokenizer) -
     fixed = {name: value for name, value in dataclasses.asdict(begin.config).items() if name not in FREE_SIZES}
     given = {name: value for name, value in dataclasses.asdict(config.model).items() if value is not None}
     if config.model.preset != ModelOptions().preset:
-        given = {**dataclasses.asdict(PRESETS[config.model.preset]), **given}
+        given = dataclasses.asdict(config.model.build())
     for name in fixed.keys() & given.keys():
         if given[name] != fixed[name]:
             raise ValueError(

@@ -1,0 +1,125 @@
+"""The autoregressive baseline: a causal network on the same backbone that predicts each token from those before it.
+
+The network reads MASK, which no text contains, before the first token. The process therefore stays absorbing, and
+embedding and head have the rows of a diffusion model; MASK's logit is left out of the softmax. Time and noise play no
+part.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sedd.diffusion.diffusion import Diffusion, Objective
+from sedd.network import KeyValueCache, Network
+from sedd_ext import RankOne
+
+__all__ = ["Autoregressive", "Reader"]
+
+CHUNK = 2**24
+"""Logits that the chunked loss holds at a time: 64 MB in float32."""
+
+
+class _CausalNetwork(Network, Protocol):
+    def hidden(self, x_t: Tensor, sigma: Tensor, cache: KeyValueCache | None = None) -> Tensor: ...
+
+
+class Autoregressive(Objective):
+    """The exact negative log-likelihood: -Σ_i log p(x_0^i | x_0^1, ..., x_0^{i-1}) for each sequence, in nats."""
+
+    autoregressive = True
+
+    def check(self, process: RankOne) -> None:
+        """The process must be absorbing."""
+        if process.family != "absorbing":
+            raise ValueError(
+                "process: expected absorbing for the objective autoregressive, whose MASK token is read before the "
+                f"first token, got {process.family}"
+            )
+
+    def check_network(self, network: Network) -> None:
+        """The network must be causal."""
+        if not getattr(network, "causal", False):
+            raise ValueError(
+                "network: expected a causal one, got one whose positions see those after them; use "
+                "ModelConfig(causal=True)"
+            )
+
+    def loss(
+        self, diffusion: Diffusion, x_0: Tensor, x_t: Tensor, t: Tensor, *, given: int, scale: float, fused: bool
+    ) -> Tensor:
+        """See :meth:`sedd.diffusion.Diffusion.loss`. ``x_t`` and ``t`` are ignored."""
+        network, n = diffusion.network, diffusion.process.dim - 1
+        hidden = network.hidden(_delayed(x_0, n), _no_noise(x_0))[:, given:]
+        rows, target = hidden.flatten(0, 1), x_0[:, given:].flatten()
+        head = network.head_parameters() if fused else None
+        if head is None:
+            nats = _nats(network.head(rows)[:, :n], target)
+        else:
+            nats = _chunked_nats(rows, head[0][:n], None if head[1] is None else head[1][:n], target)
+        return (scale * nats.view(len(x_0), -1).sum(1)).float()
+
+
+class Reader:
+    """Reads sequences from left to right and predicts their next tokens, with keys and values kept between calls.
+
+    Args:
+        diffusion: an autoregressive model, in evaluation mode.
+        length: the most tokens of a sequence.
+        cached: keep keys and values. Without, each call reads all tokens again, with the same result.
+    """
+
+    def __init__(self, diffusion: Diffusion, length: int, *, cached: bool = True) -> None:
+        self.network: Any = cast(_CausalNetwork, diffusion.network)
+        self.mask_id = diffusion.process.dim - 1
+        self.cache = KeyValueCache(length) if cached else None
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, position: int) -> Tensor:
+        """Logits of the token at a position, from the tokens before it.
+
+        Args:
+            tokens: the sequences [B, L], int64. Tokens before the position of an earlier call are those of that call.
+            position: at least that of the call before plus 1.
+
+        Returns:
+            Logits [B, N], float32 or float64; MASK's has no meaning.
+        """
+        start = 0 if self.cache is None else self.cache.length
+        text = _delayed(tokens[:, : position + 1], self.mask_id)[:, start:]
+        hidden = self.network.hidden(text, _no_noise(text), self.cache)[:, -1]
+        logits: Tensor = self.network.head(hidden)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _delayed(x_0: Tensor, mask_id: int) -> Tensor:
+    """What the network reads to predict x_0 [B, L]: MASK, and all tokens but the last."""
+    return F.pad(x_0[:, :-1], (1, 0), value=mask_id)
+
+
+def _no_noise(x_0: Tensor) -> Tensor:
+    """A total noise for a network that ignores it."""
+    return torch.ones(1, device=x_0.device)
+
+
+def _nats(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy [R] of logits [R, n], float32 or float64."""
+    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), target, reduction="none")
+
+
+def _chunked_nats(rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+    """Cross entropy [R] of a linear head for states [R, d]; backward computes the logits of each chunk again."""
+
+    def nats(rows: Tensor, target: Tensor) -> Tensor:
+        return _nats(F.linear(rows, weight, bias), target)
+
+    size = max(1, CHUNK // len(weight))
+    parts = [
+        checkpoint(nats, *part, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(rows.split(size), target.split(size), strict=True)
+    ]
+    return torch.cat(parts)
