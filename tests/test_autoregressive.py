@@ -277,7 +277,9 @@ def test_what_does_not_fit_is_refused() -> None:
             with pytest.raises(ValueError, match=f"sampler: expected 'autoregressive' .*, got '{name}'"):
                 sample(model, batch=1, length=4, sampler=name)
     usual = Diffusion(network_of(causal=False), Absorbing(N), get_schedule("loglinear"), ScoreEntropy())
-    with pytest.raises(ValueError, match="sampler: expected 'tweedie', 'euler', 'greedy' for a diffusion model"):
+    with pytest.raises(
+        ValueError, match="sampler: expected 'tweedie', 'tweedie_cosine', 'euler', 'greedy' for a diffusion model"
+    ):
         sample(usual, batch=1, length=4, sampler="autoregressive")
     with pytest.raises(ValueError, match="process: expected absorbing for the objective autoregressive"):
         Diffusion(network_of(), Uniform(N + 1), get_schedule("loglinear"), Autoregressive())
@@ -386,7 +388,10 @@ def test_the_commands(config: Any, tmp_path: Path, capsys: pytest.CaptureFixture
     for words, message in (
         (["infill", run, "a{{4}}b"], "template: expected given tokens at the beginning only"),
         (["sample", run, "--sampler", "greedy"], "--sampler: expected 'autoregressive' for an autoregressive model"),
-        (["sample", other, "--sampler", "autoregressive"], "--sampler: expected 'tweedie', 'euler', 'greedy' for a"),
+        (
+            ["sample", other, "--sampler", "autoregressive"],
+            "--sampler: expected 'tweedie', 'tweedie_cosine', 'euler', ",
+        ),
         (["sample", run, "--compile"], "--compile: expected a diffusion model"),
         (["convert", run, str(tmp_path / "model")], "save_pretrained: expected a diffusion model"),
         (["eval", "perplexity", run, "--plot", "x.png"], "--plot: expected a diffusion model"),

@@ -6,7 +6,8 @@ import pytest
 import torch
 from toy import TrueScore, diffusion
 
-from sedd.diffusion.objectives import OBJECTIVES, ScoreEntropy, sample_times
+from sedd.diffusion.objectives import OBJECTIVES, sample_times
+from sedd.diffusion.position_loss import ScoreEntropy
 from sedd.diffusion.schedule import get_schedule
 from sedd.hub import SEDD
 from sedd.network import ModelConfig

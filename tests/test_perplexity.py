@@ -20,7 +20,7 @@ import sedd.data.text
 from sedd.cli import main
 from sedd.commands.perplexity import TEXTS
 from sedd.data.text import DataConfig
-from sedd.diffusion.objectives import ScoreEntropy
+from sedd.diffusion.position_loss import ScoreEntropy
 from sedd.diffusion.schedule import LogLinear
 from sedd.hub import SEDD
 from sedd.network import ModelConfig

@@ -28,7 +28,7 @@ from huggingface_hub import errors
 from torch import Tensor
 
 from sedd.cli import main
-from sedd.diffusion.objectives import MeanPrediction
+from sedd.diffusion.position_loss import MeanPrediction
 from sedd.diffusion.schedule import Cosine, Geometric, LogLinear
 from sedd.hub import SEDD, load_model
 from sedd.hub.weights import PICKLES
@@ -293,7 +293,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named(tmp_path: Path) 
         ({"model": {"length": "long"}}, "model.length: expected int, got 'long'"),
         ({"model": {"length": 8.0}}, "model.length: expected int, got 8.0"),
         ({"model": {"length": 0}}, "length: expected a positive int, got 0"),
-        ({"parameterization": "ar"}, "parameterization: expected one of sedd, subs, got 'ar'"),
+        ({"parameterization": "ar"}, "parameterization: expected one of sedd, subs, mean, got 'ar'"),
         ({"objective": "mse"}, "objective: expected one of score_entropy, "),
     ],
 )
@@ -318,6 +318,22 @@ def test_networks_that_predict_the_clean_token_round_trip(tmp_path: Path) -> Non
         logits = loaded.model.head(loaded.model.hidden(x_t, sigma))
         expected = reference.implied_log_score(logits, x_t, sigma[:, None], loaded.diffusion.process)
         torch.testing.assert_close(loaded.model(x_t, sigma), expected.scatter(-1, x_t[..., None], 0.0))
+
+
+def test_a_checkpoint_of_duo(tmp_path: Path) -> None:
+    """A Lightning file whose entries lie in ``algo``: uniform noise, a mean prediction, and "log-linear"."""
+    config = {
+        "algo": {"name": "duo", "parameterization": "mean", "time_conditioning": True, "T": 0},
+        "noise": {"type": "log-linear", "eps": 1e-4},
+        "model": MODEL,
+    }
+    state = {f"backbone.{name}": value for name, value in WEIGHTS.items()}
+    torch.save({"state_dict": state, "ema": EMA, "hyper_parameters": {"config": config}}, tmp_path / "duo.ckpt")
+    loaded = SEDD.from_pretrained(tmp_path / "duo.ckpt")
+    assert (loaded.process.family, loaded.process.dim, loaded.schedule) == ("uniform", 258, LogLinear(eps=1e-4))
+    assert (loaded.objective, loaded.config.time_conditioning) == ("mean_prediction", True)
+    for name, value in loaded.state_dict().items():
+        torch.testing.assert_close(value, AVERAGED[name], msg=name)
 
 
 def test_what_a_checkpoint_does_not_say_can_be_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -103,3 +104,80 @@ class JointScore(TrueScore):
         log_p = torch.stack(columns, 1)
         log_score = log_p - log_p.gather(-1, x_t[..., None]) + self.error
         return log_score.scatter(-1, x_t[..., None], 0.0)
+
+
+def sequences(tokens: int, length: int) -> Tensor:
+    """All sequences [tokens ** length, length]."""
+    return torch.cartesian_prod(*[torch.arange(tokens)] * length).view(-1, length)
+
+
+class Enumerated:
+    """A short text of a known joint distribution under noise, with every sum over sequences written out.
+
+    Args:
+        joint: probability of each text [n, ..., n], float64, one axis a position.
+        q: what becomes of each token [n, N]: its distribution after the noise.
+    """
+
+    def __init__(self, joint: Tensor, q: Tensor) -> None:
+        self.joint, self.q, self.length = joint, q, joint.dim()
+        self.x_t = sequences(q.shape[1], self.length)
+
+    def given(self, x_0: Tensor) -> Tensor:
+        """q(x_t | x_0) of every sequence of ``x_t``, for one text [L]."""
+        return self.q[x_0[None].expand(len(self.x_t), -1), self.x_t].prod(1)
+
+    def marginal(self) -> Tensor:
+        """q(x_t) of every sequence of ``x_t``."""
+        p = self.joint
+        for axis in range(self.length):
+            p = torch.einsum("...x,xy->...y", p.movedim(axis, -1), self.q).movedim(-1, axis)
+        return p.flatten()
+
+    def information(self, x_0: Tensor) -> float:
+        """E log q(x_t | x_0) / q(x_t): what x_t still says of the text. -log p(x_0) without noise."""
+        given = self.given(x_0)
+        return float(torch.special.xlogy(given, given / self.marginal()).nansum())
+
+
+class JointMean(nn.Module):
+    """Predicts the clean token exactly, for short text of one known joint distribution.
+
+    Args:
+        dim: N.
+        joint: see :class:`Enumerated`.
+        noise: what becomes of each token [B, n, N] at total noise σ̄ [B].
+    """
+
+    time_conditioning = True
+
+    def __init__(self, dim: int, joint: Tensor, noise: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.dim, self.joint, self.noise = dim, joint, noise
+
+    def hidden(self, x_t: Tensor, sigma: Tensor) -> Tensor:
+        q, rows = self.noise(sigma).expand(len(x_t), -1, -1), torch.arange(len(x_t))
+        p = self.joint.expand(len(x_t), *self.joint.shape)
+        for i in range(x_t.shape[1]):
+            shape = [len(x_t), *([1] * x_t.shape[1])]
+            shape[i + 1] = -1
+            p = p * q[rows, :, x_t[:, i]].view(shape)
+        axes = range(1, p.dim())
+        mean = torch.stack([p.sum([a for a in axes if a != i]) if len(axes) > 1 else p for i in axes], 1)
+        log_mean = (mean / mean.sum(-1, keepdim=True)).log()
+        return nn.functional.pad(log_mean, (0, self.dim - log_mean.shape[-1]))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def head_parameters(self) -> None:
+        """The head is no matrix."""
+
+
+def expected(diffusion: Diffusion, toy: Enumerated, x_0: Tensor, t: float) -> float:
+    """The integrand of the bound at time t, its expectation over x_t written out."""
+    clean, times = x_0.expand(len(toy.x_t), -1), torch.full((len(toy.x_t),), t, dtype=torch.float64)
+    weight = toy.given(x_0)
+    here = weight > 0
+    loss = diffusion.objective.loss(diffusion, clean[here], toy.x_t[here], times[here], given=0, scale=1.0, fused=False)
+    return float((weight[here] * loss.detach().double()).sum())

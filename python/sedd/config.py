@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from sedd.data.corpus import CORPORA
 from sedd.data.options import DataConfig
-from sedd.diffusion.objectives import OBJECTIVES
+from sedd.diffusion.objectives import OBJECTIVES, get_objective, objective_params
 from sedd.diffusion.schedule import SCHEDULES, get_schedule, schedule_params
 from sedd.network import PRESETS, ModelConfig
 from sedd.options import build, check_one_of, checked, renamed
@@ -128,8 +128,13 @@ class TrainConfig:
     schedule_params: dict[str, float] = field(default_factory=dict)
     """Parameters of the schedule, for example --schedule_params.eps 1e-4."""
     objective: str = "score_entropy"
-    """Training loss: score_entropy; autoregressive (next-token prediction by a causal network of the same size, as a
-    baseline, without noise); or a class of your own as module:name."""
+    """Training loss. For log-scores: score_entropy; to compare with it, concrete_score or implicit_score_entropy. For a
+    prediction of the clean token: mean_prediction, md4 (absorbing), genmd4 (absorbing, with a learned schedule for each
+    token), udlm (uniform), gidd (hybrid), d3pm (in discrete time); to compare with md4, tauldr. As a baseline without
+    noise: autoregressive, next-token prediction by a causal network of the same size. Or a class of your own as
+    module:name."""
+    objective_params: dict[str, float] = field(default_factory=dict)
+    """Parameters of the objective, for example --objective d3pm --objective_params.steps 100."""
     fused_head: bool = True
     """Fuse the output head with the loss, without storing log-scores of the whole vocabulary. Use false to compare."""
     antithetic: bool = True
@@ -195,7 +200,6 @@ class TrainConfig:
         check_one_of("corpus", self.corpus, CORPORA)
         check_one_of("schedule", self.schedule, SCHEDULES)
         check_one_of("objective", self.objective, OBJECTIVES)
-        self._check_objective()
         check_one_of("lr_schedule", self.lr_schedule, LR_SCHEDULES)
         for name in self.log_names():
             check_one_of("log", name, [*WRITERS, "none"])
@@ -225,10 +229,17 @@ class TrainConfig:
                 get_schedule(self.schedule, **self.schedule_params)
         except TypeError as error:
             raise ValueError(f"schedule_params: {error}") from error
+        self._check_objective()
 
     def _check_objective(self) -> None:
-        """Checks that model and process are those of the objective, and makes the model causal if it must be."""
-        OBJECTIVES[self.objective]().check(self.make_process(2))
+        """Checks that model, process and schedule suit the objective, and makes the model causal if it must be."""
+        try:
+            with renamed({name: f"objective_params.{name}" for name in self.objective_params}):
+                objective = get_objective(self.objective, **self.objective_params)
+        except TypeError as error:
+            raise ValueError(f"objective_params: {error}") from error
+        objective.check(self.make_process(2))
+        objective.schedule(get_schedule(self.schedule, **self.schedule_params), self.make_process(2))
         if not OBJECTIVES[self.objective].autoregressive:
             if self.model.causal:
                 raise ValueError(
@@ -265,8 +276,12 @@ class TrainConfig:
         A checkpoint keeps this one, so that it loads although a later version may have other presets.
         """
         model = ModelOptions(preset=self.model.preset, **dataclasses.asdict(self.model.build()))
-        params = schedule_params(self.schedule, self.schedule_params)
-        return dataclasses.replace(self, model=model, schedule_params=params)
+        return dataclasses.replace(
+            self,
+            model=model,
+            schedule_params=schedule_params(self.schedule, self.schedule_params),
+            objective_params=objective_params(self.objective, self.objective_params),
+        )
 
     def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
         """Returns the options, by dotted name, that differ in ``other`` and that a resumed run may not change."""

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from sedd.commands.command import RUN, Command
 from sedd.diffusion.diffusion import Diffusion
-from sedd.diffusion.objectives import ScoreEntropy
+from sedd.diffusion.position_loss import ScoreEntropy
 from sedd.diffusion.samplers import SAMPLERS, find_sampler, sample
 from sedd.diffusion.schedule import LogLinear
 from sedd.figures import check_figure, write_figure

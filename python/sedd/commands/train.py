@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from sedd.commands.command import Argument, Command
 from sedd.config import TrainConfig, read_options
 from sedd.data.options import DataConfig
+from sedd.diffusion.objectives import OBJECTIVES
 from sedd.diffusion.schedule import SCHEDULES
 from sedd.files import RunLock
 from sedd.hints import program
@@ -124,13 +126,13 @@ def _train(options: TrainConfig, resume: bool, lock: RunLock) -> int:
     return 0 if outcome.signum is None else 128 + outcome.signum
 
 
-def _schedule_params() -> dict[str, str]:
-    """Help for the parameters of all schedules, by name of the parameter."""
+def _params(noun: str, registry: Mapping[str, type]) -> dict[str, str]:
+    """Help for the parameters of all classes of a registry, by name of the parameter."""
     found: dict[str, list[str]] = {}
-    for name, kind in SCHEDULES.items():
+    for name, kind in registry.items():
         for parameter in inspect.signature(kind).parameters.values():
             found.setdefault(parameter.name, []).append(f"{name} (default: {parameter.default:g})")
-    return {name: f"Parameter of the schedule {' and of '.join(schedules)}." for name, schedules in found.items()}
+    return {name: f"Parameter of the {noun} {' and of '.join(kinds)}." for name, kinds in found.items()}
 
 
 COMMAND = Command(
@@ -147,6 +149,9 @@ COMMAND = Command(
         ),
         Argument("--resume", "Continue the run in --run_dir.", {"action": "store_true"}),
     ),
-    keys={"schedule_params": _schedule_params},
+    keys={
+        "schedule_params": partial(_params, "schedule", SCHEDULES),
+        "objective_params": partial(_params, "objective", OBJECTIVES),
+    },
     reads_files=True,
 )

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from sedd.diffusion.autoregressive import Reader
 from sedd.diffusion.diffusion import Diffusion
-from sedd.diffusion.likelihood import Onset, prior_kl
+from sedd.diffusion.likelihood import closed_terms, with_onset
 from sedd.diffusion.samplers import GreedySampler, Walk
-from sedd_ext import sample_transition
 
 __all__ = ["continuation_bound", "greedy_continuation", "is_greedy", "seed_of"]
 
@@ -59,7 +58,7 @@ def continuation_bound(
         raise ValueError(
             f"continuation: expected at least 1 token, at most {length} with the context, got {n} after {len(context)}"
         )
-    process, schedule, device = diffusion.process, diffusion.schedule, diffusion.device
+    device = diffusion.device
     if diffusion.objective.autoregressive:
         whole = torch.tensor([[*context, *continuation]], device=device)
         with torch.no_grad():
@@ -67,18 +66,17 @@ def continuation_bound(
     generator = torch.Generator(device).manual_seed(seed_of(seed, context))
     text = torch.tensor([*context, *continuation], device=device)
     places = torch.rand(draws, generator=generator, dtype=torch.float64, device=device)
-    parts = [(diffusion, (torch.arange(1, draws + 1, device=device) - places) / draws)]
-    start, end = (float(sigma) for sigma in schedule.total(torch.tensor([0.0, 1.0])))
-    if start > 0:  # the noise before t = 0, as in elbo
-        parts.append((diffusion.with_schedule(Onset(start)), 1.0 - places))
+    parts = zip(
+        with_onset(diffusion),
+        ((torch.arange(1, draws + 1, device=device) - places) / draws, 1.0 - places),
+        strict=False,
+    )
     # one row is one noise level of a text of full length, so that a place in the text always has the same noise
     padded = torch.zeros(draws, length, dtype=torch.int64, device=device)
     padded[:, :total] = text
-    result = prior_kl(text[len(context) :], end, process).sum() + torch.zeros(draws, dtype=torch.float64)
+    result = closed_terms(diffusion, text[len(context) :]).sum() + torch.zeros(draws, dtype=torch.float64)
     for part, times in parts:
-        noised = sample_transition(padded, part.schedule.total(times).unsqueeze(-1), process, generator=generator)[
-            :, :total
-        ]
+        noised = part.noise(padded, times, generator=generator)[:, :total]
         noised[:, : len(context)] = text[: len(context)]
         for first in range(0, draws, batch_size):
             rows = slice(first, first + batch_size)

@@ -116,16 +116,23 @@ class Score:
 class Mean:
     """The network predicts the clean token: μ = softmax(logits) over all tokens but MASK.
 
+    Attributes:
+        per_token: every token has a noise schedule of its own, so steps depend on times and not on a total noise.
+
     Source: D3PM (Austin et al. 2021); MD4 (Shi et al. 2024).
     """
 
+    per_token: bool = False
+
     def step_options(self, process: RankOne, sigma: Tensor, x_t: Tensor) -> dict[str, Any]:
         """See :meth:`Parameterization.step_options`."""
-        return {"parameterization": "mean", "sigma": sigma}
+        return {"parameterization": "mean", "sigma": None if self.per_token else sigma}
 
 
 class Objective(ABC):
-    """A training loss, which is also the integrand of the likelihood bound. Found by name in ``OBJECTIVES``.
+    """A likelihood bound, and a training loss, which is the integrand of the bound unless a subclass says otherwise.
+
+    Found by name in ``OBJECTIVES``. A subclass may have numbers as parameters, such as the fields of a dataclass.
 
     Attributes:
         autoregressive: the loss is the exact -log p(x_0) of a causal network, which ignores time and noise. Such models
@@ -140,6 +147,14 @@ class Objective(ABC):
     def check_network(self, network: Network) -> None:  # noqa: B027 - any network, unless a subclass says otherwise
         """Raises a ValueError if the objective does not suit the network."""
 
+    def schedule(self, schedule: Schedule, process: RankOne) -> Schedule:
+        """The schedule of the model, made from the given one; a schedule that it has made is returned as it is.
+
+        Raises:
+            ValueError: the schedule does not suit the objective.
+        """
+        return schedule
+
     def parameterization(self, config: Any) -> Parameterization:
         """How the network's output is read.
 
@@ -152,7 +167,33 @@ class Objective(ABC):
     def loss(
         self, diffusion: Diffusion, x_0: Tensor, x_t: Tensor, t: Tensor, *, given: int, scale: float, fused: bool
     ) -> Tensor:
-        """The loss of noised sequences; see :meth:`Diffusion.loss` for the arguments and the result."""
+        """The integrand of the bound; see :meth:`Diffusion.loss` for the arguments and the result."""
+
+    def training_loss(
+        self,
+        diffusion: Diffusion,
+        x_0: Tensor,
+        t: Tensor,
+        *,
+        scale: float,
+        fused: bool,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """The training loss: noises the sequences and returns :meth:`loss`. See :meth:`Diffusion.forward`."""
+        x_t = diffusion.noise(x_0, t, generator=generator)
+        return self.loss(diffusion, x_0, x_t, t, given=0, scale=scale, fused=fused)
+
+    def reconstruction(self, diffusion: Diffusion, x_0: Tensor) -> Tensor | None:
+        """The part of the bound below σ̄(0) > 0, if it has a formula.
+
+        Args:
+            diffusion: the model.
+            x_0: clean tokens, any shape, int64.
+
+        Returns:
+            Nats of each token, of the shape of x_0. None: the bound integrates over the noise from 0 to σ̄(0) too.
+        """
+        return None
 
 
 class Diffusion(nn.Module):
@@ -164,8 +205,8 @@ class Diffusion(nn.Module):
     Args:
         network: reads noised tokens, see :class:`sedd.network.Network`.
         process: the noise process.
-        schedule: total noise and noise rate over time.
-        objective: the loss.
+        schedule: total noise and noise rate over time; :meth:`Objective.schedule` may change it.
+        objective: bound and training loss.
         parameterization: how the network's output becomes log-scores; :class:`Score` if None.
     """
 
@@ -182,7 +223,7 @@ class Diffusion(nn.Module):
         objective.check_network(network)
         self.network = network
         self.process = process
-        self.schedule = schedule
+        self.schedule = objective.schedule(schedule, process)
         self.objective = objective
         self.parameterization = Score() if parameterization is None else parameterization
 
@@ -201,7 +242,7 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def noise(self, x_0: Tensor, t: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Noised sequences x_t ~ p_t(· | x_0).
+        """Noised sequences x_t ~ p_t(· | x_0). An autoregressive model gets no noise.
 
         Args:
             x_0: clean tokens [B, L], int64.
@@ -218,12 +259,14 @@ class Diffusion(nn.Module):
             raise ValueError(f"x_0: expected a tensor [B, L], got shape {list(x_0.shape)}")
         if t.shape != x_0.shape[:1]:
             raise ValueError(f"t: expected shape [{x_0.shape[0]}], one time for each sequence, got {list(t.shape)}")
-        return sample_transition(x_0, self.schedule.total(t).unsqueeze(-1), self.process, generator=generator)
+        if self.objective.autoregressive:
+            return x_0
+        return sample_transition(x_0, self.schedule.token_total(t, x_0), self.process, generator=generator)
 
     def loss(
         self, x_0: Tensor, x_t: Tensor, t: Tensor, *, given: int = 0, scale: float = 1.0, fused: bool = True
     ) -> Tensor:
-        """The loss of noised sequences. Trainer, likelihood bound and harness all call this.
+        """The integrand of the likelihood bound for noised sequences.
 
         Args:
             x_0: clean tokens [B, L], int64.
@@ -248,9 +291,10 @@ class Diffusion(nn.Module):
         fused: bool = True,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The training loss: noises the sequences and returns :meth:`loss`, with the arguments of both.
+        """The training loss of sequences, with the arguments of :meth:`noise` and :meth:`loss`.
 
-        An autoregressive model gets no noise.
+        Returns:
+            Nats per sequence times ``scale`` [B], float32, differentiable. For most objectives it is :meth:`loss` of
+            noised sequences.
         """
-        x_t = x_0 if self.objective.autoregressive else self.noise(x_0, t, generator=generator)
-        return self.loss(x_0, x_t, t, scale=scale, fused=fused)
+        return self.objective.training_loss(self, x_0, t, scale=scale, fused=fused, generator=generator)

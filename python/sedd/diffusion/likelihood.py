@@ -16,7 +16,7 @@ from sedd.progress import track
 from sedd.unfinished import Unfinished, identity
 from sedd_ext import RankOne
 
-__all__ = ["ElboResult", "elbo", "joined", "prior_kl"]
+__all__ = ["ElboResult", "closed_terms", "elbo", "joined", "prior_kl", "with_onset"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ElboResult:
         times: t of each draw [S, draws], float64.
         integrand: σ(t) Σ_i L of each draw [S, draws], float64, in nats per sequence and unit of time.
         onset: for a schedule with σ̄(0) > 0, the integrand of the noise from 0 to σ̄(0) [S, D]; else None.
-        prior: the contribution of the prior term in nats per token.
+        prior: the contribution of the terms without Monte Carlo noise (:func:`closed_terms`) in nats per token.
         n_bytes: number of bytes of the scored text, if known.
         exact: the result of an autoregressive model: each sequence has one draw, its -log p(text), without Monte Carlo
             noise and prior term.
@@ -205,7 +205,6 @@ def elbo(
     _check_blocks(blocks, process)
     device = torch.device(device) if device is not None else diffusion.device
     n_sequences, length = blocks.shape
-    start, end = (float(s) for s in schedule.total(torch.tensor([0.0, 1.0])))
     exact = diffusion.objective.autoregressive
 
     # of the schedule's own part, then of the part before it
@@ -213,10 +212,11 @@ def elbo(
         times = torch.ones(n_sequences, 1, dtype=torch.float64, device=device)
     else:
         times = _stratified(n_sequences, draws, generator, device)
-    parts = [(diffusion, times)]
-    if start > 0 and not exact:
-        onset = diffusion.with_schedule(Onset(start))
-        parts.append((onset, _stratified(n_sequences, max(2, draws // 8), generator, device)))
+    before = with_onset(diffusion)[1:]
+    parts = [
+        (diffusion, times),
+        *((part, _stratified(n_sequences, max(2, draws // 8), generator, device)) for part in before),
+    ]
     values = torch.empty(sum(t.numel() for _, t in parts), dtype=torch.float64, device=device)
     saved, done = None, 0
     if unfinished is not None:
@@ -235,19 +235,19 @@ def elbo(
         diffusion.train(training)
         if saved is not None:  # after Ctrl-C too
             saved.write()
-    integrand, *before = (
+    integrand, *early = (
         part.view(t.shape).clone()
         for part, (_, t) in zip(values.cpu().split([t.numel() for _, t in parts]), parts, strict=True)
     )
-    prior = torch.zeros(n_sequences) if exact else prior_kl(blocks.cpu(), end, process).sum(dim=1)
+    prior = closed_terms(diffusion, blocks).sum(dim=1)
     return ElboResult(
-        sequences=prior + integrand.mean(dim=1) + sum(part.mean(dim=1) for part in before),
+        sequences=prior + integrand.mean(dim=1) + sum(part.mean(dim=1) for part in early),
         length=length,
         times=times.cpu(),
         integrand=integrand,
         prior=float(prior.mean()) / length,
         n_bytes=n_bytes,
-        onset=before[0] if before else None,
+        onset=early[0] if early else None,
         exact=exact,
     )
 
@@ -275,7 +275,7 @@ def _integrand(
         last = first + len(owner)
         if last > done:
             x_0 = blocks[owner.to(blocks.device)].to(values.device)
-            values[first:last] = part(x_0, t, generator=generator).double()
+            values[first:last] = part.loss(x_0, part.noise(x_0, t, generator=generator), t).double()
             done = last
             if saved is not None and generator is not None:
                 saved.update(values[:done], generator.get_state())
@@ -288,6 +288,37 @@ def _stratified(n_sequences: int, draws: int, generator: torch.Generator | None,
     uniform = torch.rand(n_sequences + 1, draws, generator=generator, dtype=torch.float64, device=device)
     place = (uniform[:-1].argsort(dim=0) + uniform[-1]) / n_sequences
     return (torch.arange(1, draws + 1, device=device) - place) / draws
+
+
+def with_onset(diffusion: Diffusion) -> list[Diffusion]:
+    """The model, and if its bound has to be integrated over the noise from 0 to σ̄(0) too, the model with that noise."""
+    start = float(diffusion.schedule.total(torch.zeros(())))
+    nothing = torch.zeros(0, dtype=torch.int64, device=diffusion.device)
+    if (
+        diffusion.objective.autoregressive
+        or start == 0
+        or diffusion.objective.reconstruction(diffusion, nothing) is not None
+    ):
+        return [diffusion]
+    return [diffusion, diffusion.with_schedule(Onset(start))]
+
+
+@torch.no_grad()
+def closed_terms(diffusion: Diffusion, x_0: Tensor) -> Tensor:
+    """The terms of the bound that have a formula: the prior term, and what the objective reconstructs.
+
+    Args:
+        diffusion: the model.
+        x_0: tokens, any shape, int64, none of them MASK.
+
+    Returns:
+        Nats of each token, float64, of the shape of ``x_0``, on the CPU. 0 for an autoregressive model.
+    """
+    if diffusion.objective.autoregressive:
+        return torch.zeros(x_0.shape, dtype=torch.float64)
+    nats = prior_kl(x_0, float(diffusion.schedule.total(torch.ones(()))), diffusion.process)
+    rest = diffusion.objective.reconstruction(diffusion, x_0.to(diffusion.device))
+    return nats if rest is None else nats + rest.double().cpu()
 
 
 def prior_kl(x_0: Tensor, sigma: float, process: RankOne) -> Tensor:

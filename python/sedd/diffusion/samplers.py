@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,11 +17,12 @@ from sedd.diffusion.autoregressive import Reader
 from sedd.diffusion.diffusion import Diffusion
 from sedd.diffusion.schedule import Schedule
 from sedd.progress import track
-from sedd_ext import Euler, RankOne, Tweedie, linear_reverse_sample, reverse_probs, reverse_sample
+from sedd_ext import Euler, GeneralizedMasked, RankOne, Tweedie, linear_reverse_sample, reverse_probs, reverse_sample
 
 __all__ = [
     "SAMPLERS",
     "AutoregressiveSampler",
+    "CosineTweedieSampler",
     "EulerSampler",
     "GreedySampler",
     "Sampler",
@@ -30,6 +32,7 @@ __all__ = [
     "sample",
 ]
 
+AnyStep = Tweedie | Euler | GeneralizedMasked
 T_END = 1e-5
 """Time at which the reverse steps end and the denoising step starts, as in the released code."""
 
@@ -92,7 +95,7 @@ class Walk:
         return self.free & (self.tokens == self.process.mask_id) if self.process.family == "absorbing" else self.free
 
     @torch.no_grad()
-    def draw(self, where: Tensor, t: Tensor | float, step: Tweedie | Euler, *, denoise: bool = False) -> Tensor:
+    def draw(self, where: Tensor, t: Tensor | float, step: AnyStep, *, denoise: bool = False) -> Tensor:
         """Draws tokens after a reverse step, without writing them.
 
         Args:
@@ -112,7 +115,7 @@ class Walk:
         return reverse_sample(self.diffusion.network.head(hidden), x_t, step, self.process, **options)
 
     @torch.no_grad()
-    def probs(self, where: Tensor, t: Tensor | float, step: Tweedie | Euler, *, denoise: bool = False) -> Tensor:
+    def probs(self, where: Tensor, t: Tensor | float, step: AnyStep, *, denoise: bool = False) -> Tensor:
         """Probabilities [R, N] of the tokens that :meth:`draw` draws from, in float32 or float64."""
         hidden, x_t, options = self._hidden(where, t)
         log_score = self.diffusion.network.head(hidden)
@@ -144,15 +147,17 @@ class Walk:
             raise ValueError(f"remask: expected a process with a MASK token, got {self.process}")
         self.tokens = self.tokens.masked_fill(where, self.process.mask_id)
 
-    def step(self, t: Tensor | float, step: Tweedie | Euler, *, denoise: bool = False) -> None:
+    def step(self, t: Tensor | float, step: AnyStep, *, denoise: bool = False) -> None:
         """Takes a reverse step at all open positions; calls nothing if there are none."""
         where = self.open()
         if bool(where.any()):
             self.write(where, self.draw(where, t, step, denoise=denoise))
 
-    def _per_position(self, step: Tweedie | Euler, where: Tensor) -> Tweedie | Euler:
+    def _per_position(self, step: AnyStep, where: Tensor) -> AnyStep:
         """A step whose noise is one number, or one for each of the R positions."""
-        noise = step.dsigma if isinstance(step, Tweedie) else step.step
+        if isinstance(step, GeneralizedMasked):  # its times are those of all sequences
+            return step
+        noise = step.noise
         if not isinstance(noise, Tensor) or noise.numel() == 1:
             return step
         return type(step)(noise.to(where.device)[where.nonzero()[:, 0]])
@@ -206,8 +211,8 @@ class Sampler(ABC):
 
 
 @dataclass(frozen=True)
-class _EvenSteps(Sampler):
-    """Reverse steps of equal size from t = 1 to t = 1e-5 at all open positions, then a denoising Tweedie step.
+class _Steps(Sampler):
+    """Reverse steps from t = 1 to t = 1e-5 at all open positions, of equal size, then a denoising Tweedie step.
 
     Attributes:
         steps: number of reverse steps.
@@ -217,31 +222,51 @@ class _EvenSteps(Sampler):
     denoise: bool = True
 
     @abstractmethod
-    def reverse_step(self, schedule: Schedule, t: Tensor, t_next: Tensor) -> Tweedie | Euler:
-        """The step from t to the earlier time t_next, both float64 scalars."""
+    def reverse_step(self, schedule: Schedule, t: Tensor, t_next: Tensor) -> AnyStep | None:
+        """The step from t to the earlier time t_next, both float64 scalars. None if there is nothing to do."""
+
+    def times(self) -> Tensor:
+        """The times between the steps, from 1 to 1e-5, float64."""
+        return torch.linspace(1.0, T_END, self.steps + 1, dtype=torch.float64)
 
     def count(self, walk: Walk) -> int:
         return self.steps + int(self.denoise)
 
     def __call__(self, walk: Walk) -> Iterator[Tensor]:
-        times = torch.linspace(1.0, T_END, self.steps + 1, dtype=torch.float64)
+        times = self.times()
         for t, t_next in pairwise(times):
-            walk.step(t, self.reverse_step(walk.schedule, t, t_next))
+            step = self.reverse_step(walk.schedule, t, t_next)
+            if step is not None:
+                walk.step(t, step)
             yield walk.tokens
         if self.denoise:
-            walk.step(times[-1], Tweedie(float(walk.schedule.total(times[-1]))), denoise=True)
+            step = walk.schedule.reverse_step(times[-1], None)
+            if step is not None:
+                walk.step(times[-1], step, denoise=True)
             yield walk.tokens
 
 
-class TweedieSampler(_EvenSteps):
+class TweedieSampler(_Steps):
     """Tweedie τ-leaping: the best step that moves positions independently. Source: SEDD, equation 19."""
 
-    def reverse_step(self, schedule: Schedule, t: Tensor, t_next: Tensor) -> Tweedie:
+    def reverse_step(self, schedule: Schedule, t: Tensor, t_next: Tensor) -> AnyStep | None:
         """Δ = σ̄(t) - σ̄(t_next)."""
-        return Tweedie(float(schedule.total(t) - schedule.total(t_next)))
+        return schedule.reverse_step(t, t_next)
 
 
-class EulerSampler(_EvenSteps):
+class CosineTweedieSampler(TweedieSampler):
+    """Tweedie steps between the times cos(π/2 (1 - i/T)): short ones near t = 1, where most tokens are noise.
+
+    Source: the cosine grid of MD4 (Shi et al. 2024).
+    """
+
+    def times(self) -> Tensor:
+        """See :meth:`_Steps.times`."""
+        times = torch.sin(math.pi / 2 * torch.linspace(1.0, 0.0, self.steps + 1, dtype=torch.float64))
+        return times.clamp(min=T_END)
+
+
+class EulerSampler(_Steps):
     """Euler's method. Source: SEDD, equation 17."""
 
     def reverse_step(self, schedule: Schedule, t: Tensor, t_next: Tensor) -> Euler:
@@ -270,8 +295,9 @@ class GreedySampler(Sampler):
         size = where.sum(1)  # of each sequence
         for i in range(steps):
             t = 1 - i / steps
-            sigma = float(walk.schedule.total(torch.tensor([t], dtype=torch.float64)))
-            best, token = walk.probs(where, t, Tweedie(sigma), denoise=True).max(-1)
+            step = walk.schedule.reverse_step(torch.tensor(t, dtype=torch.float64), None)
+            assert step is not None
+            best, token = walk.probs(where, t, step, denoise=True).max(-1)
             surest = torch.full(where.shape, -1.0, dtype=best.dtype, device=best.device).masked_scatter(where, best)
             surest = torch.where(walk.free, surest, -1.0)
             rank = surest.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -320,6 +346,7 @@ class AutoregressiveSampler(Sampler):
 
 SAMPLERS: dict[str, type[Sampler]] = {
     "tweedie": TweedieSampler,
+    "tweedie_cosine": CosineTweedieSampler,
     "euler": EulerSampler,
     "greedy": GreedySampler,
     "autoregressive": AutoregressiveSampler,

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sedd_ext import GeneralizedMasked, Tweedie
+
 __all__ = ["SCHEDULES", "Cosine", "Geometric", "LogLinear", "Polynomial", "Schedule", "get_schedule", "schedule_params"]
 
 
@@ -40,6 +42,32 @@ class Schedule(ABC):
     @abstractmethod
     def rate(self, t: Tensor) -> Tensor:
         """The noise rate σ(t) = dσ̄/dt, with the arguments, result and errors of :meth:`total`."""
+
+    def token_total(self, t: Tensor, x_0: Tensor) -> Tensor:
+        """The total noise of each token: the same for all of them, unless a subclass says otherwise.
+
+        Args:
+            t: time of each sequence [B].
+            x_0: clean tokens [B, L], int64.
+
+        Returns:
+            σ̄, float64, broadcasts to [B, L].
+        """
+        return self.total(t).unsqueeze(-1)
+
+    def reverse_step(self, t: Tensor, t_next: Tensor | None) -> Tweedie | GeneralizedMasked | None:
+        """The reverse step from a time to an earlier one.
+
+        Args:
+            t: the time, a scalar.
+            t_next: the earlier time, a scalar; None: to the clean text.
+
+        Returns:
+            The step; None if there is no noise between the two times.
+        """
+        sigma = float(self.total(t))
+        noise = sigma if t_next is None else sigma - float(self.total(t_next))
+        return Tweedie(noise) if noise > 0 else None
 
 
 def _time(t: Tensor) -> Tensor:

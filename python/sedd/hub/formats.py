@@ -6,8 +6,8 @@
 * a Hugging Face repository or a folder of the same layout: ``config.json`` with ``model.safetensors`` (from
   ``save_pretrained``) or ``pytorch_model.bin`` (the released SEDD models);
 * a training run of the released SEDD code: ``.hydra/config.yaml`` with ``checkpoints-meta/checkpoint.pth``;
-* a Lightning checkpoint whose network is called ``backbone`` and uses the released names (as in MDLM and its
-  descendants); its configuration is read from its hyper-parameters or from a ``.hydra`` folder above it.
+* a Lightning checkpoint whose network is called ``backbone`` and uses the released names (as in MDLM and DUO); its
+  configuration is read from its hyper-parameters or from a ``.hydra`` folder above it.
 
 Averaged weights are used if there are any. No file can execute code (:mod:`sedd.hub.weights`).
 """
@@ -21,7 +21,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from sedd.config import TrainConfig
 from sedd.data.tokenizer import TOKENIZER_FILES, TOKENIZERS, Tokenizer, get_tokenizer
-from sedd.diffusion.objectives import OBJECTIVES
+from sedd.diffusion.objectives import get_objective, objective_params
 from sedd.diffusion.schedule import SCHEDULES, Schedule, get_schedule
 from sedd.hints import program
 from sedd.hub.weights import PICKLES, read_weights
@@ -52,8 +52,12 @@ __all__ = ["StoredModel", "read_model", "to_config"]
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 PROCESSES = {"absorb": "absorbing", "absorbing_state": "absorbing", "uniform_state": "uniform"}
-PARAMETERIZATIONS = {"sedd": "score_entropy", "subs": "mean_prediction"}
-"""The objective for each ``parameterization`` of MDLM's code: SUBS is a mean prediction that leaves out MASK."""
+SCHEDULE = "schedule."
+"""Prefix of the parameters of a learned schedule in the files of tensors."""
+ALGORITHMS = {"mdlm": "absorbing", "duo": "uniform", "duo_base": "uniform"}
+"""The process of each algorithm of DUO's code."""
+PARAMETERIZATIONS = {"sedd": "score_entropy", "subs": "mean_prediction", "mean": "mean_prediction"}
+"""The objective for each ``parameterization`` of MDLM's and DUO's code: SUBS is a mean prediction without MASK."""
 VOCABULARIES = {50_257: "gpt2", 257: "bytes", 27: "text8"}
 """The tokeniser of a model without a ``tokenizer`` entry, by its number of tokens."""
 
@@ -73,6 +77,7 @@ class StoredModel:
         config: the options of the run; None if it is not a run of ``sedd train``.
         state: the ``state.json`` of the checkpoint; None if it is not a run of ``sedd train``.
         objective: the loss of the training, a key of :data:`sedd.diffusion.OBJECTIVES`.
+        objective_params: parameters of the objective.
     """
 
     path: Path
@@ -85,6 +90,7 @@ class StoredModel:
     config: TrainConfig | None = None
     state: dict[str, Any] | None = None
     objective: str = "score_entropy"
+    objective_params: Mapping[str, float] = field(default_factory=dict)
 
 
 def read_model(name_or_path: Path | str, *, config: Mapping[str, Any] | None = None, **hub: Any) -> StoredModel:
@@ -133,13 +139,11 @@ def _read_checkpoint(checkpoint: Path) -> StoredModel:
     state, config = read_state(checkpoint), read_config(checkpoint)
     tokenizer = read_tokenizer(checkpoint, config)
     tensors = read_tensors(checkpoint, "ema", state)
-    schedule = get_schedule(config.schedule, **config.schedule_params)
-    if isinstance(schedule, nn.Module):  # a schedule with parameters
-        names = [name for name in tensors if name.startswith("schedule.")]
-        schedule.load_state_dict({name.removeprefix("schedule."): tensors.pop(name) for name in names})
     embedding = tensors.get("vocab_embed.embedding")  # a corpus that is not text has its own vocabulary
     tokens = tokenizer.vocab_size if embedding is None else len(embedding) - (config.process != "uniform")
     process = config.make_process(tokens)
+    schedule = get_schedule(config.schedule, **config.schedule_params)
+    schedule = _for_objective(schedule, process, config.objective, config.objective_params, tensors)
     return StoredModel(
         checkpoint,
         checkpoint / "ema.safetensors",
@@ -151,7 +155,23 @@ def _read_checkpoint(checkpoint: Path) -> StoredModel:
         config,
         state,
         config.objective,
+        config.objective_params,
     )
+
+
+def _for_objective(
+    schedule: Schedule, process: RankOne, objective: str, params: Mapping[str, float], tensors: dict[str, Tensor]
+) -> Schedule:
+    """The schedule of the model; takes its parameters, if it has any, out of the tensors."""
+    schedule = get_objective(objective, **params).schedule(schedule, process)
+    if isinstance(schedule, nn.Module):
+        learned = {name: tensors.pop(name) for name in [*tensors] if name.startswith(SCHEDULE)}
+        try:
+            schedule.load_state_dict({name.removeprefix(SCHEDULE): value for name, value in learned.items()})
+        except RuntimeError as error:
+            found = ", ".join(f"{name} {list(value.shape)}" for name, value in learned.items()) or "none"
+            raise ValueError(f"tensors: expected those of a learned schedule of {objective}, got {found}") from error
+    return schedule
 
 
 @contextmanager
@@ -175,23 +195,34 @@ def to_config(
     schedule: Schedule | None,
     tokenizer: str | Tokenizer | None,
     objective: str = "score_entropy",
+    given: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The content of ``config.json`` for a model, with the keys of the released SEDD repositories.
+
+    Args:
+        sizes: the dimensions of the network.
+        process: the noise process.
+        schedule: the noise schedule.
+        tokenizer: a tokeniser, its name, or None.
+        objective: a key of :data:`sedd.diffusion.OBJECTIVES`.
+        given: parameters of the objective; its defaults where left out.
 
     Returns:
         ``tokens`` (size of the vocabulary without MASK), ``tokenizer`` (a name, "tokenizer.json" for that file in the
         same folder, or None), ``graph`` (``type`` absorb, uniform or hybrid), ``noise`` (``type`` and the parameters of
-        the schedule), ``model`` (the dimensions of the network), and ``objective`` if it is not score_entropy.
+        the schedule), ``model`` (the dimensions of the network), and ``objective`` and ``objective_params`` if the
+        objective is not score_entropy.
 
     Raises:
         ValueError: the model has no schedule, or its process or schedule is not a registered one.
     """
+    if schedule is None:
+        raise ValueError("schedule: expected a noise schedule, got None; create the model with SEDD(..., schedule=...)")
+    schedule = getattr(schedule, "base", schedule)  # what the objective has made its own schedule from
     if isinstance(schedule, nn.Module):
         raise ValueError(
             "schedule: expected one without parameters, got a module, which this format cannot store yet; keep the run"
         )
-    if schedule is None:
-        raise ValueError("schedule: expected a noise schedule, got None; create the model with SEDD(..., schedule=...)")
     names = [name for name, kind in SCHEDULES.items() if type(schedule) is kind]
     if not names:
         raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}; got {type(schedule).__name__}")
@@ -205,6 +236,7 @@ def to_config(
             raise ValueError(
                 "process: expected absorbing, uniform or hybrid, got another stationary distribution, which has no name"
             )
+    params = objective_params(objective, given or {})
     return {
         "tokens": tokens,
         "tokenizer": TOKENIZER_FILES[0] if isinstance(tokenizer, Tokenizer) else tokenizer,
@@ -212,12 +244,15 @@ def to_config(
         "noise": {"type": names[0], **vars(schedule)},
         "model": dataclasses.asdict(sizes),
         **({} if objective == "score_entropy" else {"objective": objective}),
+        **({"objective_params": params} if params else {}),
     }
 
 
 def _from_config(config: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path, file: Path) -> StoredModel:
     """The model of a configuration with the released keys. Missing entries are inferred from the tensors."""
-    objective = _objective(config)
+    algorithm = _section(config, "algo")  # of DUO's checkpoints, whose top level has none of these entries
+    config = {"diffusion": ALGORITHMS.get(str(algorithm.get("name"))), **algorithm, **config}
+    objective, params = _objective(config)
     embedding = weights.get("vocab_embed.embedding")
     frequencies = weights.get("rotary_emb.inv_freq")
     if embedding is None or embedding.dim() != 2 or frequencies is None or not frequencies.numel():
@@ -255,8 +290,18 @@ def _from_config(config: Mapping[str, Any], weights: Mapping[str, Tensor], path:
             f"tokens: expected {tokens} for an embedding of {dim} rows (including MASK), got {config['tokens']}"
         )
     tokenizer = _tokenizer(config, tokens, file.parent)
+    tensors = dict(weights)
+    schedule = _for_objective(_schedule(config), process, objective, params, tensors)
     return StoredModel(
-        path, file, ModelConfig(**sizes), process, _schedule(config), tokenizer, weights, objective=objective
+        path,
+        file,
+        ModelConfig(**sizes),
+        process,
+        schedule,
+        tokenizer,
+        tensors,
+        objective=objective,
+        objective_params=params,
     )
 
 
@@ -275,16 +320,20 @@ def _tokenizer(config: Mapping[str, Any], tokens: int, folder: Path) -> str | To
     return tokenizer
 
 
-def _objective(config: Mapping[str, Any]) -> str:
-    """The objective; for MDLM's checkpoints, which do not name it, that of their ``parameterization``."""
+def _objective(config: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
+    """The objective and its parameters.
+
+    For checkpoints of MDLM and DUO, which do not name it, the objective is that of their ``parameterization``.
+    """
     kind = str(config.get("parameterization", "sedd"))
     if kind not in PARAMETERIZATIONS:
         expected = ", ".join(PARAMETERIZATIONS)
         raise ValueError(f"parameterization: expected one of {expected}, got {kind!r}")
     objective = str(config.get("objective", PARAMETERIZATIONS[kind]))
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
-    return objective
+    section = _section(config, "objective_params")
+    params = {name: _number(section, f"objective_params.{name}") for name in section}
+    get_objective(objective, **params)
+    return objective, params
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -310,6 +359,7 @@ def _process(config: Mapping[str, Any], dim: int) -> RankOne:
 def _schedule(config: Mapping[str, Any]) -> Schedule:
     section = _section(config, "noise")
     name = section.get("type")
+    name = "loglinear" if name == "log-linear" else name  # DUO's spelling
     if not isinstance(name, str) or name not in SCHEDULES:
         given = "none" if name is None else repr(name)
         raise ValueError(f"noise.type: expected one of {', '.join(SCHEDULES)}; got {given}")

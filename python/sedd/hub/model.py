@@ -8,15 +8,15 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sedd.data.tokenizer import Tokenizer
-from sedd.diffusion.diffusion import Score
-from sedd.diffusion.objectives import OBJECTIVES
+from sedd.diffusion.diffusion import Mean, Score
+from sedd.diffusion.objectives import get_objective
 from sedd.diffusion.schedule import Schedule
 from sedd.files import TEMPORARY, flush_folder, move_all, naming, save_tensors, write_json
 from sedd.hints import pip_install
-from sedd.hub.formats import StoredModel, read_model, to_config
+from sedd.hub.formats import SCHEDULE, StoredModel, read_model, to_config
 from sedd.network import DiffusionTransformer, ModelConfig
 from sedd.training.checkpoint import load_weights
 from sedd_ext import RankOne, reference
@@ -84,9 +84,11 @@ class SEDD(
         tokenizer: the tokeniser of the text, or the name of a registered one; saved with the model.
         objective: the loss of the training, a key of :data:`sedd.diffusion.OBJECTIVES`. It says how the output of the
             head is read: as log-scores, or as logits of the clean token.
+        objective_params: parameters of the objective; its defaults where left out.
 
     Raises:
-        ValueError: there is no preset or objective of that name.
+        ValueError: there is no preset or objective of that name, or the schedule does not suit the objective.
+        TypeError: the objective has no parameter of that name.
 
     Source: SEDD (Lou, Meng & Ermon 2024), section 5 and appendix C.2.
     """
@@ -98,19 +100,20 @@ class SEDD(
         schedule: Schedule | None = None,
         tokenizer: str | Tokenizer | None = None,
         objective: str = "score_entropy",
+        objective_params: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(config, process.dim)
         self.process = process
+        self.objective, self.objective_params = objective, dict(objective_params or {})
+        made = get_objective(objective, **self.objective_params)
         self.schedule: Schedule | None
-        object.__setattr__(self, "schedule", schedule)  # not a submodule: its parameters are not the network's
+        # not a submodule: its parameters are not the network's
+        object.__setattr__(self, "schedule", None if schedule is None else made.schedule(schedule, process))
         # tokenisers without files are stored by name and loaded on use
         if isinstance(tokenizer, Tokenizer) and not tokenizer.files():
             tokenizer = tokenizer.name
         self.tokenizer = tokenizer
-        if objective not in OBJECTIVES:
-            raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {objective!r}")
-        self.objective = objective
-        self.parameterization = OBJECTIVES[objective]().parameterization(self.config)
+        self.parameterization = made.parameterization(self.config)
         if isinstance(self.parameterization, Score):
             self.parameterization.initialize(self.output_layer.linear.bias, process, schedule)
 
@@ -122,7 +125,14 @@ class SEDD(
             ValueError: the tensors do not fit the model; the message lists missing, unexpected and misshapen ones.
         """
         with torch.device("meta"):  # initial weights would be overwritten
-            model = cls(stored.sizes, stored.process, stored.schedule, stored.tokenizer, stored.objective)
+            model = cls(
+                stored.sizes,
+                stored.process,
+                stored.schedule,
+                stored.tokenizer,
+                stored.objective,
+                stored.objective_params,
+            )
         load_weights(model, stored.tensors, stored.file)
         return model.to(device).eval()
 
@@ -156,7 +166,9 @@ class SEDD(
 
     def to_config(self) -> dict[str, Any]:
         """The content of ``config.json``, see :func:`sedd.hub.formats.to_config`."""
-        return to_config(self.config, self.process, self.schedule, self.tokenizer, self.objective)
+        return to_config(
+            self.config, self.process, self.schedule, self.tokenizer, self.objective, self.objective_params
+        )
 
     def facts(self) -> str:
         """A one-line summary: parameters, noise, schedule and tokens.
@@ -236,7 +248,9 @@ class SEDD(
         if isinstance(self.tokenizer, Tokenizer):
             for name, text in self.tokenizer.files().items():
                 (save_directory / name).write_text(text, encoding="utf-8")
-        save_tensors(save_directory / "model.safetensors", self.state_dict(), {"format": "pt"})
+        schedule: Any = self.schedule
+        learned = schedule.state_dict(prefix=SCHEDULE) if isinstance(schedule, nn.Module) else {}
+        save_tensors(save_directory / "model.safetensors", {**self.state_dict(), **learned}, {"format": "pt"})
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
         """The model card, from :data:`CARD`."""
@@ -259,10 +273,15 @@ class SEDD(
             TypeError: ``x_t`` is not int64 or ``sigma`` not floating point.
             ValueError: wrong shapes, a token that is not in [0, N), or a σ̄ that is not positive and finite (values
                 are checked only on the CPU, because a check on another device would synchronise with it); or the
-                model is autoregressive and has no log-scores.
+                model is autoregressive or has a schedule for each token.
         """
         if self.causal:
             raise ValueError("forward: expected a diffusion model, got an autoregressive one, which has no log-scores")
+        if isinstance(self.parameterization, Mean) and self.parameterization.per_token:
+            raise ValueError(
+                f"forward: expected one noise schedule for all tokens, got the learned ones of {self.objective}, which "
+                "σ̄ does not determine; call head(hidden(x_t, sigma)) for the logits of the clean token"
+            )
         log_score = self.head(self.hidden(x_t, sigma))
         log_score = log_score if log_score.dtype == torch.float64 else log_score.float()
         if isinstance(self.parameterization, Score):

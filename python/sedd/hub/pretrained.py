@@ -11,7 +11,7 @@ import torch
 from sedd.config import TrainConfig
 from sedd.data.tokenizer import TOKENIZERS, Tokenizer, get_tokenizer
 from sedd.diffusion.diffusion import Diffusion
-from sedd.diffusion.objectives import OBJECTIVES
+from sedd.diffusion.objectives import get_objective
 from sedd.hub.formats import read_model
 from sedd.hub.model import SEDD
 from sedd.runtime import autocast_dtype
@@ -68,7 +68,7 @@ def load_model(name_or_path: Path | str, device: torch.device | str = "cpu") -> 
             f"tokenizer to one of {', '.join(TOKENIZERS)}, or put a tokenizer.json in the same folder"
         )
     tokenizer = stored.tokenizer if isinstance(stored.tokenizer, Tokenizer) else get_tokenizer(stored.tokenizer)
-    objective = OBJECTIVES[stored.objective]()
+    objective = get_objective(stored.objective, **stored.objective_params)
     parameterization = objective.parameterization(stored.sizes)
     diffusion = Diffusion(model, stored.process, stored.schedule, objective, parameterization).to(device).eval()
     return LoadedModel(stored.path, diffusion, tokenizer, stored.config, stored.state)

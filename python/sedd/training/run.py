@@ -1,7 +1,7 @@
 """A training run in its folder: records, validation, checkpoints, signals and exact resumption.
 
 The training loss is the mean over sequences of the objective, divided by the length of a sequence: nats per token. For
-score entropy it estimates the likelihood bound of SEDD, theorem 3.6, without its prior term.
+most objectives it estimates the likelihood bound, without its prior term.
 
 The folder contains ``config.json``, ``metrics.jsonl`` (one JSON object per line: loss and gradient norm of every step,
 bound of every validation; no clock times, so two runs can be compared with ``cmp``), ``tensorboard/``,
@@ -27,7 +27,7 @@ from sedd.data.corpus import CORPORA
 from sedd.data.tokenizer import TOKENIZER_FILES, TOKENIZERS, get_tokenizer
 from sedd.diffusion.diffusion import Diffusion, Score
 from sedd.diffusion.likelihood import elbo
-from sedd.diffusion.objectives import OBJECTIVES
+from sedd.diffusion.objectives import get_objective
 from sedd.diffusion.samplers import sample
 from sedd.diffusion.schedule import get_schedule
 from sedd.files import RunLock, finite, naming, write_json, write_text
@@ -179,7 +179,7 @@ class Run:
         torch.manual_seed(config.seed)
         process = config.make_process(self.corpus.vocab_size)
         schedule = get_schedule(config.schedule, **config.schedule_params)
-        objective = OBJECTIVES[config.objective]()
+        objective = get_objective(config.objective, **config.objective_params)
         parameterization = objective.parameterization(sizes)
         network = DiffusionTransformer(sizes, process.dim)
         if isinstance(parameterization, Score):
