@@ -408,6 +408,45 @@ def test_the_commands(config: Any, tmp_path: Path, capsys: pytest.CaptureFixture
     assert json.loads(times.read_text())["twin"].startswith(run)
 
 
+def test_a_run_judges_samples(config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Samples of itself and of a diffusion model, under its exact likelihood given the first token."""
+    from sedd.cli import main
+    from sedd.commands.judge import load_judge
+
+    run, other = config.run_dir, str(tmp_path / "diffusion")
+    sizes = "--model.hidden_size 16 --model.n_blocks 1 --model.n_heads 2 --model.cond_dim 8 --model.length 16"
+    options = f"--data.source {config.data.source} --steps 20 --batch_size 8 --log none {sizes} --precision fp32"
+    assert main(f"train --objective autoregressive --run_dir {run} {options}".split()) == 0
+    assert main(f"train --run_dir {other} {options}".split()) == 0
+    judge = load_judge(run)
+    texts = ["the cat sat", "", "a", "on the mat", "longer than the sixteen bytes of the model"]
+    nats, counts = judge.read(texts, 2)
+    assert counts.tolist() == [10, 0, 0, 9, 15]
+    assert nats[[1, 2]].tolist() == [0.0, 0.0]
+    x_0 = torch.tensor([list(texts[4].encode())[:16]])
+    whole, first = (
+        float(judge.loaded.diffusion.loss(part, part, torch.ones(1)).detach()) for part in (x_0, x_0[:, :1])
+    )
+    assert float(nats[4]) == pytest.approx(whole - first, rel=1e-5)
+    figures = tmp_path / "generative.json"
+    for name, sampler in ((other, "tweedie"), (run, "autoregressive")):
+        figures.unlink(missing_ok=True)
+        words = f"eval generative {name} --judge {run} --num 4 --steps 2 --samplers {sampler} --json {figures}"
+        assert main(words.split()) == 0
+        (row,) = json.loads(figures.read_text())["rows"]
+        assert 1 < row["perplexity"] < 1000
+        assert row["steps"] == (2 if name == other else 16)
+    capsys.readouterr()
+    for words, message in (
+        (f"--judge {other}", "--judge: expected a causal language model, got"),
+        (f"--judge {run} --mauve unconditional --compared 16 --given 4", "expected a model of transformers for MAUVE"),
+    ):
+        code = main(f"eval generative {run} --num 2 --samplers autoregressive {words}".split())
+        error = re.sub(r"\s+", " ", capsys.readouterr().err)
+        assert code == 2, error
+        assert message in error or "mauve-text" in error  # without the package, that is said first
+
+
 def test_the_report_of_a_run(config: Any) -> None:
     pytest.importorskip("jinja2")
     pytest.importorskip("matplotlib")

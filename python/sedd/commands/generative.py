@@ -71,7 +71,8 @@ class GenerativeOptions:
     """Tokens per text. Default: the length of a training block."""
     judge: str = "openai-community/gpt2-large"
     """Causal language model that evaluates the samples: any that transformers loads, by its name on the Hugging Face
-    hub, its folder, or a .gguf file. Perplexities of different judges cannot be compared."""
+    hub, its folder, or a .gguf file; or a run of sedd train --objective autoregressive. Perplexities of different
+    judges cannot be compared."""
     text: str | None = None
     """File or folder of real text, which is evaluated too and is the reference of MAUVE. Default: the validation text
     of the run, if it has one."""
@@ -193,7 +194,7 @@ def _measure(tokens: Tensor, loaded: LoadedModel, judge: Judge, batch_size: int,
 
 def _texts(tokens: Tensor, loaded: LoadedModel, judge: Judge) -> list[str]:
     """Texts of tokens [n, L]. End-of-text is kept if the judge has that token; otherwise it becomes an empty line."""
-    end = EOT_TEXT if EOT_TEXT in judge.tokenizer.get_vocab() else "\n\n"
+    end = EOT_TEXT if judge.knows_end else "\n\n"
     return [loaded.tokenizer.decode(row.tolist()).replace(EOT_TEXT, end) for row in tokens]
 
 
@@ -225,13 +226,15 @@ def generative(run: str, options: GenerativeOptions) -> int:
         )
     real = _real(loaded, length, options)
     judge = load_judge(options.judge, device)
+    if options.mauve:
+        judge.features([" "], 1)  # it may have none
     out = console()
     settings = {
         **{name: value for name, value in dataclasses.asdict(options).items() if name not in _FREE},
         **{"model": str(loaded.path), "judge": judge.name, "length": length},
     }
     if options.json:
-        tensors = (*loaded.model.parameters(), *judge.model.parameters(), *([] if real is None else [real]))
+        tensors = (*loaded.model.parameters(), *judge.parameters(), *([] if real is None else [real]))
         settings["identity"] = identity(tensors, str(loaded.model.to_config()))
     report: dict[str, Any] = {"settings": settings, "real": None, "rows": _known(options, settings)}
     if real is not None:

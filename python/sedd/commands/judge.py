@@ -1,8 +1,10 @@
-"""A judge: a causal language model of ``transformers`` that evaluates the samples of a diffusion model."""
+"""A judge: a causal language model that evaluates the samples of a diffusion model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,26 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sedd.data.tokenizer import EOT_TEXT
 from sedd.hints import pip_install
+from sedd.hub.pretrained import LoadedModel, load_model
 from sedd.progress import track
 
-__all__ = ["Judge", "load_judge"]
+__all__ = ["Judge", "RunJudge", "TransformersJudge", "load_judge"]
 
 
-@dataclass(frozen=True)
-class Judge:
+class Judge(ABC):
     """A causal language model that evaluates texts.
 
     Attributes:
         name: the label of its results.
-        model: a model of transformers.
-        tokenizer: the tokeniser of the model, from transformers.
     """
 
     name: str
-    model: Any
-    tokenizer: Any
 
+    @abstractmethod
     def read(self, texts: Sequence[str], batch_size: int, progress: bool = False) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood and number of scored tokens of each text.
 
@@ -39,6 +39,51 @@ class Judge:
         Returns:
             Nats [n], float64, and tokens [n], int64, on the CPU.
         """
+
+    @abstractmethod
+    def parameters(self) -> Iterable[Tensor]:
+        """The weights of the model."""
+
+    @property
+    @abstractmethod
+    def knows_end(self) -> bool:
+        """Whether it reads :data:`sedd.data.tokenizer.EOT_TEXT` as end-of-text."""
+
+    def features(self, texts: Sequence[str], batch_size: int) -> Tensor:
+        """The last hidden state of the last token of each text [n, d], float32, which MAUVE compares.
+
+        Raises:
+            ValueError: the judge has none.
+        """
+        raise ValueError(f"judge: expected a model of transformers for MAUVE, got {self.name}, a run of sedd train")
+
+
+@dataclass(frozen=True)
+class TransformersJudge(Judge):
+    """A model of ``transformers``.
+
+    Attributes:
+        name: the label of its results.
+        model: the model.
+        tokenizer: its tokeniser.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    def parameters(self) -> Iterable[Tensor]:
+        """See :meth:`Judge.parameters`."""
+        parameters: Iterable[Tensor] = self.model.parameters()
+        return parameters
+
+    @property
+    def knows_end(self) -> bool:
+        """See :attr:`Judge.knows_end`."""
+        return EOT_TEXT in self.tokenizer.get_vocab()
+
+    def read(self, texts: Sequence[str], batch_size: int, progress: bool = False) -> tuple[Tensor, Tensor]:
+        """See :meth:`Judge.read`."""
         nats, counts = [], []
         for first in track(range(0, len(texts), batch_size), "judging", progress):
             ids, mask = self._encode(texts[first : first + batch_size])
@@ -51,7 +96,7 @@ class Judge:
         return torch.cat(nats), torch.cat(counts)
 
     def features(self, texts: Sequence[str], batch_size: int) -> Tensor:
-        """The last hidden state of the last token of each text [n, d], float32, which MAUVE compares."""
+        """See :meth:`Judge.features`."""
         states = []
         for first in range(0, len(texts), batch_size):
             ids, mask = self._encode(texts[first : first + batch_size])
@@ -70,11 +115,59 @@ class Judge:
         return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
 
 
+@dataclass(frozen=True)
+class RunJudge(Judge):
+    """An autoregressive model of ``sedd train``.
+
+    Attributes:
+        name: the label of its results.
+        loaded: the model.
+    """
+
+    name: str
+    loaded: LoadedModel
+
+    def parameters(self) -> Iterable[Tensor]:
+        """See :meth:`Judge.parameters`."""
+        return self.loaded.diffusion.parameters()
+
+    @property
+    def knows_end(self) -> bool:
+        """False: no text is encoded as its end-of-text token."""
+        return False
+
+    @torch.no_grad()
+    def read(self, texts: Sequence[str], batch_size: int, progress: bool = False) -> tuple[Tensor, Tensor]:
+        """See :meth:`Judge.read`."""
+        length, device, dtype = (
+            self.loaded.model.config.length,
+            self.loaded.diffusion.device,
+            self.loaded.autocast_dtype,
+        )
+        encoded = [self.loaded.tokenizer.encode(text)[:length] for text in texts]
+        by_length = defaultdict(list)  # texts of one length need no padding
+        for i, ids in enumerate(encoded):
+            by_length[len(ids)].append(i)
+        batches = [
+            group[first : first + batch_size]
+            for n, group in by_length.items()
+            for first in range(0, len(group) if n > 1 else 0, batch_size)
+        ]
+        nats = torch.zeros(len(texts), dtype=torch.float64)
+        for batch in track(batches, "judging", progress):
+            x_0 = torch.tensor([encoded[i] for i in batch], device=device)
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                loss = self.loaded.diffusion.loss(x_0, x_0, torch.ones(len(batch), device=device), given=1)
+            nats[batch] = loss.double().cpu()
+        return nats, torch.tensor([max(0, len(ids) - 1) for ids in encoded])
+
+
 def load_judge(name: str, device: torch.device | str = "cpu") -> Judge:
     """Loads a causal language model.
 
     Args:
-        name: a name on the Hugging Face hub, a folder, or a .gguf file.
+        name: a name on the Hugging Face hub, a folder, a .gguf file, or a run of ``sedd train --objective
+            autoregressive``.
         device: the device of the model.
 
     Raises:
@@ -83,11 +176,19 @@ def load_judge(name: str, device: torch.device | str = "cpu") -> Judge:
         ConnectionError: there is no such folder, and the model cannot be loaded from the hub.
         ValueError: the folder or file does not contain a complete causal language model.
     """
+    path = Path(name).expanduser()
+    if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
+        loaded = load_model(path, device)
+        if not loaded.diffusion.objective.autoregressive:
+            raise ValueError(
+                f"judge: expected a causal language model, got {path}, a run with another objective; give a run of "
+                "sedd train --objective autoregressive"
+            )
+        return RunJudge(path.name, loaded)
     try:
         import transformers
     except ImportError as error:
         raise ImportError(f"a judge needs transformers: {pip_install('eval', 'transformers')}") from error
-    path = Path(name).expanduser()
     # otherwise transformers asks the user whether to run code of the folder
     options: dict[str, Any] = {"trust_remote_code": False}
     source = str(path) if path.exists() else name
@@ -114,6 +215,6 @@ def load_judge(name: str, device: torch.device | str = "cpu") -> Judge:
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Judge(
+    return TransformersJudge(
         path.stem if path.suffix == ".gguf" else name.rstrip("/").split("/")[-1], model.to(device).eval(), tokenizer
     )
