@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# The text8 experiment of the SEDD paper at the size of a laptop: compares absorbing noise with uniform noise (geometric and
-# log-linear schedules) at one model size and number of steps, by bits per character on held-out text.
+# The text8 experiments of the SEDD and MD4 papers at the size of a laptop: trains the same backbone with every objective, and
+# compares the runs by bits per character on held-out text and by their samples.
 #
 #   bash examples/text27.sh FOLDER FILE...
 #
 # FILE: text of a-z and space (text8, or anything converted to its 27 symbols), plain or .gz; several are joined. The first
 # 90 % are for training, the next 5 % for validation, the last 5 % for the test. All results are written to FOLDER; a
-# second call resumes. Variables: JUDGE, a causal language model (a hub name, a folder or a .gguf file) that computes the
-# perplexity of samples (without it, this part is skipped); STEPS=6000 training steps, DRAWS=16 noise levels per block,
-# NUM=96 samples, PRESET=tiny, SEDD=sedd (the command).
+# second call resumes. Variables: RUNS, names of runs (see `options` below for them; NAME-seed1 is NAME with another seed);
+# JUDGE, a causal language model (a hub name, a folder, a .gguf file or an autoregressive run such as FOLDER/ar) that
+# computes the perplexity of samples (without it, this part is skipped); STEPS=6000 training steps, DRAWS=16 noise levels per
+# block, BLOCKS, how many blocks of the test are scored (default: all), NUM=96 samples, PRESET=tiny, SEDD=sedd (the command).
 set -euo pipefail
-if [ $# -lt 2 ]; then sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
+if [ $# -lt 2 ]; then sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
 sedd=${SEDD:-sedd}
 folder=$1
 shift
@@ -27,26 +28,46 @@ if [ ! -s "$folder/test.txt" ]; then
   mv "$folder/test.part" "$folder/test.txt" # last: it says that all of them are whole
 fi
 
-train() { # name, then options
-  local run="$folder/$1"
-  shift
-  $sedd train --run_dir "$run" $([ -f "$run/config.json" ] && echo --resume) \
+options() { # name
+  case $1 in
+    *-seed*) echo "$(options "${1%-seed*}") --seed ${1##*-seed}" ;;
+    ar) echo "--objective autoregressive" ;;
+    sedd-absorbing) echo "--objective score_entropy" ;;
+    sedd-uniform) echo "--objective score_entropy --process uniform" ;;
+    sedd-uniform-geometric) echo "--process uniform --schedule geometric --schedule_params.sigma_max 20" ;;
+    md4) echo "--objective md4" ;;
+    genmd4) echo "--objective genmd4" ;;
+    udlm) echo "--objective udlm --process uniform" ;;
+    gidd) echo "--objective gidd --process hybrid" ;;
+    d3pm-absorbing) echo "--objective d3pm" ;;
+    d3pm-uniform) echo "--objective d3pm --process uniform" ;;
+    tauldr) echo "--objective tauldr" ;;
+    csm) echo "--objective concrete_score" ;;
+    *) echo "RUNS: no run has the name $1; the names are in $0" >&2; return 2 ;;
+  esac
+}
+
+runs=${RUNS:-ar sedd-absorbing sedd-uniform md4 genmd4 udlm gidd d3pm-absorbing d3pm-uniform tauldr csm}
+for run in $runs; do options "$run" > "$folder/options"; done # a wrong name is an error before any work
+
+for run in $runs; do
+  options "$run" > "$folder/options"
+  $sedd train --run_dir "$folder/$run" $([ -f "$folder/$run/config.json" ] && echo --resume) \
     --data.source "$folder/train.txt" --data.valid_source "$folder/valid.txt" --data.windows true --tokenizer text8 \
-    --model.preset "${PRESET:-tiny}" --model.length 256 --batch_size 16 --ema 0.999 --steps "${STEPS:-6000}" "$@"
-}
+    --model.preset "${PRESET:-tiny}" --model.length 256 --batch_size 16 --lr_schedule linear --steps "${STEPS:-6000}" \
+    $(cat "$folder/options")
+done
 
-evaluate() { # name
-  $sedd eval perplexity "$folder/$1" "$folder/test.txt" --draws "${DRAWS:-16}" --json "$folder/$1/eval/perplexity.json"
+for run in $runs; do
+  $sedd eval perplexity "$folder/$run" "$folder/test.txt" --draws "${DRAWS:-16}" ${BLOCKS:+--blocks "$BLOCKS"} \
+    --json "$folder/$run/eval/perplexity.json"
   if [ -n "${JUDGE:-}" ]; then
-    $sedd eval generative "$folder/$1" --text "$folder/test.txt" --judge "$JUDGE" --num "${NUM:-96}" \
-      --steps [4,8,16,32,64,128] --json "$folder/$1/eval/generative.json" --plot "$folder/$1/eval/generative.png"
+    case $run in ar*) samplers=autoregressive ;; *) samplers=tweedie ;; esac
+    $sedd eval generative "$folder/$run" --text "$folder/test.txt" --judge "$JUDGE" --num "${NUM:-96}" \
+      --steps 4,8,16,32,64,128 --samplers "$samplers" --batch_size 32 --json "$folder/$run/eval/generative.json" \
+      --plot "$folder/$run/eval/generative.png"
   fi
-  $sedd report "$folder/$1"
-}
-
-train absorbing
-train uniform-geometric --process uniform --schedule geometric --schedule_params.sigma_max 20
-train uniform-loglinear --process uniform
-for run in absorbing uniform-geometric uniform-loglinear; do evaluate "$run"; done
-"$(dirname "$0")/compare.py" "$folder"/{absorbing,uniform-geometric,uniform-loglinear} --out "$folder/comparison" \
-  --words "$folder/train.txt"
+  $sedd report "$folder/$run"
+done
+rm "$folder/options"
+(cd "$folder" && exec "$OLDPWD/$(dirname "$0")/compare.py" $runs --out comparison --words train.txt)

@@ -238,6 +238,18 @@ def test_genmd4_is_exact_with_its_powers(x_0):
     assert bound == pytest.approx(toy(0.0).information(x_0) - toy(1.0).information(x_0), abs=EXACT)
 
 
+@pytest.mark.parametrize("t", [0.1, 0.8])
+def test_genmd4_masks_each_token_by_its_own_schedule(t):
+    diffusion, toy = genmd4(joint())
+    draws = 40_000
+    x_0 = torch.arange(N).expand(draws, -1)
+    x_t = diffusion.noise(x_0, torch.full((draws,), t), generator=torch.Generator().manual_seed(1))
+    assert bool(((x_t == N) | (x_t == x_0)).all())
+    masked = toy(t).q[:, N]
+    deviations = ((x_t == N).double().mean(0) - masked) / (masked * (1 - masked) / draws).sqrt()
+    assert float(deviations.abs().max()) < 4.5
+
+
 def test_genmd4_reconstructs_what_lies_before_its_start():
     """Masked positions at the start are guessed from the powers: the expectation of -log p, written out."""
     diffusion, toy = genmd4(joint())

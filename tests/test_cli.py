@@ -232,7 +232,10 @@ BAD = [
     ("sample {tmp}", "{tmp}: expected checkpoints or model.safetensors"),
     ("sample {run} --steps 0", "steps: expected at least 1, got 0"),
     ("sample {run} --length 0", "length: expected at least 1, got 0"),
-    ("sample {run} --sampler magic", "--sampler: expected one of tweedie, euler, greedy, autoregressive; got 'magic'"),
+    (
+        "sample {run} --sampler magic",
+        "--sampler: expected one of tweedie, tweedie_cosine, euler, greedy, autoregressive; got 'magic'",
+    ),
     ("sample {run} --temperature 0", "temperature: expected a positive number, got 0.0"),
     ("sample {run} --top_p 1.5", "top_p: expected a number in (0, 1], got 1.5"),
     ("infill {run}", "template"),

@@ -250,13 +250,19 @@ def test_given_tokens_are_kept(model: Path, judge_folder: Path, monkeypatch: pyt
     [
         (["--steps", "[0]"], "steps: expected numbers of at least 1, got [0]"),
         (["--steps", "[]"], "steps: expected numbers of at least 1, got []"),
-        (["--samplers", "magic"], "samplers: expected one of tweedie, tweedie_cosine, euler, greedy, autoregressive; got 'magic'"),
+        (
+            ["--samplers", "magic"],
+            "samplers: expected one of tweedie, tweedie_cosine, euler, greedy, autoregressive; got 'magic'",
+        ),
         (["--mauve", "[all]"], "mauve: expected one of unconditional, prefix, infill; got 'all'"),
         (["--mauve", "[prefix]"], "given, compared: expected at most 16, the length of a text, got 50, 100"),
         (["--mauve", "[prefix]", "--given", "4", "--compared", "8"], "text: expected real text for MAUVE, got none"),
         (["--text", "none.txt"], "text: no such file or folder: none.txt"),
         (["--num", "0"], "num: expected at least 1, got 0"),
-        (["--samplers", "[]"], "samplers: expected at least one of tweedie, tweedie_cosine, euler, greedy, autoregressive; got none"),
+        (
+            ["--samplers", "[]"],
+            "samplers: expected at least one of tweedie, tweedie_cosine, euler, greedy, autoregressive; got none",
+        ),
         (["--mauve", "[infill]", "--given", "8", "--compared", "8"], "given: expected fewer than the 8 compared"),
         (["--top_p", "0"], "top_p: expected a number in (0, 1], got 0.0"),
         (["--temperature", "0"], "temperature: expected a positive number, got 0.0"),

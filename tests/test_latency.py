@@ -173,7 +173,10 @@ def test_a_missing_package_is_named_before_anything_is_measured(
     [
         (["--steps", "[0]"], "steps: expected numbers of at least 1, got [0]"),
         (["--batch_sizes", "[]"], "batch_sizes: expected numbers of at least 1, got []"),
-        (["--sampler", "magic"], "sampler: expected one of tweedie, euler, greedy, autoregressive; got 'magic'"),
+        (
+            ["--sampler", "magic"],
+            "sampler: expected one of tweedie, tweedie_cosine, euler, greedy, autoregressive; got 'magic'",
+        ),
         (["--repeats", "0"], "repeats: expected at least 1, got 0"),
         (["--plot", "times.foo"], "plot: expected a file name that ends in"),
     ],

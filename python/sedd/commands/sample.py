@@ -68,9 +68,10 @@ class SamplingOptions:
     """Number of reverse steps. More steps take longer and give better text. One denoising step follows. Of no effect
     for an autoregressive model, which takes a step for each token."""
     sampler: str | None = None
-    """tweedie (the best independent reverse step), euler, greedy (the most probable tokens, at the positions where the
-    model is most certain), autoregressive (from left to right, for autoregressive models only), or your own class as
-    module:name. Default: tweedie; autoregressive for an autoregressive model."""
+    """tweedie (the best independent reverse step), tweedie_cosine (the same, with shorter steps near the noise), euler,
+    greedy (the most probable tokens, at the positions where the model is most certain), autoregressive (from left to
+    right, for autoregressive models only), or your own class as module:name. Default: tweedie; autoregressive for an
+    autoregressive model."""
     temperature: float = 1.0
     """Below 1, more probable tokens are preferred; above 1, less probable ones. 1 samples the model's distribution."""
     top_p: float = 1.0
