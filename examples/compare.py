@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Compares runs: a table of their results and a plot of their samples, from the files of `sedd eval --json`.
+"""Compares runs: tables and plots of their likelihoods and of their samples, from the files of `sedd eval --json`.
 
-python examples/compare.py RUN... --out NAME [--words FILE]
+python examples/compare.py RUN... --out NAME [--words FILE] [--papers FILE]
 
-Reads RUN/eval/perplexity.json and, if it exists, RUN/eval/generative.json. Writes NAME.md and NAME.png. The perplexity
-under a judge of real text says little about the samples of small models. For text of letters and spaces, --words takes
-the training text and adds the fraction of sampled letters in words that occur at least twice in it.
+Reads RUN/eval/perplexity.json and, if it exists, RUN/eval/generative.json. Writes NAME.md, NAME-bits.png and, if there
+are samples, NAME.png. Runs that are called NAME, NAME-seed1 and NAME-seed2 differ only in the seed: a row gives their
+mean. --papers takes a JSON file of published bits per character by name, which are set beside those of the runs.
+
+The perplexity under a judge of real text says little about the samples of small models. For text of letters and spaces,
+--words takes the training text and adds the fraction of sampled letters in words that occur at least twice in it.
 """
 
 import argparse
@@ -39,6 +42,52 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
                 f"{figure(row['perplexity_mean_of_exp'], None, 2)} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def bits(run: dict[str, Any]) -> tuple[float, float]:
+    """Bits per byte of the first text of a run, and their standard error."""
+    row = next(row for row in run["perplexity"]["texts"].values() if "standard_error" in row)
+    return row["bits_per_byte"], (row["standard_error"] or 0.0) * row["bits_per_byte"] / row["nats_per_token"]
+
+
+def by_seed(runs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Names of runs, grouped by their name without the seed."""
+    groups: dict[str, list[str]] = {}
+    for name in runs:
+        groups.setdefault(name.split("-seed")[0], []).append(name)
+    return groups
+
+
+def seeds(runs: dict[str, dict[str, Any]]) -> str:
+    """Mean and standard deviation over seeds as a Markdown table; empty if every run has one seed only."""
+    lines = ["| run | seeds | bits per byte, mean | standard deviation over seeds |", "| --- " * 4 + "|"]
+    for name, group in by_seed(runs).items():
+        values = [bits(runs[of])[0] for of in group]
+        if len(values) > 1:
+            mean, spread = statistics.fmean(values), statistics.stdev(values)
+            lines.append(f"| {name} | {len(values)} | {mean:.4f} | {spread:.4f} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def likelihoods(runs: dict[str, dict[str, Any]], papers: dict[str, float]) -> Figure:
+    """Plots bits per byte of the runs, best first, beside the published figures if there are any."""
+    groups = by_seed(runs)
+    order = sorted(groups, key=lambda name: statistics.fmean(bits(runs[of])[0] for of in groups[name]), reverse=True)
+    figure = Figure(figsize=(9 if papers else 6, 0.9 + 0.32 * len(order)), layout="constrained")
+    panels = figure.subplots(1, 2 if papers else 1, sharey=True, squeeze=False)[0]
+    for y, name in enumerate(order):
+        for of in groups[name]:
+            value, error = bits(runs[of])
+            panels[0].errorbar(value, y, xerr=error, marker="o", markersize=4, capsize=2, color="C0")
+        if name in papers:
+            panels[1].plot(papers[name], y, marker="D", color="C1")
+    panels[0].set_yticks(range(len(order)), order)
+    panels[0].set(xlabel="bits per character, these runs")
+    if papers:
+        panels[1].set(xlabel="bits per character, published, text8")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    return figure
 
 
 def letters_in_words(text: str, words: set[str]) -> float:
@@ -80,9 +129,11 @@ def picture(runs: dict[str, dict[str, Any]]) -> Figure:
     panels = figure.subplots(1, len(measures))
     for colour, (name, run) in enumerate(runs.items()):
         for measure, axes in zip(measures, panels, strict=True):
-            for sampler, style in (("tweedie", "-"), ("euler", "--")):
+            for sampler, style in (("tweedie", "-"), ("euler", "--"), ("autoregressive", ":")):
                 rows = [row for row in run["generative"]["rows"] if row["sampler"] == sampler]
                 rows.sort(key=lambda row: row["steps"])
+                if not rows:
+                    continue
                 errors = [row.get(f"{measure}_error") or 0.0 for row in rows]
                 axes.errorbar(
                     [row["steps"] for row in rows],
@@ -99,12 +150,12 @@ def picture(runs: dict[str, dict[str, Any]]) -> Figure:
         if measure in (first["real"] or {}):
             axes.axhline(first["real"][measure], color="gray", linestyle=":", label="real text")
         axes.set(xscale="log", xlabel="reverse steps", ylabel=label)
-        ticks = sorted({row["steps"] for row in first["rows"]})
+        ticks = sorted({row["steps"] for run in runs.values() for row in run["generative"]["rows"]})
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set_yscale("log")
-    panels[1].legend(fontsize="small")
+    panels[1].legend(fontsize="x-small", ncols=1 + len(runs) // 8)
     return figure
 
 
@@ -114,6 +165,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--out", required=True, type=Path, help="output files, without the suffixes .md and .png")
     parser.add_argument("--words", type=Path, help="training text of the runs, of letters and spaces")
+    parser.add_argument("--papers", type=Path, help="published bits per character by name of a run, a JSON file")
     options = parser.parse_args()
     runs: dict[str, dict[str, Any]] = {}
     for run in options.runs:
@@ -126,6 +178,10 @@ def main() -> None:
             parser.error(f"{run}: expected runs with different names, got {name} twice")
         runs[name] = {kind: json.loads(path.read_text(encoding="utf-8")) for kind, path in files.items()}
     text = table(runs)
+    if averages := seeds(runs):
+        text += "\n" + averages
+    papers = {} if options.papers is None else json.loads(options.papers.read_text(encoding="utf-8"))
+    likelihoods(runs, papers).savefig(f"{options.out}-bits.png", dpi=120)
     judged = {name: run for name, run in runs.items() if "generative" in run}
     judges = {name: run["generative"]["settings"]["judge"] for name, run in judged.items()}
     if len(set(judges.values())) > 1:

@@ -70,4 +70,6 @@ for run in $runs; do
   $sedd report "$folder/$run"
 done
 rm "$folder/options"
-(cd "$folder" && exec "$OLDPWD/$(dirname "$0")/compare.py" $runs --out comparison --words train.txt)
+examples=$(cd "$(dirname "$0")" && pwd)
+(cd "$folder" && exec "$examples/compare.py" $runs --out comparison --words train.txt \
+  --papers "$examples/text8.json")

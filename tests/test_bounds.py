@@ -26,7 +26,7 @@ from sedd.diffusion import (
     elbo,
     get_schedule,
 )
-from sedd.diffusion.likelihood import closed_terms
+from sedd.diffusion.likelihood import closed_terms, prior_kl
 from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
 
 N, LENGTH = 5, 3
@@ -265,6 +265,21 @@ def test_genmd4_reconstructs_what_lies_before_its_start():
     average = float(weights @ diffusion.objective.reconstruction(diffusion, texts).sum(1))
     information = torch.tensor([toy(0.0).information(x_0) for x_0 in texts], dtype=torch.float64)
     assert average > float(weights @ (-weights.log() - information)) > 0
+
+
+def test_the_bound_of_genmd4_has_all_of_its_parts():
+    """The integral from the start on, the reconstruction before it, and the prior term."""
+    diffusion, toy = genmd4(joint())
+    result = elbo(diffusion, TEXTS, draws=8000, generator=torch.Generator().manual_seed(0))
+    parts = [
+        sum(toy(0.0).information(x) - toy(1.0).information(x) for x in TEXTS),
+        float(diffusion.objective.reconstruction(diffusion, TEXTS).detach().sum()),
+        float(prior_kl(TEXTS, -math.log(1e-2), Absorbing(N)).sum()),
+    ]
+    assert result.onset is None
+    assert result.prior == pytest.approx(sum(parts[1:]) / TEXTS.numel(), rel=1e-5)
+    assert result.monte_carlo_error < 0.03
+    assert result.nats_per_token == pytest.approx(sum(parts) / TEXTS.numel(), abs=4 * result.monte_carlo_error)
 
 
 def test_genmd4_with_equal_powers_is_md4():

@@ -387,7 +387,7 @@ TOKENS, WHERE = torch.zeros(3, dtype=torch.int64), torch.tensor([True, False, Fa
         (
             {"sampler": "ancestral"},
             ValueError,
-            "sampler: expected one of 'tweedie', 'tweedie_cosine', 'euler', 'greedy', 'autoregressive', got 'ancestral'",
+            "sampler: expected one of 'tweedie', 'tweedie_cosine', 'euler', 'greedy', 'autoregressive', got ",
         ),
         ({"fixed": (TOKENS[:2], WHERE)}, ValueError, r"fixed: expected the tokens as \[3\] or \[2, 3\], got \[2\]"),
         ({"fixed": (TOKENS, WHERE[None])}, ValueError, r"fixed: expected the positions .* got \[1, 3\]"),
