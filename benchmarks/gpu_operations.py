@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from bench_linear import head
 from bench_reverse import dense_step
 from bench_transition import dense_probabilities
-from cases import COLUMN, EULER, FORWARD, ROW, SAMPLE, TWEEDIE, Case, Inputs, Run, compiled, plain_read
+from cases import COLUMN, EULER, FORWARD, MEAN_TWEEDIE, ROW, SAMPLE, TWEEDIE, Case, Inputs, Run, compiled, plain_read
 from peers import dense_score_entropy
 from torch import Tensor
 
@@ -104,6 +104,11 @@ def _euler(function: Function, i: Inputs) -> Tensor:
     return function(i.log_score, i.x_t, Euler(i.step["euler"]), i.process)
 
 
+def _mean_tweedie(function: Function, i: Inputs) -> Tensor:
+    # as logits; any numbers are
+    return function(i.log_score, i.x_t, Tweedie(0.5 * i.sigma), i.process, parameterization="mean", sigma=i.sigma)
+
+
 def _noise(function: Function, i: Inputs) -> Tensor:
     return function(i.x_0, i.sigma, i.process)
 
@@ -142,6 +147,10 @@ def _unfused_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: An
     return sedd_ext.score_entropy_loss(F.linear(hidden, weight, bias), *rest)
 
 
+def _unfused_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    return sedd_ext.mean_prediction_loss(F.linear(hidden, weight, bias), *rest)
+
+
 def _unfused_tweedie(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     return sedd_ext.reverse_sample(F.linear(hidden, weight, bias), *rest)
 
@@ -169,6 +178,10 @@ OPERATIONS = (
     Operation(EULER, "reverse_sample", _euler, READ, _dense_step),
     Operation("tweedie probs", "reverse_probs", _tweedie, READ_AND_WRITE_FLOAT32),
     Operation("euler probs", "reverse_probs", _euler, READ_AND_WRITE_FLOAT32),
+    Operation("mean prediction forward", "mean_prediction_loss", _loss, READ),
+    Operation("mean prediction forward + backward", "mean_prediction_loss", _gradient, READ_TWICE_AND_WRITE),
+    Operation(MEAN_TWEEDIE, "reverse_sample", _mean_tweedie, READ),
+    Operation("tweedie probs, mean prediction", "reverse_probs", _mean_tweedie, READ_AND_WRITE_FLOAT32),
     Operation(COLUMN, "transition_column", _noise, WRITE, _partial(dense_probabilities, column=True)),
     Operation(ROW, "transition_row", _noise, WRITE, _partial(dense_probabilities, column=False)),
     Operation(SAMPLE, "sample_transition", _noise, TOKENS),
@@ -178,6 +191,14 @@ OPERATIONS = (
         _linear_gradient,
         PRODUCTS,
         unfused=_unfused_loss,
+        waits=True,
+    ),
+    Operation(
+        "linear mean prediction forward + backward",
+        "linear_mean_prediction_loss",
+        _linear_gradient,
+        PRODUCTS,
+        unfused=_unfused_mean,
         waits=True,
     ),
     Operation(

@@ -162,6 +162,74 @@ def test_a_text_that_a_killed_script_was_writing_is_written_anew(tmp_path: Path)
     assert sizes == {"train.txt": 900, "valid.txt": 50, "test.txt": 50}
 
 
+def test_a_wrong_name_of_a_run_stops_the_script_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "all.gz").write_bytes(gzip.compress(b"abcde " * 100))
+    line = ["bash", str(ROOT / "examples" / "text27.sh"), str(tmp_path / "out"), str(tmp_path / "all.gz")]
+    environment = {**os.environ, "SEDD": f"touch {tmp_path / 'called'} && false", "RUNS": "md4-seed1 md5"}
+    done = subprocess.run(line, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert "RUNS: no run has the name md5" in done.stderr
+    assert not (tmp_path / "called").exists()
+
+
+def test_runs_have_their_options(tmp_path: Path) -> None:
+    """With a command that prints its arguments: objective, process and seed of each run."""
+    (tmp_path / "all.gz").write_bytes(gzip.compress(b"abcde " * 100))
+    line = ["bash", str(ROOT / "examples" / "text27.sh"), str(tmp_path / "out"), str(tmp_path / "all.gz")]
+    environment = {**os.environ, "SEDD": "echo", "RUNS": "ar udlm-seed2 d3pm-uniform", "JUDGE": "somebody"}
+    printed = subprocess.run(line, capture_output=True, text=True, env=environment).stdout.splitlines()
+    trained = [line for line in printed if line.startswith("train ")]
+    assert [line.partition("--steps 6000 ")[2] for line in trained] == [
+        "--objective autoregressive",
+        "--objective udlm --process uniform --seed 2",
+        "--objective d3pm --process uniform",
+    ]
+    judged = [line for line in printed if line.startswith("eval generative ")]
+    assert ["--samplers autoregressive" in line for line in judged] == [True, False, False]
+
+
+def test_noise_of_losses_and_learned_powers(tmp_path: Path) -> None:
+    pytest.importorskip("rich")
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("matplotlib")
+    from sedd.cli import main
+
+    (tmp_path / "text.txt").write_text("the cat sat on the mat " * 400)
+    sizes = "--model.hidden_size 16 --model.n_blocks 1 --model.n_heads 2 --model.cond_dim 8 --model.length 16"
+    options = f"--data.source {tmp_path / 'text.txt'} --tokenizer text8 --steps 4 --batch_size 4 --log none {sizes}"
+    for objective in ("genmd4", "md4", "score_entropy"):
+        assert main(f"train --objective {objective} --run_dir {tmp_path / objective} {options}".split()) == 0
+    command = [sys.executable, str(ROOT / "examples" / "powers.py"), str(tmp_path / "genmd4")]
+    out = str(tmp_path / "powers.png")
+    done = subprocess.run([*command, "--out", out, "--most", "10"], check=True, capture_output=True, text=True)
+    assert len(done.stdout.split(",")) == 10
+    assert Path(out).read_bytes().startswith(b"\x89PNG")
+    command[2] = str(tmp_path / "md4")
+    done = subprocess.run([*command, "--out", out], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "expected a run of sedd train --objective genmd4" in done.stderr
+    runs = [str(tmp_path / name) for name in ("md4", "score_entropy")]
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "loss_variance.py"),
+        *runs,
+        "--batches",
+        "3",
+        "--batch_size",
+        "4",
+    ]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "noise.json")], check=True, capture_output=True, text=True
+    )
+    rows = json.loads((tmp_path / "noise.json").read_text())
+    assert [row["objective"] for row in rows[::2]] == [
+        *("md4", "tauldr"),
+        *("score_entropy", "implicit_score_entropy", "concrete_score"),
+    ]
+    assert all(row["standard_deviation"] > 0 for row in rows)
+    assert len(done.stdout.splitlines()) == 2 + len(rows)
+
+
 def test_runs_are_compared(tmp_path: Path) -> None:
     for i, name in enumerate(("one", "two")):
         folder = tmp_path / name / "eval"
@@ -188,10 +256,18 @@ def test_runs_are_compared(tmp_path: Path) -> None:
     assert "| one | real text |" in table
     assert "perplexity (somebody)" in table
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "comparison-bits.png").read_bytes().startswith(b"\x89PNG")
+    assert "seeds" not in table
     (tmp_path / "train.txt").write_text("the dog the cow a cat at at")
     words = ["--words", str(tmp_path / "train.txt")]
     subprocess.run([*command, "--out", str(tmp_path / "comparison"), *words], check=True, capture_output=True)
     assert "| 0.100 | 0.562 ± 0.062 | 0.20 |" in (tmp_path / "comparison.md").read_text()
+    shutil.copytree(tmp_path / "two", tmp_path / "one-seed1")
+    papers = tmp_path / "papers.json"
+    papers.write_text('{"one": 1.5, "three": 2.0}')
+    more = [str(tmp_path / "one-seed1"), "--out", str(tmp_path / "comparison"), "--papers", str(papers)]
+    subprocess.run([*command, *more], check=True, capture_output=True)
+    assert "| one | 2 | 3.5000 | 0.7071 |" in (tmp_path / "comparison.md").read_text()
     done = subprocess.run([*command, str(tmp_path), "--out", "x"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "no eval/perplexity.json" in done.stderr

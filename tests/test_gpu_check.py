@@ -115,7 +115,7 @@ def test_rehearsal_of_the_profile(tmp_path: Path, bare: dict[str, str]) -> None:
     outcomes = {step["name"]: step["outcome"] for step in report["steps"]}
     assert outcomes == {"about": "ok", "buffers": "ok", "counters": "skipped"}
     assert {record["buffer_bytes"] for record in report["buffers"]} == {1 << 12, 1 << 14}
-    assert len([line for line in run.stdout.splitlines() if " x 27 " in line]) == len(report["buffers"]) == 8
+    assert len([line for line in run.stdout.splitlines() if " x 27 " in line]) == len(report["buffers"]) == 12
 
 
 def test_modules_without_optional_packages(bare: dict[str, str]) -> None:
