@@ -517,8 +517,8 @@ BREAKS = [
     Break(
         "tauldr: the rate of the jumps is left out",
         "python/sedd/diffusion/ablations.py",
-        "scale * schedule.rate(t) * rate * nats",
-        "scale * schedule.rate(t) * nats",
+        "options.scale * schedule.rate(t) * rate * nats",
+        "options.scale * schedule.rate(t) * nats",
         "tests/test_bounds.py -k tauldr",
     ),
     Break(

@@ -51,12 +51,12 @@ from sedd_ext import reference
 class PlainScoreEntropy(Objective):
     """Score entropy in plain PyTorch, with gradients of the schedule too."""
 
-    def loss(self, diffusion, x_0, x_t, t, *, given, scale, fused):
+    def loss(self, diffusion, x_0, x_t, t, options):
         sigma, process = diffusion.schedule.total(t)[:, None], diffusion.process
         log_score = diffusion.network.head(diffusion.network.hidden(x_t, sigma[:, 0].detach()))
         shift = diffusion.step_options(sigma, x_t)["log_score_shift"]
         loss = reference.score_entropy_loss(log_score, x_t, x_0, sigma, process, log_score_shift=shift)
-        return (scale * diffusion.schedule.rate(t) * loss[:, given:].sum(1)).float()
+        return (options.scale * diffusion.schedule.rate(t) * loss[:, options.given :].sum(1)).float()
 ''',
     "sampler": '''
 from dataclasses import dataclass

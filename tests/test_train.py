@@ -35,7 +35,7 @@ from sedd.cli import main
 from sedd.config import ModelOptions, TrainConfig
 from sedd.data.options import DataConfig
 from sedd.data.tokenizer import get_tokenizer
-from sedd.diffusion import OBJECTIVES, Diffusion, Objective, ScoreEntropy, get_schedule
+from sedd.diffusion import OBJECTIVES, Diffusion, LossOptions, Objective, ScoreEntropy, get_schedule
 from sedd.hub import SEDD, load_model
 from sedd.progress import is_interactive, progress_bar
 from sedd.training.checkpoint import list_checkpoints, read_state, read_tensors
@@ -118,10 +118,10 @@ def test_a_step_is_adamw_with_warmup_clipping_and_ema(make_config: MakeConfig, m
     weights = torch.randn(257 + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     class Plain(Objective):
-        def loss(self, diffusion: Diffusion, x_0: torch.Tensor, *_: Any, scale: float, **__: Any) -> torch.Tensor:
+        def loss(self, diffusion: Diffusion, x_0: torch.Tensor, x_t: Any, t: Any, options: LossOptions) -> torch.Tensor:
             network = diffusion.network
             output = network.head(network.hidden(x_0, torch.ones(len(x_0)).double()))
-            return scale * (output + weights).square().sum((1, 2))
+            return options.scale * (output + weights).square().sum((1, 2))
 
     monkeypatch.setitem(OBJECTIVES, "score_entropy", Plain)
     no_dropout = ModelOptions(hidden_size=16, n_blocks=1, n_heads=2, cond_dim=8, length=16, dropout=0.0)
@@ -136,7 +136,7 @@ def test_a_step_is_adamw_with_warmup_clipping_and_ema(make_config: MakeConfig, m
     for step in range(1, 7):
         reported = state.train_step()
         tokens = torch.cat([next(twin.batches), next(twin.batches)])
-        loss = Plain().loss(model, tokens, scale=1.0).mean() / 16
+        loss = Plain().loss(model, tokens, None, None, LossOptions()).mean() / 16
         loss.backward()
         gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
         norm = torch.stack([g.norm() for g in gradients.values()]).norm()

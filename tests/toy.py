@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sedd.diffusion import Diffusion, Schedule, Score, ScoreEntropy
+from sedd.diffusion import Diffusion, LossOptions, Schedule, Score, ScoreEntropy
 from sedd.hub import SEDD
 from sedd_ext import RankOne
 
@@ -179,5 +179,5 @@ def expected(diffusion: Diffusion, toy: Enumerated, x_0: Tensor, t: float) -> fl
     clean, times = x_0.expand(len(toy.x_t), -1), torch.full((len(toy.x_t),), t, dtype=torch.float64)
     weight = toy.given(x_0)
     here = weight > 0
-    loss = diffusion.objective.loss(diffusion, clean[here], toy.x_t[here], times[here], given=0, scale=1.0, fused=False)
+    loss = diffusion.objective.loss(diffusion, clean[here], toy.x_t[here], times[here], LossOptions(fused=False))
     return float((weight[here] * loss.detach().double()).sum())

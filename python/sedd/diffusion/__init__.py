@@ -4,7 +4,7 @@ from sedd.diffusion.ablations import ConcreteScore, ImplicitScoreEntropy, TauLDR
 from sedd.diffusion.autoregressive import Autoregressive
 from sedd.diffusion.continuation import continuation_bound
 from sedd.diffusion.d3pm import D3PM, DiscreteTime
-from sedd.diffusion.diffusion import Diffusion, Mean, Objective, Parameterization, Score
+from sedd.diffusion.diffusion import Diffusion, LossOptions, Mean, Objective, Parameterization, Score
 from sedd.diffusion.genmd4 import GenMD4, PerToken
 from sedd.diffusion.likelihood import ElboResult, elbo
 from sedd.diffusion.objectives import OBJECTIVES, get_objective, sample_times
@@ -27,6 +27,7 @@ __all__ = [
     "ElboResult",
     "GenMD4",
     "ImplicitScoreEntropy",
+    "LossOptions",
     "Mean",
     "MeanPrediction",
     "Objective",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sedd.diffusion.diffusion import Diffusion
+from sedd.diffusion.diffusion import Diffusion, LossOptions
 from sedd.diffusion.position_loss import MD4, ScoreEntropy, expect_process, scored_rows
 from sedd_ext import RankOne, mean_prediction_loss
 
@@ -57,14 +57,7 @@ class TauLDR(MD4):
         expect_process("tauldr", "absorbing", process)
 
     def training_loss(
-        self,
-        diffusion: Diffusion,
-        x_0: Tensor,
-        t: Tensor,
-        *,
-        scale: float,
-        fused: bool,
-        generator: torch.Generator | None,
+        self, diffusion: Diffusion, x_0: Tensor, t: Tensor, options: LossOptions, generator: torch.Generator | None
     ) -> Tensor:
         """See :meth:`sedd.diffusion.Objective.training_loss`."""
         network, process, schedule = diffusion.network, diffusion.process, diffusion.schedule
@@ -77,7 +70,7 @@ class TauLDR(MD4):
         nats = mean_prediction_loss(
             logits, after[rows, position], x_0[rows, position], sigma, process, sigma_s=torch.zeros_like(sigma)
         )
-        return (scale * schedule.rate(t) * rate * nats).float()
+        return (options.scale * schedule.rate(t) * rate * nats).float()
 
 
 class ImplicitScoreEntropy(ScoreEntropy):
@@ -91,14 +84,7 @@ class ImplicitScoreEntropy(ScoreEntropy):
     """
 
     def training_loss(
-        self,
-        diffusion: Diffusion,
-        x_0: Tensor,
-        t: Tensor,
-        *,
-        scale: float,
-        fused: bool,
-        generator: torch.Generator | None,
+        self, diffusion: Diffusion, x_0: Tensor, t: Tensor, options: LossOptions, generator: torch.Generator | None
     ) -> Tensor:
         """See :meth:`sedd.diffusion.Objective.training_loss`."""
         process, schedule = diffusion.process, diffusion.schedule
@@ -112,7 +98,7 @@ class ImplicitScoreEntropy(ScoreEntropy):
         hidden = diffusion.network.hidden(after, schedule.total(t))[sequence, position]
         here = _shifted(diffusion, diffusion.network.head(hidden), after[sequence, position], schedule.total(t))
         undone = here[sequence, x_t[sequence, position]]
-        return (scale * schedule.rate(t) * (total - rate * torch.where(rate > 0, undone, 0.0))).float()
+        return (options.scale * schedule.rate(t) * (total - rate * torch.where(rate > 0, undone, 0.0))).float()
 
 
 class ConcreteScore(ScoreEntropy):
@@ -125,14 +111,7 @@ class ConcreteScore(ScoreEntropy):
     """
 
     def training_loss(
-        self,
-        diffusion: Diffusion,
-        x_0: Tensor,
-        t: Tensor,
-        *,
-        scale: float,
-        fused: bool,
-        generator: torch.Generator | None,
+        self, diffusion: Diffusion, x_0: Tensor, t: Tensor, options: LossOptions, generator: torch.Generator | None
     ) -> Tensor:
         """See :meth:`sedd.diffusion.Objective.training_loss`."""
         process, schedule = diffusion.process, diffusion.schedule
@@ -146,7 +125,7 @@ class ConcreteScore(ScoreEntropy):
         ratio = (moved / here) * stationary
         ratio = ratio.scatter_add(1, clean, kept / here).scatter(1, x, 0.0)
         squares = (log_score.exp() - ratio).square().sum(1) / 2
-        return (scale * schedule.rate(t) * _by_sequence(stationary[x[:, 0]] * squares, rows, x_t)).float()
+        return (options.scale * schedule.rate(t) * _by_sequence(stationary[x[:, 0]] * squares, rows, x_t)).float()
 
 
 def _log_scores(diffusion: Diffusion, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

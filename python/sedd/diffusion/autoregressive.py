@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sedd.diffusion.diffusion import Diffusion, Objective
+from sedd.diffusion.diffusion import Diffusion, LossOptions, Objective
 from sedd.network import KeyValueCache, Network
 from sedd_ext import RankOne
 
@@ -49,19 +49,17 @@ class Autoregressive(Objective):
                 "ModelConfig(causal=True)"
             )
 
-    def loss(
-        self, diffusion: Diffusion, x_0: Tensor, x_t: Tensor, t: Tensor, *, given: int, scale: float, fused: bool
-    ) -> Tensor:
+    def loss(self, diffusion: Diffusion, x_0: Tensor, x_t: Tensor, t: Tensor, options: LossOptions) -> Tensor:
         """See :meth:`sedd.diffusion.Diffusion.loss`. ``x_t`` and ``t`` are ignored."""
         network, n = diffusion.network, diffusion.process.dim - 1
-        hidden = network.hidden(_delayed(x_0, n), _no_noise(x_0))[:, given:]
-        rows, target = hidden.flatten(0, 1), x_0[:, given:].flatten()
-        head = network.head_parameters() if fused else None
+        hidden = network.hidden(_delayed(x_0, n), _no_noise(x_0))[:, options.given :]
+        rows, target = hidden.flatten(0, 1), x_0[:, options.given :].flatten()
+        head = network.head_parameters() if options.fused else None
         if head is None:
             nats = _nats(network.head(rows)[:, :n], target)
         else:
             nats = _chunked_nats(rows, head[0][:n], None if head[1] is None else head[1][:n], target)
-        return (scale * nats.view(len(x_0), -1).sum(1)).float()
+        return (options.scale * nats.view(len(x_0), -1).sum(1)).float()
 
 
 class Reader:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sedd.diffusion.diffusion import Diffusion
+from sedd.diffusion.diffusion import Diffusion, LossOptions
 from sedd.diffusion.position_loss import MeanPrediction, Term
 from sedd.diffusion.schedule import Schedule
 from sedd_ext import RankOne
@@ -95,18 +95,11 @@ class D3PM(MeanPrediction):
         return {"sigma": sigma, "process": diffusion.process, "sigma_s": sigma_s}
 
     def training_loss(
-        self,
-        diffusion: Diffusion,
-        x_0: Tensor,
-        t: Tensor,
-        *,
-        scale: float,
-        fused: bool,
-        generator: torch.Generator | None,
+        self, diffusion: Diffusion, x_0: Tensor, t: Tensor, options: LossOptions, generator: torch.Generator | None
     ) -> Tensor:
         """Adds the cross-entropy; see :meth:`sedd.diffusion.Objective.training_loss`."""
         x_t = diffusion.noise(x_0, t, generator=generator)
         terms = [*self.terms(diffusion, t, x_t)]
         if self.ce_weight > 0:  # the step from t to the clean text
             terms.append((self.ce_weight, self._arguments(diffusion, t, torch.zeros_like(t).unsqueeze(-1))))
-        return self.weighted(terms, diffusion, x_0, x_t, t, given=0, scale=scale, fused=fused)
+        return self.weighted(terms, diffusion, x_0, x_t, t, options)

@@ -15,7 +15,7 @@ from sedd.network import Network
 from sedd.runtime import device_of
 from sedd_ext import RankOne, sample_transition
 
-__all__ = ["Diffusion", "Mean", "Objective", "Parameterization", "Score"]
+__all__ = ["Diffusion", "LossOptions", "Mean", "Objective", "Parameterization", "Score"]
 
 
 class Parameterization(Protocol):
@@ -129,6 +129,15 @@ class Mean:
         return {"parameterization": "mean", "sigma": None if self.per_token else sigma}
 
 
+@dataclass(frozen=True)
+class LossOptions:
+    """What the loss of sequences is to cover; :meth:`Diffusion.loss` explains the options."""
+
+    given: int = 0
+    scale: float = 1.0
+    fused: bool = True
+
+
 class Objective(ABC):
     """A likelihood bound, and a training loss, which is the integrand of the bound unless a subclass says otherwise.
 
@@ -164,24 +173,15 @@ class Objective(ABC):
         return Score(config.scale_by_sigma, config.hybrid_shift)
 
     @abstractmethod
-    def loss(
-        self, diffusion: Diffusion, x_0: Tensor, x_t: Tensor, t: Tensor, *, given: int, scale: float, fused: bool
-    ) -> Tensor:
+    def loss(self, diffusion: Diffusion, x_0: Tensor, x_t: Tensor, t: Tensor, options: LossOptions) -> Tensor:
         """The integrand of the bound; see :meth:`Diffusion.loss` for the arguments and the result."""
 
     def training_loss(
-        self,
-        diffusion: Diffusion,
-        x_0: Tensor,
-        t: Tensor,
-        *,
-        scale: float,
-        fused: bool,
-        generator: torch.Generator | None,
+        self, diffusion: Diffusion, x_0: Tensor, t: Tensor, options: LossOptions, generator: torch.Generator | None
     ) -> Tensor:
         """The training loss: noises the sequences and returns :meth:`loss`. See :meth:`Diffusion.forward`."""
         x_t = diffusion.noise(x_0, t, generator=generator)
-        return self.loss(diffusion, x_0, x_t, t, given=0, scale=scale, fused=fused)
+        return self.loss(diffusion, x_0, x_t, t, options)
 
     def reconstruction(self, diffusion: Diffusion, x_0: Tensor) -> Tensor | None:
         """The part of the bound below σ̄(0) > 0, if it has a formula.
@@ -280,7 +280,7 @@ class Diffusion(nn.Module):
             Nats per sequence times ``scale`` [B], float32, differentiable. The expectation over t ~ U(0, 1) is the
             integral of the likelihood bound (:func:`sedd.diffusion.elbo`).
         """
-        return self.objective.loss(self, x_0, x_t, t, given=given, scale=scale, fused=fused)
+        return self.objective.loss(self, x_0, x_t, t, LossOptions(given, scale, fused))
 
     def forward(
         self,
@@ -297,4 +297,4 @@ class Diffusion(nn.Module):
             Nats per sequence times ``scale`` [B], float32, differentiable. For most objectives it is :meth:`loss` of
             noised sequences.
         """
-        return self.objective.training_loss(self, x_0, t, scale=scale, fused=fused, generator=generator)
+        return self.objective.training_loss(self, x_0, t, LossOptions(scale=scale, fused=fused), generator)

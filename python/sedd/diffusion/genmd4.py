@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from sedd.diffusion.diffusion import Diffusion, Mean, Parameterization
+from sedd.diffusion.diffusion import Diffusion, LossOptions, Mean, Parameterization
 from sedd.diffusion.position_loss import PositionLoss, Term, expect_process
 from sedd.diffusion.schedule import LogLinear, Polynomial, Schedule
 from sedd_ext import GeneralizedMasked, RankOne, generalized_masked_loss, linear_generalized_masked_loss
@@ -136,27 +136,20 @@ class GenMD4(PositionLoss):
         return [(1 - schedule.start, {"t": schedule.time(t).unsqueeze(-1), "power": schedule.power()})]
 
     def training_loss(
-        self,
-        diffusion: Diffusion,
-        x_0: Tensor,
-        t: Tensor,
-        *,
-        scale: float,
-        fused: bool,
-        generator: torch.Generator | None,
+        self, diffusion: Diffusion, x_0: Tensor, t: Tensor, options: LossOptions, generator: torch.Generator | None
     ) -> Tensor:
         """See :meth:`sedd.diffusion.Objective.training_loss`. A step costs as much as two of another objective."""
         schedule = _schedule(diffusion)
         both, times = torch.cat([x_0, x_0]), torch.cat([t, t])
         x_t = diffusion.noise(both, times, generator=generator)
-        nats = self.loss(diffusion, both, x_t, times, given=0, scale=scale, fused=fused)
+        nats = self.loss(diffusion, both, x_t, times, options)
         first, second = nats.chunk(2)
         log_first, log_second = schedule.log_prob(x_t, both, times).sum(1).chunk(2)
         # its value is 0, its gradient is (f_1 - f_2) (∇log q_1 - ∇log q_2) / 2
         score = (log_first - log_second) - (log_first - log_second).detach()
         reinforce = (first - second).detach() / 2 * score
         reconstruction = self.reconstruction(diffusion, x_0).sum(1)
-        return ((first + second) / 2 + reinforce + scale * reconstruction).float()
+        return ((first + second) / 2 + reinforce + options.scale * reconstruction).float()
 
     def reconstruction(self, diffusion: Diffusion, x_0: Tensor) -> Tensor:
         """The part of the bound before the first time: masked positions there are guessed from the powers alone.

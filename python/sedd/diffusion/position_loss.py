@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sedd.diffusion.diffusion import Diffusion, Mean, Objective, Parameterization
+from sedd.diffusion.diffusion import Diffusion, LossOptions, Mean, Objective, Parameterization
 from sedd_ext import (
     RankOne,
     linear_mean_prediction_loss,
@@ -51,12 +51,9 @@ class PositionLoss(Objective):
         schedule = diffusion.schedule
         return [(schedule.rate(t), {"sigma": schedule.total(t).unsqueeze(-1), "process": diffusion.process})]
 
-    def loss(
-        self, diffusion: Diffusion, x_0: Tensor, x_t: Tensor, t: Tensor, *, given: int, scale: float, fused: bool
-    ) -> Tensor:
+    def loss(self, diffusion: Diffusion, x_0: Tensor, x_t: Tensor, t: Tensor, options: LossOptions) -> Tensor:
         """See :meth:`sedd.diffusion.Diffusion.loss`."""
-        terms = self.terms(diffusion, t, x_t[:, given:])
-        return self.weighted(terms, diffusion, x_0, x_t, t, given=given, scale=scale, fused=fused)
+        return self.weighted(self.terms(diffusion, t, x_t[:, options.given :]), diffusion, x_0, x_t, t, options)
 
     def weighted(
         self,
@@ -65,16 +62,13 @@ class PositionLoss(Objective):
         x_0: Tensor,
         x_t: Tensor,
         t: Tensor,
-        *,
-        given: int,
-        scale: float,
-        fused: bool,
+        options: LossOptions,
     ) -> Tensor:
         """The weighted sum of terms [B], with one call of the network; see :meth:`loss` for the other arguments."""
-        network = diffusion.network
+        network, given, scale = diffusion.network, options.given, options.scale
         hidden = network.hidden(x_t, diffusion.schedule.total(t))[:, given:]
         x_0, x_t = x_0[:, given:], x_t[:, given:]
-        head = network.head_parameters() if fused else None
+        head = network.head_parameters() if options.fused else None
         total: Tensor | float = 0.0
         if head is not None:
             for weight, arguments in terms:
