@@ -12,7 +12,9 @@ The perplexity under a judge of real text says little about the samples of small
 """
 
 import argparse
+import itertools
 import json
+import math
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -47,6 +49,8 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
 def bits(run: dict[str, Any]) -> tuple[float, float]:
     """Bits per byte of the first text of a run, and their standard error."""
     row = next(row for row in run["perplexity"]["texts"].values() if "standard_error" in row)
+    if row["bits_per_byte"] is None:  # an infinite bound
+        return math.inf, 0.0
     return row["bits_per_byte"], (row["standard_error"] or 0.0) * row["bits_per_byte"] / row["nats_per_token"]
 
 
@@ -78,6 +82,8 @@ def likelihoods(runs: dict[str, dict[str, Any]], papers: dict[str, float]) -> Fi
     for y, name in enumerate(order):
         for of in groups[name]:
             value, error = bits(runs[of])
+            if not math.isfinite(value):
+                continue
             panels[0].errorbar(value, y, xerr=error, marker="o", markersize=4, capsize=2, color="C0")
         if name in papers:
             panels[1].plot(papers[name], y, marker="D", color="C1")
@@ -129,11 +135,10 @@ def picture(runs: dict[str, dict[str, Any]]) -> Figure:
     panels = figure.subplots(1, len(measures))
     for colour, (name, run) in enumerate(runs.items()):
         for measure, axes in zip(measures, panels, strict=True):
-            for sampler, style in (("tweedie", "-"), ("euler", "--"), ("autoregressive", ":")):
+            found = dict.fromkeys(row["sampler"] for row in run["generative"]["rows"])
+            for sampler, style in zip(found, itertools.cycle(("-", "--", "-.", ":")), strict=False):
                 rows = [row for row in run["generative"]["rows"] if row["sampler"] == sampler]
                 rows.sort(key=lambda row: row["steps"])
-                if not rows:
-                    continue
                 errors = [row.get(f"{measure}_error") or 0.0 for row in rows]
                 axes.errorbar(
                     [row["steps"] for row in rows],
@@ -181,7 +186,6 @@ def main() -> None:
     if averages := seeds(runs):
         text += "\n" + averages
     papers = {} if options.papers is None else json.loads(options.papers.read_text(encoding="utf-8"))
-    likelihoods(runs, papers).savefig(f"{options.out}-bits.png", dpi=120)
     judged = {name: run for name, run in runs.items() if "generative" in run}
     judges = {name: run["generative"]["settings"]["judge"] for name, run in judged.items()}
     if len(set(judges.values())) > 1:
@@ -194,6 +198,7 @@ def main() -> None:
             values = [letters_in_words(text, words) for text in row["texts"]]
             row["words"] = statistics.fmean(values)
             row["words_error"] = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    likelihoods(runs, papers).savefig(f"{options.out}-bits.png", dpi=120)
     if judged:
         text += "\n" + written(judged)
         picture(judged).savefig(options.out.with_suffix(".png"), dpi=150)

@@ -18,7 +18,7 @@ import torch
 
 from sedd import load_model
 from sedd.data.corpus import CORPORA
-from sedd.diffusion import Diffusion, Score, get_objective, sample_times
+from sedd.diffusion import Diffusion, get_objective, sample_times
 from sedd.files import write_json
 
 OTHERS = {"score_entropy": ["implicit_score_entropy", "concrete_score"], "md4": ["tauldr"]}
@@ -28,12 +28,12 @@ OTHERS = {"score_entropy": ["implicit_score_entropy", "concrete_score"], "md4": 
 def measure(
     diffusion: Diffusion, blocks: torch.Tensor, options: argparse.Namespace, antithetic: bool
 ) -> dict[str, Any]:
-    """The loss and its gradient on the same batches, with the times drawn in one of the two ways."""
-    generator = torch.Generator().manual_seed(0)
+    """The loss and its gradient on batches of the same texts, with the times drawn in one of the two ways."""
+    texts, generator = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
     parameters = [p for p in diffusion.parameters() if p.requires_grad]
     losses, first, second = [], [torch.zeros_like(p) for p in parameters], 0.0
     for _ in range(options.batches):
-        x_0 = blocks[torch.randint(len(blocks), (options.batch_size,), generator=generator)]
+        x_0 = blocks[torch.randint(len(blocks), (options.batch_size,), generator=texts)]
         t = sample_times(len(x_0), antithetic=antithetic, generator=generator)
         loss = diffusion(x_0, t, scale=1 / x_0.numel(), generator=generator).sum()
         gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -62,6 +62,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16, help="sequences in a batch (default: 16)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
+    if options.batches < 2:
+        parser.error(f"--batches: expected at least 2, got {options.batches}")
     rows = []
     print("| run | objective | times | loss | standard deviation | gradient noise |\n" + "| --- " * 6 + "|")
     for run in options.runs:
@@ -75,10 +77,8 @@ def main() -> None:
         for objective in (name, *OTHERS.get(name, [])):
             model = loaded.diffusion
             if objective != name:
-                how = model.parameterization if isinstance(model.parameterization, Score) else None
                 made = get_objective(objective)
-                how = how or made.parameterization(loaded.model.config)
-                model = Diffusion(model.network, model.process, model.schedule, made, how)
+                model = Diffusion(model.network, model.process, model.schedule, made, model.parameterization)
             model.requires_grad_(True)
             for antithetic in (True, False):
                 row = measure(model, blocks, options, antithetic)

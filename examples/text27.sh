@@ -29,8 +29,9 @@ if [ ! -s "$folder/test.txt" ]; then
 fi
 
 options() { # name
+  local base
   case $1 in
-    *-seed*) echo "$(options "${1%-seed*}") --seed ${1##*-seed}" ;;
+    *-seed*) base=$(options "${1%-seed*}") && echo "$base --seed ${1##*-seed}" ;;
     ar) echo "--objective autoregressive" ;;
     sedd-absorbing) echo "--objective score_entropy" ;;
     sedd-uniform) echo "--objective score_entropy --process uniform" ;;

@@ -437,14 +437,11 @@ def test_a_run_judges_samples(config: Any, tmp_path: Path, capsys: pytest.Captur
         assert 1 < row["perplexity"] < 1000
         assert row["steps"] == (2 if name == other else 16)
     capsys.readouterr()
-    for words, message in (
-        (f"--judge {other}", "--judge: expected a causal language model, got"),
-        (f"--judge {run} --mauve unconditional --compared 16 --given 4", "expected a model of transformers for MAUVE"),
-    ):
-        code = main(f"eval generative {run} --num 2 --samplers autoregressive {words}".split())
-        error = re.sub(r"\s+", " ", capsys.readouterr().err)
-        assert code == 2, error
-        assert message in error or "mauve-text" in error  # without the package, that is said first
+    assert main(f"eval generative {run} --num 2 --judge {other}".split()) == 2
+    error = re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert "--judge: expected a causal language model, got" in error
+    with pytest.raises(ValueError, match="judge: expected a model of transformers for MAUVE"):
+        judge.features([" "], 1)
 
 
 def test_the_report_of_a_run(config: Any) -> None:

@@ -162,10 +162,11 @@ def test_a_text_that_a_killed_script_was_writing_is_written_anew(tmp_path: Path)
     assert sizes == {"train.txt": 900, "valid.txt": 50, "test.txt": 50}
 
 
-def test_a_wrong_name_of_a_run_stops_the_script_before_any_work(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["md5", "md5-seed1"])
+def test_a_wrong_name_of_a_run_stops_the_script_before_any_work(name: str, tmp_path: Path) -> None:
     (tmp_path / "all.gz").write_bytes(gzip.compress(b"abcde " * 100))
     line = ["bash", str(ROOT / "examples" / "text27.sh"), str(tmp_path / "out"), str(tmp_path / "all.gz")]
-    environment = {**os.environ, "SEDD": f"touch {tmp_path / 'called'} && false", "RUNS": "md4-seed1 md5"}
+    environment = {**os.environ, "SEDD": f"touch {tmp_path / 'called'} && false", "RUNS": f"md4-seed1 {name}"}
     done = subprocess.run(line, capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert "RUNS: no run has the name md5" in done.stderr
@@ -268,10 +269,11 @@ def test_runs_are_compared(tmp_path: Path) -> None:
     more = [str(tmp_path / "one-seed1"), "--out", str(tmp_path / "comparison"), "--papers", str(papers)]
     subprocess.run([*command, *more], check=True, capture_output=True)
     assert "| one | 2 | 3.5000 | 0.7071 |" in (tmp_path / "comparison.md").read_text()
-    done = subprocess.run([*command, str(tmp_path), "--out", "x"], capture_output=True, text=True)
+    unused = str(tmp_path / "unused")
+    done = subprocess.run([*command, str(tmp_path), "--out", unused], capture_output=True, text=True)
     assert done.returncode == 2
     assert "no eval/perplexity.json" in done.stderr
-    done = subprocess.run([*command, f"{tmp_path}/two/../one", "--out", "x"], capture_output=True, text=True)
+    done = subprocess.run([*command, f"{tmp_path}/two/../one", "--out", unused], capture_output=True, text=True)
     assert done.returncode == 2
     assert "expected runs with different names, got one twice" in done.stderr.replace("\n", " ")
     judged["settings"] = {"judge": "another"}

@@ -25,7 +25,8 @@ PARAMS = {"d3pm": "--objective_params.steps 20 --objective_params.ce_weight 0.1"
 REFUSED = {  # (objective, command): the message
     ("autoregressive", "infill"): "template: expected given tokens at the beginning only",
     ("autoregressive", "convert"): "save_pretrained: expected a diffusion model, got an autoregressive one",
-    ("genmd4", "euler"): "schedule: expected one rate for all tokens, got the learned schedules of genmd4",
+    ("genmd4", "euler"): "--sampler: expected one without the noise rate",
+    ("autoregressive", "eval latency"): "run: expected a diffusion model",
     ("autoregressive", "euler"): "--sampler: expected 'autoregressive' for an autoregressive model",
     ("autoregressive", "greedy"): "--sampler: expected 'autoregressive' for an autoregressive model",
 }
@@ -38,9 +39,23 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return source
 
 
+@pytest.fixture(scope="module")
+def baseline(source: Path) -> str:
+    """A run that judges samples, and whose speed is compared."""
+    run = str(source.parent / "baseline")
+    options = f"--objective autoregressive --data.source {source} --batch_size 4 --log none {SIZES} --precision fp32"
+    assert main(f"train --run_dir {run} {options} --steps 4".split()) == 0
+    return run
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_command(
-    objective: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], threads: Callable[[int], None]
+    objective: str,
+    source: Path,
+    baseline: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    threads: Callable[[int], None],
 ) -> None:
     threads(1)
     run, model, whole = str(tmp_path / "run"), str(tmp_path / "model"), str(tmp_path / "whole")
@@ -81,6 +96,12 @@ def test_every_command(
     for sampler in ("euler", "greedy"):
         call("sample", f"--steps 4 --sampler {sampler}")
     call("infill", ["the {{4}} sat", "--steps", "4"])
+    judge = f"--judge {baseline} --num 2 --steps 2,4"
+    assert call("eval generative", f"{judge} --json {tmp_path / 'generative.json'} --plot {tmp_path / 'g.png'}")
+    rows = json.loads((tmp_path / "generative.json").read_text())["rows"]
+    usual = {"genmd4": ["tweedie"], "autoregressive": ["autoregressive"]}.get(objective, ["tweedie", "euler"])
+    assert list(dict.fromkeys(row["sampler"] for row in rows)) == usual
+    call("eval latency", f"--twin {baseline} --steps 1,2 --batch_sizes 1 --repeats 1")
     assert call("report", f"--samples 1 --steps 4 --out {tmp_path / 'report.html'}")
     assert call("info", "")
 
@@ -110,6 +131,11 @@ def test_learned_powers_are_trained_averaged_and_stored(source: Path, tmp_path: 
     assert main(["convert", str(run), str(model)]) == 0
     again: Any = SEDD.from_pretrained(model).schedule
     torch.testing.assert_close(again.raw_power, schedule.raw_power, rtol=0, atol=0)
+    # a run that starts from it has them too
+    again_dir = tmp_path / "again"
+    more = f"train --init {run} --objective genmd4 --run_dir {again_dir} {options} --steps 1 --warmup 1000000"
+    assert main(more.split()) == 0
+    torch.testing.assert_close(load_model(again_dir).diffusion.schedule.raw_power, schedule.raw_power)
     # a file that lacks them is refused, not filled with the initial ones
     from safetensors.torch import load_file, save_file
 

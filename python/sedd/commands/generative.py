@@ -7,6 +7,7 @@ The measures are those of SEDD (figure 1) and of "Promises, Outlooks and Challen
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 import time
@@ -20,9 +21,10 @@ from rich.table import Table
 from torch import Tensor
 
 from sedd.commands.command import RUN, Command
-from sedd.commands.judge import Judge, load_judge
+from sedd.commands.judge import Judge, RunJudge, load_judge
 from sedd.data.text import DataConfig, load_blocks, load_text, valid_batches
 from sedd.data.tokenizer import EOT_TEXT
+from sedd.diffusion.diffusion import Diffusion
 from sedd.diffusion.samplers import SAMPLERS, find_sampler, sample
 from sedd.figures import check_figure, write_figure
 from sedd.files import finite, write_json
@@ -62,9 +64,10 @@ class GenerativeOptions:
 
     steps: list[int] = field(default_factory=lambda: [16, 32, 64, 128, 256])
     """Numbers of reverse steps, for example --steps 64,1024."""
-    samplers: list[str] = field(default_factory=lambda: ["tweedie", "euler"])
-    """Names of samplers, for example --samplers tweedie,euler. For an autoregressive model: --samplers autoregressive,
-    which takes one step for each token, whatever --steps is."""
+    samplers: list[str] | None = None
+    """Names of samplers, for example --samplers tweedie,greedy. Default: tweedie and, if the model has a common noise
+    rate, euler; autoregressive, which takes one step for each token whatever --steps is, for an autoregressive model.
+    """
     num: int = 32
     """Number of texts for each sampler and number of steps. The papers use about 1,000."""
     length: int | None = None
@@ -105,12 +108,13 @@ class GenerativeOptions:
         check_choice(self.temperature, self.top_p)
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"steps: expected numbers of at least 1, got {self.steps}")
-        for name, values, known in (("samplers", self.samplers, SAMPLERS), ("mauve", self.mauve, SETTINGS)):
+        for name, values, known in (("samplers", self.samplers or [], SAMPLERS), ("mauve", self.mauve, SETTINGS)):
             for value in values:
                 check_one_of(name, value, known)
-        if not self.samplers:
+        if self.samplers == []:
             raise ValueError(f"samplers: expected at least one of {', '.join(SAMPLERS)}; got none")
-        self.steps, self.samplers = list(dict.fromkeys(self.steps)), list(dict.fromkeys(self.samplers))
+        self.steps = list(dict.fromkeys(self.steps))
+        self.samplers = None if self.samplers is None else list(dict.fromkeys(self.samplers))
         if set(self.mauve) - {"unconditional"} and self.given >= self.compared:
             raise ValueError(f"given: expected fewer than the {self.compared} compared tokens, got {self.given}")
         if self.text is not None and not Path(self.text).exists():
@@ -165,7 +169,10 @@ def _mauve(real: Tensor, written: Tensor) -> float:
 
 def _measure(tokens: Tensor, loaded: LoadedModel, judge: Judge, batch_size: int, progress: bool) -> dict[str, Any]:
     """Measures of texts [n, L] that do not need real text."""
-    nats, counts = judge.read(_texts(tokens, loaded, judge), batch_size, progress)
+    if isinstance(judge, RunJudge) and judge.loaded.tokenizer.name == loaded.tokenizer.name:
+        nats, counts = judge.read_tokens(tokens.tolist(), batch_size, progress)
+    else:
+        nats, counts = judge.read(_texts(tokens, loaded, judge), batch_size, progress)
     if not counts.sum():
         raise ValueError(
             f"judge: expected texts of at least 2 tokens of {judge.name}, got 1, which has no context; increase "
@@ -214,7 +221,8 @@ def generative(run: str, options: GenerativeOptions) -> int:
     loaded = load_model(run, device)
     length = options.length or loaded.model.config.length
     with renamed({"sampler": "samplers"}):
-        for name in options.samplers:
+        samplers = _samplers(loaded.diffusion) if options.samplers is None else options.samplers
+        for name in samplers:
             find_sampler(loaded.diffusion, name, 1)
     if loaded.model.causal:
         if "infill" in options.mauve:
@@ -241,7 +249,7 @@ def generative(run: str, options: GenerativeOptions) -> int:
         report["real"] = _measure(real, loaded, judge, options.batch_size, out.is_terminal)
     write = _writer(loaded, length, options, out.is_terminal)
     done = {(row["sampler"], row["steps"]) for row in report["rows"]}
-    for sampler in options.samplers:
+    for sampler in samplers:
         for steps in options.steps:
             if (sampler, steps) in done:
                 continue
@@ -253,6 +261,17 @@ def generative(run: str, options: GenerativeOptions) -> int:
     if options.plot:
         plot_generative(report, options.plot)
     return 0
+
+
+def _samplers(diffusion: Diffusion) -> list[str]:
+    """The samplers that a model is evaluated with unless others are given."""
+    if diffusion.objective.autoregressive:
+        return ["autoregressive"]
+    try:
+        find_sampler(diffusion, "euler", 1)
+    except ValueError:
+        return ["tweedie"]
+    return ["tweedie", "euler"]
 
 
 _FREE = ("samplers", "steps", "json", "plot", "device")  # rows do not depend on them
@@ -405,7 +424,8 @@ def plot_generative(report: dict[str, Any], path: str | Path) -> None:
         judge = report["settings"]["judge"]
         panels = (("perplexity", f"perplexity of {judge}", "log"), ("entropy", "unigram entropy, nats", "linear"))
         for axes, (name, label, scale) in zip(figure.subplots(1, 2), panels, strict=True):
-            for style, sampler in zip(("-", "--"), dict.fromkeys(row["sampler"] for row in rows), strict=False):
+            styles = itertools.cycle(("-", "--", ":", "-."))
+            for style, sampler in zip(styles, dict.fromkeys(row["sampler"] for row in rows), strict=False):
                 line = [row for row in rows if row["sampler"] == sampler]
                 errors = [row["perplexity_error"] or 0.0 for row in line] if name == "perplexity" else None
                 steps = [row["steps"] for row in line]

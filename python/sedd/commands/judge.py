@@ -55,7 +55,7 @@ class Judge(ABC):
         Raises:
             ValueError: the judge has none.
         """
-        raise ValueError(f"judge: expected a model of transformers for MAUVE, got {self.name}, a run of sedd train")
+        raise ValueError(f"judge: expected a model of transformers for MAUVE, got {self.name}")
 
 
 @dataclass(frozen=True)
@@ -136,15 +136,21 @@ class RunJudge(Judge):
         """False: no text is encoded as its end-of-text token."""
         return False
 
-    @torch.no_grad()
     def read(self, texts: Sequence[str], batch_size: int, progress: bool = False) -> tuple[Tensor, Tensor]:
         """See :meth:`Judge.read`."""
+        return self.read_tokens([self.loaded.tokenizer.encode(text) for text in texts], batch_size, progress)
+
+    @torch.no_grad()
+    def read_tokens(
+        self, texts: Sequence[Sequence[int]], batch_size: int, progress: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`read` for texts of a model with the same tokeniser, so that end-of-text remains one token."""
         length, device, dtype = (
             self.loaded.model.config.length,
             self.loaded.diffusion.device,
             self.loaded.autocast_dtype,
         )
-        encoded = [self.loaded.tokenizer.encode(text)[:length] for text in texts]
+        encoded = [tokens[:length] for tokens in texts]
         by_length = defaultdict(list)  # texts of one length need no padding
         for i, ids in enumerate(encoded):
             by_length[len(ids)].append(i)
@@ -184,7 +190,7 @@ def load_judge(name: str, device: torch.device | str = "cpu") -> Judge:
                 f"judge: expected a causal language model, got {path}, a run with another objective; give a run of "
                 "sedd train --objective autoregressive"
             )
-        return RunJudge(path.name, loaded)
+        return RunJudge(path.resolve().name, loaded)
     try:
         import transformers
     except ImportError as error:

@@ -177,11 +177,12 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
             f"{result.bits_per_byte:.4f}",
         )
         stopped = len(scored) < len(wanted)
+        closed = "Prior and reconstruction" if loaded.diffusion.objective.reconstructs else "Prior term"
         notes.append(
             f"{title}: {rules}; {result.tokens:,} of {blocks.n_tokens:,} tokens, in {len(scored):,} blocks of "
             f"{result.length}{f', after {options.max_minutes:g} minutes' if stopped else ''}. "
             f"Standard error: {result.standard_error:.4f} nats/token for all text of this kind"
-            + ("." if exact else f", {result.monte_carlo_error:.4f} for these blocks. Prior term: {result.prior:.4f}.")
+            + ("." if exact else f", {result.monte_carlo_error:.4f} for these blocks. {closed}: {result.prior:.4f}.")
         )
         if isinstance(train, TokenBlocks):  # a stream would have to be read completely
             for other, row in _ngrams(train, scored, loaded.tokenizer.vocab_size, result).items():

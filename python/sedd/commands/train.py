@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 import shlex
 import signal
@@ -18,7 +17,7 @@ from sedd.commands.command import Argument, Command
 from sedd.config import TrainConfig, read_options
 from sedd.data.options import DataConfig
 from sedd.diffusion.objectives import OBJECTIVES
-from sedd.diffusion.schedule import SCHEDULES
+from sedd.diffusion.schedule import SCHEDULES, default_numbers
 from sedd.files import RunLock
 from sedd.hints import program
 from sedd.hub.model import SEDD
@@ -130,8 +129,8 @@ def _params(noun: str, registry: Mapping[str, type]) -> dict[str, str]:
     """Help for the parameters of all classes of a registry, by name of the parameter."""
     found: dict[str, list[str]] = {}
     for name, kind in registry.items():
-        for parameter in inspect.signature(kind).parameters.values():
-            found.setdefault(parameter.name, []).append(f"{name} (default: {parameter.default:g})")
+        for parameter, default in default_numbers(kind).items():
+            found.setdefault(parameter, []).append(f"{name} (default: {default:g})")
     return {name: f"Parameter of the {noun} {' and of '.join(kinds)}." for name, kinds in found.items()}
 
 

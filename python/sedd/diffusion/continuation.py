@@ -32,9 +32,9 @@ def continuation_bound(
     score of this conditional process, this is theorem 3.6 unchanged. A model trained on whole noised texts approximates
     that score as well as it can infill. The k-th time lies in [k/draws, (k+1)/draws).
 
-    Times and noise depend on the seed, the context and the position in the text, but not on the continuation. Answers
-    to one question therefore see the same times and, with an absorbing process, the same masks (common random numbers),
-    and their differences have much less noise than the bounds themselves.
+    Times and random numbers depend on the seed, the context and the position in the text, but not on the continuation.
+    Answers to one question therefore see the same times and, with an absorbing process whose tokens have one schedule,
+    the same masks (common random numbers), and their differences have much less noise than the bounds themselves.
 
     For an autoregressive model, the result is the exact -log p(continuation | context).
 
@@ -66,11 +66,9 @@ def continuation_bound(
     generator = torch.Generator(device).manual_seed(seed_of(seed, context))
     text = torch.tensor([*context, *continuation], device=device)
     places = torch.rand(draws, generator=generator, dtype=torch.float64, device=device)
-    parts = zip(
-        with_onset(diffusion),
-        ((torch.arange(1, draws + 1, device=device) - places) / draws, 1.0 - places),
-        strict=False,
-    )
+    own, *before = with_onset(diffusion)
+    parts = [(own, (torch.arange(1, draws + 1, device=device) - places) / draws)]
+    parts += [(part, 1.0 - places) for part in before]
     # one row is one noise level of a text of full length, so that a place in the text always has the same noise
     padded = torch.zeros(draws, length, dtype=torch.int64, device=device)
     padded[:, :total] = text

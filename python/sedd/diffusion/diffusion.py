@@ -146,9 +146,14 @@ class Objective(ABC):
     Attributes:
         autoregressive: the loss is the exact -log p(x_0) of a causal network, which ignores time and noise. Such models
             have an exact likelihood instead of a bound, and write from left to right.
+        earliest_time: training times are drawn from here to 1.
+        reconstructs: the part of the bound below σ̄(0) > 0 has a formula, :meth:`reconstruction`. Otherwise the bound
+            integrates over the noise from 0 to σ̄(0) too.
     """
 
     autoregressive: ClassVar[bool] = False
+    earliest_time: ClassVar[float] = 1e-3
+    reconstructs: ClassVar[bool] = False
 
     def check(self, process: RankOne) -> None:  # noqa: B027 - any process, unless a subclass says otherwise
         """Raises a ValueError if the objective does not suit the process."""
@@ -183,17 +188,17 @@ class Objective(ABC):
         x_t = diffusion.noise(x_0, t, generator=generator)
         return self.loss(diffusion, x_0, x_t, t, options)
 
-    def reconstruction(self, diffusion: Diffusion, x_0: Tensor) -> Tensor | None:
-        """The part of the bound below σ̄(0) > 0, if it has a formula.
+    def reconstruction(self, diffusion: Diffusion, x_0: Tensor) -> Tensor:
+        """The part of the bound below σ̄(0) > 0 for an objective that :attr:`reconstructs` it; 0 for others.
 
         Args:
             diffusion: the model.
             x_0: clean tokens, any shape, int64.
 
         Returns:
-            Nats of each token, of the shape of x_0. None: the bound integrates over the noise from 0 to σ̄(0) too.
+            Nats of each token, of the shape of x_0.
         """
-        return None
+        return torch.zeros(x_0.shape, device=x_0.device)
 
 
 class Diffusion(nn.Module):
@@ -233,7 +238,7 @@ class Diffusion(nn.Module):
         return device_of(self)
 
     def with_schedule(self, schedule: Schedule) -> Diffusion:
-        """The same model under another noise schedule; network and parameters are shared."""
+        """The same network under another noise schedule, for an objective that does not make its own."""
         return Diffusion(self.network, self.process, schedule, self.objective, self.parameterization)
 
     def step_options(self, sigma: Tensor, x_t: Tensor) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from sedd.diffusion.diffusion import Diffusion, LossOptions, Mean, Parameterization
 from sedd.diffusion.position_loss import PositionLoss, Term, expect_process
-from sedd.diffusion.schedule import LogLinear, Polynomial, Schedule
+from sedd.diffusion.schedule import LogLinear, Polynomial, Schedule, checked_time
 from sedd_ext import GeneralizedMasked, RankOne, generalized_masked_loss, linear_generalized_masked_loss
 
 __all__ = ["GenMD4", "PerToken"]
@@ -38,6 +39,11 @@ class PerToken(nn.Module, Schedule):
         first = base.power if isinstance(base, Polynomial) else 1.0
         self.raw_power = nn.Parameter(torch.full((tokens,), math.log(math.expm1(first))))
 
+    @property
+    def original(self) -> Schedule:
+        """See :attr:`Schedule.original`."""
+        return self.base
+
     def extra_repr(self) -> str:
         """The schedule and the earliest time."""
         return f"{self.base}, start={self.start}"
@@ -48,7 +54,7 @@ class PerToken(nn.Module, Schedule):
 
     def time(self, t: Tensor) -> Tensor:
         """τ(t), float64."""
-        return self.start + (1 - self.start) * t.double()
+        return self.start + (1 - self.start) * checked_time(t)
 
     def total(self, t: Tensor) -> Tensor:
         """The noise of a token with w = 1: what the network gets as its noise level."""
@@ -61,8 +67,8 @@ class PerToken(nn.Module, Schedule):
             ValueError: always.
         """
         raise ValueError(
-            "schedule: expected one rate for all tokens, got the learned schedules of genmd4; use the sampler tweedie, "
-            "tweedie_cosine or greedy"
+            "sampler: expected one without the noise rate, which genmd4's tokens have no common one of, got euler; use "
+            "tweedie, tweedie_cosine or greedy"
         )
 
     def token_total(self, t: Tensor, x_0: Tensor) -> Tensor:
@@ -102,6 +108,8 @@ class GenMD4(PositionLoss):
     """
 
     start: float = 1e-3
+    earliest_time: ClassVar[float] = 0.0  # which is `start`
+    reconstructs: ClassVar[bool] = True
 
     operator = staticmethod(generalized_masked_loss)
     linear_operator = staticmethod(linear_generalized_masked_loss)
@@ -142,14 +150,17 @@ class GenMD4(PositionLoss):
         schedule = _schedule(diffusion)
         both, times = torch.cat([x_0, x_0]), torch.cat([t, t])
         x_t = diffusion.noise(both, times, generator=generator)
-        nats = self.loss(diffusion, both, x_t, times, options)
-        first, second = nats.chunk(2)
+        # half of it from each copy, so that the gradient at each position has one factor
+        half = dataclasses.replace(options, scale=options.scale / 2)
+        nats = self.loss(diffusion, both, x_t, times, half).view(2, -1)
+        first, second = nats.detach()
         log_first, log_second = schedule.log_prob(x_t, both, times).sum(1).chunk(2)
-        # its value is 0, its gradient is (f_1 - f_2) (∇log q_1 - ∇log q_2) / 2
+        # its value is 0, its gradient is (f_1 - f_2) (∇log q_1 - ∇log q_2), with half of each loss as f
         score = (log_first - log_second) - (log_first - log_second).detach()
-        reinforce = (first - second).detach() / 2 * score
+        reinforce = (first - second) * score
         reconstruction = self.reconstruction(diffusion, x_0).sum(1)
-        return ((first + second) / 2 + reinforce + options.scale * reconstruction).float()
+        total: Tensor = nats.sum(0) + reinforce + options.scale * reconstruction
+        return total.float()
 
     def reconstruction(self, diffusion: Diffusion, x_0: Tensor) -> Tensor:
         """The part of the bound before the first time: masked positions there are guessed from the powers alone.

@@ -293,12 +293,7 @@ def _stratified(n_sequences: int, draws: int, generator: torch.Generator | None,
 def with_onset(diffusion: Diffusion) -> list[Diffusion]:
     """The model, and if its bound has to be integrated over the noise from 0 to σ̄(0) too, the model with that noise."""
     start = float(diffusion.schedule.total(torch.zeros(())))
-    nothing = torch.zeros(0, dtype=torch.int64, device=diffusion.device)
-    if (
-        diffusion.objective.autoregressive
-        or start == 0
-        or diffusion.objective.reconstruction(diffusion, nothing) is not None
-    ):
+    if start == 0 or diffusion.objective.autoregressive or diffusion.objective.reconstructs:
         return [diffusion]
     return [diffusion, diffusion.with_schedule(Onset(start))]
 
@@ -317,8 +312,7 @@ def closed_terms(diffusion: Diffusion, x_0: Tensor) -> Tensor:
     if diffusion.objective.autoregressive:
         return torch.zeros(x_0.shape, dtype=torch.float64)
     nats = prior_kl(x_0, float(diffusion.schedule.total(torch.ones(()))), diffusion.process)
-    rest = diffusion.objective.reconstruction(diffusion, x_0.to(diffusion.device))
-    return nats if rest is None else nats + rest.double().cpu()
+    return nats + diffusion.objective.reconstruction(diffusion, x_0.to(diffusion.device)).double().cpu()
 
 
 def prior_kl(x_0: Tensor, sigma: float, process: RankOne) -> Tensor:

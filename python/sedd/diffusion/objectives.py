@@ -14,6 +14,7 @@ from sedd.diffusion.d3pm import D3PM
 from sedd.diffusion.diffusion import Objective
 from sedd.diffusion.genmd4 import GenMD4
 from sedd.diffusion.position_loss import GIDD, MD4, UDLM, MeanPrediction, ScoreEntropy
+from sedd.diffusion.schedule import default_numbers
 
 __all__ = ["OBJECTIVES", "get_objective", "objective_params", "sample_times"]
 
@@ -94,5 +95,4 @@ def get_objective(name: str, **params: float) -> Objective:
 
 def objective_params(name: str, params: Mapping[str, float]) -> dict[str, float]:
     """All parameters of the objective of that name: the given ones, and defaults for the others."""
-    known = inspect.signature(OBJECTIVES[name]).parameters.values()
-    return {parameter.name: params.get(parameter.name, parameter.default) for parameter in known}
+    return {**default_numbers(OBJECTIVES[name]), **params}

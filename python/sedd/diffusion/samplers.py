@@ -205,6 +205,9 @@ class Sampler(ABC):
     def __call__(self, walk: Walk) -> Iterator[Tensor]:
         """Yields the tokens [B, L] after each step."""
 
+    def check(self, diffusion: Diffusion) -> None:  # noqa: B027 - any model, unless a subclass says otherwise
+        """Raises a ValueError if the sampler does not suit the model."""
+
     def count(self, walk: Walk) -> int:
         """Number of steps that the walk takes, for progress."""
         return self.steps
@@ -268,6 +271,10 @@ class CosineTweedieSampler(TweedieSampler):
 
 class EulerSampler(_Steps):
     """Euler's method. Source: SEDD, equation 17."""
+
+    def check(self, diffusion: Diffusion) -> None:
+        """The schedule must have one rate for all tokens."""
+        diffusion.schedule.rate(torch.ones(()))
 
     def reverse_step(self, schedule: Schedule, t: Tensor, t_next: Tensor) -> Euler:
         """Δt σ(t)."""
@@ -358,7 +365,7 @@ def find_sampler(diffusion: Diffusion, sampler: str | Sampler | None, steps: int
     """The sampler of that name for a model; by default ``tweedie``, or ``autoregressive`` for autoregressive models.
 
     Raises:
-        ValueError: an unknown sampler, or one for models of the other kind.
+        ValueError: an unknown sampler, or one that does not suit the model.
     """
     autoregressive = diffusion.objective.autoregressive
     if sampler is None:
@@ -370,6 +377,7 @@ def find_sampler(diffusion: Diffusion, sampler: str | Sampler | None, steps: int
         known = ", ".join(repr(name) for name, kind in SAMPLERS.items() if kind.autoregressive == autoregressive)
         kind = "an autoregressive model" if autoregressive else "a diffusion model"
         raise ValueError(f"sampler: expected {known} for {kind}, got {sampler!r}")
+    found.check(diffusion)
     return found
 
 

@@ -18,7 +18,18 @@ from torch import Tensor
 
 from sedd_ext import GeneralizedMasked, Tweedie
 
-__all__ = ["SCHEDULES", "Cosine", "Geometric", "LogLinear", "Polynomial", "Schedule", "get_schedule", "schedule_params"]
+__all__ = [
+    "SCHEDULES",
+    "Cosine",
+    "Geometric",
+    "LogLinear",
+    "Polynomial",
+    "Schedule",
+    "checked_time",
+    "default_numbers",
+    "get_schedule",
+    "schedule_params",
+]
 
 
 class Schedule(ABC):
@@ -42,6 +53,11 @@ class Schedule(ABC):
     @abstractmethod
     def rate(self, t: Tensor) -> Tensor:
         """The noise rate σ(t) = dσ̄/dt, with the arguments, result and errors of :meth:`total`."""
+
+    @property
+    def original(self) -> Schedule:
+        """The schedule that an objective has made this one from; the schedule itself otherwise."""
+        return self
 
     def token_total(self, t: Tensor, x_0: Tensor) -> Tensor:
         """The total noise of each token: the same for all of them, unless a subclass says otherwise.
@@ -70,7 +86,7 @@ class Schedule(ABC):
         return Tweedie(noise) if noise > 0 else None
 
 
-def _time(t: Tensor) -> Tensor:
+def checked_time(t: Tensor) -> Tensor:
     """Checks times and returns them in float64."""
     if not isinstance(t, Tensor) or not t.is_floating_point():
         given = f"a {t.dtype} tensor" if isinstance(t, Tensor) else type(t).__name__
@@ -108,7 +124,7 @@ class Geometric(Schedule):
 
     def total(self, t: Tensor) -> Tensor:
         """σ_min^{1-t} σ_max^t, see :meth:`Schedule.total`."""
-        return self.sigma_min * torch.exp(_time(t) * math.log(self.sigma_max / self.sigma_min))
+        return self.sigma_min * torch.exp(checked_time(t) * math.log(self.sigma_max / self.sigma_min))
 
     def rate(self, t: Tensor) -> Tensor:
         """σ̄(t) log(σ_max / σ_min), see :meth:`Schedule.rate`."""
@@ -138,12 +154,12 @@ class _AlphaSchedule(Schedule):
 
     def total(self, t: Tensor) -> Tensor:
         """-log1p(-(1-ε) m(t)), see :meth:`Schedule.total`."""
-        moved, _ = self._moved(_time(t))
+        moved, _ = self._moved(checked_time(t))
         return -torch.log1p(-(1 - self.eps) * moved)
 
     def rate(self, t: Tensor) -> Tensor:
         """(1-ε) m'(t) / (1 - (1-ε) m(t)), see :meth:`Schedule.rate`."""
-        moved, slope = self._moved(_time(t))
+        moved, slope = self._moved(checked_time(t))
         return (1 - self.eps) * slope / (1 - (1 - self.eps) * moved)
 
 
@@ -231,7 +247,12 @@ def get_schedule(name: str, **params: float) -> Schedule:
     return schedule(**params)
 
 
+def default_numbers(kind: type) -> dict[str, float]:
+    """The parameters of a class that are numbers, with their defaults; others cannot be given by name in a file."""
+    known = inspect.signature(kind).parameters.values()
+    return {parameter.name: parameter.default for parameter in known if type(parameter.default) in (int, float)}
+
+
 def schedule_params(name: str, params: Mapping[str, float]) -> dict[str, float]:
     """All parameters of the schedule of that name: the given ones, and defaults for the others."""
-    known = inspect.signature(SCHEDULES[name]).parameters.values()
-    return {parameter.name: params.get(parameter.name, parameter.default) for parameter in known}
+    return {**default_numbers(SCHEDULES[name]), **params}

@@ -54,7 +54,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 PROCESSES = {"absorb": "absorbing", "absorbing_state": "absorbing", "uniform_state": "uniform"}
 SCHEDULE = "schedule."
 """Prefix of the parameters of a learned schedule in the files of tensors."""
-ALGORITHMS = {"mdlm": "absorbing", "duo": "uniform", "duo_base": "uniform"}
+ALGORITHMS = dict.fromkeys(("duo", "duo_base", "distillation"), "uniform") | {"mdlm": "absorbing"}
 """The process of each algorithm of DUO's code."""
 PARAMETERIZATIONS = {"sedd": "score_entropy", "subs": "mean_prediction", "mean": "mean_prediction"}
 """The objective for each ``parameterization`` of MDLM's and DUO's code: SUBS is a mean prediction without MASK."""
@@ -218,7 +218,7 @@ def to_config(
     """
     if schedule is None:
         raise ValueError("schedule: expected a noise schedule, got None; create the model with SEDD(..., schedule=...)")
-    schedule = getattr(schedule, "base", schedule)  # what the objective has made its own schedule from
+    schedule = schedule.original
     if isinstance(schedule, nn.Module):
         raise ValueError(
             "schedule: expected one without parameters, got a module, which this format cannot store yet; keep the run"

@@ -80,7 +80,8 @@ class SEDD(
     Args:
         config: the dimensions of the network, or the name of a preset in :data:`sedd.network.PRESETS`.
         process: the noise process; its ``dim`` is the size of the embedding and of the head.
-        schedule: the noise schedule of the training; the network does not use it, but it is saved with the model.
+        schedule: the noise schedule of the training; the network does not use it, but it is saved with the model. If
+            the objective makes its own, ``model.schedule`` is that one: pass it to :class:`sedd.diffusion.Diffusion`.
         tokenizer: the tokeniser of the text, or the name of a registered one; saved with the model.
         objective: the loss of the training, a key of :data:`sedd.diffusion.OBJECTIVES`. It says how the output of the
             head is read: as log-scores, or as logits of the clean token.
@@ -134,6 +135,8 @@ class SEDD(
                 stored.objective_params,
             )
         load_weights(model, stored.tensors, stored.file)
+        if isinstance(stored.schedule, nn.Module):
+            stored.schedule.to(device)
         return model.to(device).eval()
 
     @classmethod

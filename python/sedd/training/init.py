@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sedd.config import ModelOptions, TrainConfig
 from sedd.data.tokenizer import Tokenizer
+from sedd.diffusion.schedule import Schedule
 from sedd.network import ModelConfig
 from sedd_ext import RankOne
 
@@ -26,6 +27,7 @@ class Pretrained(Protocol):
     config: ModelConfig
     process: RankOne
     tokenizer: str | Tokenizer | None
+    schedule: Schedule | None
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Its weights by name."""

@@ -17,10 +17,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from sedd.config import TrainConfig
 from sedd.data.corpus import CORPORA
@@ -187,6 +188,10 @@ class Run:
         if begin is not None:
             load_weights(network, begin.state_dict(), Path(str(config.init)))
         diffusion = Diffusion(network, process, schedule, objective, parameterization)
+        mine: Any = diffusion.schedule
+        theirs: Any = None if begin is None else begin.schedule
+        if isinstance(mine, nn.Module) and isinstance(theirs, type(mine)):  # learned schedules
+            mine.load_state_dict(theirs.state_dict())
         diffusion.to(resolve_device(config.device))
         self.state = TrainState(config, diffusion, self.corpus.batches(config.batch_size, seed=config.seed))
 

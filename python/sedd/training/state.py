@@ -127,7 +127,9 @@ class TrainState:
         """Accumulates the gradients of one step; returns its loss."""
         config = self.config
         count = config.batch_size * config.accumulate
-        times = sample_times(count, antithetic=config.antithetic, generator=self.generator)
+        times = sample_times(
+            count, self.diffusion.objective.earliest_time, antithetic=config.antithetic, generator=self.generator
+        )
         total = torch.zeros((), device=self.device)
         for part in range(config.accumulate):
             tokens = next(self.batches).to(self.device)
