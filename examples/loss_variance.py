@@ -4,13 +4,15 @@
 python examples/loss_variance.py RUN... [--batches 64] [--batch_size 16] [--json FILE]
 
 For each run, and for the other objectives that its network can be trained with, draws batches of validation text, times
-and noise. Prints the mean of the loss and its standard deviation from batch to batch, in nats per token, and the noise
-of the gradient: the summed variance of its entries divided by the square of its mean's length. This is the number of
-batches whose mean has as much signal as noise.
+and noise. Prints the mean of the loss and its standard deviation from batch to batch, in nats per token, and the
+standard deviation of the gradient: the root of the summed variance of its entries. Compare the latter between
+objectives of one run, whose losses have the same expectation up to a constant (but for concrete_score, which is another
+loss).
 """
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +45,12 @@ def measure(
                 total += g / options.batches
                 second += float(g.double().square().sum()) / options.batches
     mean = sum(float(m.double().square().sum()) for m in first)
-    n = options.batches
-    variance = (second - mean) * n / (n - 1)
-    signal = max(mean - variance / n, 0.0)  # without the noise that the mean itself has
+    variance = (second - mean) * options.batches / (options.batches - 1)
     values = torch.stack(losses)
     return {
         "loss": float(values.mean()),
         "standard_deviation": float(values.std()),
-        "gradient_noise": variance / signal if signal else None,
+        "gradient_deviation": math.sqrt(variance),
     }
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     if options.batches < 2:
         parser.error(f"--batches: expected at least 2, got {options.batches}")
     rows = []
-    print("| run | objective | times | loss | standard deviation | gradient noise |\n" + "| --- " * 6 + "|")
+    print("| run | objective | times | loss | standard deviation | of the gradient |\n" + "| --- " * 6 + "|")
     for run in options.runs:
         loaded = load_model(run)
         if loaded.config is None or loaded.diffusion.objective.autoregressive:
@@ -84,8 +84,7 @@ def main() -> None:
                 row = measure(model, blocks, options, antithetic)
                 times = "evenly spread" if antithetic else "independent"
                 rows.append({"run": run.name, "objective": objective, "times": times, **row})
-                noise = "-" if row["gradient_noise"] is None else f"{row['gradient_noise']:.1f}"
-                figures = f"{row['loss']:.4f} | {row['standard_deviation']:.4f} | {noise}"
+                figures = " | ".join(f"{value:.4f}" for value in row.values())
                 print(f"| {run.name} | {objective} | {times} | {figures} |", flush=True)
     if options.json:
         write_json(options.json, json.loads(json.dumps(rows)))

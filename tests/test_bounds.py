@@ -23,6 +23,7 @@ from sedd.diffusion import (
     ScoreEntropy,
     TauLDR,
     ablations,
+    continuation_bound,
     elbo,
     get_schedule,
     sample_times,
@@ -296,6 +297,19 @@ def test_the_bound_of_genmd4_has_all_of_its_parts():
     assert result.prior == pytest.approx(sum(parts[1:]) / TEXTS.numel(), rel=1e-5)
     assert result.monte_carlo_error < 0.03
     assert result.nats_per_token == pytest.approx(sum(parts) / TEXTS.numel(), abs=4 * result.monte_carlo_error)
+
+
+def test_continuations_under_genmd4():
+    """Given a context, the tokens after it: for independent positions, the sum over them."""
+    diffusion, _ = genmd4(product())
+    _, one = genmd4(product(1))
+    context, continuation = [2], [0, 3]
+    nats = continuation_bound(diffusion, context, continuation, draws=20_000, length=LENGTH, batch_size=4096)
+    tokens = torch.tensor(continuation)
+    wanted = sum(one(0.0).information(x[None]) - one(1.0).information(x[None]) for x in tokens)
+    wanted += float(closed_terms(diffusion, tokens).sum())
+    assert float(nats.mean()) == pytest.approx(wanted, abs=4 * float(nats.std()) / math.sqrt(len(nats)))
+    assert float(nats.std()) / math.sqrt(len(nats)) < 0.02 * wanted
 
 
 def test_genmd4_with_equal_powers_is_md4():

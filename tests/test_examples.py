@@ -227,7 +227,7 @@ def test_noise_of_losses_and_learned_powers(tmp_path: Path) -> None:
         *("md4", "tauldr"),
         *("score_entropy", "implicit_score_entropy", "concrete_score"),
     ]
-    assert all(row["standard_deviation"] > 0 for row in rows)
+    assert all(row["standard_deviation"] > 0 < row["gradient_deviation"] for row in rows)
     assert len(done.stdout.splitlines()) == 2 + len(rows)
 
 
