@@ -26,7 +26,8 @@ from sedd.diffusion import (
 )
 from sedd.diffusion.autoregressive import Reader
 from sedd.diffusion.continuation import greedy_continuation, is_greedy
-from sedd.diffusion.samplers import AutoregressiveSampler, Walk
+from sedd.diffusion.samplers import AutoregressiveSampler
+from sedd.diffusion.walk import Walk
 from sedd.network import DiffusionTransformer, KeyValueCache, ModelConfig
 from sedd_ext import Absorbing, Uniform
 

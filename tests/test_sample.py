@@ -8,8 +8,9 @@ from scipy.stats import chi2_contingency, chisquare
 from torch.profiler import ProfilerActivity, profile
 from toy import P_0, VOCABULARY, TrueScore, diffusion
 
-from sedd.diffusion.samplers import SAMPLERS, GreedySampler, TweedieSampler, Walk, sample
+from sedd.diffusion.samplers import SAMPLERS, GreedySampler, TweedieSampler, sample
 from sedd.diffusion.schedule import get_schedule
+from sedd.diffusion.walk import Walk
 from sedd.hub import SEDD
 from sedd.network import ModelConfig
 from sedd_ext import Absorbing, Hybrid, Tweedie, Uniform

@@ -9,8 +9,9 @@ from sedd.diffusion.genmd4 import GenMD4, PerToken
 from sedd.diffusion.likelihood import ElboResult, elbo
 from sedd.diffusion.objectives import OBJECTIVES, get_objective, sample_times
 from sedd.diffusion.position_loss import GIDD, MD4, UDLM, MeanPrediction, ScoreEntropy
-from sedd.diffusion.samplers import SAMPLERS, Sampler, Walk, sample
+from sedd.diffusion.samplers import SAMPLERS, Sampler, sample
 from sedd.diffusion.schedule import SCHEDULES, Schedule, get_schedule
+from sedd.diffusion.walk import Walk
 
 __all__ = [
     "D3PM",

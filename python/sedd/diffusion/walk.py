@@ -1,0 +1,169 @@
+"""The sequences on their way from noise to text, and the calls of network and operators that samplers need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sedd.diffusion.diffusion import Diffusion
+from sedd.diffusion.schedule import Schedule
+from sedd_ext import Euler, GeneralizedMasked, RankOne, Tweedie, linear_reverse_sample, reverse_probs, reverse_sample
+
+__all__ = ["AnyStep", "Walk"]
+
+AnyStep = Tweedie | Euler | GeneralizedMasked
+"""A reverse step."""
+
+
+class Walk:
+    """The sequences that a sampler moves from noise to text, and what it can do with them.
+
+    Attributes:
+        diffusion: the model.
+        tokens: the sequences [B, L], int64.
+        free: positions that the sampler may change [B, L], bool; the others are given.
+
+    Args:
+        diffusion: the model, in evaluation mode.
+        tokens: where the walk starts: noise at t = 1, and the given tokens.
+        free: see above.
+        temperature: see :func:`sedd_ext.reverse_sample`.
+        top_p: see :func:`sedd_ext.reverse_sample`.
+        fused: draw from a linear head tile by tile, without log-scores of the whole vocabulary.
+        generator: random number generator; torch's default one if None.
+        autocast_dtype: dtype that a linear head is cast to once, for all steps.
+    """
+
+    def __init__(
+        self,
+        diffusion: Diffusion,
+        tokens: Tensor,
+        free: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        fused: bool = True,
+        generator: torch.Generator | None = None,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.diffusion, self.tokens, self.free = diffusion, tokens, free
+        self.generator = generator
+        self._options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "generator": generator}
+        self._head = diffusion.network.head_parameters() if fused else None
+        if self._head is not None and autocast_dtype is not None:
+            weight, bias = (None if tensor is None else tensor.detach().to(autocast_dtype) for tensor in self._head)
+            assert weight is not None
+            self._head = weight, bias
+        # of a network that does not depend on the time: the tokens it has seen last [B, L], and its states [B, L, d]
+        self._seen: Tensor | None = None
+        self._states: Tensor | None = None
+
+    @property
+    def process(self) -> RankOne:
+        """The noise process."""
+        return self.diffusion.process
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise schedule."""
+        return self.diffusion.schedule
+
+    def open(self) -> Tensor:
+        """Positions that a reverse step can change [B, L], bool: free and, for absorbing processes, masked."""
+        return self.free & (self.tokens == self.process.mask_id) if self.process.family == "absorbing" else self.free
+
+    @torch.no_grad()
+    def draw(self, where: Tensor, t: Tensor | float, step: AnyStep, *, denoise: bool = False) -> Tensor:
+        """Draws tokens after a reverse step, without writing them.
+
+        Args:
+            where: positions to draw [B, L], bool.
+            t: time of the sequences, one number or [B].
+            step: the step; its noise is one number or [B].
+            denoise: the last step: MASK is never drawn.
+
+        Returns:
+            Tokens [R] for the R positions, in the order of ``tokens[where]``.
+        """
+        hidden, x_t, options = self._hidden(where, t)
+        options.update(self._options, denoise=denoise)
+        step = self._per_position(step, where)
+        if self._head is not None:
+            return linear_reverse_sample(hidden, *self._head, x_t, step, self.process, **options)
+        return reverse_sample(self.diffusion.network.head(hidden), x_t, step, self.process, **options)
+
+    @torch.no_grad()
+    def probs(self, where: Tensor, t: Tensor | float, step: AnyStep, *, denoise: bool = False) -> Tensor:
+        """Probabilities [R, N] of the tokens that :meth:`draw` draws from, in float32 or float64."""
+        hidden, x_t, options = self._hidden(where, t)
+        log_score = self.diffusion.network.head(hidden)
+        log_score = log_score if log_score.dtype == torch.float64 else log_score.float()
+        step = self._per_position(step, where)
+        return reverse_probs(log_score, x_t, step, self.process, denoise=denoise, **options)
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """Draws tokens [R] other than MASK from softmax(logits [R, N]), with the walk's temperature and top_p."""
+        # a step of an absorbing process from MASK, in which the scores of the other tokens are exp(logit)
+        mask_id = self.process.dim - 1
+        x_t = torch.full(logits.shape[:1], mask_id, device=logits.device)
+        largest = logits[:, :mask_id].amax(1)
+        return reverse_sample(
+            logits, x_t, Tweedie(1.0), self.process, log_score_shift=largest, denoise=True, **self._options
+        )
+
+    def write(self, where: Tensor, tokens: Tensor) -> None:
+        """Puts tokens [R] at the positions ``where`` [B, L]."""
+        self.tokens = self.tokens.masked_scatter(where, tokens)
+
+    def remask(self, where: Tensor) -> None:
+        """Puts MASK at the positions ``where`` [B, L].
+
+        Raises:
+            ValueError: the process has no MASK.
+        """
+        if self.process.mask_id is None:
+            raise ValueError(f"remask: expected a process with a MASK token, got {self.process}")
+        self.tokens = self.tokens.masked_fill(where, self.process.mask_id)
+
+    def step(self, t: Tensor | float, step: AnyStep, *, denoise: bool = False) -> None:
+        """Takes a reverse step at all open positions; calls nothing if there are none."""
+        where = self.open()
+        if bool(where.any()):
+            self.write(where, self.draw(where, t, step, denoise=denoise))
+
+    def _per_position(self, step: AnyStep, where: Tensor) -> AnyStep:
+        """A step whose noise is one number, or one for each of the R positions."""
+        if isinstance(step, GeneralizedMasked):  # its times are those of all sequences
+            return step
+        noise = step.noise
+        if not isinstance(noise, Tensor) or noise.numel() == 1:
+            return step
+        return type(step)(noise.to(where.device)[where.nonzero()[:, 0]])
+
+    def _hidden(self, where: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """States [R, d], tokens [R] and options of the steps at the R positions, with few calls of the network.
+
+        Sequences without such a position are left out. A network that does not depend on the time sees a sequence again
+        only after one of its tokens has changed.
+        """
+        network, device = self.diffusion.network, self.tokens.device
+        time = torch.as_tensor(t, dtype=torch.float64).reshape(-1)
+        sigma = self.schedule.total(time).to(device)
+        x_t, active = self.tokens[where], where.any(1)
+        if network.time_conditioning:
+            given = sigma if sigma.numel() == 1 else sigma[active]
+            hidden = network.hidden(self.tokens[active], given)[where[active]]
+        else:
+            if self._seen is None or self._states is None:
+                self._seen, self._states = self.tokens.clone(), network.hidden(self.tokens, sigma)
+            else:
+                stale = active & (self.tokens != self._seen).any(1)
+                if bool(stale.any()):
+                    self._seen[stale] = self.tokens[stale]
+                    given = sigma if sigma.numel() == 1 else sigma[stale]
+                    self._states[stale] = network.hidden(self.tokens[stale], given)
+            hidden = self._states[where]
+        rows = sigma if sigma.numel() == 1 else sigma[where.nonzero()[:, 0]]
+        return hidden, x_t, self.diffusion.step_options(rows, x_t)
