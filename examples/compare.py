@@ -20,6 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 
@@ -131,7 +132,8 @@ def picture(runs: dict[str, dict[str, Any]]) -> Figure:
     measures = {"perplexity": f"perplexity of {first['settings']['judge']}", "entropy": "unigram entropy, nats"}
     if "words" in first["rows"][0]:
         measures["words"] = "letters in words of the training text"
-    figure = Figure(figsize=(4.6 * len(measures), 4), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(measures), 4.4), layout="constrained")
+    colours = colormaps["tab10" if len(runs) <= 10 else "tab20"].colors
     panels = figure.subplots(1, len(measures))
     for colour, (name, run) in enumerate(runs.items()):
         for measure, axes in zip(measures, panels, strict=True):
@@ -144,7 +146,7 @@ def picture(runs: dict[str, dict[str, Any]]) -> Figure:
                     [row["steps"] for row in rows],
                     [row[measure] for row in rows],
                     errors,
-                    color=f"C{colour}",
+                    color=colours[colour % len(colours)],
                     linestyle=style,
                     marker="o",
                     markersize=4,
@@ -160,7 +162,8 @@ def picture(runs: dict[str, dict[str, Any]]) -> Figure:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set_yscale("log")
-    panels[1].legend(fontsize="x-small", ncols=1 + len(runs) // 8)
+    lines = panels[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", fontsize="small", ncols=min(6, len(lines[0])))
     return figure
 
 

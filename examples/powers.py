@@ -37,7 +37,7 @@ def main() -> None:
 
     figure = Figure(figsize=(4 + 0.22 * len(order), 4), layout="constrained")
     bars, lines = figure.subplots(1, 2, width_ratios=[0.22 * len(order), 4])
-    bars.bar(range(len(order)), power[order])
+    bars.bar(range(len(order)), power[order] - 1, bottom=1)  # up or down from where the powers usually start
     bars.axhline(1.0, color="gray", linestyle=":")
     bars.set_xticks(range(len(order)), labels)
     bars.set(
