@@ -131,7 +131,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What the loss of sequences is to cover; :meth:`Diffusion.loss` explains the options."""
+    """Options of a loss, explained at :meth:`Diffusion.loss`."""
 
     given: int = 0
     scale: float = 1.0

@@ -61,14 +61,14 @@ class PerToken(nn.Module, Schedule):
         return -torch.log1p(-(1 - self.base.eps) * self.time(t))
 
     def rate(self, t: Tensor) -> Tensor:
-        """There is no one rate.
+        """The tokens have no common rate.
 
         Raises:
             ValueError: always.
         """
         raise ValueError(
-            "sampler: expected one without the noise rate, which genmd4's tokens have no common one of, got euler; use "
-            "tweedie, tweedie_cosine or greedy"
+            "sampler: expected tweedie, tweedie_cosine or greedy for genmd4, whose tokens have no common noise rate, "
+            "got euler"
         )
 
     def token_total(self, t: Tensor, x_0: Tensor) -> Tensor:

@@ -291,7 +291,10 @@ def _stratified(n_sequences: int, draws: int, generator: torch.Generator | None,
 
 
 def with_onset(diffusion: Diffusion) -> list[Diffusion]:
-    """The model, and if its bound has to be integrated over the noise from 0 to σ̄(0) too, the model with that noise."""
+    """The models whose integrals add up to the bound.
+
+    They are the model itself and, if its schedule starts at σ̄(0) > 0, the model under the noise from 0 to σ̄(0).
+    """
     start = float(diffusion.schedule.total(torch.zeros(())))
     if start == 0 or diffusion.objective.autoregressive or diffusion.objective.reconstructs:
         return [diffusion]

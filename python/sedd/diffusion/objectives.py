@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 
 import torch
@@ -14,7 +13,7 @@ from sedd.diffusion.d3pm import D3PM
 from sedd.diffusion.diffusion import Objective
 from sedd.diffusion.genmd4 import GenMD4
 from sedd.diffusion.position_loss import GIDD, MD4, UDLM, MeanPrediction, ScoreEntropy
-from sedd.diffusion.schedule import default_numbers
+from sedd.diffusion.schedule import construct, default_numbers
 
 __all__ = ["OBJECTIVES", "get_objective", "objective_params", "sample_times"]
 
@@ -85,12 +84,8 @@ def get_objective(name: str, **params: float) -> Objective:
     """
     if name not in OBJECTIVES:
         raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {name!r}")
-    known = inspect.signature(OBJECTIVES[name]).parameters
-    for param in params:
-        if param not in known:
-            has = f"the parameters {', '.join(known)}" if known else "no parameters"
-            raise TypeError(f"objective {name!r} has {has}; got {param!r}")
-    return OBJECTIVES[name](**params)
+    objective: Objective = construct("objective", name, OBJECTIVES[name], params)
+    return objective
 
 
 def objective_params(name: str, params: Mapping[str, float]) -> dict[str, float]:

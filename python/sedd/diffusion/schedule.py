@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ __all__ = [
     "Polynomial",
     "Schedule",
     "checked_time",
+    "construct",
     "default_numbers",
     "get_schedule",
     "schedule_params",
@@ -223,6 +225,27 @@ SCHEDULES: dict[str, type[Schedule]] = {
 """Every schedule by its name. To add one: write its class above and name it here."""
 
 
+def construct(noun: str, name: str, kind: type, params: Mapping[str, float]) -> Any:
+    """Makes an instance of a registered class.
+
+    Args:
+        noun: what the class is, for the error message.
+        name: its name in the registry.
+        kind: the class.
+        params: its parameters.
+
+    Raises:
+        TypeError: the class has no parameter of that name.
+        ValueError: a parameter is out of range.
+    """
+    known = inspect.signature(kind).parameters
+    for param in params:
+        if param not in known:
+            has = f"the parameters {', '.join(known)}" if known else "no parameters"
+            raise TypeError(f"{noun} {name!r} has {has}; got {param!r}")
+    return kind(**params)
+
+
 def get_schedule(name: str, **params: float) -> Schedule:
     """Makes the schedule of that name.
 
@@ -239,12 +262,8 @@ def get_schedule(name: str, **params: float) -> Schedule:
     """
     if name not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {', '.join(map(repr, SCHEDULES))}, got {name!r}")
-    schedule = SCHEDULES[name]
-    known = inspect.signature(schedule).parameters
-    for param in params:
-        if param not in known:
-            raise TypeError(f"schedule {name!r} has the parameters {', '.join(known)}; got {param!r}")
-    return schedule(**params)
+    schedule: Schedule = construct("schedule", name, SCHEDULES[name], params)
+    return schedule
 
 
 def default_numbers(kind: type) -> dict[str, float]:
