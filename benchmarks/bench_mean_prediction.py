@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from bench_linear import cases as head_cases
 from bench_linear import gradients, head, products
-from cases import HEADS, Case, Race, Run, compiled, operator_cases, plain_read
+from cases import HEAD_BENCH_ROWS, HEADS, LARGE, Case, Race, Run, compiled, operator_cases, plain_read
 from torch import Tensor
 
 from sedd_ext import linear_mean_prediction_loss, mean_prediction_loss, reference
@@ -51,14 +52,14 @@ def both(case: Case) -> Run:
     return lambda: torch.autograd.grad(loss(x).sum(), x)
 
 
-def fused(case: Case, d: int) -> Run:
+def fused(case: Case, d: int, masked: float = 1.0) -> Run:
     i, parts = case.inputs, head(d, case.rows, case.n, case.dtype)
-    rows = (i.x_t, i.x_0, i.sigma)
+    rows = (torch.where(torch.arange(case.rows) < masked * case.rows, i.x_t, i.x_0), i.x_0, i.sigma)
     match case.contestant:
         case "kernel":
             return gradients(lambda h: linear_mean_prediction_loss(*h, *rows, i.process, reduction="sum"), parts)
         case "limit":
-            return products(parts)
+            return products(parts._replace(hidden=parts.hidden[: math.ceil(masked * case.rows)]))
         case "unfused":
             return gradients(lambda h: mean_prediction_loss(F.linear(*h), *rows, i.process, reduction="sum"), parts)
     return gradients(lambda h: F.linear_cross_entropy(*h[:2], i.x_0, linear_bias=h.bias, reduction="sum"), parts)
@@ -84,3 +85,14 @@ def test_fused(race: Race, case: Case, d: int) -> None:
     race(
         f"head (d = {d}) + mean prediction, forward + backward", case, functools.partial(fused, d=d), case.rows * passes
     )
+
+
+@pytest.mark.skipif(len(PEERS) == 1, reason="this torch has no F.linear_cross_entropy")
+@pytest.mark.parametrize("d", HEADS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("contestant", ["kernel", "cross_entropy"])
+def test_fused_half_masked(race: Race, contestant: str, dtype: str, d: int) -> None:
+    """Absorbing noise on half of the rows, as in training: the other half has no loss and costs nothing."""
+    case = Case("absorbing", LARGE, HEAD_BENCH_ROWS, dtype, contestant)
+    run, passes = functools.partial(fused, d=d, masked=0.5), 3 * (d + case.n * d // case.rows) * case.itemsize
+    race(f"head (d = {d}) + mean prediction, half masked, forward + backward", case, run, case.rows * passes)

@@ -42,11 +42,11 @@ class Operation:
     dense: Function | None = None  # what torch.compile gets; absorbing and uniform only
     unfused: Function | None = None  # the rival of an operator that has the head in it, in place of the reference
     waits: bool = False  # for the device, to learn a shape: no CUDA graph can hold that
+    only: str = ""  # the only process it is for, if not all of them
 
-    @property
-    def dtypes(self) -> tuple[str, ...]:
-        """Of the log-scores, if it takes any."""
-        return ("float32",) if self.limit in (WRITE, TOKENS) else ("float32", "bfloat16")
+    def suits(self, case: Case) -> bool:
+        """Whether it is for this process, and has a dtype to vary: not if it takes tokens only."""
+        return self.only in ("", case.process) and (self.limit not in (WRITE, TOKENS) or case.dtype == "float32")
 
     @property
     def rival(self) -> str:
@@ -75,6 +75,11 @@ def _read_and_copy(i: Inputs) -> Run:
     return lambda: (read(), copy())
 
 
+def _read_twice_and_copy(i: Inputs) -> Run:
+    read, copy = plain_read(i.log_score), _copy(i, i.dtype)
+    return lambda: (read(), read(), copy())
+
+
 def _write(i: Inputs) -> Run:
     out = torch.empty(len(i.x_0), i.process.dim, device=i.x_0.device)
     return lambda: out.fill_(0.5)
@@ -82,6 +87,7 @@ def _write(i: Inputs) -> Run:
 
 READ = Limit(lambda i: plain_read(i.log_score), lambda n, size: n * size + 28)
 READ_TWICE_AND_WRITE = Limit(_read_and_copy, lambda n, size: 3 * n * size + 56)
+READ_THRICE_AND_WRITE = Limit(_read_twice_and_copy, lambda n, size: 4 * n * size + 68)
 READ_AND_WRITE_FLOAT32 = Limit(lambda i: _copy(i, torch.float32), lambda n, size: n * (size + 4) + 16)
 WRITE = Limit(_write, lambda n, _: 4 * n + 16)
 TOKENS = Limit(lambda i: i.x_0.clone, lambda *_: 24)
@@ -107,6 +113,14 @@ def _euler(function: Function, i: Inputs) -> Tensor:
 def _mean_tweedie(function: Function, i: Inputs) -> Tensor:
     # as logits; any numbers are
     return function(i.log_score, i.x_t, Tweedie(0.5 * i.sigma), i.process, parameterization="mean", sigma=i.sigma)
+
+
+def _generalized_masked(function: Function, i: Inputs) -> Tensor:
+    """Gradients in the powers, which take a read of their own, and in the logits."""
+    x = i.log_score.detach().requires_grad_()
+    power = torch.linspace(0.5, 1.5, i.process.dim, device=x.device).requires_grad_()
+    loss = function(x, i.x_t, i.x_0, -torch.expm1(-i.sigma.double()), power)
+    return torch.autograd.grad(loss.sum(), (power, x))[0]
 
 
 def _noise(function: Function, i: Inputs) -> Tensor:
@@ -180,6 +194,13 @@ OPERATIONS = (
     Operation("euler probs", "reverse_probs", _euler, READ_AND_WRITE_FLOAT32),
     Operation("mean prediction forward", "mean_prediction_loss", _loss, READ),
     Operation("mean prediction forward + backward", "mean_prediction_loss", _gradient, READ_TWICE_AND_WRITE),
+    Operation(
+        "generalized masked forward + backward",
+        "generalized_masked_loss",
+        _generalized_masked,
+        READ_THRICE_AND_WRITE,
+        only="absorbing",
+    ),
     Operation(MEAN_TWEEDIE, "reverse_sample", _mean_tweedie, READ),
     Operation("tweedie probs, mean prediction", "reverse_probs", _mean_tweedie, READ_AND_WRITE_FLOAT32),
     Operation(COLUMN, "transition_column", _noise, WRITE, _partial(dense_probabilities, column=True)),

@@ -49,7 +49,8 @@ def launches(device: Device, quick: bool) -> Iterator[Record]:
     for n, process, dtype in itertools.product((1025, SMALL, LARGE), PROCESSES, ("float32", "bfloat16")):
         case = Case(process, n, 5, dtype, "kernel", device=device.name)
         for operation in OPERATIONS:
-            operation.contestant("kernel", case)()
+            if operation.suits(case):
+                operation.contestant("kernel", case)()
         yield {"kind": "launches", **_shape(case)}
 
 
@@ -60,7 +61,7 @@ def counted(device: Device, quick: bool) -> Iterator[Record]:
         for operation in OPERATIONS:
             # a fused head launches the same kernels tile by tile: a part of the rows will do
             case = Case(process, n, min(rows, 1024) if operation.waits else rows, dtype, "kernel", device=device.name)
-            if dtype in operation.dtypes:
+            if operation.suits(case):
                 operation.contestant("kernel", case)()
                 yield {"kind": "launches", "operation": operation.name, **_shape(case)}
 
@@ -92,7 +93,7 @@ def operators(device: Device, quick: bool) -> Iterator[Record]:
     sizes = (1025, SMALL) if quick else (1025, LARGE, SMALL)
     for n, process, dtype in itertools.product(sizes, PROCESSES, ("float32", "bfloat16")):
         case = Case(process, n, 5, dtype, "kernel", device=device.name)
-        for operation in OPERATIONS:
+        for operation in filter(lambda operation: operation.suits(case), OPERATIONS):
             record = {"kind": "operators", "operation": operation.name, **_shape(case)}
             try:
                 run = functools.partial(operation.call, getattr(sedd_ext, operation.function), case.inputs)
@@ -176,7 +177,7 @@ def timings(device: Device, quick: bool) -> Iterator[Record]:
     for (rows, n), process, dtype in itertools.product(shapes, PROCESSES, ("float32", "bfloat16")):
         case = Case(process, n, rows, dtype, "kernel", smoke=quick, device=device.name)
         for operation in OPERATIONS:
-            if case.dtype in operation.dtypes:
+            if operation.suits(case):
                 yield _race(device, operation, case, ("kernel", operation.rival, "limit"))
 
 

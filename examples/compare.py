@@ -89,7 +89,7 @@ def likelihoods(runs: dict[str, dict[str, Any]], papers: dict[str, float]) -> Fi
         if name in papers:
             panels[1].plot(papers[name], y, marker="D", color="C1")
     panels[0].set_yticks(range(len(order)), order)
-    panels[0].set(xlabel="bits per character, these runs")
+    panels[0].set(xlabel=f"bits per {'character' if papers else 'byte'}, these runs")
     if papers:
         panels[1].set(xlabel="bits per character, published, text8")
     for axes in panels:

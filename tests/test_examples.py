@@ -162,11 +162,15 @@ def test_a_text_that_a_killed_script_was_writing_is_written_anew(tmp_path: Path)
     assert sizes == {"train.txt": 900, "valid.txt": 50, "test.txt": 50}
 
 
-@pytest.mark.parametrize("name", ["md5", "md5-seed1"])
-def test_a_wrong_name_of_a_run_stops_the_script_before_any_work(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "runs"),
+    [("text27.sh", "md4-seed1 md5"), ("text27.sh", "md4-seed1 md5-seed1"), ("wikitext.sh", "md4 md5")],
+)
+def test_a_wrong_name_of_a_run_stops_the_script_before_any_work(script: str, runs: str, tmp_path: Path) -> None:
     (tmp_path / "all.gz").write_bytes(gzip.compress(b"abcde " * 100))
-    line = ["bash", str(ROOT / "examples" / "text27.sh"), str(tmp_path / "out"), str(tmp_path / "all.gz")]
-    environment = {**os.environ, "SEDD": f"touch {tmp_path / 'called'} && false", "RUNS": f"md4-seed1 {name}"}
+    files = [str(tmp_path / "all.gz")] * (2 if script == "wikitext.sh" else 1)
+    line = ["bash", str(ROOT / "examples" / script), str(tmp_path / "out"), *files]
+    environment = {**os.environ, "SEDD": f"touch {tmp_path / 'called'} && false", "RUNS": runs}
     done = subprocess.run(line, capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert "RUNS: no run has the name md5" in done.stderr
@@ -187,6 +191,10 @@ def test_runs_have_their_options(tmp_path: Path) -> None:
     ]
     judged = [line for line in printed if line.startswith("eval generative ")]
     assert ["--samplers autoregressive" in line for line in judged] == [True, False, False]
+    line = ["bash", str(ROOT / "examples" / "wikitext.sh"), str(tmp_path / "out"), "train.raw", "test.raw"]
+    printed = subprocess.run(line, capture_output=True, text=True, env={**environment, "RUNS": "ar md4"}).stdout
+    trained = [line for line in printed.splitlines() if line.startswith("train ")]
+    assert [line.partition("--steps 2000 ")[2] for line in trained] == ["--objective autoregressive", "--objective md4"]
 
 
 def test_noise_of_losses_and_learned_powers(tmp_path: Path) -> None:

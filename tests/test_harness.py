@@ -22,6 +22,7 @@ from toy import VOCABULARY, JointScore, TrueScore, diffusion
 
 from sedd.cli import main
 from sedd.diffusion.continuation import continuation_bound, greedy_continuation, is_greedy
+from sedd.diffusion.objectives import OBJECTIVES
 from sedd.diffusion.samplers import sample
 from sedd.diffusion.schedule import Geometric, LogLinear
 from sedd.hub import SEDD
@@ -208,6 +209,32 @@ def test_the_harness_finds_the_class_by_its_name(model: Path, tasks: Path, tmp_p
     assert done.returncode == 0, done.stderr[-2000:]
     assert "pretrained" in done.stdout
     assert "|acc" in done.stdout.replace(" ", "")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective(objective: str, tmp_path: Path) -> None:
+    """Untrained models: what they answer is near chance, and the same again."""
+    (tmp_path / "text.txt").write_text("which oat tee oo zz? " * 200)
+    process = {"udlm": "uniform", "gidd": "hybrid"}.get(objective, "absorbing")
+    sizes = "--model.hidden_size 16 --model.n_blocks 1 --model.n_heads 2 --model.cond_dim 8 --model.length 32"
+    options = f"--process {process} --data.source {tmp_path / 'text.txt'} --batch_size 4 --log none --steps 1 {sizes}"
+    run = tmp_path / "run"
+    assert main(f"train --objective {objective} --run_dir {run} {options}".split()) == 0
+    answers = []
+    for _ in range(2):
+        lm = SEDDLM(str(run), draws=32, max_gen_toks=7, device="cpu")
+        ((answer, greedy),) = lm.loglikelihood([request("which", "oat")], disable_tqdm=True)
+        (text,) = lm.loglikelihood_rolling([request("which oat " * 5)], disable_tqdm=True)
+        options = {"do_sample": True, "temperature": 1.0}
+        (written,) = lm.generate_until([request("which", options)], disable_tqdm=True)
+        answers.append((answer, greedy, text, written))
+    assert answers[0] == answers[1]
+    for nats in (-answer / 3, -text / 50):
+        assert nats > 0.7 * math.log(257)
+        # far above it for untrained models that predict clean tokens among noised ones
+        assert nats < 1.3 * math.log(257) or objective in ("udlm", "gidd")
+    assert not greedy
+    assert written
 
 
 def request(*arguments: Any) -> Instance:
