@@ -163,7 +163,7 @@ def _draw(sampler: str, i: Inputs, seed: int) -> Tensor:
     key = torch.tensor([seed], device=device)
     if sampler == "transition":
         cumulative = process.cumulative.to(device) if process.family == "rank_one" else None
-        drawn = ops.sample_transition(i.x_0, i.sigma.double(), cumulative, process.family, process.dim, key)
+        drawn = ops.sample_transition(i.x_0, i.sigma.double(), cumulative, process.family, process.dim, key, 0)
     else:
         step, stationary = i.step[sampler].double(), stationary_for(process, i.dtype, device)
         drawn = ops.reverse_sample(i.log_score, i.x_t, step, None, stationary, process.family, sampler, -1, key)

@@ -90,7 +90,7 @@ constexpr auto fields_of(const TransitionParams*) {
     using Struct = TransitionParams;
     return std::make_tuple(SEDD_FIELD(x), SEDD_FIELD(sigma), SEDD_FIELD(stationary), SEDD_FIELD(cumulative),
                            SEDD_FIELD(out), SEDD_FIELD(seed), SEDD_FIELD(rows), SEDD_FIELD(dim), SEDD_FIELD(dtype),
-                           SEDD_FIELD(family));
+                           SEDD_FIELD(family), SEDD_FIELD(first_row));
 }
 
 constexpr auto fields_of(const GeneralizedMaskedParams*) {

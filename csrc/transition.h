@@ -17,6 +17,7 @@ struct TransitionParams {
     int64_t dim;
     DType dtype;
     Family family;
+    int64_t first_row;  // the random numbers of the rows are those of the rows from here on; sampling only
 };
 
 // A draw from π by inverse CDF: the first token whose cumulative sum exceeds u. A token with π_y = 0 is never drawn.
@@ -41,7 +42,7 @@ SEDD_HD int64_t draw_stationary(Family family, const double* cumulative, int64_t
 
 // x_t ~ p(· | x_0): draw from π with probability b = 1 - e^{-σ}, else keep the token.
 SEDD_HD int64_t draw_transition(const TransitionParams& p, int64_t row, double b) {
-    const Uniforms u = row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(row));
+    const Uniforms u = row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(p.first_row + row));
     const bool moves = u.first < b;
     // Whether a token moves is unpredictable, so there is no branch on it, except around the search in a vector π.
     const bool needs = p.family != Family::rank_one || moves;

@@ -108,6 +108,7 @@ RULES: dict[str, list[Rule]] = {
     "cumulative": [_vector("float64")],
     "forbidden": [("not -1 <= {0} < dim", ValueError, "a token in [0, {dim}), or -1 for none")],
     "buffer_bytes": [("{0} < 1", ValueError, "a positive number")],
+    "first_row": [("{0} < 0", ValueError, "at least 0")],
     "seed": [("{0}.dtype is not int64 or {0}.numel() != 1", ValueError, "one number of int64")],
 }
 """For each argument of a schema: a Python expression that is true if it is wrong, the error, and what is expected.

@@ -15,6 +15,7 @@ from sedd_ext._dispatch import (
     contiguous,
     draw_seed,
     fresh,
+    kind_of,
     launch,
     per_row,
     raise_fault,
@@ -37,6 +38,7 @@ def _launch(
     seed: Tensor | None,
     family: str,
     dim: int,
+    first_row: int = 0,
 ) -> Tensor:
     status = launch(
         kernel,
@@ -50,6 +52,7 @@ def _launch(
         dim=dim,
         dtype=DTYPES.get(out.dtype, 0),  # samples have no dtype
         family=FAMILIES[family],
+        first_row=first_row,
     )
     if status[0]:
         raise_fault(status, {name: x}, dim, ("sigma", sigma))
@@ -70,13 +73,17 @@ def _row(x: Tensor, sigma: Tensor, stationary: Tensor | None, family: str, dim: 
     return _launch("transition_row", "x", out, x, sigma, stationary, None, None, family, dim)
 
 
-def _sample_fake(x_0: Tensor, sigma: Tensor, cumulative: Tensor | None, family: str, dim: int, seed: Tensor) -> Tensor:
+def _sample_fake(
+    x_0: Tensor, sigma: Tensor, cumulative: Tensor | None, family: str, dim: int, seed: Tensor, first_row: int
+) -> Tensor:
     return torch.empty_like(x_0, memory_format=torch.contiguous_format)
 
 
-def _sample(x_0: Tensor, sigma: Tensor, cumulative: Tensor | None, family: str, dim: int, seed: Tensor) -> Tensor:
-    out = _sample_fake(x_0, sigma, cumulative, family, dim, seed)
-    return _launch("sample_transition", "x_0", out, x_0, sigma, None, cumulative, seed, family, dim)
+def _sample(
+    x_0: Tensor, sigma: Tensor, cumulative: Tensor | None, family: str, dim: int, seed: Tensor, first_row: int
+) -> Tensor:
+    out = _sample_fake(x_0, sigma, cumulative, family, dim, seed, first_row)
+    return _launch("sample_transition", "x_0", out, x_0, sigma, None, cumulative, seed, family, dim, first_row)
 
 
 define(
@@ -90,7 +97,8 @@ define(
     _fake,
 )
 define(
-    "sample_transition(Tensor x_0, Tensor sigma, Tensor? cumulative, str family, int dim, Tensor seed) -> Tensor",
+    "sample_transition(Tensor x_0, Tensor sigma, Tensor? cumulative, str family, int dim, Tensor seed, int first_row)"
+    " -> Tensor",
     _sample,
     _sample_fake,
 )
@@ -145,7 +153,12 @@ def transition_row(x: Tensor, sigma: Tensor | float, process: RankOne) -> Tensor
 
 
 def sample_transition(
-    x_0: Tensor, sigma: Tensor | float, process: RankOne, *, generator: torch.Generator | None = None
+    x_0: Tensor,
+    sigma: Tensor | float,
+    process: RankOne,
+    *,
+    generator: torch.Generator | None = None,
+    first_row: int = 0,
 ) -> Tensor:
     """Noises tokens: x_t ~ p(· | x_0). Keeps a token with probability e^{-σ}, else draws it from π.
 
@@ -157,20 +170,27 @@ def sample_transition(
         sigma: total noise σ̄ > 0, a number or a floating-point tensor that broadcasts to [*B].
         process: the process; ``process.dim`` is N.
         generator: random number generator on the tokens' device; torch's default one if None.
+        first_row: place of the first token in a larger batch, ≥ 0. If the parts of a batch are noised separately, each
+            with a generator in the same state, the result is that of the whole batch: distributed training needs this.
 
     Returns:
         Noised tokens, [*B], int64.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: a token lies outside [0, N), or σ̄ does not broadcast, is NaN, infinite or not above 0.
+        ValueError: a token lies outside [0, N), or σ̄ does not broadcast, is NaN, infinite or not above 0;
+            ``first_row`` is negative.
 
     Source: SEDD (Lou, Meng & Ermon 2024), Algorithm 1.
     """
+    if not isinstance(first_row, int) or isinstance(first_row, bool):
+        raise TypeError(f"first_row: expected an int, got {kind_of(first_row)}")
     process, x_0 = check_process(process), check_tokens("x_0", x_0)
     rows = per_row("sigma", sigma, x_0.shape, x_0.device)
     vector = process.family == "rank_one"
     cumulative = process._copy("cumulative", torch.float64, x_0.device) if vector else None
     seed = draw_seed(generator, x_0.device)
-    result: Tensor = torch.ops.sedd_ext.sample_transition(x_0, rows, cumulative, process.family, process.dim, seed)
+    result: Tensor = torch.ops.sedd_ext.sample_transition(
+        x_0, rows, cumulative, process.family, process.dim, seed, first_row
+    )
     return result

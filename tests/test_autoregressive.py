@@ -368,7 +368,7 @@ def test_the_commands(config: Any, tmp_path: Path, capsys: pytest.CaptureFixture
 
     run, other = config.run_dir, str(tmp_path / "diffusion")
     sizes = "--model.hidden_size 16 --model.n_blocks 1 --model.n_heads 2 --model.cond_dim 8 --model.length 16"
-    options = f"--data.source {config.data.source} --steps 20 --batch_size 8 --log none {sizes} --precision fp32"
+    options = f"--data.source {config.data.source} --steps 20 --batch_size 8 --report_to none {sizes} --precision fp32"
     assert main(f"train --objective autoregressive --run_dir {run} {options}".split()) == 0
     assert "no noise (autoregressive)" in capsys.readouterr().err
     figures = tmp_path / "figures.json"
@@ -416,7 +416,7 @@ def test_a_run_judges_samples(config: Any, tmp_path: Path, capsys: pytest.Captur
 
     run, other = config.run_dir, str(tmp_path / "diffusion")
     sizes = "--model.hidden_size 16 --model.n_blocks 1 --model.n_heads 2 --model.cond_dim 8 --model.length 16"
-    options = f"--data.source {config.data.source} --steps 20 --batch_size 8 --log none {sizes} --precision fp32"
+    options = f"--data.source {config.data.source} --steps 20 --batch_size 8 --report_to none {sizes} --precision fp32"
     assert main(f"train --objective autoregressive --run_dir {run} {options}".split()) == 0
     assert main(f"train --run_dir {other} {options}".split()) == 0
     judge = load_judge(run)

@@ -232,3 +232,17 @@ def test_meta_tensors(operator: str) -> None:
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=f"^{name}: expected a tensor on cpu, got one on meta"):
             function(**{**CALLS[operator], "step" if name == "dsigma" else name: value}, process=process)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (-1, ValueError, "first_row: expected at least 0, got -1"),
+        (1.0, TypeError, "first_row: expected an int, got float"),
+        (True, TypeError, "first_row: expected an int, got bool"),
+    ],
+)
+def test_a_wrong_first_row(value: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        sample_transition(torch.zeros(2).long(), 1.0, Uniform(10), first_row=value)
+    assert sample_transition(torch.zeros(2).long(), 1.0, Uniform(10), first_row=2**40).shape == (2,)

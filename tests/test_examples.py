@@ -205,7 +205,9 @@ def test_noise_of_losses_and_learned_powers(tmp_path: Path) -> None:
 
     (tmp_path / "text.txt").write_text("the cat sat on the mat " * 400)
     sizes = "--model.hidden_size 16 --model.n_blocks 1 --model.n_heads 2 --model.cond_dim 8 --model.length 16"
-    options = f"--data.source {tmp_path / 'text.txt'} --tokenizer text8 --steps 4 --batch_size 4 --log none {sizes}"
+    options = (
+        f"--data.source {tmp_path / 'text.txt'} --tokenizer text8 --steps 4 --batch_size 4 --report_to none {sizes}"
+    )
     for objective in ("genmd4", "md4", "score_entropy"):
         assert main(f"train --objective {objective} --run_dir {tmp_path / objective} {options}".split()) == 0
     command = [sys.executable, str(ROOT / "examples" / "powers.py"), str(tmp_path / "genmd4")]

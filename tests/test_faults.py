@@ -196,17 +196,16 @@ def test_an_export_is_the_old_one_or_the_new_one_after_every_fault(tmp_path: Pat
 
 def test_an_unfinished_evaluation_and_json_after_every_fault(tmp_path: Path) -> None:
     folder = tmp_path / "disk"
-    generator = torch.Generator().get_state()
 
     def write(count: int) -> None:
         unfinished = Unfinished(folder / "bound.unfinished", "this", seconds=1e9)
-        unfinished.update(torch.arange(float(count)), generator)
+        unfinished.update(torch.arange(float(count)))
         unfinished.write()
         write_json(folder / "bound.json", [0] * count)
 
     for _ in every_fault(folder, lambda: write(3), lambda: write(7)):
         values = torch.zeros(10)
-        done = Unfinished(folder / "bound.unfinished", "this").resume(values, torch.Generator())
+        done = Unfinished(folder / "bound.unfinished", "this").resume(values)
         assert done in (3, 7)
         assert torch.equal(values[:done], torch.arange(float(done)))
         assert (folder / "bound.json").read_text().count("0") in (3, 7)

@@ -100,7 +100,7 @@ def test_a_flipped_bit_of_an_exported_model_is_refused_or_harmless(tmp_path: Pat
 def test_a_flipped_bit_of_an_unfinished_evaluation_is_refused(tmp_path: Path) -> None:
     path, rng = tmp_path / "bound.unfinished", random.Random(0)
     unfinished = Unfinished(path, "this")
-    unfinished.update(torch.arange(50.0), torch.Generator().get_state())
+    unfinished.update(torch.arange(50.0))
     unfinished.write()
     content = path.read_bytes()
     for _ in range(200):

@@ -217,7 +217,9 @@ def test_every_objective(objective: str, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("which oat tee oo zz? " * 200)
     process = {"udlm": "uniform", "gidd": "hybrid"}.get(objective, "absorbing")
     sizes = "--model.hidden_size 16 --model.n_blocks 1 --model.n_heads 2 --model.cond_dim 8 --model.length 32"
-    options = f"--process {process} --data.source {tmp_path / 'text.txt'} --batch_size 4 --log none --steps 1 {sizes}"
+    options = (
+        f"--process {process} --data.source {tmp_path / 'text.txt'} --batch_size 4 --report_to none --steps 1 {sizes}"
+    )
     run = tmp_path / "run"
     assert main(f"train --objective {objective} --run_dir {run} {options}".split()) == 0
     answers = []

@@ -43,7 +43,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def baseline(source: Path) -> str:
     """A run that judges samples, and whose speed is compared."""
     run = str(source.parent / "baseline")
-    options = f"--objective autoregressive --data.source {source} --batch_size 4 --log none {SIZES} --precision fp32"
+    options = (
+        f"--objective autoregressive --data.source {source} --batch_size 4 --report_to none {SIZES} --precision fp32"
+    )
     assert main(f"train --run_dir {run} {options} --steps 4".split()) == 0
     return run
 
@@ -61,7 +63,7 @@ def test_every_command(
     run, model, whole = str(tmp_path / "run"), str(tmp_path / "model"), str(tmp_path / "whole")
     options = (
         f"--objective {objective} --process {PROCESS.get(objective, 'absorbing')} {PARAMS.get(objective, '')} "
-        f"--data.source {source} --batch_size 4 --log none {SIZES} --precision fp32 --lr 1e-3 --valid_blocks 4 "
+        f"--data.source {source} --batch_size 4 --report_to none {SIZES} --precision fp32 --lr 1e-3 --valid_blocks 4 "
         "--checkpoint_every 3 --seed 3"
     )
 
@@ -122,7 +124,9 @@ def test_every_command(
 
 def test_learned_powers_are_trained_averaged_and_stored(source: Path, tmp_path: Path) -> None:
     run, model = tmp_path / "run", tmp_path / "model"
-    options = f"--data.source {source} --batch_size 4 --log none {SIZES} --precision fp32 --lr 1e-2 --valid_blocks 4"
+    options = (
+        f"--data.source {source} --batch_size 4 --report_to none {SIZES} --precision fp32 --lr 1e-2 --valid_blocks 4"
+    )
     assert main(f"train --objective genmd4 --run_dir {run} {options} --steps 20".split()) == 0
     schedule: Any = load_model(run).diffusion.schedule
     assert isinstance(schedule, PerToken)
@@ -168,7 +172,9 @@ def test_what_does_not_fit_is_refused_before_the_folder_exists(
 def test_a_run_keeps_its_objective_and_parameters(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = f"--data.source {source} --batch_size 4 --log none {SIZES} --precision fp32 --valid_blocks 4 --steps 2"
+    options = (
+        f"--data.source {source} --batch_size 4 --report_to none {SIZES} --precision fp32 --valid_blocks 4 --steps 2"
+    )
     assert main(f"train --objective d3pm --run_dir {tmp_path / 'run'} {options}".split()) == 0
     resume = f"train --run_dir {tmp_path / 'run'} --resume --steps 4 --objective_params.steps 50"
     assert main(resume.split()) == 2

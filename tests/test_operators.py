@@ -104,6 +104,7 @@ CALLS: dict[str, dict[str, Any]] = {
         "family": "rank_one",
         "dim": N,
         **SEED,
+        "first_row": 7,
     },
     "linear_score_entropy": LINEAR,
     "linear_score_entropy_backward": {"grad_loss": torch.tensor([1.0, 2.0, 3.0]), **MADE, **LINEAR},
@@ -122,6 +123,7 @@ WRONG = {
     "dim": [0, -1, N + 1, 2**40],
     "dtype": [torch.int64, torch.complex64],
     "buffer_bytes": [0, -1],
+    "first_row": [-1],
 }
 
 

@@ -135,13 +135,6 @@ def test_the_command_line_comes_before_files_and_later_files_before_earlier(tmp_
     assert (config.lr, config.seed, config.warmup, config.model.length, config.model.n_heads) == (0.2, 3, 7, 9, 4)
 
 
-def test_one_process_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["train", "--run-dir", str(tmp_path / "run")]) == 2
-    assert "WORLD_SIZE: expected 1, got 2" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
 # -- files that others have written ------------------------------------------------------------------------------------
 
 

@@ -132,7 +132,7 @@ REGISTRIES = {
 }
 TINY = [
     *("--model.hidden_size=16", "--model.n_blocks=1", "--model.n_heads=1", "--model.cond_dim=8", "--model.length=16"),
-    *("--valid_every=2", "--valid_blocks=2", "--valid_draws=1", "--log=none", "--precision=fp32", "--steps=4"),
+    *("--valid_every=2", "--valid_blocks=2", "--valid_draws=1", "--report_to=none", "--precision=fp32", "--steps=4"),
 ]
 
 

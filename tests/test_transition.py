@@ -169,6 +169,28 @@ def test_same_generator_same_tokens(process_of: Process, threads: Callable[[int]
         assert not torch.equal(drawn[0][0], drawn[0][1])
 
 
+def test_parts_of_a_batch_have_the_numbers_of_the_whole(process_of: Process) -> None:
+    process = process_of(1025)
+    x_0 = random_rows(process, 3000).x_0.view(30, 100)
+
+    def drawn(rows: slice) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(11)
+        return sample_transition(x_0[rows], 1.0, process, generator=generator, first_row=100 * rows.start)
+
+    whole = drawn(slice(0, 30))
+    parts = [drawn(slice(first, last)) for first, last in ((0, 7), (7, 8), (8, 30))]
+    assert torch.equal(torch.cat(parts), whole)
+    far = [drawn_far(process, 2**40 + offset) for offset in (0, 0, 1)]
+    assert torch.equal(far[0], far[1])
+    assert torch.equal(far[0][1:], far[2][:-1])
+
+
+def drawn_far(process: RankOne, first_row: int) -> torch.Tensor:
+    """1,000 times the first token, far inside a huge batch."""
+    generator = torch.Generator().manual_seed(3)
+    return sample_transition(torch.zeros(1000).long(), 1.0, process, generator=generator, first_row=first_row)
+
+
 def test_the_default_generator_is_torchs() -> None:
     process, x_0 = Uniform(100), torch.zeros(200, dtype=torch.int64)
     with torch.random.fork_rng():
@@ -210,7 +232,7 @@ def test_opcheck(process_of: Process) -> None:
     cumulative = process.cumulative if vector else None
     torch.library.opcheck(
         torch.ops.sedd_ext.sample_transition,
-        to_device((rows.x_0, rows.sigma, cumulative, process.family, process.dim, torch.tensor([3]))),
+        to_device((rows.x_0, rows.sigma, cumulative, process.family, process.dim, torch.tensor([3]), 7)),
     )
 
 

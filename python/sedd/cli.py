@@ -200,5 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("SEDD_DEBUG"):
             raise
         # what a file or a name holds must not steer the terminal
-        print(f"sedd: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        rank = os.environ.get("RANK") or "0"  # of the processes of torchrun
+        who = "sedd" if rank == "0" else f"sedd: process {rank}"
+        print(f"{who}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 1 if isinstance(error, RuntimeError) else 2

@@ -22,6 +22,7 @@ from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
 
 __all__ = [
     "ModelOptions",
+    "ParallelOptions",
     "ProcessName",
     "TrainConfig",
     "flat",
@@ -31,12 +32,17 @@ __all__ = [
 
 ProcessName = Literal["absorbing", "uniform", "hybrid"]
 
-# What a resumed run may change: where it lives, when it ends, what it reports and keeps, and, after a divergence, the
-# step size. Everything else would make it another run.
+# What a resumed run may change: where it lives, how its batches are divided among processes, when it ends, what it
+# reports and keeps, and, after a divergence, the step size. Everything else would make it another run.
 RESUMABLE = frozenset(
     {
         "run_dir",
         "device",
+        "batch_size",
+        "accumulate",
+        "parallel.data",
+        "parallel.shard",
+        "activation_checkpointing",
         "steps",
         "max_minutes",
         "lr",
@@ -44,7 +50,7 @@ RESUMABLE = frozenset(
         "lr_final",
         "lr_decay",
         "clip",
-        "log",
+        "report_to",
         "log_every",
         "valid_every",
         "valid_blocks",
@@ -100,6 +106,25 @@ class ModelOptions:
 
 
 @dataclass
+class ParallelOptions:
+    """How several processes, started by torchrun, divide the work."""
+
+    data: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """ddp: every process has the whole model. fsdp: parameters, gradients, optimiser state and moving average are
+    divided among all processes, for models that need the memory of several GPUs. hsdp: they are divided within groups
+    of processes, and every group has the whole model, which needs less communication between machines than fsdp."""
+    shard: int | None = None
+    """For hsdp: processes in a group. Default: the processes of a machine."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        if self.shard is not None and self.shard < 1:
+            raise ValueError(f"shard: expected at least 1, got {self.shard}")
+        if self.shard is not None and self.data != "hsdp":
+            raise ValueError(f"shard: expected --parallel.data hsdp with it, got {self.data}")
+
+
+@dataclass
 class TrainConfig:
     """Options of a training run."""
 
@@ -140,9 +165,12 @@ class TrainConfig:
     antithetic: bool = True
     """Spread the times of a batch evenly over (0, 1] instead of drawing them independently: less noise in the loss."""
     batch_size: int = 8
-    """Sequences in one forward pass."""
+    """Sequences in one forward pass of one process."""
     accumulate: int = 1
-    """Forward passes per optimiser step, each of batch_size sequences."""
+    """Forward passes of each process per optimiser step. A step takes batch_size * accumulate * processes sequences;
+    a resumed run may divide the same number in another way."""
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    """Several processes (torchrun)"""
     steps: int = 20_000
     """Stop after this many optimiser steps."""
     max_minutes: float | None = None
@@ -172,14 +200,17 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 autocast, or float32. auto: bf16 if the GPU or CPU has instructions for it."""
     compile: bool = False
-    """Run the network through torch.compile: the first steps take longer, later ones less."""
+    """Run the transformer blocks through torch.compile: the first steps take longer, later ones less."""
+    activation_checkpointing: bool = False
+    """Compute the activations of the transformer blocks again in the backward pass instead of storing them: less
+    memory, about a third more time."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: the GPU if one is present and this build supports it, else the CPU."""
     seed: int = 0
     """Seed of everything random: initial weights, order of the data, times, noise, dropout."""
     log_every: int = 10
     """Optimiser steps between points of the training curves."""
-    log: str = "tensorboard"
+    report_to: str = "tensorboard"
     """Where curves and samples go, besides metrics.jsonl: tensorboard, wandb (Weights & Biases; pip install wandb),
     tensorboard,wandb, or none."""
     valid_every: int = 1000
@@ -201,8 +232,8 @@ class TrainConfig:
         check_one_of("schedule", self.schedule, SCHEDULES)
         check_one_of("objective", self.objective, OBJECTIVES)
         check_one_of("lr_schedule", self.lr_schedule, LR_SCHEDULES)
-        for name in self.log_names():
-            check_one_of("log", name, [*WRITERS, "none"])
+        for name in self.writers():
+            check_one_of("report_to", name, [*WRITERS, "none"])
         for name in (
             *("batch_size", "accumulate", "steps", "log_every", "valid_every", "valid_blocks", "valid_draws"),
             *("checkpoint_every", "keep_last"),
@@ -255,9 +286,9 @@ class TrainConfig:
                 )
         self.model = dataclasses.replace(self.model, causal=True)
 
-    def log_names(self) -> list[str]:
-        """Returns the names in ``log``."""
-        return [name.strip() for name in self.log.split(",")]
+    def writers(self) -> list[str]:
+        """Returns the names in ``report_to``."""
+        return [name.strip() for name in self.report_to.split(",")]
 
     def make_process(self, vocab_size: int) -> RankOne:
         """Returns the forward process over a vocabulary of ``vocab_size`` tokens (MASK not counted)."""
@@ -323,8 +354,9 @@ def read_options(path: Path | str) -> dict[str, Any]:
         ValueError: the file cannot be read (:func:`sedd.plain.read_plain`), or an option is unknown or of another type.
     """
     options = read_plain(path)
-    if "graph" in options and "process" not in options:  # its name in runs of earlier versions
-        options["process"] = options.pop("graph")
+    for now, then in (("process", "graph"), ("report_to", "log")):  # names in runs of earlier versions
+        if then in options and now not in options:
+            options[now] = options.pop(then)
     try:
         return checked(TrainConfig, options)
     except ValueError as error:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 __all__ = ["PRESETS", "DiffusionTransformer", "KeyValueCache", "ModelConfig", "Network", "compile_network"]
 
@@ -109,9 +110,10 @@ class Network(Protocol):
         ...
 
 
-def compile_network(network: Network) -> None:
-    """Makes this network run :meth:`Network.hidden` through ``torch.compile``, for any batch size."""
-    network.hidden = torch.compile(network.hidden, dynamic=True)  # type: ignore[method-assign]
+def compile_network(network: DiffusionTransformer) -> None:
+    """Makes the blocks of this network run through ``torch.compile``, for any batch size."""
+    for block in network.blocks:
+        block.compile(dynamic=True)
 
 
 class KeyValueCache:
@@ -287,6 +289,10 @@ class _OutputLayer(nn.Module):
 class DiffusionTransformer(nn.Module):
     """The transformer of SEDD: tokens and total noise in, N numbers for every position out.
 
+    Attributes:
+        activation_checkpointing: compute the activations of the blocks again in the backward pass, instead of storing
+            them.
+
     Args:
         config: the sizes, or the name of one of :data:`PRESETS`.
         dim: N, the size of the vocabulary, MASK included: rows of embedding and head.
@@ -307,6 +313,7 @@ class DiffusionTransformer(nn.Module):
         self.dim = dim
         self.time_conditioning = config.time_conditioning
         self.causal = config.causal
+        self.activation_checkpointing = False
         self.vocab_embed = _Embedding(config.hidden_size, dim)
         self.sigma_map = _SigmaEmbedding(config.cond_dim)
         self.rotary_emb = _Rotary(config.hidden_size // config.n_heads)
@@ -336,8 +343,13 @@ class DiffusionTransformer(nn.Module):
             condition = self.sigma_map(sigma if self.time_conditioning else torch.zeros_like(sigma[:1]))
         x = self.vocab_embed(x_t)
         cos, sin = self.rotary_emb(x_t.shape[1], start)
+        again = self.training and self.activation_checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
-            x = block(x, condition, cos, sin, None if cache is None else (i, cache))
+            past = None if cache is None else (i, cache)
+            if again:
+                x = checkpoint(block, x, condition, cos, sin, past, use_reentrant=False)
+            else:
+                x = block(x, condition, cos, sin, past)
         if cache is not None:
             cache.length += x_t.shape[1]
         hidden: Tensor = self.output_layer(x, condition)

@@ -24,7 +24,7 @@ def identity(tensors: Iterable[Tensor], settings: str) -> str:
 
 
 class Unfinished:
-    """Stores the first values of a computation on disk, with the state of the random number generator.
+    """Stores the first values of a computation on disk.
 
     Args:
         path: the file. It is written atomically, at most once every ``seconds``.
@@ -51,18 +51,17 @@ class Unfinished:
                     f"another one; {advice}"
                 )
 
-    def resume(self, values: Tensor, generator: torch.Generator) -> int:
-        """Copies the stored values and restores the generator. Returns the number of stored values."""
+    def resume(self, values: Tensor) -> int:
+        """Copies the stored values. Returns their number."""
         if not self.found:
             return 0
         count = len(self.found["values"])
         values[:count] = self.found["values"].to(values.device)
-        generator.set_state(self.found["generator"])
         return count
 
-    def update(self, values: Tensor, generator: Tensor) -> None:
-        """Records the values so far and the generator's state after them; writes them if ``seconds`` have passed."""
-        self.found = {"values": values, "generator": generator}
+    def update(self, values: Tensor) -> None:
+        """Records the values so far; writes them if ``seconds`` have passed."""
+        self.found = {"values": values}
         if time.monotonic() - self._written >= self.seconds:
             self.write()
 

@@ -1070,6 +1070,7 @@ class Driver {
                   return sedd::transition_row_cuda(params, where);
               });
         params.seed = p.seed.data();
+        params.first_row = 1000;
         params.cumulative = s.family == Family::rank_one ? p.cumulative.data() : nullptr;
         check_tokens(
             p, "sample_transition", 0,

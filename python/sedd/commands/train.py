@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from sedd.options import build, prefixed
 from sedd.plain import merged
 from sedd.progress import console
 from sedd.training.checkpoint import best_checkpoint, list_checkpoints
+from sedd.training.parallel import is_first
 from sedd.training.run import Run
 
 __all__ = ["COMMAND"]
@@ -65,19 +67,16 @@ def train(given: Mapping[str, Any], config: Sequence[str], resume: bool) -> int:
         config: files with other options; options of the command line take precedence.
         resume: whether to continue the run in ``run_dir``.
     """
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
-        raise ValueError(
-            f"WORLD_SIZE: expected 1, got {os.environ['WORLD_SIZE']}: a run on several processes is not supported yet. "
-            "Start one process, without torchrun; for larger batches, use --accumulate N"
-        )
     files = list(config)
     run_dir = _merged(files, given).get("run_dir", TrainConfig.run_dir)
     saved = Path(run_dir) / "config.json"
+    # torchrun starts all processes again if one has ended
+    resume = resume or (int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0 and saved.is_file())
     if resume and not saved.is_file():
         raise FileNotFoundError(f"run_dir: expected a run to resume, got {run_dir}, which has no config.json")
     if not resume:
         options = build(TrainConfig, _merged(files, given))  # before the folder is created
-    with RunLock(Path(run_dir)) as lock:
+    with RunLock(Path(run_dir)) if is_first() else nullcontext() as lock:
         if resume:
             # options given now override those of the run
             options = dataclasses.replace(build(TrainConfig, _merged([saved, *files], given)), run_dir=run_dir)
@@ -91,8 +90,9 @@ def _merged(files: Sequence[Path | str], given: Mapping[str, Any]) -> dict[str, 
     return merged(values, given)
 
 
-def _train(options: TrainConfig, resume: bool, lock: RunLock) -> int:
+def _train(options: TrainConfig, resume: bool, lock: RunLock | None) -> int:
     out = console(stderr=True)
+    out.quiet = not is_first()
     with prefixed("data.", DataConfig):
         run = Run(options, resume=resume, console=out, lock=lock, load_init=SEDD.from_pretrained)
     state = run.state
@@ -102,7 +102,7 @@ def _train(options: TrainConfig, resume: bool, lock: RunLock) -> int:
     out.print(
         f"{model}, {parameters / 1e6:.2f} M parameters, {noise}, "
         f"{options.tokenizer} tokens in blocks of {run.corpus.shape[0]}, {state.device} "
-        f"({str(state.autocast_dtype or torch.float32)[6:]}); output folder: {run.run_dir}"
+        f"({str(state.autocast_dtype or torch.float32)[6:]}){_processes(run)}; output folder: {run.run_dir}"
     )
     first = state.step
     with prefixed("data.", DataConfig):  # a stream is read during training
@@ -123,6 +123,11 @@ def _train(options: TrainConfig, resume: bool, lock: RunLock) -> int:
     out.print(f"  {sedd} sample {folder} --live               samples text")
     out.print(f"  {sedd} eval perplexity {folder}             measures the likelihood of text")
     return 0 if outcome.signum is None else 128 + outcome.signum
+
+
+def _processes(run: Run) -> str:
+    """The number of processes and how the model is divided; empty for one process."""
+    return f", {run.world.size} processes ({run.config.parallel.data})" if run.world.size > 1 else ""
 
 
 def _params(noun: str, registry: Mapping[str, type]) -> dict[str, str]:

@@ -17,7 +17,11 @@ __all__ = ["ConcreteScore", "ImplicitScoreEntropy", "TauLDR", "neighbours"]
 
 @torch.no_grad()
 def neighbours(
-    x_t: Tensor, process: RankOne, generator: torch.Generator | None = None
+    x_t: Tensor,
+    process: RankOne,
+    generator: torch.Generator | None = None,
+    first: int = 0,
+    count: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sequences after one more jump of the forward process, drawn in proportion to the rates of the jumps.
 
@@ -25,6 +29,8 @@ def neighbours(
         x_t: tokens [B, L], int64.
         process: the process.
         generator: random number generator; torch's default one if None.
+        first: place of the first sequence in a larger batch.
+        count: number of sequences in that batch; None if these are all.
 
     Returns:
         The sequences [B, L]; the position of the jump [B]; and the rate of all jumps together at σ = 1 [B], float64,
@@ -34,13 +40,22 @@ def neighbours(
     leave = 1 - stationary[x_t]  # the rate at which each position jumps
     rate = leave.sum(1)
     none = rate == 0
-    position = torch.multinomial(leave + none[:, None], 1, generator=generator)
+    rows = len(x_t) if count is None else count
+    uniform = torch.rand(rows, 2, generator=generator, dtype=torch.float64, device=x_t.device)[first:][: len(x_t)]
+    position = _draw(leave + none[:, None], uniform[:, :1])
     token = x_t.gather(1, position)
     others = stationary.expand(len(x_t), -1).scatter(1, token, 0.0)
     others = torch.where(none[:, None], stationary, others)
-    new = torch.multinomial(others, 1, generator=generator)
+    new = _draw(others, uniform[:, 1:])
     new = torch.where(none[:, None], token, new)
     return x_t.scatter(1, position, new), position.squeeze(1), rate
+
+
+def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Indices [B, 1] drawn in proportion to weights [B, K], by numbers [B, 1] in [0, 1); never one of weight 0."""
+    sums = weights.double().cumsum(1)
+    below = torch.nextafter(sums[:, -1:], torch.zeros_like(sums[:, -1:]))  # uniform * sum may be rounded up to the sum
+    return torch.searchsorted(sums, torch.minimum(uniform * sums[:, -1:], below), right=True)
 
 
 class TauLDR(MD4):
@@ -61,8 +76,8 @@ class TauLDR(MD4):
     ) -> Tensor:
         """See :meth:`sedd.diffusion.Objective.training_loss`."""
         network, process, schedule = diffusion.network, diffusion.process, diffusion.schedule
-        x_t = diffusion.noise(x_0, t, generator=generator)
-        after, position, rate = neighbours(x_t, process, generator)
+        x_t = diffusion.noise(x_0, t, generator=generator, first=options.first)
+        after, position, rate = neighbours(x_t, process, generator, options.first, options.count)
         rows = torch.arange(len(x_t), device=x_t.device)
         sigma = schedule.total(t)
         logits = network.head(network.hidden(after, sigma)[rows, position])
@@ -88,8 +103,8 @@ class ImplicitScoreEntropy(ScoreEntropy):
     ) -> Tensor:
         """See :meth:`sedd.diffusion.Objective.training_loss`."""
         process, schedule = diffusion.process, diffusion.schedule
-        x_t = diffusion.noise(x_0, t, generator=generator)
-        after, position, rate = neighbours(x_t, process, generator)
+        x_t = diffusion.noise(x_0, t, generator=generator, first=options.first)
+        after, position, rate = neighbours(x_t, process, generator, options.first, options.count)
         log_score, rows = _log_scores(diffusion, x_t, t)
         stationary = process.stationary.to(x_t.device)[x_t.flatten()[rows]]
         total = _by_sequence(stationary * log_score.exp().sum(1), rows, x_t)
@@ -115,7 +130,7 @@ class ConcreteScore(ScoreEntropy):
     ) -> Tensor:
         """See :meth:`sedd.diffusion.Objective.training_loss`."""
         process, schedule = diffusion.process, diffusion.schedule
-        x_t = diffusion.noise(x_0, t, generator=generator)
+        x_t = diffusion.noise(x_0, t, generator=generator, first=options.first)
         log_score, rows = _log_scores(diffusion, x_t, t)
         x, clean = x_t.flatten()[rows, None], x_0.flatten()[rows, None]
         stationary = process.stationary.to(x_t.device)

@@ -120,5 +120,5 @@ class D3PM(MeanPrediction):
         self, diffusion: Diffusion, x_0: Tensor, t: Tensor, options: LossOptions, generator: torch.Generator | None
     ) -> Tensor:
         """Adds the cross-entropy; see :meth:`sedd.diffusion.Objective.training_loss`."""
-        x_t = diffusion.noise(x_0, t, generator=generator)
+        x_t = diffusion.noise(x_0, t, generator=generator, first=options.first)
         return self.weighted(self._training_terms(diffusion, t, x_t), diffusion, x_0, x_t, t, options)

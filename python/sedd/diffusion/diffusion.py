@@ -131,11 +131,19 @@ class Mean:
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Options of a loss, explained at :meth:`Diffusion.loss`."""
+    """Options of a loss, explained at :meth:`Diffusion.loss`.
+
+    Attributes:
+        first: for a training loss: the place of the first sequence in the batch of an optimiser step.
+        count: the number of sequences in that batch; None if these are all. Random numbers belong to places in it, so
+            that they do not depend on how it is divided.
+    """
 
     given: int = 0
     scale: float = 1.0
     fused: bool = True
+    first: int = 0
+    count: int | None = None
 
 
 class Objective(ABC):
@@ -185,7 +193,7 @@ class Objective(ABC):
         self, diffusion: Diffusion, x_0: Tensor, t: Tensor, options: LossOptions, generator: torch.Generator | None
     ) -> Tensor:
         """The training loss: noises the sequences and returns :meth:`loss`. See :meth:`Diffusion.forward`."""
-        x_t = diffusion.noise(x_0, t, generator=generator)
+        x_t = diffusion.noise(x_0, t, generator=generator, first=options.first)
         return self.loss(diffusion, x_0, x_t, t, options)
 
     def reconstruction(self, diffusion: Diffusion, x_0: Tensor) -> Tensor:
@@ -246,13 +254,14 @@ class Diffusion(nn.Module):
         return self.parameterization.step_options(self.process, sigma, x_t)
 
     @torch.no_grad()
-    def noise(self, x_0: Tensor, t: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def noise(self, x_0: Tensor, t: Tensor, *, generator: torch.Generator | None = None, first: int = 0) -> Tensor:
         """Noised sequences x_t ~ p_t(· | x_0). An autoregressive model gets no noise.
 
         Args:
             x_0: clean tokens [B, L], int64.
             t: time of each sequence [B], in (0, 1].
             generator: random number generator; torch's default one if None.
+            first: place of the first sequence in a larger batch; see :func:`sedd_ext.sample_transition`.
 
         Returns:
             Tokens [B, L], int64.
@@ -266,7 +275,8 @@ class Diffusion(nn.Module):
             raise ValueError(f"t: expected shape [{x_0.shape[0]}], one time for each sequence, got {list(t.shape)}")
         if self.objective.autoregressive:
             return x_0
-        return sample_transition(x_0, self.schedule.token_total(t, x_0), self.process, generator=generator)
+        sigma, first_row = self.schedule.token_total(t, x_0), first * x_0.shape[1]
+        return sample_transition(x_0, sigma, self.process, generator=generator, first_row=first_row)
 
     def loss(
         self, x_0: Tensor, x_t: Tensor, t: Tensor, *, given: int = 0, scale: float = 1.0, fused: bool = True
@@ -295,11 +305,24 @@ class Diffusion(nn.Module):
         scale: float = 1.0,
         fused: bool = True,
         generator: torch.Generator | None = None,
+        first: int = 0,
+        count: int | None = None,
     ) -> Tensor:
         """The training loss of sequences, with the arguments of :meth:`noise` and :meth:`loss`.
+
+        Args:
+            x_0: clean tokens [B, L], int64.
+            t: time of each sequence [B], in (0, 1].
+            scale: see :meth:`loss`.
+            fused: see :meth:`loss`.
+            generator: random number generator; torch's default one if None.
+            first: place of the first sequence in the batch of an optimiser step.
+            count: number of sequences in that batch; None if these are all. The parts of a batch get the same random
+                numbers as the whole, if the generator is in the same state for each.
 
         Returns:
             Nats per sequence times ``scale`` [B], float32, differentiable. For most objectives it is :meth:`loss` of
             noised sequences.
         """
-        return self.objective.training_loss(self, x_0, t, LossOptions(scale=scale, fused=fused), generator)
+        options = LossOptions(scale=scale, fused=fused, first=first, count=count)
+        return self.objective.training_loss(self, x_0, t, options, generator)

@@ -149,7 +149,7 @@ class GenMD4(PositionLoss):
         """See :meth:`sedd.diffusion.Objective.training_loss`. A step costs as much as two of another objective."""
         schedule = _schedule(diffusion)
         both, times = torch.cat([x_0, x_0]), torch.cat([t, t])
-        x_t = diffusion.noise(both, times, generator=generator)
+        x_t = torch.cat([diffusion.noise(x_0, t, generator=generator, first=options.first) for _ in range(2)])
         # half of it from each copy, so that the gradient at each position has one factor
         half = dataclasses.replace(options, scale=options.scale / 2)
         nats = self.loss(diffusion, both, x_t, times, half).view(2, -1)

@@ -177,7 +177,7 @@ def elbo(
         blocks: text [S, L], int64, without MASK tokens.
         draws: times drawn per sequence; of no effect for an autoregressive model.
         n_bytes: number of bytes of text in the blocks, for ``bits_per_byte``.
-        batch_size: sequences in a call of the model.
+        batch_size: sequences in a call of the model. The noise does not depend on it.
         generator: random number generator, on ``device``; torch's default one if None.
         device: where to compute; the model's device if None.
         autocast_dtype: run the model under autocast in this dtype, e.g. torch.bfloat16.
@@ -225,12 +225,13 @@ def elbo(
         what = (*diffusion.parameters(), process.stationary, blocks, *(t for _, t in parts))
         settings = f"{process} {schedule} {getattr(diffusion.network, 'config', '')} {batch_size} {autocast_dtype}"
         saved = Unfinished(unfinished, identity(what, settings))
-        done = saved.resume(values, generator)
+        done = saved.resume(values)
+    noise = int(torch.randint(2**62, (1,), generator=generator, device=device))
     training = diffusion.training
     diffusion.train(False)
     try:
         with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-            _integrand(parts, blocks, values, done, batch_size, generator, saved, progress)
+            _integrand(parts, blocks, values, done, batch_size, noise, saved, progress)
     finally:
         diffusion.train(training)
         if saved is not None:  # after Ctrl-C too
@@ -259,11 +260,15 @@ def _integrand(
     values: Tensor,
     done: int,
     batch_size: int,
-    generator: torch.Generator | None,
+    seed: int,
     saved: Unfinished | None,
     progress: bool,
 ) -> None:
-    """Writes the losses of all blocks at all times of all parts into ``values``, of which ``done`` are there."""
+    """Writes the losses of all blocks at all times of all parts into ``values``, of which ``done`` are there.
+
+    The noise depends on the seed and on the place in ``values``, and not on ``batch_size``.
+    """
+    generator = torch.Generator(values.device)
     batches = [
         (part, t.flatten()[first : first + batch_size], owner[first : first + batch_size])
         for part, t in parts
@@ -275,10 +280,11 @@ def _integrand(
         last = first + len(owner)
         if last > done:
             x_0 = blocks[owner.to(blocks.device)].to(values.device)
-            values[first:last] = part.loss(x_0, part.noise(x_0, t, generator=generator), t).double()
+            x_t = part.noise(x_0, t, generator=generator.manual_seed(seed), first=first)
+            values[first:last] = part.loss(x_0, x_t, t).double()
             done = last
-            if saved is not None and generator is not None:
-                saved.update(values[:done], generator.get_state())
+            if saved is not None:
+                saved.update(values[:done])
         first = last
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -30,8 +31,9 @@ def sample_times(
     Args:
         batch: number of sequences B.
         eps: the earliest time; nearer to 0 there is hardly anything to denoise.
-        antithetic: spread the batch evenly, u_i = (u + i/B) mod 1 with one random u, instead of B independent draws.
-            Each time is still uniform, but the batch's mean loss varies less.
+        antithetic: spread the batch evenly, at distances 1/B from one random number, instead of B independent draws.
+            Each time is still uniform, but the batch's mean loss varies less. Any few consecutive times are spread over
+            the interval too, so that the batch can be divided.
         generator: random number generator; torch's default one if None.
         device: where the result lies; the generator's device, else the CPU, if None.
 
@@ -51,7 +53,10 @@ def sample_times(
         device = generator.device if generator is not None else "cpu"
     u = torch.rand(1 if antithetic else batch, generator=generator, dtype=torch.float64, device=device)
     if antithetic:
-        u = (u + torch.arange(batch, dtype=torch.float64, device=device) / batch) % 1.0
+        # the golden ratio spreads every run of consecutive numbers; a step without common divisor takes each place once
+        step = next(k for k in range(round(batch * 0.618), 2 * batch + 1) if math.gcd(k, batch) == 1)
+        places = torch.arange(batch, device=device) * step % batch
+        u = (u + places.double() / batch) % 1.0
     return eps + (1.0 - eps) * u
 
 

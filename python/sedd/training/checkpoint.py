@@ -3,7 +3,7 @@
 ``RUN/checkpoints/step_00000500/`` holds
 
 * ``model.safetensors``, ``ema.safetensors``: the weights and their moving average, by parameter name;
-* ``optimizer.safetensors``: AdamW's moments as ``<parameter>/<moment>``; ``rng.safetensors``: generator states;
+* ``optimizer.safetensors``: AdamW's moments as ``<parameter>/<moment>``;
 * ``config.json``: the options of the run; ``tokenizer.json`` and ``tokenizer_config.json``: the tokeniser, unless it is
   a registered one;
 * ``state.json``: step, position in the data, validation bound, elapsed time, size and SHA-256 of the files above, and

@@ -50,7 +50,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError(
-                f"log: tensorboard is not installed: {pip_install('train', 'tensorboard')}, or --log none"
+                f"log: tensorboard is not installed: {pip_install('train', 'tensorboard')}, or --report_to none"
             ) from error
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
@@ -90,7 +90,9 @@ class Wandb:
         try:
             import wandb
         except ImportError as error:
-            raise ImportError("log: wandb is not installed: pip install wandb, or remove it from --log") from error
+            raise ImportError(
+                "report_to: wandb is not installed: pip install wandb, or remove it from --report_to"
+            ) from error
         folder = run_dir / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
         identifier = folder / "sedd_run_id"
@@ -123,4 +125,4 @@ class Wandb:
 
 
 WRITERS: dict[str, type[TensorBoard] | type[Wandb]] = {"tensorboard": TensorBoard, "wandb": Wandb}
-"""The choices of ``--log``. To add one: write a class with the methods of :class:`Writer` and register it here."""
+"""The choices of ``--report_to``. To add one, write a class like :class:`Writer` and register it here."""

@@ -15,15 +15,20 @@ __all__ = ["Log"]
 
 
 class Log:
-    """The logs of a run: ``metrics.jsonl`` and the curves of ``--log``.
+    """The logs of a run: ``metrics.jsonl`` and the curves of ``--report_to``.
 
     Args:
-        run_dir: folder of the run.
+        run_dir: folder of the run; None to write nothing.
         step: the step from which training continues. Records of later steps, which will be repeated, are dropped.
         config: options of the run.
     """
 
-    def __init__(self, run_dir: Path, step: int, config: TrainConfig) -> None:
+    def __init__(self, run_dir: Path | None, step: int, config: TrainConfig) -> None:
+        self.writers: list[Writer] = []
+        if run_dir is None:
+            self._path = Path(os.devnull)
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+            return
         path = self._path = run_dir / "metrics.jsonl"
         with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as kept:
             if path.exists():
@@ -33,9 +38,7 @@ class Log:
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
         options = config.to_dict()
         with naming(run_dir):
-            self.writers: list[Writer] = [
-                WRITERS[name](run_dir, step, options) for name in config.log_names() if name != "none"
-            ]
+            self.writers = [WRITERS[name](run_dir, step, options) for name in config.writers() if name != "none"]
 
     def metrics(self, row: dict[str, Any]) -> None:
         """Adds a line to ``metrics.jsonl``."""
@@ -60,7 +63,8 @@ class Log:
         """Waits until all lines are on disk: a checkpoint must not be ahead of its logs."""
         with naming(self._path):
             self._file.flush()
-            os.fsync(self._file.fileno())
+            if self._path.is_file():
+                os.fsync(self._file.fileno())
         with naming(self._path.parent):
             for writer in self.writers:
                 writer.flush()

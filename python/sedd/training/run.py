@@ -1,5 +1,7 @@
 """A training run in its folder: records, validation, checkpoints, signals and exact resumption.
 
+Several processes, started by torchrun, train one model together. The first one writes the folder and the messages.
+
 The training loss is the mean over sequences of the objective, divided by the length of a sequence: nats per token. For
 most objectives it estimates the likelihood bound, without its prior term.
 
@@ -15,6 +17,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,6 @@ from sedd.diffusion.schedule import get_schedule
 from sedd.files import RunLock, finite, naming, write_json, write_text
 from sedd.network import DiffusionTransformer
 from sedd.progress import is_interactive, progress_bar
-from sedd.runtime import resolve_device
 from sedd.training.checkpoint import (
     best_checkpoint,
     list_checkpoints,
@@ -49,6 +51,7 @@ from sedd.training.checkpoint import (
 )
 from sedd.training.init import Pretrained, checked_init, with_sizes
 from sedd.training.log import Log
+from sedd.training.parallel import World
 from sedd.training.signals import StopSignals
 from sedd.training.state import TrainState
 
@@ -56,7 +59,7 @@ __all__ = ["NonFiniteError", "Outcome", "Run"]
 
 SAMPLE_STEPS = 64
 """Reverse steps of the texts that a validation writes."""
-TENSOR_FILES = ("model", "ema", "optimizer", "rng")
+TENSOR_FILES = ("model", "ema", "optimizer")
 """The tensor files of a checkpoint."""
 
 
@@ -99,7 +102,8 @@ class Run:
             learning-rate schedule, this holds up to the next checkpoint, where the learning rate is adapted to the
             measured time of a step. If the last checkpoint is damaged, the one before it is used.
         console: for progress and messages; standard error if None.
-        lock: the lock of ``config.run_dir``, if the caller holds it already.
+        lock: the lock of ``config.run_dir``, if the caller holds it already. Of several processes, the first one needs
+            it.
         load_init: reads the model that ``config.init`` names, for example :meth:`sedd.hub.SEDD.from_pretrained`.
 
     Raises:
@@ -126,19 +130,23 @@ class Run:
         self.run_dir = Path(config.run_dir)
         if resume and not (self.run_dir / "config.json").exists():
             raise FileNotFoundError(f"run_dir: expected a run to resume, got {self.run_dir}, which has no config.json")
-        self.lock = lock or RunLock(self.run_dir)
+        self.world = World(config.device, config.parallel)
+        if not self.world.first:
+            self.console = Console(quiet=True)
+        self.lock = (lock or RunLock(self.run_dir)) if self.world.first else None
         try:
             self._set_up(resume)
         except BaseException:
-            self.lock.release()
+            if self.lock is not None:
+                self.lock.release()
             raise
 
     def _set_up(self, resume: bool) -> None:
         given = self.config
-        found = list_checkpoints(self.run_dir)
+        found = self.world.agreed([path.name for path in list_checkpoints(self.run_dir)])
         if found and not resume:
             raise FileExistsError(
-                f"run_dir: {self.run_dir} already contains a run (at {found[-1].name}); continue it with "
+                f"run_dir: {self.run_dir} already contains a run (at {found[-1]}); continue it with "
                 "--resume, or start another with --run_dir NEW"
             )
         checkpoint = self._last_checkpoint()
@@ -155,6 +163,8 @@ class Run:
             self._restore(checkpoint)
         elif resume:
             self._say(f"{self.run_dir} has no checkpoint yet: starting at step 0")
+        if not self.world.first:
+            return
         with naming(self.run_dir):
             (self.run_dir / "eval").mkdir(exist_ok=True)
         for name, text in self.tokenizer.files().items():
@@ -174,7 +184,8 @@ class Run:
         sizes = config.model.build()
         if not is_interactive(self.console):
             self._say(f"preparing the text of {config.data.source}")
-        self.corpus = CORPORA[config.corpus](config.data, self.tokenizer, sizes.length)
+        with self.world.in_turn():
+            self.corpus = CORPORA[config.corpus](config.data, self.tokenizer, sizes.length)
         self.valid_blocks = self.corpus.valid(config.valid_blocks)
 
         torch.manual_seed(config.seed)
@@ -192,8 +203,9 @@ class Run:
         theirs: Any = None if begin is None else begin.schedule
         if isinstance(mine, nn.Module) and isinstance(theirs, type(mine)):  # learned schedules
             mine.load_state_dict(theirs.state_dict())
-        diffusion.to(resolve_device(config.device))
-        self.state = TrainState(config, diffusion, self.corpus.batches(config.batch_size, seed=config.seed))
+        diffusion.to(self.world.device)
+        batches = self.corpus.batches(config.batch_size * self.world.size, seed=config.seed)
+        self.state = TrainState(config, diffusion, batches, self.world)
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
@@ -208,16 +220,19 @@ class Run:
         state, config = self.state, self.config
         started, before = time.monotonic(), state.elapsed
         with (
-            self.lock,
+            self.lock or nullcontext(),
+            self.world.together(),
             self.signals,
-            Log(self.run_dir, state.step, config) as log,
+            Log(self.run_dir if self.world.first else None, state.step, config) as log,
             progress_bar(self.console) as show,
         ):
             meter = _Meter(started, state.step, before, self._share())
             while True:
-                state.elapsed = before + time.monotonic() - started
+                # the processes stop together, and by one clock
+                seconds, number = self.world.largest([time.monotonic() - started, self.signals.signum or 0])
+                state.elapsed = before + seconds
+                signum = int(number) or None
                 share = self._share()
-                signum = self.signals.signum
                 done = share >= 1 or signum is not None
                 if signum is not None:  # the handler cannot print: it may have interrupted another message
                     self._say(f"{signal.Signals(signum).name}: saving step {state.step:,} and stopping")
@@ -237,11 +252,11 @@ class Run:
 
     def _report(self, log: Log, meter: _Meter, share: float) -> str:
         """Writes the pending steps and the speed; returns the line that shows them."""
-        config, state = self.config, self.state
+        state = self.state
         loss = self._write_steps(log)
         seconds, steps = time.monotonic() - meter.logged_at, state.step - meter.logged_step
         meter.logged_at, meter.logged_step = time.monotonic(), state.step
-        per_step = config.batch_size * config.accumulate * self.valid_blocks[0].numel()
+        per_step = state.sequences_per_step * self.valid_blocks[0].numel()
         speed = steps * per_step / seconds
         log.curves(state.step, {"train/tokens_per_second": speed, "train/tokens": state.step * per_step})
         left = (1 - share) * (state.elapsed - meter.elapsed) / max(share - meter.share, 1e-9)
@@ -281,7 +296,7 @@ class Run:
 
     def _write_steps(self, log: Log) -> float:
         """Writes the pending steps; returns their mean loss. The only place that waits for the device."""
-        values: list[tuple[float, float]] = torch.stack(self.pending).tolist()
+        values: list[tuple[float, float]] = self.world.mean(torch.stack(self.pending)).tolist()
         first = self.state.step - len(values) + 1
         self.pending.clear()
         for step, (loss, norm) in enumerate(values, first):
@@ -304,17 +319,21 @@ class Run:
     def _validate(self, log: Log) -> bool:
         """Scores the averaged weights; returns whether they are the best so far."""
         state = self.state
-        result = elbo(
-            state.ema,
-            self.valid_blocks,
-            draws=self.config.valid_draws,
-            n_bytes=self.corpus.n_bytes(self.valid_blocks),
-            batch_size=self.config.batch_size,
-            # the same noise at each validation: values are comparable, and training's random numbers do not change
-            generator=torch.Generator(state.device).manual_seed(self.config.seed),
-            autocast_dtype=state.autocast_dtype,
-        )
-        state.valid = result.nats_per_token
+        samples: list[str] = []
+        with self.world.gathered(state.ema):
+            result = elbo(
+                state.ema,
+                self.valid_blocks,
+                draws=self.config.valid_draws,
+                n_bytes=self.corpus.n_bytes(self.valid_blocks),
+                batch_size=self.config.batch_size,
+                # the same noise at each validation: values are comparable, and training's random numbers do not change
+                generator=torch.Generator(state.device).manual_seed(self.config.seed),
+                autocast_dtype=state.autocast_dtype,
+            )
+            if self.config.valid_samples and self.world.agreed(bool(log.writers)):
+                samples = self._write_samples()
+        state.valid = self.world.agreed(result.nats_per_token)
         better = math.isfinite(state.valid) and (self.best is None or state.valid < self.best)
         self.best = state.valid if better else self.best
         error = result.standard_error
@@ -326,8 +345,8 @@ class Run:
             }
         )
         log.curves(state.step, {"valid/nats_per_token": state.valid, "valid/bits_per_byte": result.bits_per_byte})
-        if self.config.valid_samples and log.writers:
-            log.texts(state.step, "valid/samples", self._write_samples())
+        if samples:
+            log.texts(state.step, "valid/samples", samples)
         self._say(
             f"step {state.step:,}, {state.elapsed / 60:.1f} min: validation {state.valid:.4f} ± {error:.4f} nats/token"
             f", {result.bits_per_byte:.4f} bits/byte{', the best so far' if better else ''}"
@@ -359,10 +378,12 @@ class Run:
         """Writes the checkpoint of this step, if it does not exist yet, and deletes those no longer kept."""
         if self.state.step == 0:
             return
-        self.lock.check()
+        if self.lock is not None:
+            self.lock.check()
         if self.state.step != self.saved_step:
             self._write_checkpoint(log)
-        prune(self.run_dir, self.config.keep_last)
+        if self.world.first:
+            prune(self.run_dir, self.config.keep_last)
 
     def _write_checkpoint(self, log: Log) -> None:
         state = self.state
@@ -371,16 +392,22 @@ class Run:
         values = state.state_dict()
         tensors = {name: values.pop(name) for name in TENSOR_FILES}
         values["valid"] = None if state.valid is None else finite(state.valid)
-        save_checkpoint(self.run_dir, values.pop("step"), tensors, values, self.config, self.tokenizer.files())
+        if self.world.first:
+            save_checkpoint(self.run_dir, values.pop("step"), tensors, values, self.config, self.tokenizer.files())
         self.saved_step = state.step
 
     def _last_checkpoint(self) -> Path | None:
         """The checkpoint to resume, None if there is none. Reports damaged checkpoints and changed options."""
-        checkpoint, damaged = set_damaged_aside(self.run_dir)
-        for line in damaged:
-            self._say(line)
-        if checkpoint is None:
+        name = None
+        if self.world.first:
+            whole, damaged = set_damaged_aside(self.run_dir)
+            for line in damaged:
+                self._say(line)
+            name = None if whole is None else whole.name
+        name = self.world.agreed(name)
+        if name is None:
             return None
+        checkpoint = self.run_dir / "checkpoints" / name
         saved = read_config(checkpoint)
         config = self.config = with_sizes(self.config, saved.model)
         self.tokenizer = read_tokenizer(checkpoint, saved)
@@ -397,10 +424,7 @@ class Run:
         return checkpoint
 
     def _restore(self, checkpoint: Path) -> None:
-        device = self.state.device
-        tensors = {
-            name: read_tensors(checkpoint, name, None, "cpu" if name == "rng" else device) for name in TENSOR_FILES
-        }
+        tensors = {name: read_tensors(checkpoint, name, None, self.state.device) for name in TENSOR_FILES}
         saved = read_state(checkpoint)
         if not self.state.load_state_dict({**saved, **tensors}, checkpoint):
             self._say(f"was trained on {saved['device']}: continues with other random numbers")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -19,6 +20,7 @@ from sedd.network import compile_network
 from sedd.runtime import autocast_dtype
 from sedd.training.checkpoint import load_weights, stored_name
 from sedd.training.learning_rate import learning_rate_factor
+from sedd.training.parallel import World, divided, local, whole
 
 __all__ = ["Pace", "TrainState"]
 
@@ -49,11 +51,15 @@ class Pace:
 class TrainState:
     """A training run in memory: takes steps, and turns into a dictionary of tensors and plain values and back.
 
+    With several processes, all of them call the same methods at the same time.
+
     Attributes:
         diffusion: the model that is trained.
         ema: the moving average of its parameters, in evaluation mode.
         optimizer: AdamW.
-        generator: random numbers of times and noise.
+        model: the module whose call computes the training loss: ``diffusion``, or a wrapper that averages gradients.
+        generator: random numbers of times and noise; they depend on the seed, the step, and the place of a sequence in
+            the batch of the step, and on nothing before.
         batches: the training data, and the position in it.
         step: optimiser steps taken.
         elapsed: seconds of training, those before a resumption included.
@@ -62,19 +68,26 @@ class TrainState:
 
     Args:
         config: options of the run.
-        diffusion: a new model on its device.
-        batches: training batches.
+        diffusion: a new model on its device, the same in all processes.
+        batches: training batches of ``config.batch_size`` sequences for each process.
+        world: the processes.
     """
 
-    def __init__(self, config: TrainConfig, diffusion: Diffusion, batches: Batches) -> None:
+    def __init__(self, config: TrainConfig, diffusion: Diffusion, batches: Batches, world: World) -> None:
         self.config = config
         self.diffusion = diffusion
+        self.world = world
         self.device = diffusion.device
         self.autocast_dtype = autocast_dtype(config.precision, self.device)
-        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        self.generator = torch.Generator(self.device)
         self.ema = copy.deepcopy(diffusion).eval().requires_grad_(False)
+        network: Any = diffusion.network
+        network.activation_checkpointing = config.activation_checkpointing
         if config.compile:
-            compile_network(diffusion.network)
+            compile_network(network)
+        for module in (diffusion, self.ema):
+            world.shard(module)
+        self.model = world.wrap(diffusion)
         self.optimizer = torch.optim.AdamW(
             diffusion.parameters(),
             lr=config.lr,
@@ -107,65 +120,81 @@ class TrainState:
         """Takes one optimiser step on ``accumulate`` batches.
 
         Returns:
-            Loss in nats per token, and norm of the gradient before clipping: [2], float32, on the device.
+            Loss of this process in nats per token, and norm of the gradient before clipping: [2], float32, on the
+            device. The mean of the loss over the processes is the loss of the step.
         """
         config = self.config
         self.diffusion.train()
         total = self._backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.diffusion.parameters(), config.clip)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.diffusion.parameters(), config.clip))
         self.step += 1
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         decay = min(config.ema, (1 + self.step) / (10 + self.step))
-        get_ema_multi_avg_fn(decay)(list(self.ema.parameters()), list(self.diffusion.parameters()), None)
+        get_ema_multi_avg_fn(decay)(local(self.ema.parameters()), local(self.diffusion.parameters()), None)
         self.valid = None
-        return torch.stack((total, norm.detach()))
+        return torch.stack((total, norm))
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences that all processes together take in an optimiser step."""
+        return self.config.batch_size * self.config.accumulate * self.world.size
 
     def _backward(self) -> Tensor:
         """Accumulates the gradients of one step; returns its loss."""
-        config = self.config
-        count = config.batch_size * config.accumulate
-        times = sample_times(
-            count, self.diffusion.objective.earliest_time, antithetic=config.antithetic, generator=self.generator
-        )
+        config, world, size = self.config, self.world, self.config.batch_size
+        count = self.sequences_per_step
         total = torch.zeros((), device=self.device)
         for part in range(config.accumulate):
-            tokens = next(self.batches).to(self.device)
-            part_times = times[part :: config.accumulate]  # every part sees times from all over (0, 1]
-            with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-                losses = self.diffusion(
-                    tokens,
-                    part_times,
-                    scale=1 / (count * tokens[0].numel()),
-                    fused=config.fused_head,
-                    generator=self.generator,
-                )
-            loss = losses.sum()
-            loss.backward()
+            first = (part * world.size + world.rank) * size  # place in the batch of the step
+            tokens = next(self.batches)[world.rank * size :][:size].to(self.device)
+            self._seed(first)
+            times = sample_times(
+                count, self.diffusion.objective.earliest_time, antithetic=config.antithetic, generator=self.generator
+            )
+            autocast = torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+            with world.synchronize(self.model, last=part == config.accumulate - 1):
+                with autocast:
+                    losses = self.model(
+                        tokens,
+                        times[first : first + size],
+                        # gradients are averaged over the processes
+                        scale=world.size / (count * tokens[0].numel()),
+                        fused=config.fused_head,
+                        generator=self.generator,
+                        first=first,
+                        count=count,
+                    )
+                    loss = losses.sum()
+                loss.backward()
             total += loss.detach()
         return total
+
+    def _seed(self, first: int) -> None:
+        """Seeds times and noise by the step, and dropout by the step and the place of the sequences in its batch."""
+        numbers = np.random.SeedSequence([self.config.seed, self.step, first]).generate_state(1, np.uint64)
+        torch.manual_seed(int(numbers[0] >> np.uint64(1)))
+        numbers = np.random.SeedSequence([self.config.seed, self.step]).generate_state(1, np.uint64)
+        self.generator.manual_seed(int(numbers[0] >> np.uint64(1)))
 
     def state_dict(self) -> dict[str, Any]:
         """The content of a checkpoint: dictionaries of tensors, and plain values.
 
-        ``model``, ``ema``, ``optimizer`` and ``rng`` are dictionaries of tensors by name. The rest is JSON-ready.
+        ``model``, ``ema`` and ``optimizer`` are dictionaries of whole tensors by name. The rest is JSON-ready.
         """
-        rng = {"cpu": torch.get_rng_state(), "generator": self.generator.get_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
         moments = {
-            f"{stored_name(name)}/{key}": value
+            f"{stored_name(name)}/{key}": whole(value)
             for name, parameter in self.diffusion.named_parameters()
             for key, value in self.optimizer.state[parameter].items()
         }
         return {
-            "model": {stored_name(name): value for name, value in self.diffusion.state_dict().items()},
-            "ema": {stored_name(name): value for name, value in self.ema.state_dict().items()},
+            "model": {stored_name(name): whole(value) for name, value in self.diffusion.state_dict().items()},
+            "ema": {stored_name(name): whole(value) for name, value in self.ema.state_dict().items()},
             "optimizer": moments,
-            "rng": rng,
             "step": self.step,
+            "sequences_per_step": self.sequences_per_step,
             "valid": self.valid,
             "elapsed": self.elapsed,
             "seconds_per_step": self.pace.seconds_per_step,
@@ -185,29 +214,32 @@ class TrainState:
             training continues with other random numbers.
 
         Raises:
-            ValueError: tensors or data are not those of this run.
+            ValueError: tensors or data are not those of this run, or a step would take another number of sequences.
         """
+        saved = state.get("sequences_per_step", self.config.batch_size * self.config.accumulate)
+        if saved != self.sequences_per_step:
+            raise ValueError(
+                f"batch_size: expected {saved} sequences per optimiser step as before, got {self.sequences_per_step}: "
+                f"batch_size {self.config.batch_size} * accumulate {self.config.accumulate} * {self.world.size} "
+                "processes; set --batch_size or --accumulate"
+            )
         for module, name in ((self.diffusion, "model"), (self.ema, "ema")):
-            load_weights(module, state[name], path / f"{name}.safetensors")
+            like = {stored_name(key): value for key, value in module.state_dict().items()}
+            tensors = {key: divided(value, like[key]) if key in like else value for key, value in state[name].items()}
+            load_weights(module, tensors, path / f"{name}.safetensors")
+        parameters = {stored_name(name): value for name, value in self.diffusion.named_parameters()}
         indices = {stored_name(name): i for i, (name, _) in enumerate(self.diffusion.named_parameters())}
         by_index: dict[int, dict[str, Tensor]] = {}
         for key, value in state["optimizer"].items():
             name, _, moment = key.rpartition("/")
+            value = divided(value, parameters[name]) if value.dim() else value
             by_index.setdefault(indices[name], {})[moment] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": by_index})
-        rng = state["rng"]
-        torch.set_rng_state(rng["cpu"])
-        same_device: bool = state["device"] == self.device.type
-        if same_device:
-            self.generator.set_state(rng["generator"])
-            if "cuda" in rng:
-                torch.cuda.set_rng_state(rng["cuda"], self.device)
-        else:
-            self.generator.manual_seed(self.config.seed + state["step"])
         try:
             self.batches.load_state_dict(state["data"])
         except ValueError as error:
             raise ValueError(f"{path / 'state.json'}: data: {error}") from error
         self.step, self.elapsed, self.valid = state["step"], state["elapsed"], state["valid"]
         self.pace = Pace(self.step, self.elapsed, state.get("seconds_per_step", 0.0))
+        same_device: bool = state["device"] == self.device.type
         return same_device

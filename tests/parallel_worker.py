@@ -1,0 +1,20 @@
+"""Trains several runs one after another in one process group; started by torchrun from test_parallel.py.
+
+The argument is a JSON file with a list of command lines of ``sedd``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from sedd.cli import main
+
+if __name__ == "__main__":
+    codes = [main(words) for words in json.loads(Path(sys.argv[1]).read_text())]
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(max(codes))

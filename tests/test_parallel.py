@@ -1,0 +1,279 @@
+"""Training on several processes: the same numbers as on one, whatever the engine, and one run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+pytest.importorskip("tensorboard")
+
+from sedd.cli import main
+from sedd.config import TrainConfig
+from sedd.diffusion import Diffusion, get_schedule
+from sedd.diffusion.objectives import OBJECTIVES, get_objective, sample_times
+from sedd.network import DiffusionTransformer, ModelConfig
+from sedd.training.checkpoint import list_checkpoints, read_tensors
+
+WORKER = Path(__file__).with_name("parallel_worker.py")
+PROCESS = {"udlm": "uniform", "gidd": "hybrid"}
+SIZES = ModelConfig(16, 1, 2, 8, 8, 0.0)
+SEQUENCES = 12
+"""Of an optimiser step, however it is divided."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = tmp_path_factory.mktemp("text") / "text.txt"
+    source.write_text("".join(f"the cat {i} sat on the mat {i * i}\n" for i in range(500)))
+    return source
+
+
+def options(run: Path, source: Path, objective: str = "score_entropy", processes: int = 1, **more: Any) -> list[str]:
+    """A command line of a small run whose steps have 12 sequences."""
+    accumulate = more.pop("accumulate", 1)
+    values: dict[str, Any] = {
+        "run_dir": run,
+        "data.source": source,
+        "objective": objective,
+        "process": PROCESS.get(objective, "absorbing"),
+        "batch_size": SEQUENCES // processes // accumulate,
+        "accumulate": accumulate,
+        "steps": 20,
+        "lr": 1e-2,
+        "warmup": 5,
+        "log_every": 3,
+        "valid_every": 10,
+        "valid_blocks": 4,
+        "report_to": "none",
+        "precision": "fp32",
+        "model.hidden_size": 16,
+        "model.n_blocks": 2,
+        "model.n_heads": 2,
+        "model.cond_dim": 8,
+        "model.length": 16,
+        **more,
+    }
+    return ["train", *(f"--{name}={value}" for name, value in values.items())]
+
+
+def torchrun(processes: int, *words: str, **run: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, **run)
+
+
+def train_together(folder: Path, processes: int, lines: list[list[str]]) -> None:
+    (folder / f"lines{processes}.json").write_text(json.dumps(lines))
+    done = torchrun(processes, str(WORKER), str(folder / f"lines{processes}.json"))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def difference(run: Path, other: Path) -> float:
+    """The largest relative difference between the numbers of two runs."""
+    left, right = rows(run), rows(other)
+    assert [row.keys() for row in left] == [row.keys() for row in right]
+    return max(
+        abs(mine[key] - yours[key]) / max(abs(yours[key]), 1e-3)
+        for mine, yours in zip(left, right, strict=True)
+        for key in mine
+    )
+
+
+WAYS = {  # name: processes and options
+    "ddp": (2, {"parallel.data": "ddp"}),
+    "ddp, accumulated": (2, {"parallel.data": "ddp", "accumulate": 3}),
+    "fsdp": (2, {"parallel.data": "fsdp"}),
+    "fsdp, accumulated": (2, {"parallel.data": "fsdp", "accumulate": 3, "activation_checkpointing": True}),
+}
+
+
+def test_one_run_on_two_processes(source: Path, tmp_path: Path) -> None:
+    """Losses, gradient norms, validations and weights are those of one process."""
+    objectives = ("score_entropy", "genmd4", "implicit_score_entropy")
+    lines = []
+    for objective in objectives:
+        assert main(options(tmp_path / objective, source, objective)) == 0
+        for way, (processes, more) in WAYS.items():
+            lines.append(options(tmp_path / f"{objective}, {way}", source, objective, processes, **more))
+    train_together(tmp_path, 2, lines)
+    for objective in objectives:
+        for way in WAYS:
+            assert difference(tmp_path / f"{objective}, {way}", tmp_path / objective) < 1e-4, (objective, way)
+            ours, theirs = (
+                read_tensors(list_checkpoints(run)[-1], "ema", None)
+                for run in (tmp_path / f"{objective}, {way}", tmp_path / objective)
+            )
+            for name, tensor in theirs.items():
+                torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
+    assert {path.name for path in (tmp_path / "genmd4, fsdp").iterdir()} == {
+        path.name for path in (tmp_path / "genmd4").iterdir()
+    }
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_loss_of_a_batch_is_that_of_its_parts(objective: str) -> None:
+    """Noise and sampled neighbours belong to the place of a sequence in the batch."""
+    config = TrainConfig(objective=objective, process=PROCESS.get(objective, "absorbing"))  # type: ignore[arg-type]
+    process, kind = config.make_process(5), get_objective(objective)
+    torch.manual_seed(0)
+    network = DiffusionTransformer(dataclasses.replace(SIZES, causal=kind.autoregressive), process.dim)
+    torch.nn.init.normal_(network.output_layer.linear.weight)
+    diffusion = Diffusion(network, process, get_schedule("loglinear"), kind, kind.parameterization(network.config))
+    x_0, t = torch.randint(5, (SEQUENCES, 8)), sample_times(SEQUENCES)
+
+    def loss(first: int, last: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(7)
+        part = slice(first, last)
+        return diffusion(x_0[part], t[part], generator=generator, first=first, count=SEQUENCES).detach()
+
+    whole = loss(0, SEQUENCES)
+    torch.testing.assert_close(torch.cat([loss(0, 3), loss(3, 4), loss(4, SEQUENCES)]), whole, rtol=1e-4, atol=1e-5)
+    assert len(whole.unique()) > SEQUENCES / 2  # those without noise have no loss
+
+
+@pytest.mark.costly("python/sedd/training", "python/sedd/diffusion", "python/sedd/network.py", "sedd_ext", "csrc")
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_objective_and_engine(processes: int, source: Path, tmp_path: Path) -> None:
+    ways: dict[str, dict[str, Any]] = {name: {"parallel.data": name} for name in ("ddp", "fsdp")}
+    ways["hsdp"] = {"parallel.data": "hsdp", "parallel.shard": 2}
+    lines = []
+    for objective in OBJECTIVES:
+        long = {"steps": 200, "valid_every": 200, "lr": 1e-3}
+        assert main(options(tmp_path / objective, source, objective, **long)) == 0
+        for way, more in ways.items():
+            folder = tmp_path / f"{objective}, {way}"
+            lines.append(options(folder, source, objective, processes, **long, **more))
+    train_together(tmp_path, processes, lines)
+    largest = {
+        f"{objective}, {way}": difference(tmp_path / f"{objective}, {way}", tmp_path / objective)
+        for objective in OBJECTIVES
+        for way in ways
+    }
+    print("\n".join(f"{processes} processes, {name}: {value:.1e}" for name, value in largest.items()))
+    assert max(largest.values()) < 1e-2, largest
+
+
+def test_another_number_of_processes_continues_a_run(source: Path, tmp_path: Path) -> None:
+    assert main(options(tmp_path / "whole", source, steps=16, checkpoint_every=4)) == 0
+    run = tmp_path / "run"
+    for steps, processes, more in (
+        (4, 4, {"parallel.data": "fsdp"}),
+        (8, 3, {}),
+        (12, 2, {"parallel.data": "fsdp", "accumulate": 2}),
+    ):
+        line = options(run, source, "score_entropy", processes, steps=steps, checkpoint_every=4, **more)
+        done = torchrun(processes, "-m", "sedd", *line, *(["--resume"] if run.exists() else []))
+        assert done.returncode == 0, done.stderr[-3000:]
+    line = options(run, source, steps=16, checkpoint_every=4, **{"parallel.data": "ddp"})
+    assert main([*line, "--resume"]) == 0
+    losses, wanted = ([row["loss"] for row in rows(path) if "loss" in row] for path in (run, tmp_path / "whole"))
+    assert losses == pytest.approx(wanted, rel=1e-4)
+
+
+def test_another_batch_is_refused(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(options(tmp_path / "run", source, steps=2)) == 0
+    capsys.readouterr()
+    assert main([*options(tmp_path / "run", source, steps=4, processes=2), "--resume"]) == 2
+    assert "batch_size: expected 12 sequences per optimiser step as before, got 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", ["ddp", "fsdp"])
+def test_a_signal_to_one_process_stops_all_of_them(data: str, source: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    line = options(run, source, processes=2, steps=100_000, valid_every=100_000, **{"parallel.data": data})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "sedd", *line]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while len(rows(run)) < 20 if (run / "metrics.jsonl").exists() else True:
+            assert time.monotonic() < deadline
+            assert started.poll() is None, started.stderr.read() if started.stderr else ""
+            time.sleep(0.2)
+        children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+        workers = [pid for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+        os.kill(int(workers[0]), signal.SIGTERM)
+        _, messages = started.communicate(timeout=120)
+    finally:
+        started.kill()
+    assert "SIGTERM: saving step" in messages
+    last = int(list_checkpoints(run)[-1].name[5:])
+    assert f"stopped by SIGTERM at step {last:,}" in messages
+    assert rows(run)[-1]["step"] == last
+
+
+def test_a_process_that_dies_is_started_again_from_the_last_checkpoint(source: Path, tmp_path: Path) -> None:
+    """torchrun does it; the second process kills itself once, after a checkpoint."""
+    run, code = tmp_path / "run", tmp_path / "dies.py"
+    line = options(run, source, processes=2, steps=40, checkpoint_every=10)
+    code.write_text(
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from sedd.cli import main\n"
+        "from sedd.training.state import TrainState\n"
+        "step = TrainState.train_step\n"
+        "def dies(self):\n"
+        f"    mark = Path({str(tmp_path / 'died')!r})\n"
+        "    if os.environ['RANK'] == '1' and self.step == 15 and not mark.exists():\n"
+        "        mark.touch()\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(self)\n"
+        "TrainState.train_step = dies\n"
+        f"sys.exit(main({line!r}))\n"
+    )
+    done = torchrun(2, "--max-restarts=1", str(code))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "died").exists()
+    assert "sedd: error: the connection to another process of this run was lost" in done.stderr
+    assert f"resuming {run} at step 10" in done.stderr
+    assert main(options(tmp_path / "whole", source, steps=40, checkpoint_every=10)) == 0
+    assert difference(run, tmp_path / "whole") < 1e-4
+
+
+def test_mistakes_are_told_once_or_by_the_process_that_has_them(source: Path, tmp_path: Path) -> None:
+    line = options(tmp_path / "run", source, processes=2, **{"parallel.data": "hsdp", "parallel.shard": 3})
+    done = torchrun(2, "-m", "sedd", *line)
+    assert done.returncode == 1
+    assert re.search(r"parallel.shard: expected a divisor of the number of processes, 2, got 3", done.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--parallel.shard 0", "parallel.shard: expected at least 1, got 0"),
+        ("--parallel.shard 2", "parallel.shard: expected --parallel.data hsdp with it, got ddp"),
+        ("--parallel.data dp", "parallel.data"),
+    ],
+)
+def test_options_that_do_not_fit(words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--run_dir", str(tmp_path / "run"), *words.split()]) == 2
+    assert message in re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 12, 64, 97, 512])
+def test_any_consecutive_times_are_spread(count: int) -> None:
+    times = sample_times(count, 0.0, generator=torch.Generator().manual_seed(1))
+    gaps = times.sort().values.diff()
+    torch.testing.assert_close(gaps, torch.full_like(gaps, 1 / count))
+    for first in range(0, count - 8, 5):
+        part = times[first : first + 8].sort().values
+        around = torch.cat([part.diff(), part[:1] + 1 - part[-1:]])
+        assert float(around.max()) < 3 / 8
