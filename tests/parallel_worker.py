@@ -9,12 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
 from sedd.cli import main
 
 if __name__ == "__main__":
     codes = [main(words) for words in json.loads(Path(sys.argv[1]).read_text())]
-    if dist.is_initialized():
-        dist.destroy_process_group()
     sys.exit(max(codes))

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +171,17 @@ def test_every_objective_and_engine(processes: int, source: Path, tmp_path: Path
     assert max(largest.values()) < 1e-2, largest
 
 
+def test_embedding_and_head_are_gathered_once_a_step(source: Path, tmp_path: Path) -> None:
+    """Two blocks, gathered for each forward and each backward pass, and once all the rest; gradients go out once."""
+    done = torchrun(2, str(WORKER.with_name("parallel_counts.py")), str(source), str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line.split() for line in done.stdout.splitlines()] == [
+        ["fsdp", "1", str(1 + 2 * 2), "3", "0"],
+        ["fsdp", "3", str(1 + 3 * 2 * 2), "3", "0"],
+        ["ddp", "3", "0", "0", "1"],
+    ]
+
+
 def test_another_number_of_processes_continues_a_run(source: Path, tmp_path: Path) -> None:
     assert main(options(tmp_path / "whole", source, steps=16, checkpoint_every=4)) == 0
     run = tmp_path / "run"
@@ -193,29 +206,75 @@ def test_another_batch_is_refused(source: Path, tmp_path: Path, capsys: pytest.C
     assert "batch_size: expected 12 sequences per optimiser step as before, got 6" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("data", ["ddp", "fsdp"])
-def test_a_signal_to_one_process_stops_all_of_them(data: str, source: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    line = options(run, source, processes=2, steps=100_000, valid_every=100_000, **{"parallel.data": data})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "sedd", *line]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    try:
+@pytest.fixture
+def started(source: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts a long run on two processes, in a process group of its own, and waits until it takes steps."""
+    running: list[subprocess.Popen[str]] = []
+
+    def start(run: Path, **more: Any) -> subprocess.Popen[str]:
+        line = options(run, source, processes=2, steps=100_000, valid_every=100_000, **more)
+        words = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "-m",
+            "sedd",
+            *line,
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+        running.append(process)
         deadline = time.monotonic() + 120
-        while len(rows(run)) < 20 if (run / "metrics.jsonl").exists() else True:
+        while not (run / "metrics.jsonl").exists() or len(rows(run)) < 8:
             assert time.monotonic() < deadline
-            assert started.poll() is None, started.stderr.read() if started.stderr else ""
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
             time.sleep(0.2)
-        children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
-        workers = [pid for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
-        os.kill(int(workers[0]), signal.SIGTERM)
-        _, messages = started.communicate(timeout=120)
-    finally:
-        started.kill()
-    assert "SIGTERM: saving step" in messages
+        return process
+
+    yield start
+    for process in running:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def children_of(process: subprocess.Popen[str]) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def check_stopped(run: Path, name: str, messages: str) -> None:
+    assert f"{name}: saving step" in messages
     last = int(list_checkpoints(run)[-1].name[5:])
-    assert f"stopped by SIGTERM at step {last:,}" in messages
+    assert f"stopped by {name} at step {last:,}" in messages
     assert rows(run)[-1]["step"] == last
+    assert "Traceback" not in messages.partition("stopped by")[0]
+
+
+@pytest.mark.parametrize("data", ["ddp", "fsdp"])
+def test_a_signal_to_one_process_stops_all_of_them(
+    data: str, started: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    process = started(tmp_path / "run", **{"parallel.data": data})
+    (second,) = [
+        pid for pid in children_of(process) if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    ]
+    os.kill(second, signal.SIGTERM)
+    check_stopped(tmp_path / "run", "SIGTERM", process.communicate(timeout=120)[1])
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_comes_twice(name: str, started: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    """As Slurm does it: each process gets the signal, and then that which torchrun passes on.
+
+    Steps take long enough for the second signal to come before the checkpoint is written.
+    """
+    process = started(tmp_path / "run", **{"model.length": 512, "model.hidden_size": 128, "log_every": 1})
+    for _ in range(2):
+        for pid in children_of(process):
+            os.kill(pid, getattr(signal, name))
+        time.sleep(0.05)
+    check_stopped(tmp_path / "run", name, process.communicate(timeout=120)[1])
 
 
 def test_a_process_that_dies_is_started_again_from_the_last_checkpoint(source: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ first process alone writes files. Decisions that depend on the clock or on signa
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -199,6 +200,12 @@ def _join(device: torch.device) -> None:
     # torchrun may keep the store when it starts the processes again; the addresses of those that ended are in it
     attempt = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT') or 0}", store)
     dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=TIMEOUT)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def is_first() -> bool:
@@ -221,4 +228,4 @@ def divided(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, which all processes have, divided as another one is."""
     if not isinstance(like, DTensor):
         return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(tensor, like.device_mesh, like.placements)

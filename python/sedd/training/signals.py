@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -15,8 +16,9 @@ __all__ = ["StopSignals"]
 class StopSignals:
     """A context in which the first SIGTERM, SIGHUP or Ctrl-C is recorded instead of ending the process.
 
-    A second SIGTERM or Ctrl-C has its usual effect. A second SIGHUP is ignored: when a terminal closes, the kernel and
-    the shell may both send one. If SIGHUP was ignored before (nohup), it stays ignored.
+    A second SIGTERM or Ctrl-C has its usual effect, except under torchrun, which passes on signals that the
+    process may have received already. A second SIGHUP is ignored: when a terminal closes, the kernel and the shell
+    may both send one. If SIGHUP was ignored before (nohup), it stays ignored.
 
     Attributes:
         signum: the signal that arrived, None if there was none.
@@ -51,7 +53,11 @@ class StopSignals:
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
-        self._restore()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            for number in self._previous:  # at no moment may the second one kill the process
+                signal.signal(number, signal.SIG_IGN)
+        else:
+            self._restore()
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         if signum == signal.SIGHUP and self._on_terminal:
             self._console.quiet = True
