@@ -7,21 +7,21 @@ part.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from sedd.diffusion.diffusion import Diffusion, LossOptions, Objective
 from sedd.network import KeyValueCache, Network
-from sedd_ext import RankOne
+from sedd_ext import RankOne, linear_mean_prediction_loss
 
 __all__ = ["Autoregressive", "Reader"]
 
-CHUNK = 2**24
-"""Logits that the chunked loss holds at a time: 64 MB in float32."""
+EVEN = math.log(2)
+"""The total noise at which half of the tokens are masked. There, the loss of a masked token is its cross-entropy."""
 
 
 class _CausalNetwork(Network, Protocol):
@@ -53,13 +53,18 @@ class Autoregressive(Objective):
         """See :meth:`sedd.diffusion.Diffusion.loss`. ``x_t`` and ``t`` are ignored."""
         network, n = diffusion.network, diffusion.process.dim - 1
         hidden = network.hidden(_delayed(x_0, n), _no_noise(x_0))[:, options.given :]
-        rows, target = hidden.flatten(0, 1), x_0[:, options.given :].flatten()
+        target = x_0[:, options.given :]
         head = network.head_parameters() if options.fused else None
         if head is None:
-            nats = _nats(network.head(rows)[:, :n], target)
+            logits = network.head(hidden)[..., :n].flatten(0, 1)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            nats = options.scale * F.cross_entropy(logits, target.flatten(), reduction="none").view(target.shape)
         else:
-            nats = _chunked_nats(rows, head[0][:n], None if head[1] is None else head[1][:n], target)
-        return (options.scale * nats.view(len(x_0), -1).sum(1)).float()
+            masks = torch.full_like(target, n)
+            nats = linear_mean_prediction_loss(
+                hidden, *head, masks, target, EVEN, diffusion.process, loss_weight=options.scale
+            )
+        return nats.sum(1).float()
 
 
 class Reader:
@@ -102,22 +107,3 @@ def _delayed(x_0: Tensor, mask_id: int) -> Tensor:
 def _no_noise(x_0: Tensor) -> Tensor:
     """A total noise for a network that ignores it."""
     return torch.ones(1, device=x_0.device)
-
-
-def _nats(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy [R] of logits [R, n], float32 or float64."""
-    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), target, reduction="none")
-
-
-def _chunked_nats(rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
-    """Cross entropy [R] of a linear head for states [R, d]; backward computes the logits of each chunk again."""
-
-    def nats(rows: Tensor, target: Tensor) -> Tensor:
-        return _nats(F.linear(rows, weight, bias), target)
-
-    size = max(1, CHUNK // len(weight))
-    parts = [
-        checkpoint(nats, *part, use_reentrant=False, preserve_rng_state=False)
-        for part in zip(rows.split(size), target.split(size), strict=True)
-    ]
-    return torch.cat(parts)
