@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -149,26 +150,28 @@ def test_the_loss_of_a_batch_is_that_of_its_parts(objective: str) -> None:
     assert len(whole.unique()) > SEQUENCES / 2  # those without noise have no loss
 
 
-@pytest.mark.costly("python/sedd/training", "python/sedd/diffusion", "python/sedd/network.py", "sedd_ext", "csrc")
-@pytest.mark.parametrize("processes", [2, 4])
-def test_every_objective_and_engine(processes: int, source: Path, tmp_path: Path) -> None:
-    ways: dict[str, dict[str, Any]] = {name: {"parallel.data": name} for name in ("ddp", "fsdp")}
-    ways["hsdp"] = {"parallel.data": "hsdp", "parallel.shard": 2}
-    lines = []
+@pytest.mark.costly("python/sedd/training/parallel.py", "python/sedd/training/state.py", "python/sedd/diffusion")
+@pytest.mark.timeout(1800)
+def test_every_objective_for_200_steps(source: Path, tmp_path: Path) -> None:
+    """Rounding grows from step to step, most where single terms of the loss are huge."""
+    long = {"steps": 200, "valid_every": 200, "lr": 1e-3}
     for objective in OBJECTIVES:
-        long = {"steps": 200, "valid_every": 200, "lr": 1e-3}
         assert main(options(tmp_path / objective, source, objective, **long)) == 0
-        for way, more in ways.items():
-            folder = tmp_path / f"{objective}, {way}"
-            lines.append(options(folder, source, objective, processes, **long, **more))
-    train_together(tmp_path, processes, lines)
-    largest = {
-        f"{objective}, {way}": difference(tmp_path / f"{objective}, {way}", tmp_path / objective)
-        for objective in OBJECTIVES
-        for way in ways
-    }
-    print("\n".join(f"{processes} processes, {name}: {value:.1e}" for name, value in largest.items()))
-    assert max(largest.values()) < 1e-2, largest
+    runs: list[tuple[str, str]] = []
+    for processes, engines, objectives in (
+        (2, ("ddp", "fsdp"), tuple(OBJECTIVES)),
+        (4, ("ddp", "fsdp", "hsdp"), ("score_entropy", "genmd4")),
+    ):
+        lines = []
+        for objective, data in itertools.product(objectives, engines):
+            more = {"parallel.data": data, **({"parallel.shard": 2} if data == "hsdp" else {})}
+            runs.append((objective, f"{objective}, {data}, {processes} processes"))
+            lines.append(options(tmp_path / runs[-1][1], source, objective, processes, **long, **more))
+        train_together(tmp_path, processes, lines)
+    largest = {name: difference(tmp_path / name, tmp_path / objective) for objective, name in runs}
+    print("\n".join(f"{name}: {value:.1e}" for name, value in largest.items()))
+    for objective, name in runs:
+        assert largest[name] < (1e-2 if objective in ("udlm", "concrete_score") else 2e-4), name
 
 
 def test_embedding_and_head_are_gathered_once_a_step(source: Path, tmp_path: Path) -> None:
