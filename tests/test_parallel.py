@@ -202,8 +202,18 @@ def test_another_number_of_processes_continues_a_run(source: Path, tmp_path: Pat
     assert losses == pytest.approx(wanted, rel=1e-4)
 
 
-def test_another_batch_is_refused(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("earlier", [False, True])
+def test_another_batch_is_refused(
+    earlier: bool, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoints of earlier versions do not hold the number; their options do."""
     assert main(options(tmp_path / "run", source, steps=2)) == 0
+    if earlier:
+        (checkpoint,) = list_checkpoints(tmp_path / "run")
+        state = json.loads((checkpoint / "state.json").read_text())
+        for name in ("sha256", "seconds_per_step", "sequences_per_step"):
+            del state[name]
+        (checkpoint / "state.json").write_text(json.dumps(state))
     capsys.readouterr()
     assert main([*options(tmp_path / "run", source, steps=4, processes=2), "--resume"]) == 2
     assert "batch_size: expected 12 sequences per optimiser step as before, got 6" in capsys.readouterr().err

@@ -179,7 +179,7 @@ class World:
     def largest(self, values: list[float]) -> list[float]:
         """The largest of each value over the processes in the previous call, so that no process waits for this one.
 
-        The first call returns its own values; all processes get the same from the second call on.
+        The first call returns zeros. With one process, each call returns its own values.
         """
         if self.size == 1:
             return values

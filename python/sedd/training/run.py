@@ -425,7 +425,8 @@ class Run:
 
     def _restore(self, checkpoint: Path) -> None:
         tensors = {name: read_tensors(checkpoint, name, None, self.state.device) for name in TENSOR_FILES}
-        saved = read_state(checkpoint)
+        saved, then = read_state(checkpoint), read_config(checkpoint)
+        saved.setdefault("sequences_per_step", then.batch_size * then.accumulate)  # runs of earlier versions
         if not self.state.load_state_dict({**saved, **tensors}, checkpoint):
             self._say(f"was trained on {saved['device']}: continues with other random numbers")
         self.saved_step = self.state.step

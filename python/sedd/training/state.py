@@ -216,7 +216,7 @@ class TrainState:
         Raises:
             ValueError: tensors or data are not those of this run, or a step would take another number of sequences.
         """
-        saved = state.get("sequences_per_step", self.config.batch_size * self.config.accumulate)
+        saved = state["sequences_per_step"]
         if saved != self.sequences_per_step:
             raise ValueError(
                 f"batch_size: expected {saved} sequences per optimiser step as before, got {self.sequences_per_step}: "
