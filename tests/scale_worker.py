@@ -1,0 +1,121 @@
+"""Measures optimiser steps of several processes; started by torchrun from test_scale.py.
+
+The arguments are files with the options of runs. The first process prints a line of JSON for each.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sedd.config import load_config
+from sedd.training.parallel import local
+from sedd.training.run import Run
+from sedd_ext import linear_score_entropy
+
+KINDS = {
+    "allreduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "broadcast_": "broadcast",
+}
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives in its block by kind and by bytes of the largest tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            size = max(value.nbytes for value in tree_leaves(args) if isinstance(value, Tensor))
+            self.counts[KINDS[func.__name__.split(".")[0]], size] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Memory(TorchDispatchMode):
+    """The most bytes that tensors hold after an operator in its block, those of ``tensors`` included.
+
+    Temporary memory inside an operator is left out, except in the fused head.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.peak = 0
+        self.storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.add(tensors)
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self.storages[storage._cdata] = weakref.ref(storage)
+        storages = {key: reference() for key, reference in self.storages.items()}
+        self.storages = {key: self.storages[key] for key, storage in storages.items() if storage is not None}
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in storages.values() if storage is not None))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.sedd_ext.linear_score_entropy.default:
+            with self:
+                out: Any = linear_score_entropy._forward(*args)
+        else:
+            out = func(*args, **(kwargs or {}))
+        self.add(value for value in tree_leaves(out) if type(value) in (Tensor, nn.Parameter))
+        return out
+
+
+def size(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the memory that tensors share or have."""
+    storages = [tensor.untyped_storage() for tensor in local(tensors)]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def measured(run: Run) -> dict[str, Any]:
+    """What the steps of a run need, once DDP has made its buckets again and the optimiser has its state."""
+    state = run.state
+    parameters, optimizer = list(state.diffusion.parameters()), state.optimizer
+    step, gradients = optimizer.step, list[Tensor]()
+
+    def watched() -> None:
+        gradients[:] = local(parameter.grad for parameter in parameters if parameter.grad is not None)
+        step()
+
+    optimizer.step = watched  # type: ignore[assignment, method-assign]
+    for _ in range(2):
+        state.train_step()
+    with Collectives() as found:
+        state.train_step()
+    moments = [value for values in optimizer.state.values() for value in values.values()]
+    kept = {
+        "parameters": size(parameters),
+        "gradients": size(gradients),
+        "moments": size(moments),
+        "average": size(state.ema.parameters()),
+    }
+    if run.config.parallel.data != "ddp":
+        gradients.clear()  # DDP keeps its buckets
+    steady = [*parameters, *moments, *state.ema.parameters(), *gradients]
+    gradients.clear()
+    with Memory(local(steady)) as memory:
+        del steady
+        state.train_step()
+        gradients.clear()
+    return {"collectives": sorted((*key, n) for key, n in found.counts.items()), "kept": kept, "peak": memory.peak}
+
+
+if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        run = Run(load_config(path))
+        result = measured(run)
+        if run.world.first:
+            print(json.dumps(result), flush=True)
