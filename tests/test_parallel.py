@@ -98,12 +98,37 @@ def difference(run: Path, other: Path) -> float:
     )
 
 
-WAYS = {  # name: processes and options
+WAYS = {  # name: processes that work on different sequences, and options
     "ddp": (2, {"parallel.data": "ddp"}),
     "ddp, accumulated": (2, {"parallel.data": "ddp", "accumulate": 3}),
     "fsdp": (2, {"parallel.data": "fsdp"}),
     "fsdp, accumulated": (2, {"parallel.data": "fsdp", "accumulate": 3, "activation_checkpointing": True}),
+    "vocab": (1, {"parallel.vocab": 2}),
+    "vocab, accumulated": (1, {"parallel.vocab": 2, "parallel.data": "fsdp", "accumulate": 3}),
+    "vocab, not fused": (1, {"parallel.vocab": 2, "fused_head": False}),
 }
+SQUARE = {  # on four processes, two of which share a vocabulary
+    "vocab, ddp": (2, {"parallel.vocab": 2, "accumulate": 3}),
+    "vocab, fsdp": (2, {"parallel.vocab": 2, "parallel.data": "fsdp", "accumulate": 3}),
+    "vocab, hsdp": (2, {"parallel.vocab": 2, "parallel.data": "hsdp", "parallel.shard": 1}),
+}
+
+
+def check_same(run: Path, other: Path) -> None:
+    """Losses, gradient norms, validations and weights of two runs are equal up to rounding."""
+    assert difference(run, other) < 1e-4, run.name
+    ours, theirs = (read_tensors(list_checkpoints(path)[-1], "ema", None) for path in (run, other))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_vocabulary_and_the_data_are_divided(source: Path, tmp_path: Path) -> None:
+    """Four processes, in a square."""
+    assert main(options(tmp_path / "one", source)) == 0
+    lines = [options(tmp_path / way, source, processes=processes, **more) for way, (processes, more) in SQUARE.items()]
+    train_together(tmp_path, 4, lines)
+    for way in SQUARE:
+        check_same(tmp_path / way, tmp_path / "one")
 
 
 def test_one_run_on_two_processes(source: Path, tmp_path: Path) -> None:
@@ -117,13 +142,7 @@ def test_one_run_on_two_processes(source: Path, tmp_path: Path) -> None:
     train_together(tmp_path, 2, lines)
     for objective in objectives:
         for way in WAYS:
-            assert difference(tmp_path / f"{objective}, {way}", tmp_path / objective) < 1e-4, (objective, way)
-            ours, theirs = (
-                read_tensors(list_checkpoints(run)[-1], "ema", None)
-                for run in (tmp_path / f"{objective}, {way}", tmp_path / objective)
-            )
-            for name, tensor in theirs.items():
-                torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
+            check_same(tmp_path / f"{objective}, {way}", tmp_path / objective)
     assert {path.name for path in (tmp_path / "genmd4, fsdp").iterdir()} == {
         path.name for path in (tmp_path / "genmd4").iterdir()
     }
@@ -191,10 +210,12 @@ def test_another_number_of_processes_continues_a_run(source: Path, tmp_path: Pat
     for steps, processes, more in (
         (4, 4, {"parallel.data": "fsdp"}),
         (8, 3, {}),
-        (12, 2, {"parallel.data": "fsdp", "accumulate": 2}),
+        (10, 2, {"parallel.data": "fsdp", "accumulate": 2}),
+        (12, 1, {"parallel.vocab": 2}),
     ):
         line = options(run, source, "score_entropy", processes, steps=steps, checkpoint_every=4, **more)
-        done = torchrun(processes, "-m", "sedd", *line, *(["--resume"] if run.exists() else []))
+        count = processes * more.get("parallel.vocab", 1)
+        done = torchrun(count, "-m", "sedd", *line, *(["--resume"] if run.exists() else []))
         assert done.returncode == 0, done.stderr[-3000:]
     line = options(run, source, steps=16, checkpoint_every=4, **{"parallel.data": "ddp"})
     assert main([*line, "--resume"]) == 0

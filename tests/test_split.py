@@ -106,6 +106,19 @@ def test_score_entropy_is_that_of_the_reference() -> None:
     check_equal(together(split, head, 3, upstream), results(one, head, upstream), 1e-12)
 
 
+@pytest.mark.operators
+def test_processes_divide_the_rows_alike() -> None:
+    """By the largest number of entries: with 21 of 41 a tile takes one row, with 20 it could take two."""
+    process = Uniform(41)
+    head, rows = random_head(41), random_rows(process, ROWS)
+
+    def loss(leaves: Head, group: Any = None) -> Tensor:
+        return linear_score_entropy_loss(*leaves, *rows, process, group=group, buffer_bytes=90)
+
+    upstream = torch.ones(ROWS)
+    check_equal(together(loss, head, 2, upstream), results(loss, head, upstream), 3e-6)
+
+
 @pytest.fixture
 def exchanges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Size, torch.dtype]]:
     """The tensors that all processes give to collectives."""

@@ -204,7 +204,7 @@ class Run:
         if isinstance(mine, nn.Module) and isinstance(theirs, type(mine)):  # learned schedules
             mine.load_state_dict(theirs.state_dict())
         diffusion.to(self.world.device)
-        batches = self.corpus.batches(config.batch_size * self.world.size, seed=config.seed)
+        batches = self.corpus.batches(config.batch_size * self.world.data_size, seed=config.seed)
         self.state = TrainState(config, diffusion, batches, self.world)
 
     # -- the run -------------------------------------------------------------------------------------------------------

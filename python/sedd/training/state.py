@@ -20,7 +20,7 @@ from sedd.network import compile_network
 from sedd.runtime import autocast_dtype
 from sedd.training.checkpoint import load_weights, stored_name
 from sedd.training.learning_rate import learning_rate_factor
-from sedd.training.parallel import World, divided, local, whole
+from sedd.training.parallel import World, by_mesh, clip_gradients, divided, local, whole
 
 __all__ = ["Pace", "TrainState"]
 
@@ -89,7 +89,7 @@ class TrainState:
             world.shard(module)
         self.model = world.wrap(diffusion)
         self.optimizer = torch.optim.AdamW(
-            diffusion.parameters(),
+            [{"params": group} for group in by_mesh(diffusion.parameters())],
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
@@ -126,7 +126,7 @@ class TrainState:
         config = self.config
         self.diffusion.train()
         total = self._backward()
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.diffusion.parameters(), config.clip))
+        norm = clip_gradients(self.diffusion.parameters(), config.clip)
         self.step += 1
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
@@ -140,7 +140,7 @@ class TrainState:
     @property
     def sequences_per_step(self) -> int:
         """Sequences that all processes together take in an optimiser step."""
-        return self.config.batch_size * self.config.accumulate * self.world.size
+        return self.config.batch_size * self.config.accumulate * self.world.data_size
 
     def _backward(self) -> Tensor:
         """Accumulates the gradients of one step; returns its loss."""
@@ -148,8 +148,8 @@ class TrainState:
         count = self.sequences_per_step
         total = torch.zeros((), device=self.device)
         for part in range(config.accumulate):
-            first = (part * world.size + world.rank) * size  # place in the batch of the step
-            tokens = next(self.batches)[world.rank * size :][:size].to(self.device)
+            first = (part * world.data_size + world.data_rank) * size  # place in the batch of the step
+            tokens = next(self.batches)[world.data_rank * size :][:size].to(self.device)
             self._seed(first)
             times = sample_times(
                 count, self.diffusion.objective.earliest_time, antithetic=config.antithetic, generator=self.generator
@@ -161,7 +161,7 @@ class TrainState:
                         tokens,
                         times[first : first + size],
                         # gradients are averaged over the processes
-                        scale=world.size / (count * tokens[0].numel()),
+                        scale=world.data_size / (count * tokens[0].numel()),
                         fused=config.fused_head,
                         generator=self.generator,
                         first=first,
@@ -220,7 +220,7 @@ class TrainState:
         if saved != self.sequences_per_step:
             raise ValueError(
                 f"batch_size: expected {saved} sequences per optimiser step as before, got {self.sequences_per_step}: "
-                f"batch_size {self.config.batch_size} * accumulate {self.config.accumulate} * {self.world.size} "
+                f"batch_size {self.config.batch_size} * accumulate {self.config.accumulate} * {self.world.data_size} "
                 "processes; set --batch_size or --accumulate"
             )
         for module, name in ((self.diffusion, "model"), (self.ema, "ema")):
@@ -228,7 +228,8 @@ class TrainState:
             tensors = {key: divided(value, like[key]) if key in like else value for key, value in state[name].items()}
             load_weights(module, tensors, path / f"{name}.safetensors")
         parameters = {stored_name(name): value for name, value in self.diffusion.named_parameters()}
-        indices = {stored_name(name): i for i, (name, _) in enumerate(self.diffusion.named_parameters())}
+        ordered = [id(value) for group in self.optimizer.param_groups for value in group["params"]]
+        indices = {name: ordered.index(id(value)) for name, value in parameters.items()}
         by_index: dict[int, dict[str, Tensor]] = {}
         for key, value in state["optimizer"].items():
             name, _, moment = key.rpartition("/")
