@@ -722,7 +722,7 @@ BREAKS = [
         "python/sedd/training/vocabulary.py",
         "        if not self._is_last:\n            return\n",
         "",
-        "tests/test_parallel.py -k divided",
+        "tests/test_parallel.py -k averaged_once",
     ),
     Break(
         "parallel: gradients are clipped by the norm of the blocks",

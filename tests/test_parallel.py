@@ -195,13 +195,23 @@ def test_every_objective_for_200_steps(source: Path, tmp_path: Path) -> None:
 
 def test_embedding_and_head_are_gathered_once_a_step(source: Path, tmp_path: Path) -> None:
     """Two blocks, gathered for each forward and each backward pass, and once all the rest; gradients go out once."""
-    done = torchrun(2, str(WORKER.with_name("parallel_counts.py")), str(source), str(tmp_path))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [line.split() for line in done.stdout.splitlines()] == [
-        ["fsdp", "1", str(1 + 2 * 2), "3", "0"],
-        ["fsdp", "3", str(1 + 3 * 2 * 2), "3", "0"],
-        ["ddp", "3", "0", "0", "1"],
+    assert counts(2, source, tmp_path, "fsdp 1 1", "fsdp 3 1", "ddp 3 1") == [
+        [1 + 2 * 2, 3, 0],
+        [1 + 3 * 2 * 2, 3, 0],
+        [0, 0, 1],
     ]
+
+
+def test_the_gradients_of_a_vocabulary_are_averaged_once_a_step(source: Path, tmp_path: Path) -> None:
+    """Those of the embedding, and of the head's weight and bias, each by itself; DDP has one bucket for the rest."""
+    assert counts(4, source, tmp_path, "ddp 3 2") == [[0, 0, 3 + 1]]
+
+
+def counts(processes: int, source: Path, folder: Path, *runs: str) -> list[list[int]]:
+    """Gathers, reductions with a scatter, and without one, of an optimiser step of each run."""
+    done = torchrun(processes, str(WORKER.with_name("parallel_counts.py")), str(source), str(folder), *runs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
 
 
 def test_another_number_of_processes_continues_a_run(source: Path, tmp_path: Path) -> None:
