@@ -29,7 +29,7 @@ from sedd.diffusion.diffusion import Diffusion
 from sedd.runtime import resolve_device
 from sedd.training.vocabulary import Averages, split_vocabulary
 
-__all__ = ["World", "by_mesh", "clip_gradients", "divided", "is_first", "local", "whole"]
+__all__ = ["World", "by_mesh", "clear_gradients", "clip_gradients", "divided", "is_first", "local", "whole"]
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
@@ -277,6 +277,20 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     for group in gradients:
         torch._foreach_mul_(local(group), factor)
     return norm
+
+
+def clear_gradients(model: nn.Module) -> None:
+    """Clears the gradients of what :meth:`World.wrap` returned.
+
+    Those of DDP are views of its buckets, and become zero. Others would take memory of their own until the last batch
+    of a step.
+    """
+    keep = isinstance(model, DistributedDataParallel)
+    for parameter in model.parameters():
+        if keep and parameter.grad is not None and not isinstance(parameter, DTensor):
+            parameter.grad.zero_()
+        else:
+            parameter.grad = None
 
 
 def whole(tensor: Tensor) -> Tensor:

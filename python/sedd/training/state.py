@@ -20,7 +20,7 @@ from sedd.network import compile_network
 from sedd.runtime import autocast_dtype
 from sedd.training.checkpoint import load_weights, stored_name
 from sedd.training.learning_rate import learning_rate_factor
-from sedd.training.parallel import World, by_mesh, clip_gradients, divided, local, whole
+from sedd.training.parallel import World, by_mesh, clear_gradients, clip_gradients, divided, local, whole
 
 __all__ = ["Pace", "TrainState"]
 
@@ -131,7 +131,7 @@ class TrainState:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        clear_gradients(self.model)
         decay = min(config.ema, (1 + self.step) / (10 + self.step))
         get_ema_multi_avg_fn(decay)(local(self.ema.parameters()), local(self.diffusion.parameters()), None)
         self.valid = None
