@@ -362,8 +362,8 @@ BREAKS = [
     Break(
         "a checkpoint is renamed before its files are on the disk",
         "python/sedd/files.py",
-        "            flush_folder(temporary)\n            temporary.rename(path)\n",
-        "            temporary.rename(path)\n",
+        "    flush_folder(temporary)\n    temporary.rename(path)\n",
+        "    temporary.rename(path)\n",
         "tests/test_faults.py",
     ),
     Break(

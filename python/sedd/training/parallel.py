@@ -1,7 +1,8 @@
 """Training on several processes, which torchrun starts: data parallelism by PyTorch's DDP and FSDP2.
 
 Every process trains on its share of a batch, and the optimiser steps are those of one process with the whole batch. The
-first process alone writes files. Decisions that depend on the clock or on signals are made together.
+first process alone writes files, except the checkpoints of a divided model. Decisions that depend on the clock or on
+signals are made together.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sedd.config import ParallelOptions
 from sedd.diffusion.diffusion import Diffusion
 from sedd.runtime import resolve_device
+from sedd.training.shards import check_torch
 
 __all__ = ["World", "divided", "is_first", "local", "whole"]
 
@@ -42,6 +44,8 @@ class World:
         size: the number of processes.
         device: the device of this process.
         mesh: the processes as FSDP sees them; None for DDP and for one process.
+        group: all processes; None for one process.
+        writers: the same processes, to write checkpoints in a thread of each; None if the first one writes alone.
 
     Args:
         device: the option ``--device``; ``auto`` and ``cuda`` are the GPU with the local number of the process.
@@ -57,6 +61,8 @@ class World:
         self.rank = int(os.environ.get("RANK") or 0)
         self.device = resolve_device(device)
         self.mesh: DeviceMesh | None = None
+        self.group: dist.ProcessGroup | None = None
+        self.writers: dist.ProcessGroup | None = None
         self._vote: tuple[Tensor, dist.Work] | None = None
         if self.size == 1:
             return
@@ -65,8 +71,11 @@ class World:
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
             _join(self.device)
+        self.group = dist.group.WORLD
         if self.options.data != "ddp":
+            check_torch("parallel.data: expected PyTorch 2.9 or newer for fsdp and hsdp, or --parallel.data ddp")
             self.mesh = self._make_mesh()
+            self.writers = dist.new_group(timeout=TIMEOUT, backend="gloo")
 
     def _make_mesh(self) -> DeviceMesh:
         kind = self.device.type
@@ -82,7 +91,7 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes the files."""
+        """Whether this process writes the files that are not divided."""
         return is_first()
 
     # -- the model -----------------------------------------------------------------------------------------------------
@@ -225,7 +234,7 @@ def local(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def divided(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which all processes have, divided as another one is."""
-    if not isinstance(like, DTensor):
+    """A whole tensor, which all processes have, divided as another one is; one that is divided already is returned."""
+    if isinstance(tensor, DTensor) or not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements)
