@@ -397,7 +397,10 @@ class Run:
             prune(self.run_dir, self.config.keep_last)
         if last:
             self.saver.wait(self.world.group)
-        log.curves(self.state.step, {"time/checkpoint_wait_seconds": time.monotonic() - started})
+        curves: dict[str, float | None] = {"time/checkpoint_wait_seconds": time.monotonic() - started}
+        if self.saver.seconds > 0:  # of the last one that was waited for
+            curves["time/checkpoint_write_seconds"] = self.saver.seconds
+        log.curves(self.state.step, curves)
 
     def _start_checkpoint(self, log: Log) -> None:
         state = self.state

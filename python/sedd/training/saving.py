@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -104,7 +104,7 @@ def _json(value: Any) -> str:
 
 
 class Saver:
-    """Writes checkpoints in a thread, one at a time.
+    """Writes checkpoints in a thread, one at a time. Leaving its context waits for the last one.
 
     Attributes:
         seconds: how long the last one took to write.
@@ -112,35 +112,26 @@ class Saver:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._result: Future[None] | None = None
 
     def start(self, write: Callable[[], object]) -> None:
-        """Calls ``write`` in a thread. The one before must have been waited for."""
-        assert self._thread is None
+        """Calls ``write`` in the thread. The checkpoint before must have been waited for."""
+        assert self._result is None
 
         def work() -> None:
             started = time.monotonic()
             try:
                 write()
-            except BaseException as error:
-                self._error = error
-            self.seconds = time.monotonic() - started
+            finally:
+                self.seconds = time.monotonic() - started
 
-        self._thread = threading.Thread(target=work, name="checkpoint")
-        self._thread.start()
-
-    def __enter__(self) -> Saver:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.finish()
+        self._result = self._thread.submit(work)
 
     def finish(self) -> None:
         """Waits until the last checkpoint is written, or writing it has failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._result is not None:
+            wait([self._result])
 
     def wait(self, group: dist.ProcessGroup | None) -> None:
         """Waits as :meth:`finish` does, and raises the error of writing.
@@ -150,10 +141,11 @@ class Saver:
                 the only one.
         """
         self.finish()
-        error, self._error = self._error, None
+        result, self._result = self._result, None
+        everywhere(group, lambda: None if result is None else result.result())
 
-        def tell() -> None:
-            if error is not None:
-                raise error
+    def __enter__(self) -> Saver:
+        return self
 
-        everywhere(group, tell)
+    def __exit__(self, *_: object) -> None:
+        self.finish()
