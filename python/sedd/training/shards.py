@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
@@ -24,7 +23,6 @@ from torch.distributed.tensor import DTensor
 __all__ = ["check_torch", "everywhere", "read_shards", "staged", "write_shards"]
 
 T = TypeVar("T")
-Tensors = dict[str, dict[str, Tensor]]
 
 
 def check_torch(what: str) -> None:
@@ -33,10 +31,12 @@ def check_torch(what: str) -> None:
         raise ValueError(f"{what}, got {torch.__version__}")
 
 
-def staged(tensors: Mapping[str, Mapping[str, Tensor]]) -> Tensors:
+def staged(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     """Copies tensors, or the parts of them that this process holds, to other memory of the CPU."""
-    copy: Tensors = BlockingAsyncStager().stage({name: dict(content) for name, content in tensors.items()})
-    return copy
+    return {
+        name: {key: value.detach().to("cpu", copy=True) for key, value in content.items()}
+        for name, content in tensors.items()
+    }
 
 
 def everywhere(group: dist.ProcessGroup | None, action: Callable[[], T]) -> list[T]:
