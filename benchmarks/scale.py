@@ -172,7 +172,7 @@ def memory(plan: Plan) -> dict[str, int]:
         "average": share,
         "gathered": gathered + (gathered if plan.engine != "ddp" else 0),  # and their gradients
         "activations": activations + again,
-        # a tile, which is gone when a block is computed again, the gradients that the loss computes, and the states of the positions that go through the head
+        # a tile (gone when a block is computed again), the gradients that the loss computes, and the states
         "head": max(0, tile - again) + head + states * (2 * 4 + plan.dtype.itemsize),
     }
 

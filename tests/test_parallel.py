@@ -18,6 +18,18 @@ from typing import Any
 
 import pytest
 import torch
+from parallel_runs import (
+    PROCESS,
+    SEQUENCES,
+    WORKER,
+    children_of,
+    difference,
+    options,
+    rows,
+    torchrun,
+    train_together,
+    write_source,
+)
 
 pytest.importorskip("rich")
 pytest.importorskip("tensorboard")
@@ -29,73 +41,12 @@ from sedd.diffusion.objectives import OBJECTIVES, get_objective, sample_times
 from sedd.network import DiffusionTransformer, ModelConfig
 from sedd.training.checkpoint import list_checkpoints, read_tensors
 
-WORKER = Path(__file__).with_name("parallel_worker.py")
-PROCESS = {"udlm": "uniform", "gidd": "hybrid"}
 SIZES = ModelConfig(16, 1, 2, 8, 8, 0.0)
-SEQUENCES = 12
-"""Of an optimiser step, however it is divided."""
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = tmp_path_factory.mktemp("text") / "text.txt"
-    source.write_text("".join(f"the cat {i} sat on the mat {i * i}\n" for i in range(500)))
-    return source
-
-
-def options(run: Path, source: Path, objective: str = "score_entropy", processes: int = 1, **more: Any) -> list[str]:
-    """A command line of a small run whose steps have 12 sequences."""
-    accumulate = more.pop("accumulate", 1)
-    values: dict[str, Any] = {
-        "run_dir": run,
-        "data.source": source,
-        "objective": objective,
-        "process": PROCESS.get(objective, "absorbing"),
-        "batch_size": SEQUENCES // processes // accumulate,
-        "accumulate": accumulate,
-        "steps": 20,
-        "lr": 1e-2,
-        "warmup": 5,
-        "log_every": 3,
-        "valid_every": 10,
-        "valid_blocks": 4,
-        "report_to": "none",
-        "precision": "fp32",
-        "model.hidden_size": 16,
-        "model.n_blocks": 2,
-        "model.n_heads": 2,
-        "model.cond_dim": 8,
-        "model.length": 16,
-        **more,
-    }
-    return ["train", *(f"--{name}={value}" for name, value in values.items())]
-
-
-def torchrun(processes: int, *words: str, **run: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, **run)
-
-
-def train_together(folder: Path, processes: int, lines: list[list[str]]) -> None:
-    (folder / f"lines{processes}.json").write_text(json.dumps(lines))
-    done = torchrun(processes, str(WORKER), str(folder / f"lines{processes}.json"))
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def rows(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def difference(run: Path, other: Path) -> float:
-    """The largest relative difference between the numbers of two runs."""
-    left, right = rows(run), rows(other)
-    assert [row.keys() for row in left] == [row.keys() for row in right]
-    return max(
-        abs(mine[key] - yours[key]) / max(abs(yours[key]), 1e-3)
-        for mine, yours in zip(left, right, strict=True)
-        for key in mine
-    )
+    return write_source(tmp_path_factory.mktemp("text"))
 
 
 WAYS = {  # name: processes that work on different sequences, and options
@@ -214,17 +165,17 @@ def counts(processes: int, source: Path, folder: Path, *runs: str) -> list[list[
     return [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
 
 
-def test_another_number_of_processes_continues_a_run(source: Path, tmp_path: Path) -> None:
+def test_a_run_with_a_split_vocabulary_continues_without_one(source: Path, tmp_path: Path) -> None:
+    """Written by two and by four processes, which share a vocabulary of two; read by those, by two, and by one."""
     assert main(options(tmp_path / "whole", source, steps=16, checkpoint_every=4)) == 0
     run = tmp_path / "run"
     for steps, processes, more in (
-        (4, 4, {"parallel.data": "fsdp"}),
-        (8, 3, {}),
-        (10, 2, {"parallel.data": "fsdp", "accumulate": 2}),
-        (12, 1, {"parallel.vocab": 2}),
+        (4, 1, {"parallel.vocab": 2}),
+        (8, 2, {"parallel.vocab": 2, "parallel.data": "fsdp"}),
+        (12, 2, {"parallel.vocab": 1, "parallel.data": "ddp"}),
     ):
         line = options(run, source, "score_entropy", processes, steps=steps, checkpoint_every=4, **more)
-        count = processes * more.get("parallel.vocab", 1)
+        count = processes * more["parallel.vocab"]
         done = torchrun(count, "-m", "sedd", *line, *(["--resume"] if run.exists() else []))
         assert done.returncode == 0, done.stderr[-3000:]
     line = options(run, source, steps=16, checkpoint_every=4, **{"parallel.data": "ddp"})
@@ -281,10 +232,6 @@ def started(source: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.P
     for process in running:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-
-
-def children_of(process: subprocess.Popen[str]) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 def check_stopped(run: Path, name: str, messages: str) -> None:

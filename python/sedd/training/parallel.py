@@ -2,7 +2,8 @@
 that is split over processes.
 
 Every process trains on its share of a batch, and the optimiser steps are those of one process with the whole batch. The
-first process alone writes files. Decisions that depend on the clock or on signals are made together.
+first process alone writes files, except the checkpoints of a divided model. Decisions that depend on the clock or on
+signals are made together.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sedd.config import ParallelOptions
 from sedd.diffusion.diffusion import Diffusion
 from sedd.runtime import resolve_device
+from sedd.training.shards import check_torch
 from sedd.training.vocabulary import Averages, split_vocabulary
 
 __all__ = ["World", "by_mesh", "clear_gradients", "clip_gradients", "divided", "is_first", "local", "whole"]
@@ -47,6 +49,8 @@ class World:
         data_size: the number of processes that work on different sequences.
         device: the device of this process.
         mesh: the processes as FSDP sees them; None for DDP and for one process.
+        group: all processes; None for one process.
+        writers: the same processes, to write checkpoints in a thread of each; None if the first one writes alone.
 
     Args:
         device: the option ``--device``; ``auto`` and ``cuda`` are the GPU with the local number of the process.
@@ -69,6 +73,8 @@ class World:
             )
         self.data_rank, self.data_size = self.rank // vocab, self.size // vocab
         self.mesh: DeviceMesh | None = None
+        self.group: dist.ProcessGroup | None = None
+        self.writers: dist.ProcessGroup | None = None
         self._grid: DeviceMesh | None = None
         self._averages: Averages | None = None
         self._vote: tuple[Tensor, dist.Work] | None = None
@@ -79,10 +85,17 @@ class World:
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
             _join(self.device)
-        if vocab > 1:
-            self._grid = init_device_mesh(self.device.type, (self.data_size, vocab), mesh_dim_names=("data", "vocab"))
+        self.group = dist.group.WORLD
         if self.options.data != "ddp":
+            check_torch("parallel.data: expected PyTorch 2.9 or newer for fsdp and hsdp, or --parallel.data ddp")
             self.mesh = self._make_mesh()
+        if vocab > 1:
+            check_torch(
+                "parallel.vocab: expected PyTorch 2.9 or newer for more than one process, or --parallel.vocab 1"
+            )
+            self._grid = init_device_mesh(self.device.type, (self.data_size, vocab), mesh_dim_names=("data", "vocab"))
+        if self.mesh is not None or self._grid is not None:
+            self.writers = dist.new_group(timeout=TIMEOUT, backend="gloo")
 
     def _make_mesh(self) -> DeviceMesh:
         vocab, size = self.options.vocab, self.data_size
@@ -102,7 +115,7 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes the files."""
+        """Whether this process writes the files that are not divided."""
         return is_first()
 
     # -- the model -----------------------------------------------------------------------------------------------------
@@ -305,7 +318,7 @@ def local(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def divided(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which all processes have, divided as another one is."""
-    if not isinstance(like, DTensor):
+    """A whole tensor, which all processes have, divided as another one is; one that is divided already is returned."""
+    if isinstance(tensor, DTensor) or not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements)

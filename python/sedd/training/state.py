@@ -18,9 +18,10 @@ from sedd.diffusion.diffusion import Diffusion
 from sedd.diffusion.objectives import sample_times
 from sedd.network import compile_network
 from sedd.runtime import autocast_dtype
-from sedd.training.checkpoint import load_weights, stored_name
+from sedd.training.checkpoint import stored_at
 from sedd.training.learning_rate import learning_rate_factor
-from sedd.training.parallel import World, by_mesh, clear_gradients, clip_gradients, divided, local, whole
+from sedd.training.parallel import World, by_mesh, clear_gradients, clip_gradients, divided, local
+from sedd.training.weights import load_weights, stored_name
 
 __all__ = ["Pace", "TrainState"]
 
@@ -182,17 +183,17 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """The content of a checkpoint: dictionaries of tensors, and plain values.
 
-        ``model``, ``ema`` and ``optimizer`` are dictionaries of whole tensors by name. The rest is JSON-ready.
+        ``model``, ``ema`` and ``optimizer`` are dictionaries of tensors by name. They are those of this run, not
+        copies: the next step changes them. With FSDP they are divided. The rest is JSON-ready.
         """
-        moments = {
-            f"{stored_name(name)}/{key}": whole(value)
-            for name, parameter in self.diffusion.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
-        }
         return {
-            "model": {stored_name(name): whole(value) for name, value in self.diffusion.state_dict().items()},
-            "ema": {stored_name(name): whole(value) for name, value in self.ema.state_dict().items()},
-            "optimizer": moments,
+            "model": _by_name(self.diffusion),
+            "ema": _by_name(self.ema),
+            "optimizer": {
+                f"{stored_name(name)}/{key}": value
+                for name, parameter in self.diffusion.named_parameters()
+                for key, value in self.optimizer.state[parameter].items()
+            },
             "step": self.step,
             "sequences_per_step": self.sequences_per_step,
             "valid": self.valid,
@@ -202,11 +203,18 @@ class TrainState:
             "data": self.batches.state_dict(),
         }
 
+    def like(self, name: str) -> dict[str, Tensor]:
+        """Tensors that are divided as those of ``model``, ``ema`` or ``optimizer`` must be, by the names there."""
+        tensors = _by_name(self.ema if name == "ema" else self.diffusion)
+        if name != "optimizer":
+            return tensors
+        return {f"{key}/{moment}": value for key, value in tensors.items() for moment in ("exp_avg", "exp_avg_sq")}
+
     def load_state_dict(self, state: dict[str, Any], path: Path) -> bool:
         """Continues from :meth:`state_dict`.
 
         Args:
-            state: what :meth:`state_dict` returned.
+            state: what :meth:`state_dict` returned. Its tensors may be whole, or divided as :meth:`like`.
             path: the checkpoint folder, for error messages.
 
         Returns:
@@ -224,9 +232,9 @@ class TrainState:
                 "processes; set --batch_size or --accumulate"
             )
         for module, name in ((self.diffusion, "model"), (self.ema, "ema")):
-            like = {stored_name(key): value for key, value in module.state_dict().items()}
+            like = self.like(name)
             tensors = {key: divided(value, like[key]) if key in like else value for key, value in state[name].items()}
-            load_weights(module, tensors, path / f"{name}.safetensors")
+            load_weights(module, tensors, stored_at(path, name))
         parameters = {stored_name(name): value for name, value in self.diffusion.named_parameters()}
         ordered = [id(value) for group in self.optimizer.param_groups for value in group["params"]]
         indices = {name: ordered.index(id(value)) for name, value in parameters.items()}
@@ -244,3 +252,7 @@ class TrainState:
         self.pace = Pace(self.step, self.elapsed, state.get("seconds_per_step", 0.0))
         same_device: bool = state["device"] == self.device.type
         return same_device
+
+
+def _by_name(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {stored_name(name): value for name, value in module.state_dict().items()}
