@@ -75,6 +75,7 @@ class Plans:
             Step("operator tests", 0.35, self._tests(), self._tests_environment(), required=True),
             Step("accuracy", 0.06, self._body("accuracy"), required=True),
             Step("tokens", 0.08, self._body("tokens"), required=True),
+            Step("two GPUs", 0.12, self._processes(), wrong="largest relative difference"),
             Step("models", 0.12, self._body("models")),
             Step("timings", 0.18, self._body("timings")),
             self._sanitizer("memcheck", 0.1),
@@ -115,6 +116,9 @@ class Plans:
     def _body(self, name: str, *prefix: str) -> Callable[[float], Sequence[str]]:
         command = [*prefix, sys.executable, str(HERE / "gpu_steps.py"), name, "--device", self.device]
         return lambda until: [*command, "--until", str(until), *(["--quick"] if self.quick else [])]
+
+    def _processes(self) -> Callable[[float], Sequence[str]]:
+        return lambda until: [sys.executable, str(HERE / "gpu_processes.py"), "--device", self.device]
 
     def _sanitizer(self, tool: str, share: float) -> Step:
         found = beside_nvcc("compute-sanitizer") if self.device == "cuda" else None

@@ -104,11 +104,9 @@ def layouts(options: Options) -> list[Layout]:
             together = options.batch_size * (processes // vocab)
             sequences = options.sequences or together
             if sequences % together:
-                raise ValueError(
-                    f"sequences: expected a multiple of {together} for {processes} processes, got {sequences}"
-                )
+                raise ValueError(f"sequences: expected a multiple of {together}, got {sequences}")
             for engine in ENGINES:
-                if engine not in options.engines or (engine == "hsdp" and processes <= options.machine):
+                if engine not in options.engines or (engine == "hsdp" and processes <= max(options.machine, vocab)):
                     continue
                 shard = max(1, options.machine // vocab) if engine == "hsdp" else None
                 config = TrainConfig(
@@ -117,11 +115,11 @@ def layouts(options: Options) -> list[Layout]:
                     objective=options.objective,
                     batch_size=options.batch_size,
                     accumulate=sequences // together,
-                    parallel=ParallelOptions(data=engine, shard=shard),
+                    parallel=ParallelOptions(data=engine, shard=shard, vocab=vocab),
                     precision=options.precision,
                     activation_checkpointing=options.activation_checkpointing,
                 )  # fmt: skip
-                found.append(Layout(config, tokens, processes, vocab=vocab))
+                found.append(Layout(config, tokens, processes))
     return found
 
 
@@ -190,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     sizes = options.model.build()
     table = Table(
-        title=f"{rows[0]['parameters'] / 1e6:,.0f}M parameters a process without FSDP, length {sizes.length}",
+        title=f"{rows[0]['parameters'] / 1e6:,.0f}M parameters, length {sizes.length}, batch_size {options.batch_size}",
         caption=f"(!): more than {options.memory:g} GB",
     )
     for name in COLUMNS:

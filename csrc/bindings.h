@@ -52,7 +52,8 @@ constexpr auto fields_of(const ScoreEntropyTileParams*) {
     return std::make_tuple(SEDD_FIELD(log_score), SEDD_FIELD(x_t), SEDD_FIELD(x_0), SEDD_FIELD(sigma),
                            SEDD_FIELD(shift), SEDD_FIELD(stationary), SEDD_FIELD(grad_loss), SEDD_FIELD(sweeps),
                            SEDD_FIELD(out), SEDD_FIELD(neg_entropy), SEDD_FIELD(rows), SEDD_FIELD(width),
-                           SEDD_FIELD(first), SEDD_FIELD(dim), SEDD_FIELD(dtype), SEDD_FIELD(family));
+                           SEDD_FIELD(first), SEDD_FIELD(begin), SEDD_FIELD(dim), SEDD_FIELD(dtype),
+                           SEDD_FIELD(family));
 }
 
 constexpr auto fields_of(const MeanPredictionParams*) {

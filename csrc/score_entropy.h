@@ -76,7 +76,9 @@ SEDD_HD ScoreEntropyGradient score_entropy_gradient(const ScoreEntropyRow& row, 
 
 // ---- rows in tiles of the vocabulary, from left to right, as the fused head computes them ----
 //
-// The gradient needs no normaliser. So one sweep adds up the loss and overwrites each tile with its gradient.
+// The gradient needs no normaliser. So one sweep adds up the loss and overwrites each tile with its gradient. If the
+// vocabulary is split over processes, the sweep of each process begins and ends with its own entries. The loss is then
+// computed from the sweeps of all of them, whose members linear_score_entropy.py reads in this order.
 
 // The state of a row between two tiles.
 struct ScoreEntropySweep {
@@ -94,12 +96,13 @@ struct ScoreEntropyTileParams {
     const double* shift;        // [rows] or null
     const void* stationary;     // [dim] of the compute type, for a vector π; else null
     const double* grad_loss;    // [rows]: the kernel overwrites the log-scores with the gradient; or null: loss only
-    ScoreEntropySweep* sweeps;  // [rows] state between tiles; the first tile initialises it
+    ScoreEntropySweep* sweeps;  // [rows] state between tiles; the first tile, which starts at begin, initialises it
     void* out;                  // loss [rows] of the compute type; written by the last tile, which ends at dim
     double neg_entropy;
     int64_t rows;
     int64_t width;
     int64_t first;
+    int64_t begin;  // the first entry of this process, 0 unless the vocabulary is split over processes
     int64_t dim;
     DType dtype;
     Family family;

@@ -73,7 +73,7 @@ RULES: dict[str, list[Rule]] = {
     ],
     "bias": [
         ("{0}.dtype not in DTYPES", TypeError, _ANY_FLOAT),
-        ("{0}.shape != (dim,)", ValueError, "shape [{dim}]"),
+        ("{0}.shape != weight.shape[:1]", ValueError, "shape [{weight.shape[0]}]"),
     ],
     **{
         f"{name}_gradient": [
@@ -87,7 +87,7 @@ RULES: dict[str, list[Rule]] = {
     },
     "bias_gradient": [
         (
-            "{0}.dtype is not (weight if bias is None else bias).dtype or {0}.shape not in ((dim,), (0,))",
+            "{0}.dtype is not (weight if bias is None else bias).dtype or {0}.shape not in (weight.shape[:1], (0,))",
             ValueError,
             "bias's dtype and shape, or nothing",
         )
@@ -103,6 +103,8 @@ RULES: dict[str, list[Rule]] = {
     "power": [("{0}.dtype is not exact or {0}.numel() != dim", ValueError, "{dim} numbers of {exact}")],
     "mask": [("not -1 <= {0} < dim", ValueError, "a token in [0, {dim}), or -1 for none")],
     "dim": [("{0} < 1", ValueError, "a positive number of tokens")],
+    "first": [("not 0 <= {0} <= dim - weight.shape[0]", ValueError, "the first of {weight.shape[0]} rows of {dim}")],
+    "group": [("not {0} and weight.shape[0] != dim", ValueError, "a group of processes that have {dim} rows together")],
     "dtype": [("{0} not in dtypes", TypeError, "one of {dtypes}")],
     "stationary": [_vector("exact")],
     "cumulative": [_vector("float64")],
@@ -146,7 +148,9 @@ def checked(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     dtype = "dtype" if "dtype" in arguments else f"{scores}.dtype"
     known = [f"rows = {tokens}.numel()"]
     if scores is not None:
-        known += [f"shape = {scores}.shape", f"dim = shape[{0 if scores == 'weight' else -1}] if shape else -1"]
+        known += [f"shape = {scores}.shape"]
+        if "dim" not in arguments:
+            known += [f"dim = shape[{0 if scores == 'weight' else -1}] if shape else -1"]
         known += [f"exact = EXACT.get({dtype})"]
     elif "stationary" in arguments:
         known += ["exact = dtype"]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sedd_ext import _C
 from sedd_ext._dispatch import DTYPES, check_device, compute_dtype, fresh, kind_of, raise_fault
-from sedd_ext.process import RankOne
+from sedd_ext.split import Share, Sums, check_split
 
 __all__: list[str] = []
 
@@ -94,8 +94,10 @@ class Tile(NamedTuple):
         hidden: the hidden states of the rows [r, d].
         weight: the weights of the entries [v, d], in the dtype of the products.
         rows: the slice of the rows.
-        entries: the slice of the vocabulary.
+        entries: the slice of the head's weight.
+        first: the first entry of the tile, as a token.
         is_last_chunk: whether the tile contains the last rows of these entries.
+        is_last: whether it contains the last entries of these rows that this process has.
     """
 
     log_score: Tensor
@@ -103,7 +105,9 @@ class Tile(NamedTuple):
     weight: Tensor
     rows: slice
     entries: slice
+    first: int
     is_last_chunk: bool
+    is_last: bool
 
     def arguments(self, dim: int) -> dict[str, Any]:
         """The arguments that describe the tile to a kernel."""
@@ -112,7 +116,7 @@ class Tile(NamedTuple):
             "log_score": self.log_score,
             "rows": rows,
             "width": width,
-            "first": self.entries.start,
+            "first": self.first,
             "dim": dim,
             "dtype": DTYPES[self.log_score.dtype],
         }
@@ -123,10 +127,12 @@ class Head(NamedTuple):
 
     Attributes:
         hidden: hidden states [R, d], in the dtype of the products.
-        weight: [N, d], in any dtype.
-        bias: [N], or None.
+        weight: [n, d], in any dtype, where n is N or the part of it that this process has.
+        bias: [n], or None.
         buffer_bytes: memory for a tile.
-        whole_rows: a tile holds the whole vocabulary, for as many rows as fit into the buffer, but at least one.
+        whole_rows: a tile holds all n entries, for as many rows as fit into the buffer, but at least one.
+        first: the first of the n entries, as a token.
+        most: the largest n of the processes, so that all of them divide the rows in the same way; None for n.
     """
 
     hidden: Tensor
@@ -134,24 +140,27 @@ class Head(NamedTuple):
     bias: Tensor | None
     buffer_bytes: int
     whole_rows: bool = False
+    first: int = 0
+    most: int | None = None
 
     def tiles(self) -> Iterator[Tile]:
         """Computes the log-scores, tile by tile: the first entries of all rows, then the next entries of all rows.
 
         A tile must be used before the next one is computed.
         """
-        dtype, (rows, dim) = self.hidden.dtype, (self.hidden.shape[0], self.weight.shape[0])
-        chunk, width = tile_shape(rows, dim, dtype, self.hidden.device, self.buffer_bytes, self.whole_rows)
-        buffer = self.hidden.new_empty(min(chunk, rows) * width)
-        for first in range(0, dim, width):
-            entries = slice(first, first + width)
+        dtype, rows, count, device = self.hidden.dtype, self.hidden.shape[0], self.weight.shape[0], self.hidden.device
+        chunk, width = tile_shape(rows, self.most or count, dtype, device, self.buffer_bytes, self.whole_rows)
+        buffer = self.hidden.new_empty(min(chunk, rows) * min(width, count))
+        for start in range(0, count, width):
+            entries = slice(start, start + width)
             weight = self.weight[entries].to(dtype)
             bias = None if self.bias is None else self.bias[entries].to(dtype)
             for begin in range(0, rows, chunk):
                 at = slice(begin, begin + chunk)
                 hidden = self.hidden[at]
                 log_score = product(hidden, weight, bias, buffer)
-                yield Tile(log_score, hidden, weight, at, entries, begin + chunk >= rows)
+                last = begin + chunk >= rows, start + width >= count
+                yield Tile(log_score, hidden, weight, at, entries, self.first + start, *last)
 
 
 class Gradients:
@@ -162,18 +171,21 @@ class Gradients:
         weight: receives the gradient of the weight, [N, d]; empty if it is not needed.
         bias: receives the gradient of the bias, [N]; empty if it is not needed.
         needs_hidden: whether the gradient of the hidden states is needed.
+        sums: if the vocabulary is split over processes, adds up the gradient of the hidden states over them, while the
+            products of the weight are computed; see :mod:`sedd_ext.split`.
 
     Attributes:
         hidden: the gradient of the head's hidden states so far; empty if it is not needed.
     """
 
-    def __init__(self, head: Head, weight: Tensor, bias: Tensor, needs_hidden: bool) -> None:
+    def __init__(self, head: Head, weight: Tensor, bias: Tensor, needs_hidden: bool, sums: Sums | None = None) -> None:
         states = head.hidden
         self.dtype = compute_dtype(states.dtype)
         self.hidden = states.new_zeros(states.shape if needs_hidden else (0,), dtype=self.dtype)
         self.weight, self.bias = weight, bias
         for gradient in (weight, bias):
             fresh(gradient) if states.shape[0] else gradient.zero_()
+        self._sums = sums
         self._totals: list[Tensor] = []
         self._ones: Tensor | None = None
 
@@ -194,6 +206,8 @@ class Gradients:
         weight, bias = self._totals
         if self.hidden.numel():
             _add_product(self.hidden[tile.rows], gradient, tile.weight, is_first_tile, unit)
+            if tile.is_last and self._sums is not None:
+                self._sums.start(self.hidden[tile.rows])
         if self.weight.numel():
             _add_product(weight, gradient.T, tile.hidden, is_first_chunk, unit)
         if self.bias.numel():
@@ -278,12 +292,26 @@ def is_noise(sigma: Tensor) -> Tensor:
 
 
 def check_head(
-    hidden: object, weight: object, bias: object, process: RankOne | None, buffer_bytes: object
-) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype]:
-    """Checks the arguments of the head. Without a process, N is that of the weight.
+    hidden: object,
+    weight: object,
+    bias: object,
+    dim: int | None,
+    buffer_bytes: object,
+    group: object = None,
+) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype, Share]:
+    """Checks the arguments of the head.
+
+    Args:
+        hidden: the hidden states.
+        weight: the weight.
+        bias: the bias, or None.
+        dim: N; None for the number of rows of the weight.
+        buffer_bytes: memory for a tile.
+        group: the processes over which the vocabulary is split, or None, see :mod:`sedd_ext.split`.
 
     Returns:
-        ``hidden``, ``weight``, ``bias`` and the dtype of the matrix products: autocast's if it is on, else their own.
+        ``hidden``; this process's rows of ``weight`` and ``bias``; the dtype of the matrix products: autocast's if it
+        is on, else their own; and which rows they are.
     """
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if name == "bias" and value is None:
@@ -293,11 +321,7 @@ def check_head(
     assert isinstance(hidden, Tensor)
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
-    if process is None:
-        if weight.dim() != 2 or weight.shape[0] < 1:
-            raise ValueError(f"weight: expected shape [N, d], got {list(weight.shape)}")
-    elif weight.dim() != 2 or weight.shape[0] != process.dim:
-        raise ValueError(f"weight: expected shape [{process.dim}, d] for {process}, got {list(weight.shape)}")
+    weight, bias, share = check_split(weight, bias, dim, group)
     check_device("hidden", hidden)
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -310,8 +334,8 @@ def check_head(
         raise ValueError(f"buffer_bytes: expected a positive int, got {buffer_bytes!r}")
     dtype, device = weight.dtype, hidden.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
-        return hidden, weight, bias, torch.get_autocast_dtype(device)
+        return hidden, weight, bias, torch.get_autocast_dtype(device), share
     for name, tensor in (("hidden", hidden), ("bias", bias)):
         if tensor is not None and tensor.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype} as weight has, outside autocast, got {tensor.dtype}")
-    return hidden, weight, bias, dtype
+    return hidden, weight, bias, dtype, share

@@ -179,7 +179,7 @@ def linear_generalized_masked_loss(
 
     Source: see :func:`generalized_masked_loss`.
     """
-    hidden, weight, bias, dtype = check_head(hidden, weight, bias, None, buffer_bytes)
+    hidden, weight, bias, dtype, _ = check_head(hidden, weight, bias, None, buffer_bytes)
     batch, device = hidden.shape[:-1], hidden.device
     x_t, x_0 = check_tokens("x_t", x_t, batch, "hidden"), check_tokens("x_0", x_0, batch, "hidden")
     check_reduction(reduction)

@@ -140,7 +140,7 @@ def linear_mean_prediction_loss(
     Source: see :func:`mean_prediction_loss`.
     """
     process = check_process(process)
-    hidden, weight, bias, dtype = check_head(hidden, weight, bias, process, buffer_bytes)
+    hidden, weight, bias, dtype, _ = check_head(hidden, weight, bias, process.dim, buffer_bytes)
     batch, device = hidden.shape[:-1], hidden.device
     x_t, x_0 = check_tokens("x_t", x_t, batch, "hidden"), check_tokens("x_0", x_0, batch, "hidden")
     check_reduction(reduction)

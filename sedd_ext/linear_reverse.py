@@ -218,7 +218,7 @@ def linear_reverse_sample(
     Source: SEDD (Lou, Meng & Ermon 2024), Algorithm 2 with eq. 17 (Euler) or eq. 19 (Tweedie).
     """
     process = check_process(process)
-    hidden, weight, bias, dtype = check_head(hidden, weight, bias, process, buffer_bytes)
+    hidden, weight, bias, dtype, _ = check_head(hidden, weight, bias, process.dim, buffer_bytes)
     batch, device = hidden.shape[:-1], hidden.device
     x_t = check_tokens("x_t", x_t, batch, "hidden")
     check_same_device(hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}), x_t=x_t)

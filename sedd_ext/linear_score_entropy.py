@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ from sedd_ext._dispatch import (
 from sedd_ext.fused_loss import FusedLoss, empty_results, shared_arguments
 from sedd_ext.head import BUFFER_BYTES, Gradients, Head, Rows, Tile, check_head, float16_unit
 from sedd_ext.process import RankOne
+from sedd_ext.split import Sums, most_rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["linear_score_entropy_loss"]
 
@@ -39,6 +43,9 @@ class Arguments(NamedTuple):
     stationary: Tensor | None
     family: str
     neg_entropy: float
+    dim: int
+    first: int
+    group: str
     dtype: torch.dtype
     buffer_bytes: int
     grad_hidden: bool
@@ -70,10 +77,13 @@ class _RowValues(NamedTuple):
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     a = Arguments(*arguments)
     loss, hidden_gradient, weight_gradient, bias_gradient = empty_results(a)
-    dim, stationary = a.weight.shape[0], contiguous(a.stationary)
+    dim, stationary = a.dim, contiguous(a.stationary)
     rows = Rows(a.x_t, a.sigma, stationary, a.family, dim, a.x_0)
-    head = Head(rows.select(a.hidden).to(a.dtype), a.weight, a.bias, a.buffer_bytes)
-    gradients = Gradients(head, weight_gradient, bias_gradient, a.grad_hidden)
+    most = most_rows(a.weight.shape[0], dim, a.group)
+    hidden = rows.select(a.hidden).to(a.dtype)
+    head = Head(hidden, a.weight, a.bias, a.buffer_bytes, first=a.first, most=most)
+    sums = Sums(a.group)
+    gradients = Gradients(head, weight_gradient, bias_gradient, a.grad_hidden, sums)
     sigma = rows.select(a.sigma)
     values = _RowValues(
         rows.select(a.x_t),
@@ -101,20 +111,38 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
             grad_loss=weights,
             sweeps=sweeps[tile.rows],
             out=losses[tile.rows],
+            begin=a.first,
             neg_entropy=a.neg_entropy,
             family=FAMILIES[a.family],
         )
         if fault:
             status = fault, tile.rows.start + row
             rows.raise_fault(status, {"x_t": a.x_t, "x_0": a.x_0}, ("sigma", a.sigma))
+        if a.group and tile.is_last and tile.is_last_chunk:
+            parts = _parts(sweeps, a)
+            sums.start(parts)
         if any(a.wanted):
             gradients.add(tile, unit)
+    sums.wait()
+    if a.group and len(losses):
+        losses = parts.to(losses.dtype)
     if a.loss_weight is not None:
         losses *= values.loss_weight.to(losses.dtype)
     loss = rows.restore(losses, loss)
     if a.grad_hidden:
         hidden_gradient = rows.restore(gradients.hidden.to(a.hidden.dtype), hidden_gradient)
     return loss, hidden_gradient, weight_gradient, bias_gradient
+
+
+def _parts(sweeps: Tensor, a: Arguments) -> Tensor:
+    """The part of the loss of each row that this process's entries of the vocabulary contribute, [R], float64.
+
+    The loss is linear in its sums over the vocabulary, so one number for each row is enough.
+    """
+    weight, slope, pull, constant, scores, dot, log_score_x_0 = sweeps.unbind(1)
+    parts = weight * scores - slope * (dot / a.dim if a.family == "uniform" else dot)
+    parts -= torch.where(pull == 0, 0.0, pull * log_score_x_0)  # 0 for the processes that do not have x_0
+    return parts + constant if a.first == 0 else parts
 
 
 def _unit(tile: Tile, v: _RowValues, stationary: Tensor | None, family: str, dim: int) -> Tensor:
@@ -130,7 +158,7 @@ def _unit(tile: Tile, v: _RowValues, stationary: Tensor | None, family: str, dim
     if v.shift is not None:
         pi_x = pi_x * torch.exp(-v.shift)
     scores, width = tile.log_score, tile.log_score.shape[1]
-    entry = (v.x_t - tile.entries.start)[:, None]
+    entry = (v.x_t - tile.first)[:, None]
     is_here = (entry >= 0) & (entry < width)
     entry = entry.clamp(0, width - 1)
     scores.scatter_(1, entry, torch.where(is_here, -torch.inf, scores.gather(1, entry)))
@@ -154,6 +182,7 @@ def linear_score_entropy_loss(
     loss_weight: Tensor | float | None = None,
     reduction: Literal["none", "mean", "sum"] = "none",
     buffer_bytes: int = BUFFER_BYTES,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """The output head and score entropy in one operator: ``score_entropy_loss(F.linear(hidden, weight, bias), ...)``.
 
@@ -185,6 +214,11 @@ def linear_score_entropy_loss(
         reduction: ``"none"`` gives [*B]; ``"mean"`` and ``"sum"`` give a scalar over all positions.
         buffer_bytes: memory for a tile of log-scores. A tile has 2,048 entries of the vocabulary (8,192 on a GPU) and
             as many rows as fit.
+        group: processes over which the vocabulary is split. Process r of P passes the rows ``weight.chunk(P)[r]`` and
+            ``bias.chunk(P)[r]`` and gets their gradients; all other arguments, the loss and its gradient must be the
+            same in all of them. The processes exchange one float64 for each position that needs the head, and the
+            gradient of its hidden state. If weight and bias are DTensors with the placement ``Shard(0)``, the group is
+            that of their mesh.
 
     Returns:
         The loss, float32 (float64 for float64 matrix products). It is differentiable once, with respect to ``hidden``,
@@ -193,12 +227,13 @@ def linear_score_entropy_loss(
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a shape does not fit, a token lies outside [0, N), σ̄ is NaN, infinite or not above 0, an argument
-            that gets no gradient requires one, ``reduction`` is unknown, or ``buffer_bytes`` is not a positive int.
+            that gets no gradient requires one, ``reduction`` is unknown, ``buffer_bytes`` is not a positive int, or the
+            weight does not have the rows that ``group`` asks for.
 
     Source: SEDD (Lou, Meng & Ermon 2024), Theorem 3.6, in closed form for any rank-one process.
     """
     process = check_process(process)
-    hidden, weight, bias, dtype = check_head(hidden, weight, bias, process, buffer_bytes)
+    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, process.dim, buffer_bytes, group)
     batch, device = hidden.shape[:-1], hidden.device
     x_t, x_0 = check_tokens("x_t", x_t, batch, "hidden"), check_tokens("x_0", x_0, batch, "hidden")
     check_reduction(reduction)
@@ -213,6 +248,7 @@ def linear_score_entropy_loss(
         stationary=stationary_for(process, dtype, device),
         family=process.family,
         neg_entropy=process.neg_entropy,
+        **share._asdict(),
         dtype=dtype,
         buffer_bytes=buffer_bytes,
         **shared_arguments(reduction, loss_weight, batch, device, hidden=hidden, weight=weight, bias=bias),

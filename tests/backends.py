@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sysconfig
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -125,11 +126,13 @@ _dispatch.LAUNCHERS.update(cpu=CPU_LAUNCHER, cuda=_recorded(_dispatch.LAUNCHERS[
 
 @functools.cache
 def _emulated_launcher() -> Callable[..., Any]:
-    kernels = emulated_kernels()
-    return _recorded(
-        functools.partial(_dispatch.launch_cuda, kernels=kernels, stream=0),
-        lambda: Backend("emulated", kernels.schedule()),
-    )
+    kernels, one_at_a_time = emulated_kernels(), threading.Lock()
+
+    def launch(kernel: str, arguments: dict[str, Any]) -> Any:
+        with one_at_a_time:
+            return _dispatch.launch_cuda(kernel, arguments, kernels=kernels, stream=0)
+
+    return _recorded(launch, lambda: Backend("emulated", kernels.schedule()))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 
-import sedd.training.checkpoint
+import sedd.training.saving
 
 KINDS = ("broken", "full", "memory")
 GROWING = {"open", "write", "mkdir", "tensors"}
@@ -86,7 +86,7 @@ class Faults:
         self._patch.setattr(builtins, "open", self._open)
         self._patch.setattr(io, "open", self._open)
         self._patch.setattr(json, "dumps", self._dumps)
-        for module in (sedd.training.checkpoint, safetensors.torch):
+        for module in (sedd.training.saving, safetensors.torch):
             self._patch.setattr(module, "save_file", self._save_file)
         return self
 

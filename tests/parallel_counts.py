@@ -1,6 +1,7 @@
 """Counts the collectives of an optimiser step; started by torchrun from test_parallel.py.
 
-The arguments are a text and a folder. The first process prints a line for each engine and number of batches in a step.
+The arguments are a text, a folder, and of each run the engine, the number of batches in a step, and the number of
+processes that share a vocabulary. The first process prints a line for each run.
 """
 
 from __future__ import annotations
@@ -32,14 +33,15 @@ class Collectives(TorchDispatchMode):
 
 if __name__ == "__main__":
     model = ModelOptions(hidden_size=16, n_blocks=2, n_heads=2, cond_dim=8, length=16)
-    for data, accumulate in (("fsdp", 1), ("fsdp", 3), ("ddp", 3)):
+    for words in sys.argv[3:]:
+        data, accumulate, vocab = words.split()
         config = TrainConfig(
-            run_dir=str(Path(sys.argv[2]) / f"{data}{accumulate}"),
+            run_dir=str(Path(sys.argv[2]) / words),
             data=DataConfig(source=sys.argv[1]),
             model=model,
             batch_size=2,
-            accumulate=accumulate,
-            parallel=ParallelOptions(data=data),
+            accumulate=int(accumulate),
+            parallel=ParallelOptions(data=data, vocab=int(vocab)),  # type: ignore[arg-type]
             report_to="none",
             precision="fp32",
         )
@@ -49,5 +51,4 @@ if __name__ == "__main__":
         with Collectives() as found:
             run.state.train_step()
         if run.world.first:
-            print(data, accumulate, found.counts["_allgather_base_"], found.counts["_reduce_scatter_base_"], end=" ")
-            print(found.counts["allreduce_"])
+            print(*(found.counts[name] for name in ("_allgather_base_", "_reduce_scatter_base_", "allreduce_")))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,10 +25,19 @@ from sedd_ext import linear_score_entropy
 
 KINDS = {
     "allreduce_": "all_reduce",
+    "all_reduce": "all_reduce",
     "_allgather_base_": "all_gather",
     "_reduce_scatter_base_": "reduce_scatter",
     "broadcast_": "broadcast",
 }
+
+
+def within(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
+    """Calls an operator; the mode sees the operators in the fused head too."""
+    if func is torch.ops.sedd_ext.linear_score_entropy.default:
+        with mode:
+            return linear_score_entropy._forward(*args)
+    return func(*args, **(kwargs or {}))
 
 
 class Collectives(TorchDispatchMode):
@@ -38,10 +48,13 @@ class Collectives(TorchDispatchMode):
         self.counts: Counter[tuple[str, int]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
+        if DTensor in types:
+            return NotImplemented  # it calls operators on its own part
+        kind = KINDS.get(func.__name__.split(".")[0])
+        if kind is not None and func.namespace in ("c10d", "_c10d_functional"):
             size = max(value.nbytes for value in tree_leaves(args) if isinstance(value, Tensor))
-            self.counts[KINDS[func.__name__.split(".")[0]], size] += 1
-        return func(*args, **(kwargs or {}))
+            self.counts[kind, size] += 1
+        return within(self, func, args, kwargs)
 
 
 class Memory(TorchDispatchMode):
@@ -65,11 +78,9 @@ class Memory(TorchDispatchMode):
         self.peak = max(self.peak, sum(storage.nbytes() for storage in storages.values() if storage is not None))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.sedd_ext.linear_score_entropy.default:
-            with self:
-                out: Any = linear_score_entropy._forward(*args)
-        else:
-            out = func(*args, **(kwargs or {}))
+        if DTensor in types:
+            return NotImplemented
+        out = within(self, func, args, kwargs)
         self.add(value for value in tree_leaves(out) if type(value) in (Tensor, nn.Parameter))
         return out
 
@@ -102,14 +113,11 @@ def measured(run: Run) -> dict[str, Any]:
         "moments": size(moments),
         "average": size(state.ema.parameters()),
     }
-    if run.config.parallel.data != "ddp":
-        gradients.clear()  # DDP keeps its buckets
-    steady = [*parameters, *moments, *state.ema.parameters(), *gradients]
     gradients.clear()
-    with Memory(local(steady)) as memory:
-        del steady
+    lasting = [parameter.grad for parameter in parameters if parameter.grad is not None]  # DDP's buckets
+    with Memory(local([*parameters, *moments, *state.ema.parameters(), *lasting])) as memory:
+        optimizer.step = step  # type: ignore[method-assign]
         state.train_step()
-        gradients.clear()
     return {"collectives": sorted((*key, n) for key, n in found.counts.items()), "kept": kept, "peak": memory.peak}
 
 

@@ -14,21 +14,23 @@ from typing import Any
 import pytest
 import torch
 
-import sedd.training.checkpoint
+import sedd.config
 from sedd.config import ModelOptions, TrainConfig
 from sedd.files import write_json
 from sedd.hub import SEDD, load_model
 from sedd.training.checkpoint import (
     DamagedError,
     best_checkpoint,
+    fingerprint,
     list_checkpoints,
     prune,
     read_state,
     read_tensors,
-    save_checkpoint,
+    sealed,
     set_damaged_aside,
     verify,
 )
+from sedd.training.saving import save_checkpoint
 
 TENSORS = ("model", "ema", "optimizer", "rng")
 
@@ -241,8 +243,8 @@ def test_a_file_that_fits_neither_the_model_nor_the_list_is_named(save: Callable
     options["model"]["hidden_size"] = 16
     write_json(path / "config.json", options)
     state = read_state(path)
-    state["files"]["config.json"] = sedd.training.checkpoint._fingerprint(path / "config.json")
-    write_json(path / "state.json", sedd.training.checkpoint._sealed(state))
+    state["files"]["config.json"] = fingerprint(path / "config.json")
+    write_json(path / "state.json", sealed(state))
     with pytest.raises(ValueError, match=r"ema\.safetensors: .* 16 misshapen .*norm1\.weight \[8\] instead of \[16\]"):
         load_model(path)
     with pytest.raises(ValueError, match=r"other\.safetensors: not listed in state\.json"):

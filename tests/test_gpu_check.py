@@ -71,11 +71,12 @@ def test_rehearsal(tmp_path: Path, bare: dict[str, str]) -> None:
     assert {name for name, step in steps.items() if step["outcome"] == "skipped"} == SANITIZERS
     assert all(steps[name]["why"] == "needs a GPU" for name in SANITIZERS)
     done = steps.keys() - SANITIZERS
-    measured = {"models", "timings", "compiled models", "torch.compile"}
+    measured = {"models", "timings", "compiled models", "torch.compile", "two GPUs"}
     assert {"about", "operators", "operator tests", "accuracy", "tokens"} | measured == done
     assert {steps[name]["outcome"] for name in done} == {"ok"}
     assert positive([steps[name]["seconds"] for name in done])
     assert "passed" in steps["operator tests"]["said"]
+    assert steps["two GPUs"]["said"] == "not run: needs the package rich"  # see the test below
     assert all(f"{name}: {step['outcome']}" in run.stderr for name, step in steps.items())
 
     rivals: dict[tuple[str, str, str], set[str]] = {}
@@ -103,6 +104,21 @@ def test_rehearsal(tmp_path: Path, bare: dict[str, str]) -> None:
     assert contestants == set(itertools.product(("training step", "sampling"), who))
     assert positive([record["tokens_per_s"] for record in report["models"]])
     assert (out / "gpu-check.txt").read_text(encoding="utf-8").splitlines()[-1] == "nothing wrong was found"
+
+
+def test_rehearsal_on_two_processes() -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu_processes.py"), "--device", "cpu"]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stdout + run.stderr
+    said = run.stdout.splitlines()[-1]
+    assert re.fullmatch(r"largest relative difference from one process:( [\w, ]+ \d\.\de-\d+,?){4}", said)
+
+
+def test_two_gpus_are_not_to_be_had() -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu_processes.py")]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert run.returncode == 0
+    assert run.stdout == "not run: needs two GPUs, this machine has 0\n"
 
 
 @pytest.mark.costly(

@@ -428,6 +428,9 @@ def test_opcheck(process_of: Process, dtype: torch.dtype) -> None:
         process.stationary.float() if process.family == "rank_one" else None,
         process.family,
         process.neg_entropy,
+        27,
+        0,
+        "",
         dtype,
         1 << 20,
     )

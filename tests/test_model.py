@@ -13,7 +13,7 @@ from sedd.diffusion.schedule import LogLinear
 from sedd.hub import SEDD
 from sedd.network import PRESETS, ModelConfig
 from sedd.runtime import device_of
-from sedd.training.checkpoint import load_weights
+from sedd.training.weights import load_weights
 from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
 
 N_VOCAB = 11

@@ -26,8 +26,10 @@ LOSS = {"x_t": TOKENS, "x_0": TOKENS.flip(0), "sigma": NOISE, **SHIFT}
 SCORES = {"log_score": torch.zeros(3, N)}
 STEP = {"step": "tweedie", "forbidden": N - 1}
 COMPUTE = {"dtype": torch.float32, "buffer_bytes": 1 << 20}
+SPLIT = {"dim": N, "first": 0, "group": ""}
 FLAGS = {"grad_hidden": True, "grad_weight": True, "grad_bias": True}
-LINEAR = {**HEAD, **LOSS, "loss_weight": NOISE, **PI, "neg_entropy": PROCESS.neg_entropy, **COMPUTE, **FLAGS}
+LINEAR = {**HEAD, **LOSS, "loss_weight": NOISE, **PI, "neg_entropy": PROCESS.neg_entropy}
+LINEAR |= {**SPLIT, **COMPUTE, **FLAGS}
 MADE = {f"{name}_gradient": torch.zeros_like(value) for name, value in HEAD.items()}
 COLUMN = {"sigma": NOISE, **PI, "dim": N, "dtype": torch.float32}
 
@@ -124,6 +126,7 @@ WRONG = {
     "dtype": [torch.int64, torch.complex64],
     "buffer_bytes": [0, -1],
     "first_row": [-1],
+    "first": [-1, 1],
 }
 
 

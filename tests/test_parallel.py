@@ -18,6 +18,18 @@ from typing import Any
 
 import pytest
 import torch
+from parallel_runs import (
+    PROCESS,
+    SEQUENCES,
+    WORKER,
+    children_of,
+    difference,
+    options,
+    rows,
+    torchrun,
+    train_together,
+    write_source,
+)
 
 pytest.importorskip("rich")
 pytest.importorskip("tensorboard")
@@ -29,81 +41,45 @@ from sedd.diffusion.objectives import OBJECTIVES, get_objective, sample_times
 from sedd.network import DiffusionTransformer, ModelConfig
 from sedd.training.checkpoint import list_checkpoints, read_tensors
 
-WORKER = Path(__file__).with_name("parallel_worker.py")
-PROCESS = {"udlm": "uniform", "gidd": "hybrid"}
 SIZES = ModelConfig(16, 1, 2, 8, 8, 0.0)
-SEQUENCES = 12
-"""Of an optimiser step, however it is divided."""
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = tmp_path_factory.mktemp("text") / "text.txt"
-    source.write_text("".join(f"the cat {i} sat on the mat {i * i}\n" for i in range(500)))
-    return source
+    return write_source(tmp_path_factory.mktemp("text"))
 
 
-def options(run: Path, source: Path, objective: str = "score_entropy", processes: int = 1, **more: Any) -> list[str]:
-    """A command line of a small run whose steps have 12 sequences."""
-    accumulate = more.pop("accumulate", 1)
-    values: dict[str, Any] = {
-        "run_dir": run,
-        "data.source": source,
-        "objective": objective,
-        "process": PROCESS.get(objective, "absorbing"),
-        "batch_size": SEQUENCES // processes // accumulate,
-        "accumulate": accumulate,
-        "steps": 20,
-        "lr": 1e-2,
-        "warmup": 5,
-        "log_every": 3,
-        "valid_every": 10,
-        "valid_blocks": 4,
-        "report_to": "none",
-        "precision": "fp32",
-        "model.hidden_size": 16,
-        "model.n_blocks": 2,
-        "model.n_heads": 2,
-        "model.cond_dim": 8,
-        "model.length": 16,
-        **more,
-    }
-    return ["train", *(f"--{name}={value}" for name, value in values.items())]
-
-
-def torchrun(processes: int, *words: str, **run: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, **run)
-
-
-def train_together(folder: Path, processes: int, lines: list[list[str]]) -> None:
-    (folder / f"lines{processes}.json").write_text(json.dumps(lines))
-    done = torchrun(processes, str(WORKER), str(folder / f"lines{processes}.json"))
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def rows(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def difference(run: Path, other: Path) -> float:
-    """The largest relative difference between the numbers of two runs."""
-    left, right = rows(run), rows(other)
-    assert [row.keys() for row in left] == [row.keys() for row in right]
-    return max(
-        abs(mine[key] - yours[key]) / max(abs(yours[key]), 1e-3)
-        for mine, yours in zip(left, right, strict=True)
-        for key in mine
-    )
-
-
-WAYS = {  # name: processes and options
+WAYS = {  # name: processes that work on different sequences, and options
     "ddp": (2, {"parallel.data": "ddp"}),
     "ddp, accumulated": (2, {"parallel.data": "ddp", "accumulate": 3}),
     "fsdp": (2, {"parallel.data": "fsdp"}),
     "fsdp, accumulated": (2, {"parallel.data": "fsdp", "accumulate": 3, "activation_checkpointing": True}),
+    "vocab": (1, {"parallel.vocab": 2}),
+    "vocab, accumulated": (1, {"parallel.vocab": 2, "parallel.data": "fsdp", "accumulate": 3}),
+    "vocab, not fused": (1, {"parallel.vocab": 2, "fused_head": False}),
 }
+SQUARE = {  # on four processes, two of which share a vocabulary
+    "vocab, ddp": (2, {"parallel.vocab": 2, "accumulate": 3}),
+    "vocab, fsdp": (2, {"parallel.vocab": 2, "parallel.data": "fsdp", "accumulate": 3}),
+    "vocab, hsdp": (2, {"parallel.vocab": 2, "parallel.data": "hsdp", "parallel.shard": 1}),
+}
+
+
+def check_same(run: Path, other: Path) -> None:
+    """Losses, gradient norms, validations and weights of two runs are equal up to rounding."""
+    assert difference(run, other) < 1e-4, run.name
+    ours, theirs = (read_tensors(list_checkpoints(path)[-1], "ema", None) for path in (run, other))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_vocabulary_and_the_data_are_divided(source: Path, tmp_path: Path) -> None:
+    """Four processes, in a square."""
+    assert main(options(tmp_path / "one", source)) == 0
+    lines = [options(tmp_path / way, source, processes=processes, **more) for way, (processes, more) in SQUARE.items()]
+    train_together(tmp_path, 4, lines)
+    for way in SQUARE:
+        check_same(tmp_path / way, tmp_path / "one")
 
 
 def test_one_run_on_two_processes(source: Path, tmp_path: Path) -> None:
@@ -117,13 +93,7 @@ def test_one_run_on_two_processes(source: Path, tmp_path: Path) -> None:
     train_together(tmp_path, 2, lines)
     for objective in objectives:
         for way in WAYS:
-            assert difference(tmp_path / f"{objective}, {way}", tmp_path / objective) < 1e-4, (objective, way)
-            ours, theirs = (
-                read_tensors(list_checkpoints(run)[-1], "ema", None)
-                for run in (tmp_path / f"{objective}, {way}", tmp_path / objective)
-            )
-            for name, tensor in theirs.items():
-                torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
+            check_same(tmp_path / f"{objective}, {way}", tmp_path / objective)
     assert {path.name for path in (tmp_path / "genmd4, fsdp").iterdir()} == {
         path.name for path in (tmp_path / "genmd4").iterdir()
     }
@@ -176,25 +146,37 @@ def test_every_objective_for_200_steps(source: Path, tmp_path: Path) -> None:
 
 def test_embedding_and_head_are_gathered_once_a_step(source: Path, tmp_path: Path) -> None:
     """Two blocks, gathered for each forward and each backward pass, and once all the rest; gradients go out once."""
-    done = torchrun(2, str(WORKER.with_name("parallel_counts.py")), str(source), str(tmp_path))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [line.split() for line in done.stdout.splitlines()] == [
-        ["fsdp", "1", str(1 + 2 * 2), "3", "0"],
-        ["fsdp", "3", str(1 + 3 * 2 * 2), "3", "0"],
-        ["ddp", "3", "0", "0", "1"],
+    assert counts(2, source, tmp_path, "fsdp 1 1", "fsdp 3 1", "ddp 3 1") == [
+        [1 + 2 * 2, 3, 0],
+        [1 + 3 * 2 * 2, 3, 0],
+        [0, 0, 1],
     ]
 
 
-def test_another_number_of_processes_continues_a_run(source: Path, tmp_path: Path) -> None:
+def test_the_gradients_of_a_vocabulary_are_averaged_once_a_step(source: Path, tmp_path: Path) -> None:
+    """Those of the embedding, and of the head's weight and bias, each by itself; DDP has one bucket for the rest."""
+    assert counts(4, source, tmp_path, "ddp 3 2") == [[0, 0, 3 + 1]]
+
+
+def counts(processes: int, source: Path, folder: Path, *runs: str) -> list[list[int]]:
+    """Gathers, reductions with a scatter, and without one, of an optimiser step of each run."""
+    done = torchrun(processes, str(WORKER.with_name("parallel_counts.py")), str(source), str(folder), *runs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
+
+
+def test_a_run_with_a_split_vocabulary_continues_without_one(source: Path, tmp_path: Path) -> None:
+    """Written by two and by four processes, which share a vocabulary of two; read by those, by two, and by one."""
     assert main(options(tmp_path / "whole", source, steps=16, checkpoint_every=4)) == 0
     run = tmp_path / "run"
     for steps, processes, more in (
-        (4, 4, {"parallel.data": "fsdp"}),
-        (8, 3, {}),
-        (12, 2, {"parallel.data": "fsdp", "accumulate": 2}),
+        (4, 1, {"parallel.vocab": 2}),
+        (8, 2, {"parallel.vocab": 2, "parallel.data": "fsdp"}),
+        (12, 2, {"parallel.vocab": 1, "parallel.data": "ddp"}),
     ):
         line = options(run, source, "score_entropy", processes, steps=steps, checkpoint_every=4, **more)
-        done = torchrun(processes, "-m", "sedd", *line, *(["--resume"] if run.exists() else []))
+        count = processes * more["parallel.vocab"]
+        done = torchrun(count, "-m", "sedd", *line, *(["--resume"] if run.exists() else []))
         assert done.returncode == 0, done.stderr[-3000:]
     line = options(run, source, steps=16, checkpoint_every=4, **{"parallel.data": "ddp"})
     assert main([*line, "--resume"]) == 0
@@ -250,10 +232,6 @@ def started(source: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.P
     for process in running:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-
-
-def children_of(process: subprocess.Popen[str]) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 def check_stopped(run: Path, name: str, messages: str) -> None:

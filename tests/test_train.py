@@ -340,21 +340,25 @@ def test_a_position_in_the_data_that_is_none_is_refused(make_config: MakeConfig,
 def test_records_are_on_the_disk_before_a_checkpoint_refers_to_them(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    synced, fsync, save = {}, os.fsync, sedd.training.run.save_checkpoint
+    synced, fsync, staged = {}, os.fsync, sedd.training.run.staged
+    run = Run(make_config())
+    checked = []
 
     def recorded(descriptor: int) -> None:
         fsync(descriptor)
         synced[os.readlink(f"/proc/self/fd/{descriptor}")] = os.fstat(descriptor).st_size
 
-    def checked(run_dir: Path, step: int, *args: Any) -> Path:
-        records = (run_dir / "metrics.jsonl").resolve()
-        assert len(losses(run_dir)) == step
+    def check(tensors: Any) -> Any:
+        records = (run.run_dir / "metrics.jsonl").resolve()
+        assert len(losses(run.run_dir)) == run.state.step
         assert synced[str(records)] == records.stat().st_size
-        return save(run_dir, step, *args)
+        checked.append(run.state.step)
+        return staged(tensors)
 
     monkeypatch.setattr(os, "fsync", recorded)
-    monkeypatch.setattr(sedd.training.run, "save_checkpoint", checked)
-    assert Run(make_config()).train().step == 8
+    monkeypatch.setattr(sedd.training.run, "staged", check)
+    run.train()
+    assert checked == [4, 8]
 
 
 def test_all_files_of_a_run_have_the_permissions_of_new_files(make_config: MakeConfig) -> None:

@@ -277,7 +277,7 @@ void tile_rows(const ScoreEntropyTileParams& p, int64_t begin, int64_t end, void
     Rows<P, Real, ScoreEntropyTileParams> row(p);
     for (int64_t i = begin; i < end; ++i) {
         ScoreEntropySweep& sweep = p.sweeps[i];
-        if (p.first == 0) {
+        if (p.first == p.begin) {
             if (!row.load(i, status)) continue;
             sweep = {};
             if (row.pi_x != 0.0) sweep.row = row.numbers;

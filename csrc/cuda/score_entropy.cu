@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kRowThreads)
     if (row >= p.rows) return;
     ScoreEntropySweep sweep{};
     const bool fault = score_entropy_fault(p, row) != Fault::none;
-    if (p.first > 0) {
+    if (p.first > p.begin) {
         sweep = p.sweeps[row];
     } else {
         if (fault) sweep.row.weight = not_a_number<double>();

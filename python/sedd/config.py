@@ -42,6 +42,7 @@ RESUMABLE = frozenset(
         "accumulate",
         "parallel.data",
         "parallel.shard",
+        "parallel.vocab",
         "activation_checkpointing",
         "steps",
         "max_minutes",
@@ -115,6 +116,9 @@ class ParallelOptions:
     of processes, and every group has the whole model, which needs less communication between machines than fsdp."""
     shard: int | None = None
     """For hsdp: processes in a group. Default: the processes of a machine."""
+    vocab: int = 1
+    """Processes that share a vocabulary: each has some rows of the embedding and of the head, and they work on the same
+    sequences. For large vocabularies. A divisor of the number of processes."""
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -122,6 +126,8 @@ class ParallelOptions:
             raise ValueError(f"shard: expected at least 1, got {self.shard}")
         if self.shard is not None and self.data != "hsdp":
             raise ValueError(f"shard: expected --parallel.data hsdp with it, got {self.data}")
+        if self.vocab < 1:
+            raise ValueError(f"vocab: expected at least 1, got {self.vocab}")
 
 
 @dataclass

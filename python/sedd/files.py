@@ -1,7 +1,7 @@
 """Atomic writes, checksums, and a lock that lets only one process train in a folder.
 
-The package writes all files with :func:`whole_file` or :func:`whole_folder`: to a temporary name, flushed to disk and
-then renamed.
+The package writes all files with :func:`whole_file`, or with :func:`begin_folder` and :func:`finish_folder`: to a
+temporary name, flushed to disk and then renamed.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = [
     "TEMPORARY",
     "RunLock",
+    "begin_folder",
+    "finish_folder",
     "finite",
     "flush",
     "flush_folder",
@@ -37,7 +39,6 @@ __all__ = [
     "naming",
     "save_tensors",
     "whole_file",
-    "whole_folder",
     "write_json",
     "write_text",
 ]
@@ -113,36 +114,32 @@ def whole_file(path: Path, what: str = "could not be written") -> Iterator[Path]
         flush(path.parent)
 
 
-@contextmanager
-def whole_folder(path: Path, what: str = "could not be written") -> Iterator[Path]:
-    """Atomic write: yields a temporary folder, which is renamed to ``path`` when the block ends without an error.
+def begin_folder(path: Path) -> Path:
+    """Makes an empty temporary folder beside ``path``, in which its files are written; see :func:`finish_folder`."""
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    return temporary
 
-    ``path`` must not exist.
 
-    Raises:
-        OSError: the folder cannot be written; the temporary folder is deleted.
-    """
-    temporary = path.with_name(TEMPORARY + path.name)
-    with naming(path, what):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            yield temporary
-            flush_folder(temporary)
-            temporary.rename(path)
-            flush(path.parent)
-            flush(path.parent.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+def finish_folder(temporary: Path, path: Path) -> None:
+    """Renames a temporary folder to ``path``, which must not exist, when its files are on disk."""
+    flush_folder(temporary)
+    temporary.rename(path)
+    flush(path.parent)
+    flush(path.parent.parent)
 
 
 def flush_folder(folder: Path) -> None:
-    """Gives the files of a folder the permissions of new files, and waits until the folder is on disk."""
+    """Gives all files of a folder the permissions of new files, and waits until the folder is on disk."""
     mode = folder.stat().st_mode & 0o666
-    for file in folder.iterdir():
-        file.chmod(mode)  # safetensors creates files that only their owner can read
-        flush(file)
+    for path in folder.iterdir():
+        if path.is_dir():
+            flush_folder(path)
+        else:
+            path.chmod(mode)  # safetensors creates files that only their owner can read
+            flush(path)
     flush(folder)
 
 

@@ -42,7 +42,6 @@ class Layout:
         tokens: vocabulary of the tokeniser, MASK not counted.
         processes: number of processes.
         device: what the activations are counted for: cuda or cpu.
-        vocab: processes among which embedding and head are divided by tokens. They work on the same sequences.
 
     Raises:
         ValueError: numbers do not fit together.
@@ -52,21 +51,24 @@ class Layout:
     tokens: int
     processes: int = 1
     device: str = "cuda"
-    vocab: int = 1
 
     def __post_init__(self) -> None:
         """Checks the values."""
         if not self.config.fused_head or self.config.precision == "auto":
             raise ValueError("config: expected a fused head, and precision bf16 or fp32")
-        for name in ("tokens", "processes", "vocab"):
+        for name in ("tokens", "processes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.processes % self.vocab:
-            raise ValueError(f"vocab: expected a divisor of {self.processes} processes, got {self.vocab}")
-        if self.config.parallel.data == "hsdp" and self.replicas % (self.config.parallel.shard or self.replicas):
-            raise ValueError(
-                f"parallel.shard: expected a divisor of {self.replicas} processes, got {self.config.parallel.shard}"
-            )
+            raise ValueError(f"parallel.vocab: expected a divisor of {self.processes} processes, got {self.vocab}")
+        shard = self.config.parallel.shard or self.replicas
+        if self.replicas % shard:
+            raise ValueError(f"parallel.shard: expected a divisor of {self.replicas}, got {shard}")
+
+    @property
+    def vocab(self) -> int:
+        """Processes that share a vocabulary, and work on the same sequences."""
+        return self.config.parallel.vocab
 
     @property
     def replicas(self) -> int:
@@ -112,27 +114,45 @@ def _build(config: TrainConfig, sizes: ModelConfig, dim: int, device: str = "met
 
 @dataclass(frozen=True)
 class _Units:
-    """Bytes of float32 parameters of each transformer block and of all the rest, whole and as a process's share.
+    """Bytes of float32 parameters: of each transformer block and of the rest, whole and as a process's share.
 
     FSDP divides the first axis of a parameter, and pads it to equal shares.
+
+    Attributes:
+        block: a block.
+        root: the rest; without embedding and head if these are divided by tokens.
+        block_share: a process's share of a block.
+        root_share: its share of the rest.
+        vocabulary: its rows of embedding and head, if these are divided by tokens: each parameter.
+        tensors: number of parameters.
     """
 
     block: int
     root: int
     block_share: int
     root_share: int
+    vocabulary: tuple[int, ...]
     tensors: int
 
     @staticmethod
-    def of(diffusion: Diffusion, shard: int) -> _Units:
+    def of(layout: Layout, diffusion: Diffusion) -> _Units:
         def share(parameters: Iterable[nn.Parameter]) -> int:
-            return FLOAT32 * sum(math.ceil(len(p) / shard) * p[0].numel() for p in parameters)
+            return FLOAT32 * sum(math.ceil(len(p) / layout.shard) * p[0].numel() for p in parameters)
 
         named = dict(diffusion.named_parameters())
+        split = [named[name] for name in _VOCABULARY] if layout.vocab > 1 else []
         first = [p for name, p in named.items() if name.startswith("network.blocks.0.")]
-        rest = [p for name, p in named.items() if not name.startswith("network.blocks.")]
+        ours = {id(p) for p in split}
+        rest = [p for name, p in named.items() if not name.startswith("network.blocks.") and id(p) not in ours]
         whole = [FLOAT32 * sum(p.numel() for p in part) for part in (first, rest)]
-        return _Units(whole[0], whole[1], share(first), share(rest), len(named))
+        own = tuple(FLOAT32 * p.numel() for p in split)
+        return _Units(whole[0], whole[1], share(first), share(rest), own, len(named))
+
+
+_VOCABULARY = [
+    f"network.{name}" for name in ("vocab_embed.embedding", "output_layer.linear.weight", "output_layer.linear.bias")
+]
+"""The parameters that are divided by tokens."""
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -204,50 +224,42 @@ def _head(layout: Layout, diffusion: Diffusion) -> tuple[int, int, int]:
 
 def memory(layout: Layout) -> Memory:
     """What one process needs; the first one, whose share is never smaller than that of another."""
-    config, diffusion, shard = layout.config, layout.diffusion(), layout.shard
-    divides, many = config.parallel.data != "ddp" and layout.processes > 1, config.accumulate > 1
-    units, sizes, w = _Units.of(diffusion, shard), layout.network, layout.compute
-    blocks = sizes.n_blocks
-    share = blocks * units.block_share + units.root_share
-    whole = blocks * units.block + units.root
-    kept = {
-        "parameters": share,
-        "gradients": share,
-        "moments": 2 * share + FLOAT32 * units.tensors,
-        "average": share,
-    }
+    config, diffusion, sizes, w = layout.config, layout.diffusion(), layout.network, layout.compute
+    divides, many = config.parallel.data != "ddp", config.accumulate > 1
+    units, blocks = _Units.of(layout, diffusion), sizes.n_blocks
+    own = sum(units.vocabulary)
+    share = blocks * units.block_share + units.root_share + own
+    kept = {"parameters": share, "gradients": share, "moments": 2 * share + FLOAT32 * units.tensors, "average": share}
     full, again, last = activations(layout)
     checkpointed = config.activation_checkpointing
     stored = blocks * (again if checkpointed else full) + last
     weight, states, temporary = _head(layout, diffusion)
-    embedding = FLOAT32 * math.prod(diffusion.network.vocab_embed.embedding.shape)  # type: ignore[attr-defined]
-    # FSDP and DDP add up whole gradients, the latter outside its buckets, until the last batch of a step
-    gradients = (0 if divides else share) + (whole if many else 0)
-    root = units.root if divides else 0
-    block = units.block if divides else 0
+    block, root = (units.block, units.root) if divides else (0, 0)
+    # DDP's buckets last; FSDP has whole gradients until the last pass of a step divides them
+    buckets = 0 if divides else share - own
+    whole = (blocks * block + root + own) if many else 0
+    embedding = FLOAT32 * diffusion.get_parameter(_VOCABULARY[0]).numel()
     rows, d = layout.rows, sizes.hidden_size
     passing = rows * d * (FLOAT32 + w + 4 * w) + 4 * d * d * (FLOAT32 + (w if w != FLOAT32 else 0))
     phases = {
         "loss": {
-            "gradients": gradients,
+            "gradients": buckets + whole,
             "gathered": root,
             "activations": stored,
-            # CUDA multiplies them by the upstream gradient, into new memory
+            # CUDA multiplies the gradients by the upstream one, into new memory
             "temporary": weight + states + max(temporary, weight + states if layout.device == "cuda" else 0),
         },
         "blocks": {
-            "gradients": gradients + (weight if divides and not many else 0),
+            "gradients": buckets + (whole if many else weight if divides or own else 0),
             "gathered": root + 2 * block,
             "activations": stored,
             "temporary": passing + (full - again if checkpointed else 0) + block,
         },
         "end": {
-            "gradients": (root if many else root + blocks * units.block_share) if divides else share,
+            "gradients": buckets + root + own + blocks * units.block_share * divides,
             "gathered": 0,
             "activations": 0,
-            "temporary": root + (units.root_share + (blocks * units.block_share if many else 0))
-            if divides
-            else embedding,
+            "temporary": root + units.root_share if divides else embedding,
         },
     }
     return Memory(kept, phases)
@@ -306,35 +318,36 @@ def _data(layout: Layout) -> list[Collective]:
     if config.parallel.data == "ddp":
         buffers = sum(buffer.nbytes for buffer in diffusion.buffers())
         found = [Collective("broadcast", "buffers", buffers, 1, layout.replicas, stride)]
-        for size in _buckets(config, diffusion):
+        for size in _buckets(layout, diffusion):
             found.append(Collective("all_reduce", "bucket of gradients", size, 1, layout.replicas, stride))
         return found
-    units, blocks = _Units.of(diffusion, shard), layout.network.n_blocks
+    units, blocks = _Units.of(layout, diffusion), layout.network.n_blocks
     block, root, others = shard * units.block_share, shard * units.root_share, layout.replicas // shard
+    rest, split = ("the rest", len(_VOCABULARY)) if layout.vocab > 1 else ("embedding, head and the rest", 0)
     found = []
     if shard > 1:
         found = [
-            Collective("all_gather", "embedding, head and the rest", root, 1, shard, stride),
+            Collective("all_gather", rest, root, 1, shard, stride),
             Collective("all_gather", "block", block, 2 * blocks * config.accumulate, shard, stride),
             Collective("reduce_scatter", "block's gradient", block, blocks, shard, stride),
-            Collective("reduce_scatter", "gradient of the rest", root, 1, shard, stride),
-            Collective("all_reduce", "norm of the gradient", FLOAT32, 1, shard, stride),
+            Collective("reduce_scatter", f"gradient of {rest}", root, 1, shard, stride),
+            Collective("all_reduce", "norms of gradients", FLOAT32 * (units.tensors - split), 1, shard, stride),
         ]
     if config.parallel.data == "hsdp":
         found += [
             Collective("all_reduce", "share of a block's gradient", units.block_share, blocks, others, stride * shard),
-            Collective("all_reduce", "share of the rest's gradient", units.root_share, 1, others, stride * shard),
+            Collective("all_reduce", f"share of the gradient of {rest}", units.root_share, 1, others, stride * shard),
         ]
     return found
 
 
-def _buckets(config: TrainConfig, diffusion: Diffusion) -> list[int]:
+def _buckets(layout: Layout, diffusion: Diffusion) -> list[int]:
     """Bytes of DDP's buckets, which it fills in the order in which the gradients come.
 
     The order is that of a model of the same structure and the smallest size, which computes its gradients here.
     """
     sizes = dataclasses.replace(diffusion.network.config, hidden_size=2, n_heads=1, cond_dim=1, length=2)  # type: ignore[attr-defined]
-    small = _build(config, sizes, 3, "cpu")
+    config, small = layout.config, _build(layout.config, sizes, 3, "cpu")
     order: list[str] = []
     for name, parameter in small.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
@@ -342,23 +355,29 @@ def _buckets(config: TrainConfig, diffusion: Diffusion) -> list[int]:
     with torch.random.fork_rng(devices=[]), autocast:
         small(torch.zeros(1, 2, dtype=torch.int64), torch.full((1,), 0.5, dtype=torch.float64)).sum().backward()
     named = dict(diffusion.named_parameters())
-    tensors: list[Tensor] = [named[name] for name in order]
+    tensors: list[Tensor] = [named[name] for name in order if layout.vocab == 1 or name not in _VOCABULARY]
     buckets, _ = _compute_bucket_assignment_by_size(tensors, BUCKETS)
     return [sum(tensors[i].nbytes for i in bucket) for bucket in buckets]
 
 
 def _vocabulary(layout: Layout) -> list[Collective]:
-    """Those of a divided vocabulary, among the processes that work on the same sequences."""
+    """Those of a divided vocabulary: among the processes that share it, and among those that have the same rows.
+
+    The bound is that of a batch in which each token goes through the head; for absorbing noise half of them do.
+    """
     config, group = layout.config, layout.vocab
     if group == 1:
         return []
-    states = layout.rows * layout.network.hidden_size * FLOAT32
-    numbers = 2 if config.process == "absorbing" else 3
+    states, passes = layout.rows * layout.network.hidden_size * FLOAT32, config.accumulate
     found = [
-        Collective("all_reduce", "embedded tokens", states, config.accumulate, group),
-        Collective("all_reduce", "gradient of the states", states, config.accumulate, group),
-        Collective("all_reduce", "loss", layout.rows * numbers * FLOAT64, config.accumulate, group),
+        Collective("all_reduce", "embedded tokens", states, passes, group),
+        Collective("all_reduce", "gradient of the states", states, passes, group),
+        Collective("all_reduce", "loss", layout.rows * FLOAT64, passes, group),
+        Collective("all_reduce", "norms of gradients", FLOAT32 * len(_VOCABULARY), 1, group),
     ]
     if OBJECTIVES[config.objective].__name__ not in ("ScoreEntropy", "ConcreteScore", "ImplicitScoreEntropy"):
-        found.append(Collective("all_reduce", "log-normaliser", layout.rows * 2 * FLOAT64, config.accumulate, group))
+        found.append(Collective("all_reduce", "log-normaliser", layout.rows * 2 * FLOAT64, passes, group))
+    if layout.replicas > 1:
+        for size in _Units.of(layout, layout.diffusion()).vocabulary:
+            found.append(Collective("all_reduce", "gradient of rows", size, 1, layout.replicas, group))
     return found

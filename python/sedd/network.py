@@ -158,7 +158,24 @@ class _Embedding(nn.Module):
         nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.embedding(x, self.embedding)
+        return _whole(F.embedding(_like(x, self.embedding), self.embedding))
+
+
+def _like(x: Tensor, weight: Tensor) -> Tensor:
+    """A tensor that all processes have, as an argument beside a weight that may be divided among them."""
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None:
+        return x
+    from torch.distributed.tensor import DTensor, Replicate
+
+    result: Tensor = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return result
+
+
+def _whole(x: Tensor) -> Tensor:
+    """The result in all processes."""
+    result: Tensor = x.full_tensor() if hasattr(x, "full_tensor") else x
+    return result
 
 
 class _SigmaEmbedding(nn.Module):
@@ -357,8 +374,8 @@ class DiffusionTransformer(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """The output projection: [*, N] for states [*, d], in the autocast dtype."""
-        output: Tensor = self.output_layer.linear(hidden)
-        return output
+        linear = self.output_layer.linear
+        return _whole(linear(_like(hidden, linear.weight)))
 
     def head_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Weight [N, d] and bias [N] of :meth:`head`, for the operators that fuse the head with loss or sampler."""

@@ -483,7 +483,7 @@ MUTANTS = [
     Mutant(
         "every tile begins the loss",
         "score_entropy.cu",
-        "    if (p.first > 0) {\n        sweep = p",
+        "    if (p.first > p.begin) {\n        sweep = p",
         "    if (false) {\n        sweep = p",
         family="score_entropy",
     ),

@@ -45,6 +45,7 @@ from sedd.training.checkpoint import (
     read_state,
     read_tensors,
     read_tokenizer,
+    stored_at,
 )
 from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
 
@@ -146,7 +147,7 @@ def _read_checkpoint(checkpoint: Path) -> StoredModel:
     schedule = _for_objective(schedule, process, config.objective, config.objective_params, tensors)
     return StoredModel(
         checkpoint,
-        checkpoint / "ema.safetensors",
+        stored_at(checkpoint, "ema"),
         config.model.build(),
         process,
         schedule,

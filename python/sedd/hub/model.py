@@ -18,7 +18,7 @@ from sedd.files import TEMPORARY, flush_folder, move_all, naming, save_tensors, 
 from sedd.hints import pip_install
 from sedd.hub.formats import SCHEDULE, StoredModel, read_model, to_config
 from sedd.network import DiffusionTransformer, ModelConfig
-from sedd.training.checkpoint import load_weights
+from sedd.training.weights import load_weights
 from sedd_ext import RankOne, reference
 
 if TYPE_CHECKING:

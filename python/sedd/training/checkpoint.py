@@ -1,17 +1,18 @@
-"""Checkpoints: folders of safetensors and JSON files, written atomically and verified on reading.
+"""Checkpoints: folders of safetensors and JSON files, verified on reading. :mod:`sedd.training.saving` writes them.
 
 ``RUN/checkpoints/step_00000500/`` holds
 
 * ``model.safetensors``, ``ema.safetensors``: the weights and their moving average, by parameter name;
 * ``optimizer.safetensors``: AdamW's moments as ``<parameter>/<moment>``;
+* or, if the model was divided among processes, folders ``model``, ``ema`` and ``optimizer`` with the parts of each
+  process, see :mod:`sedd.training.shards`;
 * ``config.json``: the options of the run; ``tokenizer.json`` and ``tokenizer_config.json``: the tokeniser, unless it is
   a registered one;
 * ``state.json``: step, position in the data, validation bound, elapsed time, size and SHA-256 of the files above, and
   as ``sha256`` the SHA-256 of these entries (checkpoints of earlier versions do not have it, and load as well).
 
-No file is a pickle. A checkpoint is written to a temporary folder, flushed to disk and then renamed. If a run resumes
-from an earlier checkpoint because a later one is damaged, the damaged one is renamed to ``damaged_step_00000500`` and
-kept until the run has a checkpoint of that step or a later one.
+No file is a pickle. If a run resumes from an earlier checkpoint because a later one is damaged, the damaged one is
+renamed to ``damaged_step_00000500`` and kept until the run has a checkpoint of that step or a later one.
 """
 
 from __future__ import annotations
@@ -27,39 +28,43 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
 from sedd.config import TrainConfig, load_config
 from sedd.data.tokenizer import TOKENIZER_FILES, TOKENIZERS, Tokenizer, get_tokenizer
-from sedd.files import TEMPORARY, naming, whole_folder
+from sedd.files import TEMPORARY, naming
 from sedd.options import outside_hint
 
 __all__ = [
     "DamagedError",
     "best_checkpoint",
+    "checkpoints_of",
+    "fingerprint",
     "last_whole_checkpoint",
     "list_checkpoints",
-    "load_weights",
     "prune",
     "read_config",
     "read_state",
     "read_tensors",
     "read_tokenizer",
-    "save_checkpoint",
+    "sealed",
     "set_damaged_aside",
-    "stored_name",
+    "stored_at",
     "verify",
 ]
 
 _DAMAGED = "damaged_"
+_FILE = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
+"""A file of a checkpoint, which may be in a folder of shards."""
 
 
 class DamagedError(ValueError):
     """The content of a checkpoint file differs from what was written."""
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> dict[str, Any]:
+    """The size and the SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -67,63 +72,20 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, allow_nan=False) + "\n"
-
-
-def _sealed(state: Mapping[str, Any]) -> dict[str, Any]:
+def sealed(state: Mapping[str, Any]) -> dict[str, Any]:
     """Adds the SHA-256 of the entries of ``state.json``; it covers the other files, whose SHA-256 are entries."""
     entries = {key: value for key, value in state.items() if key != "sha256"}
     return {**entries, "sha256": hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()}
 
 
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-    config: TrainConfig,
-    texts: Mapping[str, str] = MappingProxyType({}),
-) -> Path:
-    """Writes a checkpoint.
-
-    Args:
-        run_dir: folder of the run.
-        step: number of optimiser steps.
-        tensors: tensors by name for each file (``"model"`` becomes ``model.safetensors``).
-        state: other data needed to resume, JSON-serialisable; ``"valid"`` is the validation bound at this step or None.
-        config: options of the run.
-        texts: contents of other files by file name, such as those of the tokeniser.
-
-    Returns:
-        The new folder.
-
-    Raises:
-        OSError: the checkpoint cannot be written (for example, the disk is full). The partial checkpoint is deleted;
-            other files are not changed.
-    """
-    final = _folder(run_dir) / f"step_{step:08d}"
-    with whole_folder(final, "could not write this checkpoint; earlier ones are unchanged") as temporary:
-        for name, content in tensors.items():
-            save_file(
-                {key: value.detach().contiguous() for key, value in content.items()}, temporary / f"{name}.safetensors"
-            )
-        (temporary / "config.json").write_text(_json(config.resolved().to_dict()), encoding="utf-8")
-        for name, text in texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        files = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
-        entries = json.loads(_json({"step": step, **state, "files": files}))  # the form in which they are read
-        (temporary / "state.json").write_text(_json(_sealed(entries)), encoding="utf-8")
-    return final
-
-
-def _folder(run_dir: Path) -> Path:
+def checkpoints_of(run_dir: Path) -> Path:
+    """The folder of all checkpoints of a run."""
     return run_dir / "checkpoints"
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Returns the checkpoint folders of a run, oldest first, without incomplete ones of a killed run."""
-    found = [path for path in _folder(run_dir).glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    found = [path for path in checkpoints_of(run_dir).glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
@@ -211,13 +173,13 @@ def prune(run_dir: Path, keep_last: int) -> None:
             states[path] = read_state(path)
     paths, best = list(states), _best(states)
     old = [path for path in paths[:-keep_last] if path != best]
-    aside = _folder(run_dir).glob(f"{_DAMAGED}step_*")
+    aside = checkpoints_of(run_dir).glob(f"{_DAMAGED}step_*")
     old += [path for path in aside if paths and _step(path) <= _step(paths[-1])]
     for path in old:
         with naming(path, "could not be deleted"):
             # rename first, so that a partly deleted folder is not taken for a checkpoint
             path.rename(path.with_name(TEMPORARY + path.name))
-    for path in _folder(run_dir).glob(TEMPORARY + "*"):
+    for path in checkpoints_of(run_dir).glob(TEMPORARY + "*"):
         with naming(path, "could not be deleted"):
             shutil.rmtree(path)
 
@@ -246,7 +208,9 @@ _STATE: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "data": ("an object", lambda value: isinstance(value, dict)),
     "files": (
         "an object with bytes and sha256 of each file",
-        lambda value: isinstance(value, dict) and all(map(_is_fingerprint, value.values())),
+        lambda value: (
+            isinstance(value, dict) and all(map(_FILE.fullmatch, value)) and all(map(_is_fingerprint, value.values()))
+        ),
     ),
 }
 """The entries of ``state.json``: a description of valid values for the error message, and a check."""
@@ -255,7 +219,7 @@ _STATE: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def _check_state(state: Any, folder: str) -> None:
     if not isinstance(state, dict):
         raise ValueError(f"expected an object, got {type(state).__name__}")
-    if "sha256" in state and state != _sealed(state):
+    if "sha256" in state and state != sealed(state):
         raise ValueError("the entries differ from those that were written (SHA-256)")
     for name, (wanted, is_right) in _STATE.items():
         if name not in state:
@@ -288,12 +252,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def _verify(path: Path, state: Mapping[str, Any]) -> None:
-    if path.name not in state["files"]:
+def _verify(checkpoint: Path, name: str, state: Mapping[str, Any]) -> None:
+    path = checkpoint / name
+    if name not in state["files"]:
         raise DamagedError(f"{path}: not listed in state.json of this checkpoint")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; the checkpoint is incomplete")
-    wanted, found = state["files"][path.name], _fingerprint(path)
+    wanted, found = state["files"][name], fingerprint(path)
     if found["bytes"] != wanted["bytes"]:
         raise DamagedError(f"{path}: truncated or replaced: expected {wanted['bytes']:,} bytes, got {found['bytes']:,}")
     if found["sha256"] != wanted["sha256"]:
@@ -308,8 +273,13 @@ def verify(checkpoint: Path) -> None:
         DamagedError: a file differs from what was written.
     """
     state = read_state(checkpoint)
-    for name in state["files"]:
-        _verify(checkpoint / name, state)
+    for name in dict.fromkeys([*state["files"], *_shards(checkpoint)]):
+        _verify(checkpoint, name, state)
+
+
+def _shards(checkpoint: Path, folder: str = "*") -> list[str]:
+    """The files in a folder of shards, or in all of them."""
+    return sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.glob(f"{folder}/*"))
 
 
 def read_config(checkpoint: Path) -> TrainConfig:
@@ -320,7 +290,7 @@ def read_config(checkpoint: Path) -> TrainConfig:
         DamagedError: a file is damaged.
         ValueError: an option is unknown to this version.
     """
-    _verify(checkpoint / "config.json", read_state(checkpoint))
+    _verify(checkpoint, "config.json", read_state(checkpoint))
     config = load_config(checkpoint / "config.json")
     if config.model.hybrid_shift is None:  # runs that began before the option existed were trained without it
         config.model.hybrid_shift = False
@@ -340,67 +310,45 @@ def read_tokenizer(checkpoint: Path, config: TrainConfig) -> Tokenizer:
     if hint := outside_hint(config.tokenizer):
         raise ValueError(f"{checkpoint}: tokenizer: expected a registered name, got {config.tokenizer}{hint}")
     for name in TOKENIZER_FILES:
-        _verify(checkpoint / name, state)
+        _verify(checkpoint, name, state)
     return get_tokenizer(str(checkpoint / TOKENIZER_FILES[0]))
 
 
+def stored_at(checkpoint: Path, name: str) -> Path:
+    """The tensor file ``name`` of a checkpoint, or the folder with its shards."""
+    return checkpoint / name if (checkpoint / name).is_dir() else checkpoint / f"{name}.safetensors"
+
+
 def read_tensors(
-    checkpoint: Path, name: str, state: Mapping[str, Any] | None, device: torch.device | str = "cpu"
+    checkpoint: Path,
+    name: str,
+    state: Mapping[str, Any] | None,
+    device: torch.device | str = "cpu",
+    like: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
-    """Reads and verifies a tensor file of a checkpoint.
+    """Reads and verifies the tensors of a tensor file, or of a folder of shards, of a checkpoint.
 
     Args:
-        checkpoint: the folder.
-        name: file name without ``.safetensors``.
-        state: the result of :func:`read_state` for the folder; None if :func:`verify` has already checked the file.
+        checkpoint: the folder of the checkpoint.
+        name: name of the file without ``.safetensors``, or of the folder.
+        state: the result of :func:`read_state` for the checkpoint; None if :func:`verify` has already checked it.
         device: the device of the tensors.
+        like: from shards, tensors of these names are read divided as these are.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        DamagedError: the file differs from what was written.
+        FileNotFoundError: a file is missing.
+        DamagedError: a file differs from what was written.
+        ValueError: shards need a newer version of PyTorch.
     """
-    path = checkpoint / f"{name}.safetensors"
+    files = [f"{name}.safetensors"]
+    listed = (state or read_state(checkpoint))["files"]
+    if shards := [file for file in listed if file.startswith(f"{name}/")]:
+        files = list(dict.fromkeys([*shards, *_shards(checkpoint, name)]))
     if state is not None:
-        _verify(path, state)
-    return load_file(path, device=str(device))
+        for file in files:
+            _verify(checkpoint, file, state)
+    if shards:
+        from sedd.training.shards import read_shards  # its imports take half a second
 
-
-def stored_name(name: str) -> str:
-    """Name in a file for a tensor of :class:`sedd.diffusion.Diffusion`; tensors of the network have released names."""
-    return name.removeprefix("network.")
-
-
-def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copies weights into a module, which may be on the meta device.
-
-    Args:
-        module: a network, or a :class:`sedd.diffusion.Diffusion`.
-        tensors: tensors by their names in the file, see :func:`stored_name`.
-        path: the file, for the error message.
-
-    Raises:
-        ValueError: names or shapes differ from those of the module. The message lists missing, unexpected and misshapen
-            tensors, up to ten of each.
-    """
-    names = {stored_name(name): name for name in module.state_dict()}
-    wanted = {stored_name(name): list(value.shape) for name, value in module.state_dict().items()}
-    found = {name: list(value.shape) for name, value in tensors.items()}
-    wrong = {
-        "missing": [name for name in wanted if name not in found],
-        "unexpected": [name for name in found if name not in wanted],
-        "misshapen": [
-            f"{name} {found[name]} instead of {wanted[name]}"
-            for name in wanted
-            if name in found and found[name] != wanted[name]
-        ],
-    }
-    if any(wrong.values()):
-        lists = [
-            f"{len(names)} {kind} ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
-            for kind, names in wrong.items()
-            if names
-        ]
-        raise ValueError(f"{path}: expected the tensors of the configuration, got {'; '.join(lists)}")
-    if any(value.is_meta for value in module.state_dict().values()):
-        module.to_empty(device="cpu")
-    module.load_state_dict({names[name]: value for name, value in tensors.items()})
+        return read_shards(checkpoint / name, like, device)
+    return load_file(checkpoint / files[0], device=str(device))

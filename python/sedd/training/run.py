@@ -1,6 +1,7 @@
 """A training run in its folder: records, validation, checkpoints, signals and exact resumption.
 
-Several processes, started by torchrun, train one model together. The first one writes the folder and the messages.
+Several processes, started by torchrun, train one model together. The first one writes the folder and the messages; if
+the model is divided, each process writes its parts of the checkpoints.
 
 The training loss is the mean over sequences of the objective, divided by the length of a sequence: nats per token. For
 most objectives it estimates the likelihood bound, without its prior term.
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +42,21 @@ from sedd.progress import is_interactive, progress_bar
 from sedd.training.checkpoint import (
     best_checkpoint,
     list_checkpoints,
-    load_weights,
     prune,
     read_config,
     read_state,
     read_tensors,
     read_tokenizer,
-    save_checkpoint,
     set_damaged_aside,
 )
 from sedd.training.init import Pretrained, checked_init, with_sizes
 from sedd.training.log import Log
 from sedd.training.parallel import World
+from sedd.training.saving import Saver, save_checkpoint
+from sedd.training.shards import staged
 from sedd.training.signals import StopSignals
 from sedd.training.state import TrainState
+from sedd.training.weights import load_weights
 
 __all__ = ["NonFiniteError", "Outcome", "Run"]
 
@@ -158,6 +161,7 @@ class Run:
         self.best: float | None = None  # the lowest validation bound so far
         self.saved_step: int | None = None
         self.signals = StopSignals(self.console)
+        self.saver = Saver()
         self.pending: list[Tensor] = []  # (loss, gradient norm) of the steps not yet written
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -204,7 +208,7 @@ class Run:
         if isinstance(mine, nn.Module) and isinstance(theirs, type(mine)):  # learned schedules
             mine.load_state_dict(theirs.state_dict())
         diffusion.to(self.world.device)
-        batches = self.corpus.batches(config.batch_size * self.world.size, seed=config.seed)
+        batches = self.corpus.batches(config.batch_size * self.world.data_size, seed=config.seed)
         self.state = TrainState(config, diffusion, batches, self.world)
 
     # -- the run -------------------------------------------------------------------------------------------------------
@@ -223,6 +227,7 @@ class Run:
             self.lock or nullcontext(),
             self.world.together(),
             self.signals,
+            self.saver,
             Log(self.run_dir if self.world.first else None, state.step, config) as log,
             progress_bar(self.console) as show,
         ):
@@ -244,7 +249,7 @@ class Run:
                 if signum is None and state.valid is None and (done or self._due(config.valid_every)):
                     better = self._validate(log)
                 if better or done or save:
-                    self._save(log)
+                    self._save(log, last=done)
                 meter.logged_at += time.monotonic() - pause  # tokens per second are those of training alone
                 if done:
                     return Outcome(state.step, signum, "" if signum is not None else self._ended())
@@ -301,6 +306,7 @@ class Run:
         self.pending.clear()
         for step, (loss, norm) in enumerate(values, first):
             if not (math.isfinite(loss) and math.isfinite(norm)):
+                self.saver.finish()
                 saved = list_checkpoints(self.run_dir)
                 what = f"loss is {loss}" if not math.isfinite(loss) else f"norm of the gradient is {norm}"
                 raise NonFiniteError(
@@ -374,27 +380,45 @@ class Run:
 
     # -- saving and resuming -------------------------------------------------------------------------------------------
 
-    def _save(self, log: Log) -> None:
-        """Writes the checkpoint of this step, if it does not exist yet, and deletes those no longer kept."""
+    def _save(self, log: Log, last: bool) -> None:
+        """Starts to write the checkpoint of this step, if it does not exist yet.
+
+        Waits for the checkpoint before, and for this one if it is the ``last``.
+        """
         if self.state.step == 0:
             return
+        started = time.monotonic()
+        self.saver.wait(self.world.group)
         if self.lock is not None:
             self.lock.check()
         if self.state.step != self.saved_step:
-            self._write_checkpoint(log)
-        if self.world.first:
+            self._start_checkpoint(log)
+        elif self.world.first:
             prune(self.run_dir, self.config.keep_last)
+        if last:
+            self.saver.wait(self.world.group)
+        curves: dict[str, float | None] = {"time/checkpoint_wait_seconds": time.monotonic() - started}
+        if self.saver.seconds > 0:  # of the last one that was waited for
+            curves["time/checkpoint_write_seconds"] = self.saver.seconds
+        log.curves(self.state.step, curves)
 
-    def _write_checkpoint(self, log: Log) -> None:
+    def _start_checkpoint(self, log: Log) -> None:
         state = self.state
         log.flush()
         state.pace = state.pace.measured(state.step, state.elapsed)
         values = state.state_dict()
         tensors = {name: values.pop(name) for name in TENSOR_FILES}
         values["valid"] = None if state.valid is None else finite(state.valid)
-        if self.world.first:
-            save_checkpoint(self.run_dir, values.pop("step"), tensors, values, self.config, self.tokenizer.files())
+        if self.world.first or self.world.writers is not None:
+            self.saver.start(partial(self._write_checkpoint, values.pop("step"), staged(tensors), values))
         self.saved_step = state.step
+
+    def _write_checkpoint(self, step: int, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
+        """Writes a checkpoint and deletes those no longer kept; in a thread."""
+        texts, writers = self.tokenizer.files(), self.world.writers
+        save_checkpoint(self.run_dir, step, tensors, values, self.config, texts, writers)
+        if self.world.first:
+            prune(self.run_dir, self.config.keep_last)
 
     def _last_checkpoint(self) -> Path | None:
         """The checkpoint to resume, None if there is none. Reports damaged checkpoints and changed options."""
@@ -424,7 +448,8 @@ class Run:
         return checkpoint
 
     def _restore(self, checkpoint: Path) -> None:
-        tensors = {name: read_tensors(checkpoint, name, None, self.state.device) for name in TENSOR_FILES}
+        state = self.state
+        tensors = {name: read_tensors(checkpoint, name, None, state.device, state.like(name)) for name in TENSOR_FILES}
         saved, then = read_state(checkpoint), read_config(checkpoint)
         saved.setdefault("sequences_per_step", then.batch_size * then.accumulate)  # runs of earlier versions
         if not self.state.load_state_dict({**saved, **tensors}, checkpoint):

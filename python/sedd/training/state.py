@@ -18,9 +18,10 @@ from sedd.diffusion.diffusion import Diffusion
 from sedd.diffusion.objectives import sample_times
 from sedd.network import compile_network
 from sedd.runtime import autocast_dtype
-from sedd.training.checkpoint import load_weights, stored_name
+from sedd.training.checkpoint import stored_at
 from sedd.training.learning_rate import learning_rate_factor
-from sedd.training.parallel import World, divided, local, whole
+from sedd.training.parallel import World, by_mesh, clear_gradients, clip_gradients, divided, local
+from sedd.training.weights import load_weights, stored_name
 
 __all__ = ["Pace", "TrainState"]
 
@@ -89,7 +90,7 @@ class TrainState:
             world.shard(module)
         self.model = world.wrap(diffusion)
         self.optimizer = torch.optim.AdamW(
-            diffusion.parameters(),
+            [{"params": group} for group in by_mesh(diffusion.parameters())],
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
@@ -126,12 +127,12 @@ class TrainState:
         config = self.config
         self.diffusion.train()
         total = self._backward()
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.diffusion.parameters(), config.clip))
+        norm = clip_gradients(self.diffusion.parameters(), config.clip)
         self.step += 1
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        clear_gradients(self.model)
         decay = min(config.ema, (1 + self.step) / (10 + self.step))
         get_ema_multi_avg_fn(decay)(local(self.ema.parameters()), local(self.diffusion.parameters()), None)
         self.valid = None
@@ -140,7 +141,7 @@ class TrainState:
     @property
     def sequences_per_step(self) -> int:
         """Sequences that all processes together take in an optimiser step."""
-        return self.config.batch_size * self.config.accumulate * self.world.size
+        return self.config.batch_size * self.config.accumulate * self.world.data_size
 
     def _backward(self) -> Tensor:
         """Accumulates the gradients of one step; returns its loss."""
@@ -148,8 +149,8 @@ class TrainState:
         count = self.sequences_per_step
         total = torch.zeros((), device=self.device)
         for part in range(config.accumulate):
-            first = (part * world.size + world.rank) * size  # place in the batch of the step
-            tokens = next(self.batches)[world.rank * size :][:size].to(self.device)
+            first = (part * world.data_size + world.data_rank) * size  # place in the batch of the step
+            tokens = next(self.batches)[world.data_rank * size :][:size].to(self.device)
             self._seed(first)
             times = sample_times(
                 count, self.diffusion.objective.earliest_time, antithetic=config.antithetic, generator=self.generator
@@ -161,7 +162,7 @@ class TrainState:
                         tokens,
                         times[first : first + size],
                         # gradients are averaged over the processes
-                        scale=world.size / (count * tokens[0].numel()),
+                        scale=world.data_size / (count * tokens[0].numel()),
                         fused=config.fused_head,
                         generator=self.generator,
                         first=first,
@@ -182,17 +183,17 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """The content of a checkpoint: dictionaries of tensors, and plain values.
 
-        ``model``, ``ema`` and ``optimizer`` are dictionaries of whole tensors by name. The rest is JSON-ready.
+        ``model``, ``ema`` and ``optimizer`` are dictionaries of tensors by name. They are those of this run, not
+        copies: the next step changes them. With FSDP they are divided. The rest is JSON-ready.
         """
-        moments = {
-            f"{stored_name(name)}/{key}": whole(value)
-            for name, parameter in self.diffusion.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
-        }
         return {
-            "model": {stored_name(name): whole(value) for name, value in self.diffusion.state_dict().items()},
-            "ema": {stored_name(name): whole(value) for name, value in self.ema.state_dict().items()},
-            "optimizer": moments,
+            "model": _by_name(self.diffusion),
+            "ema": _by_name(self.ema),
+            "optimizer": {
+                f"{stored_name(name)}/{key}": value
+                for name, parameter in self.diffusion.named_parameters()
+                for key, value in self.optimizer.state[parameter].items()
+            },
             "step": self.step,
             "sequences_per_step": self.sequences_per_step,
             "valid": self.valid,
@@ -202,11 +203,18 @@ class TrainState:
             "data": self.batches.state_dict(),
         }
 
+    def like(self, name: str) -> dict[str, Tensor]:
+        """Tensors that are divided as those of ``model``, ``ema`` or ``optimizer`` must be, by the names there."""
+        tensors = _by_name(self.ema if name == "ema" else self.diffusion)
+        if name != "optimizer":
+            return tensors
+        return {f"{key}/{moment}": value for key, value in tensors.items() for moment in ("exp_avg", "exp_avg_sq")}
+
     def load_state_dict(self, state: dict[str, Any], path: Path) -> bool:
         """Continues from :meth:`state_dict`.
 
         Args:
-            state: what :meth:`state_dict` returned.
+            state: what :meth:`state_dict` returned. Its tensors may be whole, or divided as :meth:`like`.
             path: the checkpoint folder, for error messages.
 
         Returns:
@@ -220,15 +228,16 @@ class TrainState:
         if saved != self.sequences_per_step:
             raise ValueError(
                 f"batch_size: expected {saved} sequences per optimiser step as before, got {self.sequences_per_step}: "
-                f"batch_size {self.config.batch_size} * accumulate {self.config.accumulate} * {self.world.size} "
+                f"batch_size {self.config.batch_size} * accumulate {self.config.accumulate} * {self.world.data_size} "
                 "processes; set --batch_size or --accumulate"
             )
         for module, name in ((self.diffusion, "model"), (self.ema, "ema")):
-            like = {stored_name(key): value for key, value in module.state_dict().items()}
+            like = self.like(name)
             tensors = {key: divided(value, like[key]) if key in like else value for key, value in state[name].items()}
-            load_weights(module, tensors, path / f"{name}.safetensors")
+            load_weights(module, tensors, stored_at(path, name))
         parameters = {stored_name(name): value for name, value in self.diffusion.named_parameters()}
-        indices = {stored_name(name): i for i, (name, _) in enumerate(self.diffusion.named_parameters())}
+        ordered = [id(value) for group in self.optimizer.param_groups for value in group["params"]]
+        indices = {name: ordered.index(id(value)) for name, value in parameters.items()}
         by_index: dict[int, dict[str, Tensor]] = {}
         for key, value in state["optimizer"].items():
             name, _, moment = key.rpartition("/")
@@ -243,3 +252,7 @@ class TrainState:
         self.pace = Pace(self.step, self.elapsed, state.get("seconds_per_step", 0.0))
         same_device: bool = state["device"] == self.device.type
         return same_device
+
+
+def _by_name(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {stored_name(name): value for name, value in module.state_dict().items()}
