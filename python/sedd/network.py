@@ -158,7 +158,18 @@ class _Embedding(nn.Module):
         nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _whole(F.embedding(_like(x, self.embedding), self.embedding))
+        rows: Any = self.embedding
+        mesh = getattr(rows, "device_mesh", None)
+        if mesh is None:
+            return F.embedding(x, rows)
+        # each process has some rows (DTensor's embedding would make the gradient of all of them)
+        from torch.distributed.tensor import DTensor, Partial
+
+        x = x - mesh.get_local_rank() * -(-rows.shape[0] // mesh.size())
+        mine = rows.to_local()
+        is_here = (x >= 0) & (x < len(mine))
+        part = F.embedding(x.where(is_here, 0), mine) * is_here.unsqueeze(-1)
+        return _whole(DTensor.from_local(part, mesh, [Partial()], run_check=False))
 
 
 def _like(x: Tensor, weight: Tensor) -> Tensor:
