@@ -106,16 +106,17 @@ def layouts(options: Options) -> list[Layout]:
             if sequences % together:
                 raise ValueError(f"sequences: expected a multiple of {together}, got {sequences}")
             for engine in ENGINES:
-                if engine not in options.engines or (engine == "hsdp" and processes <= max(options.machine, vocab)):
+                shard = options.machine // vocab if engine == "hsdp" and processes > options.machine else 1
+                divides = {"ddp": True, "fsdp": processes > vocab, "hsdp": shard > 1}
+                if engine not in options.engines or not divides[engine]:
                     continue
-                shard = max(1, options.machine // vocab) if engine == "hsdp" else None
                 config = TrainConfig(
                     model=options.model,
                     process=options.process,
                     objective=options.objective,
                     batch_size=options.batch_size,
                     accumulate=sequences // together,
-                    parallel=ParallelOptions(data=engine, shard=shard, vocab=vocab),
+                    parallel=ParallelOptions(data=engine, shard=shard if engine == "hsdp" else None, vocab=vocab),
                     precision=options.precision,
                     activation_checkpointing=options.activation_checkpointing,
                 )  # fmt: skip
@@ -145,16 +146,16 @@ def result(layout: Layout, options: Options) -> dict[str, Any]:
 
 
 COLUMNS = (
-    *("GPUs", "engine", "vocab", "passes", "weights", "gradients", "moments", "average", "gathered", "activations"),
-    *("temporary", "peak, GB", "calls", "sent, GB", "seconds"),
+    *("GPUs", "engine", "vocab", "passes", "state", "gradients", "gathered", "activations", "temporary", "peak, GB"),
+    *("calls", "sent, GB", "seconds"),
 )
 
 
 def line(row: dict[str, Any], options: Options) -> list[str]:
     """A row of the table."""
-    kept, parts = row["kept"], row["fullest"]
-    sizes = [kept["parameters"], parts["gradients"], kept["moments"], kept["average"]]
-    sizes += [parts["gathered"], parts["activations"], parts["temporary"]]
+    parts = row["fullest"]
+    state = sum(row["kept"].values()) - row["kept"]["gradients"]
+    sizes = [state, *(parts[name] for name in ("gradients", "gathered", "activations", "temporary"))]
     peak = f"{row['peak'] / GB:.1f}" + ("" if row["peak"] <= options.memory * GB else " (!)")
     words = [str(row["processes"]), row["engine"], str(row["vocab"]), str(row["accumulate"])]
     words += [*(f"{size / GB:.1f}" for size in sizes), peak]
@@ -178,7 +179,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"scale.py: error: {error}", file=sys.stderr)
         return 2
     if not rows:
-        print("scale.py: error: engines: expected several machines for hsdp; set --processes", file=sys.stderr)
+        processes = ", ".join(map(str, options.processes))
+        message = f"engines: expected several machines for hsdp, got {processes} processes"
+        print(f"scale.py: error: {message}", file=sys.stderr)
         return 2
     if options.json is not None:
         Path(options.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
