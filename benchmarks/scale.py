@@ -147,7 +147,7 @@ def result(layout: Layout, options: Options) -> dict[str, Any]:
 
 COLUMNS = (
     *("GPUs", "engine", "vocab", "passes", "state", "gradients", "gathered", "activations", "temporary", "peak, GB"),
-    *("calls", "sent, GB", "seconds"),
+    *("calls", "sent, GB", "ms"),
 )
 
 
@@ -159,7 +159,7 @@ def line(row: dict[str, Any], options: Options) -> list[str]:
     peak = f"{row['peak'] / GB:.1f}" + ("" if row["peak"] <= options.memory * GB else " (!)")
     words = [str(row["processes"]), row["engine"], str(row["vocab"]), str(row["accumulate"])]
     words += [*(f"{size / GB:.1f}" for size in sizes), peak]
-    return [*words, f"{row['calls']:,}", f"{row['sent'] / GB:.1f}", f"{row['seconds']:.2f}"]
+    return [*words, f"{row['calls']:,}", f"{row['sent'] / GB:.1f}", f"{1e3 * row['seconds']:,.0f}"]
 
 
 def markdown(lines: list[list[str]]) -> str:
