@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -348,20 +349,36 @@ def test_generalized_masked_is_that_of_the_reference(scale: float) -> None:
     check_power(found, results(generalized(plain, *rows), head, upstream), 1e-11, least=0.01)
 
 
-@pytest.mark.operators
-def test_processes_divide_the_rows_of_a_softmax_alike() -> None:
-    """With 21 of 41 entries a tile takes one row, with 20 it could take two."""
-    head, upstream, rows = random_head(41), torch.ones(ROWS), clean_rows(Uniform(41))
+@pytest.mark.operators("cpu")
+@pytest.mark.parametrize("operator", ["mean", "generalized"])
+def test_processes_divide_the_rows_of_a_softmax_alike(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 21 of 41 entries a tile takes one row, with 20 it could take two. Each process by itself."""
+    head, power, rows = random_head(41), random_power(41, torch.float32), masked_rows(41)
+    shapes: list[torch.Size] = []
 
-    def mean(leaves: Head, group: Any = None) -> Tensor:
-        return linear_mean_prediction_loss(*leaves, *rows, Uniform(41), group=group, buffer_bytes=90)
+    def all_gather(out: list[Tensor], value: Tensor, group: Any) -> None:
+        shapes.append(value.shape)
+        for one in out:
+            one.copy_(value)
 
-    check_equal(together(mean, head, 2, upstream), results(mean, head, upstream), 2e-5)
-    part = Part(*head, random_power(41, torch.float32))
-    loss = generalized(
-        linear_generalized_masked_loss, torch.full((ROWS,), 40), *masked_rows(41)[1:], loss_weight=0.5, buffer_bytes=90
-    )
-    check_power(together(loss, part, 2, upstream), results(loss, part, upstream), 2e-5)
+    def all_reduce(value: Tensor, **_: Any) -> Any:
+        shapes.append(value.shape)
+        return mock.Mock()
+
+    monkeypatch.setattr(module.torch.distributed, "all_gather", all_gather)
+    monkeypatch.setattr(module.torch.distributed, "all_reduce", all_reduce)
+    seen = []
+    with groups(2) as group:
+        for rank in range(2):
+            part = head.part(rank, 2)
+            if operator == "mean":
+                linear_mean_prediction_loss(*part, *rows, Uniform(41), group=group[rank], buffer_bytes=90)
+            else:
+                linear_generalized_masked_loss(*part, *rows, power, group=group[rank], buffer_bytes=90)
+            seen.append(shapes.copy())
+            shapes.clear()
+    assert seen[0] == seen[1]
+    assert len(seen[0]) >= int((rows[0] == 40).sum())  # one row at a time
 
 
 @pytest.mark.operators
