@@ -73,6 +73,7 @@ PYBIND11_MODULE(_C, m) {
     using sedd::Family;
     using sedd::Fault;
     using sedd::MeanStep;
+    using sedd::Stage;
     using sedd::Step;
     m.doc() = "Kernels of sedd_ext. Private: the Python modules of the package check the tensors.";
     m.attr("__version__") = SEDD_VERSION;
@@ -83,6 +84,9 @@ PYBIND11_MODULE(_C, m) {
     m.attr("reverse_draw_numbers") = sizeof(sedd::ReverseDraw) / sizeof(double);
     m.attr("score_entropy_sweep_numbers") = sizeof(sedd::ScoreEntropySweep) / sizeof(double);
     m.attr("mean_prediction_numbers") = sizeof(sedd::MeanPredictionGradient) / sizeof(double);
+    m.attr("mean_prediction_logits") = sizeof(sedd::MeanPredictionLogits) / sizeof(double);
+    m.attr("mean_prediction_sums") = sizeof(sedd::MeanPredictionSums) / sizeof(double);
+    m.attr("generalized_masked_sums") = sizeof(sedd::GeneralizedMaskedSums) / sizeof(double);
     m.attr("generalized_masked_row_numbers") = sizeof(sedd::GeneralizedMaskedRow) / sizeof(double);
     m.attr("sweep_again") = sedd::kSweepAgain;
     m.attr("dtypes") = codes<DType>({{"float32", DType::float32},
@@ -95,6 +99,8 @@ PYBIND11_MODULE(_C, m) {
     m.attr("mean_steps") = codes<MeanStep>({{"euler", MeanStep::euler},
                                             {"tweedie", MeanStep::tweedie},
                                             {"generalized_masked", MeanStep::generalized_masked}});
+    m.attr("stages") = codes<Stage>(
+        {{"whole", Stage::whole}, {"logits", Stage::logits}, {"sums", Stage::sums}, {"loss", Stage::loss}});
     m.attr("step_slack") = sedd::kStepSlack;
     m.attr("faults") = codes<Fault>({{"x_t", Fault::x_t},
                                      {"x_0", Fault::x_0},

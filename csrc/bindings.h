@@ -59,8 +59,10 @@ constexpr auto fields_of(const ScoreEntropyTileParams*) {
 constexpr auto fields_of(const MeanPredictionParams*) {
     using Struct = MeanPredictionParams;
     return std::make_tuple(SEDD_FIELD(logits), SEDD_FIELD(x_t), SEDD_FIELD(x_0), SEDD_FIELD(sigma), SEDD_FIELD(sigma_s),
-                           SEDD_FIELD(stationary), SEDD_FIELD(grad_loss), SEDD_FIELD(numbers), SEDD_FIELD(out),
-                           SEDD_FIELD(rows), SEDD_FIELD(dim), SEDD_FIELD(mask), SEDD_FIELD(dtype), SEDD_FIELD(family));
+                           SEDD_FIELD(stationary), SEDD_FIELD(grad_loss), SEDD_FIELD(numbers), SEDD_FIELD(row_logits),
+                           SEDD_FIELD(row_sums), SEDD_FIELD(out), SEDD_FIELD(rows), SEDD_FIELD(width),
+                           SEDD_FIELD(first), SEDD_FIELD(dim), SEDD_FIELD(mask), SEDD_FIELD(dtype), SEDD_FIELD(family),
+                           SEDD_FIELD(stage));
 }
 
 constexpr auto fields_of(const ReverseParams*) {
@@ -97,8 +99,9 @@ constexpr auto fields_of(const TransitionParams*) {
 constexpr auto fields_of(const GeneralizedMaskedParams*) {
     using Struct = GeneralizedMaskedParams;
     return std::make_tuple(SEDD_FIELD(logits), SEDD_FIELD(power), SEDD_FIELD(x_t), SEDD_FIELD(x_0), SEDD_FIELD(t),
-                           SEDD_FIELD(grad_loss), SEDD_FIELD(numbers), SEDD_FIELD(out), SEDD_FIELD(rows),
-                           SEDD_FIELD(dim), SEDD_FIELD(dtype));
+                           SEDD_FIELD(grad_loss), SEDD_FIELD(numbers), SEDD_FIELD(row_sums), SEDD_FIELD(out),
+                           SEDD_FIELD(rows), SEDD_FIELD(width), SEDD_FIELD(first), SEDD_FIELD(dim), SEDD_FIELD(dtype),
+                           SEDD_FIELD(stage));
 }
 
 constexpr auto fields_of(const CpuLaunch*) {

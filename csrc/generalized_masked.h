@@ -9,6 +9,8 @@
 //
 // D and f are sums of terms that are not negative. They are computed from the entries other than v, because 1 - μ_v
 // would lose its digits near the minimum, μ_v = 1. This header computes the numbers of a row, on every device.
+// If the vocabulary is split over processes, each of them computes GeneralizedMaskedSums of its slice, and with those
+// of the whole row, the loss. linear_generalized_masked.py combines them and reads their members in this order.
 //
 // Source: Shi et al. 2024.
 #pragma once
@@ -26,20 +28,35 @@ struct GeneralizedMaskedRow {
     double excess;  // f
 };
 
-struct GeneralizedMaskedParams {
-    const void* logits;             // [rows, dim] of dtype, contiguous; MASK is the last entry
-    const void* power;              // [dim] of the compute type, w
-    const int64_t* x_t;             // [rows]
-    const int64_t* x_0;             // [rows]
-    const double* t;                // [rows]
-    const void* grad_loss;          // [rows] of the compute type; backward and power only
-    GeneralizedMaskedRow* numbers;  // [rows] written by the forward pass
-    void* out;  // forward: loss [rows] of the compute type; backward: gradient [rows, dim] of dtype, which may be the
-                // logits' memory; power: float64 [dim], the gradient of w
-    int64_t rows;
-    int64_t dim;
-    DType dtype;
+// Sums over a row, or a slice of it, without v and MASK: Σ e^{l_k} = rest e^top and Σ w_k e^{l_k} = dot e^top, where
+// top is the largest l_k; and l_v, -inf where v is not in the slice.
+struct GeneralizedMaskedSums {
+    double top, rest, dot, logit_v;
 };
+
+struct GeneralizedMaskedParams {
+    const void* logits;               // [rows, width] of dtype, contiguous: the entries from `first` on
+    const void* power;                // [dim] of the compute type, w
+    const int64_t* x_t;               // [rows]
+    const int64_t* x_0;               // [rows]
+    const double* t;                  // [rows]
+    const void* grad_loss;            // [rows] of the compute type; backward and power only
+    GeneralizedMaskedRow* numbers;    // [rows] written by the forward pass
+    GeneralizedMaskedSums* row_sums;  // [rows] of the slice, written by Stage::logits; of the row, read by Stage::loss
+    void* out;  // forward: loss [rows] of the compute type; backward: gradient [rows, width] of dtype, which may be the
+                // logits' memory; power: float64 [width], the gradient of w
+    int64_t rows;
+    int64_t width;  // dim, unless the vocabulary is split over processes
+    int64_t first;  // 0, unless it is
+    int64_t dim;    // MASK is the last token
+    DType dtype;
+    Stage stage;  // forward only, and not Stage::sums
+};
+
+// The number of entries of the slice without MASK.
+SEDD_HD int64_t generalized_masked_tokens(const GeneralizedMaskedParams& p) {
+    return p.first + p.width == p.dim ? p.width - 1 : p.width;
+}
 
 SEDD_HD Fault generalized_masked_fault(const GeneralizedMaskedParams& p, int64_t row) {
     const int64_t mask = p.dim - 1, x_t = p.x_t[row], x_0 = p.x_0[row];
@@ -58,19 +75,18 @@ SEDD_HD double generalized_masked_excess(double ratio, double cost, double miss)
     return ratio * ratio * series;
 }
 
-// The numbers of a row from sums over the entries other than v: `rest` = Σ e^{l_k - top} and `dot` = Σ w_k e^{l_k -
-// top}, where top is the largest of these entries, and l_v.
-SEDD_HD GeneralizedMaskedRow generalized_masked_row(double top, double rest, double dot, double logit_v) {
+// The numbers of a row from its sums.
+SEDD_HD GeneralizedMaskedRow generalized_masked_row(const GeneralizedMaskedSums& sums) {
     GeneralizedMaskedRow row;
-    row.top = logit_v > top ? logit_v : top;
-    const double scale = rest == 0.0 ? 0.0 : exp(top - row.top), hit = exp(logit_v - row.top);
-    rest *= scale;
+    row.top = sums.logit_v > sums.top ? sums.logit_v : sums.top;
+    const double scale = sums.rest == 0.0 ? 0.0 : exp(sums.top - row.top), hit = exp(sums.logit_v - row.top);
+    const double rest = sums.rest * scale;
     row.total = rest + hit;
-    row.others = dot * scale / row.total;
+    row.others = sums.dot * scale / row.total;
     row.miss = rest / row.total;
     const double ratio = rest / hit;
     // -log μ_v; for a large ratio without the exponential of l_v, which may be 0
-    const double cost = ratio < 1.0 ? log1p(ratio) : log(row.total) - (logit_v - row.top);
+    const double cost = ratio < 1.0 ? log1p(ratio) : log(row.total) - (sums.logit_v - row.top);
     row.excess = generalized_masked_excess(ratio, cost, row.miss);
     return row;
 }
@@ -106,8 +122,8 @@ const char* generalized_masked_cuda(const GeneralizedMaskedParams& params, const
 const char* generalized_masked_backward_cuda(const GeneralizedMaskedParams& params, const CudaLaunch& launch);
 const char* generalized_masked_power_cuda(const GeneralizedMaskedParams& params, const CudaLaunch& launch);
 // Bytes of workspace that they need.
-int64_t generalized_masked_workspace(int64_t rows, int64_t dim, DType dtype);
-int64_t generalized_masked_backward_workspace(int64_t rows, int64_t dim, DType dtype);
-int64_t generalized_masked_power_workspace(int64_t rows, int64_t dim, DType dtype);
+int64_t generalized_masked_workspace(int64_t rows, int64_t width, DType dtype);
+int64_t generalized_masked_backward_workspace(int64_t rows, int64_t width, DType dtype);
+int64_t generalized_masked_power_workspace(int64_t rows, int64_t width, DType dtype);
 
 }  // namespace sedd

@@ -17,6 +17,10 @@
 // clang-format off
 //   ∂L/∂logit_k ∝ μ_k (a (g_k - g_x) - m),   g = e/t (g_x = 0 in continuous time),   m = Σ_j μ_j ∂L/∂μ_j
 // clang-format on
+//
+// If the vocabulary is split over processes, each of them computes MeanPredictionLogits of its slice; then, unless the
+// process is absorbing, with those of the whole row, MeanPredictionSums of its slice; then, with those of the whole
+// row, the loss. linear_mean_prediction.py combines the numbers of the slices and reads their members in this order.
 #pragma once
 
 #include "common/rank_one.h"
@@ -36,28 +40,40 @@ struct MeanPredictionGradient {
     double at_x_0;  // gradient at y = x0 ≠ x
 };
 
+// The logits of a row, or of a slice of it: those of x and x0, log Σ e^{logit} over all other tokens but MASK, and the
+// largest of these others. x is -inf for MASK, x0 for x0 = x, and each of them where it is not in the slice.
+struct MeanPredictionLogits {
+    double x, x_0, others, top;
+};
+
+// Σ over y ∉ {x, x0, MASK}.
+struct MeanPredictionSums {
+    double entropy = 0.0;   // Σ q_y h(e_y / q_y)
+    double pi_ratio = 0.0;  // Σ π_y g_y
+    double mu_ratio = 0.0;  // Σ μ_y g_y
+};
+
 struct MeanPredictionParams {
-    const void* logits;               // [rows, dim] of dtype, contiguous
-    const int64_t* x_t;               // [rows]
-    const int64_t* x_0;               // [rows]
-    const double* sigma;              // [rows] total noise at t
-    const double* sigma_s;            // [rows] total noise at s < t, for the loss of a discrete step; else null
-    const void* stationary;           // [dim] of the compute type, for a vector π; else null
-    const void* grad_loss;            // [rows] of the compute type; backward only
-    MeanPredictionGradient* numbers;  // [rows] written by the forward pass, unless null; read by the backward pass
-    void* out;                        // forward: loss [rows] of the compute type; backward: gradient [rows, dim] of
-                                      // dtype, which may be the memory of the logits
+    const void* logits;                // [rows, width] of dtype, contiguous: the entries from `first` on
+    const int64_t* x_t;                // [rows]
+    const int64_t* x_0;                // [rows]
+    const double* sigma;               // [rows] total noise at t
+    const double* sigma_s;             // [rows] total noise at s < t, for the loss of a discrete step; else null
+    const void* stationary;            // [dim] of the compute type, for a vector π; else null
+    const void* grad_loss;             // [rows] of the compute type; backward only
+    MeanPredictionGradient* numbers;   // [rows] written by the forward pass, unless null; read by the backward pass
+    MeanPredictionLogits* row_logits;  // [rows] of the slice, written by Stage::logits; of the row, read later
+    MeanPredictionSums* row_sums;      // [rows] of the slice, written by Stage::sums; of the row, read by Stage::loss
+    void* out;  // forward: loss [rows] of the compute type; backward: gradient [rows, width] of dtype, which may be
+                // the memory of the logits
     int64_t rows;
+    int64_t width;  // dim, unless the vocabulary is split over processes
+    int64_t first;  // 0, unless it is
     int64_t dim;
     int64_t mask;  // the token whose logit is ignored, or -1
     DType dtype;
     Family family;
-};
-
-// The logits of a row: those of x and x0, and log Σ e^{logit} over all tokens but x, x0 and MASK. -inf for MASK, and
-// for x0 = x.
-struct MeanPredictionLogits {
-    double x, x_0, others;
+    Stage stage;  // forward only
 };
 
 // The numbers of one row.
@@ -89,10 +105,13 @@ SEDD_HD double excess_entropy(double e, double q, double t, double log_t) {
 
 SEDD_HD double positive_ratio(double e, double t) { return t > 0.0 ? e / t : 0.0; }
 
-// `top` is the largest logit of the row, without MASK. sigma_s < 0: continuous time.
-SEDD_HD MeanPredictionRow mean_prediction_row(const MeanPredictionLogits& logits, double top, double sigma,
-                                              double sigma_s, double pi_x, bool same) {
+// sigma_s < 0: continuous time.
+SEDD_HD MeanPredictionRow mean_prediction_row(const MeanPredictionLogits& logits, double sigma, double sigma_s,
+                                              double pi_x, bool same) {
     MeanPredictionRow r{};
+    double top = logits.top;
+    top = logits.x > top ? logits.x : top;
+    top = logits.x_0 > top ? logits.x_0 : top;
     const auto relative = [top](double logit) { return logit == -INFINITY ? 0.0 : exp(logit - top); };
     const double others = relative(logits.others), at_x = relative(logits.x), at_x0 = relative(logits.x_0);
     const double total = others + at_x + at_x0;
@@ -125,12 +144,14 @@ SEDD_HD MeanPredictionRow mean_prediction_row(const MeanPredictionLogits& logits
     return r;
 }
 
-// Σ over y ∉ {x, x0, MASK}.
-struct MeanPredictionSums {
-    double entropy = 0.0;   // Σ q_y h(e_y / q_y)
-    double pi_ratio = 0.0;  // Σ π_y g_y
-    double mu_ratio = 0.0;  // Σ μ_y g_y
-};
+// The sums of an absorbing process, where q_y = 0 and e_y = t_y = a μ_y.
+SEDD_HD MeanPredictionSums mean_prediction_absorbing_sums(const MeanPredictionRow& r) {
+    const double mass = r.moved ? r.rest_x0 - r.mu_x : r.rest_x;
+    MeanPredictionSums sums;
+    sums.entropy = r.a * mass;
+    sums.mu_ratio = mass;
+    return sums;
+}
 
 // The loss, and what the backward pass needs. `pi_mask` is 0 if MASK is x or x0, or if there is none.
 SEDD_HD double mean_prediction_value(const MeanPredictionRow& r, const MeanPredictionSums& sums, double pi_x,
@@ -185,6 +206,6 @@ Status mean_prediction_backward_cpu(const MeanPredictionParams& params, int thre
 const char* mean_prediction_cuda(const MeanPredictionParams& params, const CudaLaunch& launch);
 const char* mean_prediction_backward_cuda(const MeanPredictionParams& params, const CudaLaunch& launch);
 // Bytes of workspace that the forward pass needs; the backward pass needs none.
-int64_t mean_prediction_workspace(int64_t rows, int64_t dim, DType dtype);
+int64_t mean_prediction_workspace(int64_t rows, int64_t width, DType dtype);
 
 }  // namespace sedd

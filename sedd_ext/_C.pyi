@@ -28,6 +28,12 @@ score_entropy_sweep_numbers: int
 """The same for ``score_entropy_tile``."""
 generalized_masked_row_numbers: int
 """float64 numbers per row that ``generalized_masked`` writes for its backward."""
+mean_prediction_logits: int
+"""float64 numbers per row that processes exchange after the stage ``logits`` of ``mean_prediction``."""
+mean_prediction_sums: int
+"""The same for its stage ``sums``."""
+generalized_masked_sums: int
+"""The same for the stage ``logits`` of ``generalized_masked``."""
 sweep_again: int
 """The token of a row for which ``reverse_tile`` needs a second sweep."""
 
@@ -35,6 +41,7 @@ dtypes: dict[str, int]
 families: dict[str, int]
 steps: dict[str, int]
 mean_steps: dict[str, int]
+stages: dict[str, int]
 faults: dict[str, int]
 arguments: dict[str, tuple[str, ...]]
 """The names of each kernel's arguments; ``cuda_arguments`` are those of the CUDA kernels."""

@@ -16,9 +16,9 @@ from sedd_ext.process import RankOne
 __all__: list[str] = []
 
 DTYPES = {getattr(torch, name): code for name, code in _C.dtypes.items()}
-"""The codes of dtypes in kernel calls. Those of families and steps are ``FAMILIES`` and ``STEPS``."""
+"""The codes of dtypes in kernel calls. Those of families and steps are ``FAMILIES`` and ``STEPS``; and so on."""
 FAMILIES, STEPS = _C.families, _C.steps
-MEAN_STEPS = _C.mean_steps
+MEAN_STEPS, STAGES = _C.mean_steps, _C.stages
 # torch calls AMD's devices "cuda" too
 CUDA = ("cuda",) if _C.cuda and torch.version.hip is None else ()
 _HUGE_BYTES = 1 << 24

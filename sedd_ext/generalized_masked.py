@@ -11,6 +11,7 @@ from sedd_ext import _C
 from sedd_ext._autograd import gradient_function
 from sedd_ext._dispatch import (
     DTYPES,
+    STAGES,
     check_device,
     check_reduction,
     check_tokens,
@@ -83,10 +84,14 @@ def _launch(
         # .sum().backward() passes a gradient of stride 0
         grad_loss=None if grad_loss is None else grad_loss.to(compute_dtype(logits.dtype)).contiguous(),
         numbers=numbers.contiguous(),
+        row_sums=None,
         out=out,
         rows=x_t.numel(),
+        width=logits.size(-1),
+        first=0,
         dim=logits.size(-1),
         dtype=DTYPES[logits.dtype],
+        stage=STAGES["whole"],
     )
     if status[0]:
         raise_row_fault(status, x_t, x_0, t, logits.size(-1))

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sedd_ext._dispatch import DTYPES, check_reduction, check_tokens, launch, per_row
+from sedd_ext import _C
+from sedd_ext._dispatch import DTYPES, STAGES, check_reduction, check_tokens, launch, per_row
 from sedd_ext.fused_loss import FusedLoss, empty_results, shared_arguments
 from sedd_ext.generalized_masked import NUMBERS, check_power, check_power_values, raise_row_fault
 from sedd_ext.head import BUFFER_BYTES, Gradients, Head, Rows, Tile, check_head, float16_unit
+from sedd_ext.split import Sums, gather, most_rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["linear_generalized_masked_loss"]
 
@@ -29,6 +36,9 @@ class Arguments(NamedTuple):
     x_0: Tensor
     t: Tensor
     loss_weight: Tensor | None
+    dim: int
+    first: int
+    group: str
     dtype: torch.dtype
     buffer_bytes: int
     grad_hidden: bool
@@ -56,10 +66,17 @@ class _RowValues(NamedTuple):
 
 
 def _launch_tile(
-    kernel: str, tile: Tile, v: _RowValues, power: Tensor, numbers: Tensor, weights: Tensor | None, out: Tensor
+    kernel: str,
+    tile: Tile,
+    v: _RowValues,
+    power: Tensor,
+    numbers: Tensor,
+    weights: Tensor | None,
+    out: Tensor,
+    stage: str = "whole",
+    row_sums: Tensor | None = None,
 ) -> tuple[int, int]:
     """Runs a kernel of the operator without a head on the logits of a tile."""
-    rows, dim = tile.log_score.shape
     return launch(
         kernel,
         logits=tile.log_score,
@@ -69,10 +86,14 @@ def _launch_tile(
         t=v.t,
         grad_loss=weights,
         numbers=numbers,
+        row_sums=row_sums,
         out=out,
-        rows=rows,
-        dim=dim,
+        rows=tile.log_score.shape[0],
+        width=tile.log_score.shape[1],
+        first=tile.first,
+        dim=power.numel(),
         dtype=DTYPES[tile.log_score.dtype],
+        stage=STAGES[stage],
     )
 
 
@@ -81,37 +102,58 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     a = Arguments(*arguments)
     check_power_values(a.power)
     loss, hidden_gradient, weight_gradient, bias_gradient, power_gradient = empty_results(a, _DIFFERENTIABLE)
-    dim, power = a.weight.shape[0], a.power.contiguous()
+    dim, power = a.dim, a.power.contiguous()
     # a time above 1 is bad, so its row goes through the head too, and the kernel reports it
     rows = Rows(a.x_t, torch.where(a.t <= 1, a.t, torch.nan), None, "absorbing", dim, a.x_0)
-    head = Head(rows.select(a.hidden).to(a.dtype), a.weight, a.bias, a.buffer_bytes, whole_rows=True)
-    gradients = Gradients(head, weight_gradient, bias_gradient, a.grad_hidden)
+    most = most_rows(a.weight.shape[0], dim, a.group)
+    hidden = rows.select(a.hidden).to(a.dtype)
+    head = Head(hidden, a.weight, a.bias, a.buffer_bytes, whole_rows=True, first=a.first, most=most)
+    sums = Sums(a.group)
+    gradients = Gradients(head, weight_gradient, bias_gradient, a.grad_hidden, sums)
     t = rows.select(a.t)
     loss_weight = torch.ones_like(t) if a.loss_weight is None else rows.select(a.loss_weight)
     values = _RowValues(rows.select(a.x_t), rows.select(a.x_0), t, loss_weight)
     losses, numbers = loss.new_zeros(t.shape[0]), t.new_empty(t.shape[0], NUMBERS)
     in_power = t.new_zeros(dim if a.grad_power else 0)
+    own_power = in_power[a.first : a.first + a.weight.shape[0]]
     for tile in head.tiles():
         v, tile_numbers = values.of(tile.rows), numbers[tile.rows]
-        fault, row = _launch_tile("generalized_masked", tile, v, power, tile_numbers, None, losses[tile.rows])
+        run = partial(_launch_tile, "generalized_masked", tile, v, power, tile_numbers, None, losses[tile.rows])
+        fault, row = _in_stages(run, v.t, a.group) if a.group else run()
         if fault:
             row += tile.rows.start
             raise_row_fault((fault, row if rows.index is None else int(rows.index[row])), a.x_t, a.x_0, a.t, dim)
         if a.grad_power:
-            of_tile, weights = torch.empty_like(in_power), v.loss_weight.to(loss.dtype)
+            of_tile, weights = torch.empty_like(own_power), v.loss_weight.to(loss.dtype)
             _launch_tile("generalized_masked_power", tile, v, power, tile_numbers, weights, of_tile)
-            in_power += of_tile
+            own_power += of_tile
+            if tile.is_last_chunk:
+                sums.start(in_power)
         if a.in_head:
             unit = _unit(tile, v, power) if a.dtype == torch.float16 else None
             weights = (v.loss_weight if unit is None else v.loss_weight / unit).to(loss.dtype)
             _launch_tile("generalized_masked_backward", tile, v, power, tile_numbers, weights, tile.log_score)
             gradients.add(tile, unit)
+    sums.wait()
     if a.loss_weight is not None:
         losses *= loss_weight.to(losses.dtype)
     loss = rows.restore(losses, loss)
     if a.grad_hidden:
         hidden_gradient = rows.restore(gradients.hidden.to(a.hidden.dtype), hidden_gradient)
     return loss, hidden_gradient, weight_gradient, bias_gradient, power_gradient.copy_(in_power)
+
+
+def _in_stages(run: Callable[..., tuple[int, int]], t: Tensor, group: str) -> tuple[int, int]:
+    """Computes losses from the logits that each process has. All of them find the same first bad row."""
+    row_sums = t.new_zeros(len(t), _C.generalized_masked_sums)
+    status = run(stage="logits", row_sums=row_sums)
+    if status[0]:
+        return status
+    tops, rest, dot, logit_v = gather(row_sums, group).unbind(-1)
+    top = tops.amax(0)
+    scale = torch.where(tops == -torch.inf, 0.0, (tops - top).exp())
+    row_sums = torch.stack([top, (rest * scale).sum(0), (dot * scale).sum(0), logit_v.amax(0)], 1)
+    return run(stage="loss", row_sums=row_sums)
 
 
 def _unit(tile: Tile, v: _RowValues, power: Tensor) -> Tensor:
@@ -138,6 +180,7 @@ def linear_generalized_masked_loss(
     loss_weight: Tensor | float | None = None,
     reduction: Literal["none", "mean", "sum"] = "none",
     buffer_bytes: int = BUFFER_BYTES,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """The output head and the loss of generalised masked diffusion in one operator.
 
@@ -166,6 +209,11 @@ def linear_generalized_masked_loss(
             [*B].
         reduction: ``"none"`` gives [*B]; ``"mean"`` and ``"sum"`` give a scalar over all positions.
         buffer_bytes: memory for the logits of a tile, which has as many rows as fit, but at least one.
+        group: processes over which the vocabulary is split. Process r of P passes the rows ``weight.chunk(P)[r]`` and
+            ``bias.chunk(P)[r]`` and gets their gradients; all other arguments, the loss, its gradient and that of
+            ``power`` are the same in all of them. For each masked position, the processes exchange four float64 and the
+            gradient of its hidden state, and for the gradient of ``power`` N float64. N is the length of ``power``. If
+            weight and bias are DTensors with the placement ``Shard(0)``, the group is that of their mesh.
 
     Returns:
         The loss, float32 (float64 for float64 matrix products). It is differentiable once, with respect to ``hidden``,
@@ -174,16 +222,18 @@ def linear_generalized_masked_loss(
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a shape does not fit, a token is not valid, t does not lie in (0, 1], a power is not finite or not
-            above 0, an argument that gets no gradient requires one, ``reduction`` is unknown, or ``buffer_bytes`` is
-            not a positive int. On a GPU the values are not checked, see :func:`generalized_masked_loss`.
+            above 0, an argument that gets no gradient requires one, ``reduction`` is unknown, ``buffer_bytes`` is not a
+            positive int, or the weight does not have the rows that ``group`` asks for. On a GPU the values are not
+            checked, see :func:`generalized_masked_loss`.
 
     Source: see :func:`generalized_masked_loss`.
     """
-    hidden, weight, bias, dtype, _ = check_head(hidden, weight, bias, None, buffer_bytes)
+    dim = power.numel() if group is not None and isinstance(power, Tensor) else None
+    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, dim, buffer_bytes, group)
     batch, device = hidden.shape[:-1], hidden.device
     x_t, x_0 = check_tokens("x_t", x_t, batch, "hidden"), check_tokens("x_0", x_0, batch, "hidden")
     check_reduction(reduction)
-    power = check_power(power, weight.shape[0], dtype)
+    power = check_power(power, share.dim, dtype)
     arguments = Arguments(
         hidden=hidden,
         weight=weight,
@@ -192,6 +242,7 @@ def linear_generalized_masked_loss(
         x_t=x_t,
         x_0=x_0,
         t=per_row("t", t, batch, device),
+        **share._asdict(),
         dtype=dtype,
         buffer_bytes=buffer_bytes,
         **shared_arguments(reduction, loss_weight, batch, device, hidden=hidden, weight=weight, bias=bias, power=power),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +15,10 @@ from sedd_ext.fused_loss import FusedLoss, empty_results, shared_arguments
 from sedd_ext.head import BUFFER_BYTES, Gradients, Head, Rows, check_head, float16_unit
 from sedd_ext.mean_prediction import launch_mean_prediction
 from sedd_ext.process import RankOne
+from sedd_ext.split import Sums, gather, most_rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["linear_mean_prediction_loss"]
 
@@ -31,6 +37,9 @@ class Arguments(NamedTuple):
     stationary: Tensor | None
     family: str
     mask: int
+    dim: int
+    first: int
+    group: str
     dtype: torch.dtype
     buffer_bytes: int
     grad_hidden: bool
@@ -44,9 +53,12 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     a = Arguments(*arguments)
     loss, hidden_gradient, weight_gradient, bias_gradient = empty_results(a)
     stationary, needs_gradient = contiguous(a.stationary), a.grad_hidden or a.grad_weight or a.grad_bias
-    rows = Rows(a.x_t, a.sigma, stationary, a.family, a.weight.shape[0], a.x_0)
-    head = Head(rows.select(a.hidden).to(a.dtype), a.weight, a.bias, a.buffer_bytes, whole_rows=True)
-    gradients = Gradients(head, weight_gradient, bias_gradient, a.grad_hidden)
+    rows = Rows(a.x_t, a.sigma, stationary, a.family, a.dim, a.x_0)
+    most = most_rows(a.weight.shape[0], a.dim, a.group)
+    hidden = rows.select(a.hidden).to(a.dtype)
+    head = Head(hidden, a.weight, a.bias, a.buffer_bytes, whole_rows=True, first=a.first, most=most)
+    sums = Sums(a.group)
+    gradients = Gradients(head, weight_gradient, bias_gradient, a.grad_hidden, sums)
     x_t, x_0, sigma = rows.select(a.x_t), rows.select(a.x_0), rows.select(a.sigma)
     sigma_s = None if a.sigma_s is None else rows.select(a.sigma_s)
     weights = torch.ones_like(sigma) if a.loss_weight is None else rows.select(a.loss_weight)
@@ -62,8 +74,11 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
             "stationary": stationary,
             "family": a.family,
             "mask": a.mask,
+            "dim": a.dim,
+            "first": a.first,
         }
-        fault, row = launch_mean_prediction("mean_prediction", tile.log_score, losses[at], None, numbers, **options)
+        run = partial(launch_mean_prediction, "mean_prediction", tile.log_score, losses[at], None, numbers, **options)
+        fault, row = _in_stages(run, sigma[at], a) if a.group else run()
         if fault:
             tokens = {"x_t": a.x_t, "x_0": a.x_0}
             rows.raise_fault((fault, at.start + row), tokens, ("sigma", a.sigma), sigma_s=a.sigma_s)
@@ -81,12 +96,30 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
                 **options,
             )
             gradients.add(tile, unit)
+    sums.wait()
     if a.loss_weight is not None:
         losses *= weights.to(losses.dtype)
     loss = rows.restore(losses, loss)
     if a.grad_hidden:
         hidden_gradient = rows.restore(gradients.hidden.to(a.hidden.dtype), hidden_gradient)
     return loss, hidden_gradient, weight_gradient, bias_gradient
+
+
+def _in_stages(run: Callable[..., tuple[int, int]], sigma: Tensor, a: Arguments) -> tuple[int, int]:
+    """Computes losses from the logits that each process has. All of them find the same first bad row."""
+    row_logits = sigma.new_zeros(len(sigma), _C.mean_prediction_logits)
+    status = run(stage="logits", row_logits=row_logits)
+    if status[0]:
+        return status
+    x, x_0, others, top = gather(row_logits, a.group).unbind(-1)
+    row_logits = torch.stack([x.amax(0), x_0.amax(0), others.logsumexp(0), top.amax(0)], 1)
+    row_sums = sigma.new_zeros(len(sigma), _C.mean_prediction_sums)
+    if a.family != "absorbing":  # whose sums follow from the logits
+        run(stage="sums", row_logits=row_logits, row_sums=row_sums)
+        sums = Sums(a.group)
+        sums.start(row_sums)
+        sums.wait()
+    return run(stage="loss", row_logits=row_logits, row_sums=row_sums)
 
 
 _loss = FusedLoss("linear_mean_prediction", Arguments, _forward)
@@ -105,6 +138,7 @@ def linear_mean_prediction_loss(
     loss_weight: Tensor | float | None = None,
     reduction: Literal["none", "mean", "sum"] = "none",
     buffer_bytes: int = BUFFER_BYTES,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """The output head and the loss in one operator: ``mean_prediction_loss(F.linear(hidden, weight, bias), ...)``.
 
@@ -128,6 +162,11 @@ def linear_mean_prediction_loss(
         loss_weight: as for :func:`mean_prediction_loss`.
         reduction: ``"none"`` gives [*B]; ``"mean"`` and ``"sum"`` give a scalar over all positions.
         buffer_bytes: memory for logits: as many rows as fit, but at least one.
+        group: processes over which the vocabulary is split. Process r of P passes the rows ``weight.chunk(P)[r]`` and
+            ``bias.chunk(P)[r]`` and gets their gradients; all other arguments, the loss and its gradient must be the
+            same in all of them. For each position that needs the head, the processes exchange four float64, then three
+            more unless the process is absorbing, and the gradient of its hidden state. If weight and bias are DTensors
+            with the placement ``Shard(0)``, the group is that of their mesh.
 
     Returns:
         The loss, float32 (float64 for float64 matrix products). It is differentiable once, with respect to ``hidden``,
@@ -135,12 +174,13 @@ def linear_mean_prediction_loss(
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: as :func:`mean_prediction_loss`, or ``buffer_bytes`` is not a positive int.
+        ValueError: as :func:`mean_prediction_loss`, or ``buffer_bytes`` is not a positive int, or the weight does not
+            have the rows that ``group`` asks for.
 
     Source: see :func:`mean_prediction_loss`.
     """
     process = check_process(process)
-    hidden, weight, bias, dtype, _ = check_head(hidden, weight, bias, process.dim, buffer_bytes)
+    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, process.dim, buffer_bytes, group)
     batch, device = hidden.shape[:-1], hidden.device
     x_t, x_0 = check_tokens("x_t", x_t, batch, "hidden"), check_tokens("x_0", x_0, batch, "hidden")
     check_reduction(reduction)
@@ -155,6 +195,7 @@ def linear_mean_prediction_loss(
         stationary=stationary_for(process, dtype, device),
         family=process.family,
         mask=-1 if process.mask_id is None else process.mask_id,
+        **share._asdict(),
         dtype=dtype,
         buffer_bytes=buffer_bytes,
         **shared_arguments(reduction, loss_weight, batch, device, hidden=hidden, weight=weight, bias=bias),

@@ -12,6 +12,7 @@ from sedd_ext._autograd import gradient_function
 from sedd_ext._dispatch import (
     DTYPES,
     FAMILIES,
+    STAGES,
     check_log_score,
     check_process,
     check_reduction,
@@ -36,19 +37,41 @@ _ARGUMENTS = (
 
 
 def launch_mean_prediction(
-    kernel: str, logits: Tensor, out: Tensor, grad_loss: Tensor | None, numbers: Tensor | None, **others: Any
+    kernel: str,
+    logits: Tensor,
+    out: Tensor,
+    grad_loss: Tensor | None,
+    numbers: Tensor | None,
+    *,
+    family: str,
+    dim: int | None = None,
+    first: int = 0,
+    stage: str = "whole",
+    row_logits: Tensor | None = None,
+    row_sums: Tensor | None = None,
+    **others: Any,
 ) -> tuple[int, int]:
-    """Runs ``mean_prediction`` or ``mean_prediction_backward``, whose other arguments are those of the operator."""
+    """Runs ``mean_prediction`` or ``mean_prediction_backward``, whose other arguments are those of the operator.
+
+    If the vocabulary is split over processes, the logits [..., n] are those from ``first`` on of the ``dim`` tokens,
+    and the processes exchange ``row_logits`` and ``row_sums`` between the stages; see ``csrc/mean_prediction.h``.
+    """
+    width = logits.size(-1)
     return launch(
         kernel,
         logits=logits,
         grad_loss=grad_loss,
         numbers=numbers,
+        row_logits=row_logits,
+        row_sums=row_sums,
         out=out,
         rows=others["x_t"].numel(),
-        dim=logits.size(-1),
+        width=width,
+        first=first,
+        dim=width if dim is None else dim,
         dtype=DTYPES[logits.dtype],
-        family=FAMILIES[others.pop("family")],
+        family=FAMILIES[family],
+        stage=STAGES[stage],
         **others,
     )
 

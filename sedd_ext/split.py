@@ -50,6 +50,14 @@ class Sums:
         self._works.clear()
 
 
+def gather(values: Tensor, group: str) -> Tensor:
+    """The values of all processes of a group, [P, *shape], in the order of their rows of the head."""
+    processes = _resolve(group)
+    gathered = values.new_empty((processes.size(), *values.shape))
+    torch.distributed.all_gather(list(gathered), values.contiguous(), group=processes)
+    return gathered
+
+
 def most_rows(rows: int, dim: int, group: str) -> int:
     """The largest number of rows of the head that a process has, given that of this process."""
     return -(-dim // _resolve(group).size()) if group else rows
@@ -75,6 +83,7 @@ def check_split(
         The rows of weight and bias that this process has, and which ones they are.
     """
     if not (type(weight) in (Tensor, nn.Parameter) and (bias is None or type(bias) in (Tensor, nn.Parameter))):
+        dim = weight.shape[:1].numel() if dim is None else dim
         weight, bias, group = _local(weight, bias, group)
     if weight.dim() != 2 or weight.shape[0] < 1:
         raise ValueError(f"weight: expected shape [N, d], got {list(weight.shape)}")

@@ -112,6 +112,48 @@ BREAKS = [
     ),
     # ---- sedd_ext ----
     Break(
+        "split: a softmax has the largest part for its total",
+        "sedd_ext/linear_mean_prediction.py",
+        "others.logsumexp(0)",
+        "others.amax(0)",
+        "tests/test_split.py -k mean_prediction --backend cpu",
+    ),
+    Break(
+        "split: the sums of a mean prediction are those of a process",
+        "sedd_ext/linear_mean_prediction.py",
+        "        sums.start(row_sums)\n",
+        "",
+        "tests/test_split.py -k mean_prediction --backend cpu",
+    ),
+    Break(
+        "split: each process divides the rows of a mean prediction by its own entries",
+        "sedd_ext/linear_mean_prediction.py",
+        "most = most_rows(a.weight.shape[0], a.dim, a.group)",
+        "most = a.weight.shape[0]",
+        "tests/test_split.py -k softmax_alike --backend cpu",
+    ),
+    Break(
+        "split: the parts of a weighted sum have units of their own",
+        "sedd_ext/linear_generalized_masked.py",
+        "(dot * scale).sum(0)",
+        "dot.sum(0)",
+        "tests/test_split.py -k generalized_masked --backend cpu",
+    ),
+    Break(
+        "split: a process has the gradient of its own powers alone",
+        "sedd_ext/linear_generalized_masked.py",
+        "                sums.start(in_power)\n",
+        "                pass\n",
+        "tests/test_split.py -k generalized_masked --backend cpu",
+    ),
+    Break(
+        "split: a DTensor has as many rows for each process",
+        "sedd_ext/split.py",
+        "        dim = weight.shape[:1].numel() if dim is None else dim\n",
+        "",
+        "tests/test_split.py -k dtensor",
+    ),
+    Break(
         "kernels run on one thread",
         "sedd_ext/_dispatch.py",
         'arguments["threads"] = torch.get_num_threads()',

@@ -361,7 +361,7 @@ def test_compile(compiler: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
     head, rows = random_head(14, 27, dtype), random_rows(14, 27)
-    arguments = (*head, *rows, torch.rand(14).double(), dtype, 1 << 20)
+    arguments = (*head, *rows, torch.rand(14).double(), 27, 0, "", dtype, 1 << 20)
     for flags in ((True,) * 4, (True, False, False, False), (False, False, False, True)):
         torch.library.opcheck(torch.ops.sedd_ext.linear_generalized_masked, to_device((*arguments, *flags)))
     gradients = [torch.zeros_like(v) for v in head if v is not None]

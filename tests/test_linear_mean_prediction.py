@@ -212,7 +212,7 @@ def test_opcheck(process_of: Process) -> None:
     stationary = process.stationary.float() if process.family == "rank_one" else None
     mask = -1 if process.mask_id is None else process.mask_id
     arguments = (*head, *rows, 0.5 * rows.sigma, torch.rand(8).double(), stationary, process.family, mask)
-    arguments = (*arguments, torch.float32, 1 << 20)
+    arguments = (*arguments, 27, 0, "", torch.float32, 1 << 20)
     for flags in ((True, True, True), (False, False, False)):
         torch.library.opcheck(torch.ops.sedd_ext.linear_mean_prediction, to_device((*arguments, *flags)))
     gradients = [torch.zeros_like(v) for v in head if v is not None]

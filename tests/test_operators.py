@@ -56,7 +56,7 @@ MEAN_LOSS = {
     "mask": N - 1,
 }
 LINEAR_MEAN = {**HEAD, **{k: v for k, v in MEAN_LOSS.items() if k not in ("logits", *PI, "mask")}, "loss_weight": NOISE}
-LINEAR_MEAN |= {**PI, "mask": N - 1, **COMPUTE, **FLAGS}
+LINEAR_MEAN |= {**PI, "mask": N - 1, **SPLIT, **COMPUTE, **FLAGS}
 
 POWER = {
     "logits": torch.zeros(3, N),
@@ -71,7 +71,7 @@ BEFORE_POWER = {
 }
 
 LINEAR_POWER = {**HEAD, "power": torch.ones(N), "x_t": TOKENS, "x_0": torch.tensor([0, 3, 35]), "t": NOISE}
-LINEAR_POWER |= {"loss_weight": NOISE, **COMPUTE, **FLAGS, "grad_power": True}
+LINEAR_POWER |= {"loss_weight": NOISE, **SPLIT, **COMPUTE, **FLAGS, "grad_power": True}
 
 # A call of every operator that is right, with its arguments in order
 CALLS: dict[str, dict[str, Any]] = {

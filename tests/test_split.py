@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
-from backends import linear_score_entropy_loss
-from explicit import PROCESSES, random_log_score, random_rows
+from backends import linear_generalized_masked_loss, linear_mean_prediction_loss, linear_score_entropy_loss
+from explicit import PROCESSES, Rows, random_log_score, random_rows
 from split import groups, in_threads
 from torch import Tensor
 
@@ -40,15 +41,15 @@ def random_head(n: int, dtype: torch.dtype = torch.float32, bias: bool = True) -
     return Head(hidden, weight, b if bias else None)
 
 
-def results(loss: Callable[[Head], Tensor], head: Head, upstream: Tensor) -> list[Tensor]:
+def results(loss: Callable[[Any], Tensor], head: Any, upstream: Tensor) -> list[Tensor]:
     """The loss and the gradients of the head's parts."""
-    leaves = Head(*(None if value is None else value.detach().clone().requires_grad_() for value in head))
+    leaves = type(head)(*(None if value is None else value.detach().clone().requires_grad_() for value in head))
     value = loss(leaves)
     wanted = [leaf for leaf in leaves if leaf is not None]
     return [value.detach(), *torch.autograd.grad(value, wanted, upstream.to(value.dtype))]
 
 
-def together(loss: Callable[..., Tensor], head: Head, size: int, upstream: Tensor) -> list[list[Tensor]]:
+def together(loss: Callable[..., Tensor], head: Any, size: int, upstream: Tensor) -> list[list[Tensor]]:
     """What each process of a group finds."""
     with groups(size) as group:
 
@@ -58,17 +59,20 @@ def together(loss: Callable[..., Tensor], head: Head, size: int, upstream: Tenso
         return in_threads(size, work)
 
 
-def check_equal(found: list[list[Tensor]], wanted: list[Tensor], bound: float) -> None:
-    """Loss and hidden's gradient are those of one process in each one; the others are divided as the head is."""
+def check_equal(found: list[list[Tensor]], wanted: list[Tensor], bound: float, least: float = 0.0) -> None:
+    """Loss and hidden's gradient are those of one process in each one; the others are divided as the head is.
+
+    Up to ``bound`` times the largest number, or times ``least``.
+    """
     for process in found:
         for value, one in zip(process[:2], wanted[:2], strict=True):
             assert value.dtype == one.dtype
-            assert (value - one).abs().max() <= bound * one.abs().max()
+            assert (value - one).abs().max() <= bound * one.abs().max().clamp(min=least)
     for i, one in enumerate(wanted[2:], 2):
         whole = torch.cat([process[i] for process in found])
         assert whole.shape == one.shape
         assert whole.dtype == one.dtype
-        assert (whole - one).abs().max() <= bound * one.abs().max()
+        assert (whole - one).abs().max() <= bound * one.abs().max().clamp(min=least)
 
 
 @pytest.mark.operators
@@ -123,7 +127,7 @@ def test_processes_divide_the_rows_alike() -> None:
 def exchanges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Size, torch.dtype]]:
     """The tensors that all processes give to collectives."""
     found: list[tuple[torch.Size, torch.dtype]] = []
-    for name in ("all_reduce", "all_gather_into_tensor"):
+    for name in ("all_reduce", "all_gather", "all_gather_into_tensor"):
         collective = getattr(torch.distributed, name)
 
         def record(*tensors: Any, collective: Any = collective, **options: Any) -> Any:
@@ -211,3 +215,356 @@ def test_a_group_of_one_process() -> None:
     upstream = torch.ones(ROWS)
     for value, one in zip(together(loss, head, 1, upstream)[0], results(loss, head, upstream), strict=True):
         assert torch.equal(value, one)
+
+
+# ------------------------------------------------------------------------------------------- losses with a softmax
+# a process's part of a vocabulary may have one or two tokens, and its softmax all of x, x_0 and MASK, or none of them
+
+# The gradient of a softmax has the sum 0, so that the parts that the processes add up cancel, and in a small vocabulary
+# those of the rows.
+SOFTMAX_BOUND = {dtype: 8 * BOUND[dtype] for dtype in DTYPES}
+WEIGHTS = torch.linspace(0.1, 1.0, ROWS)
+SIZES = [(2, 37), (3, 41), (4, 5000), (2, 3), (3, 3), (4, 7)]
+
+
+def clean_rows(process: RankOne, count: int = ROWS) -> Rows:
+    """Rows whose clean tokens are not MASK."""
+    rows = random_rows(process, count)
+    rows = rows._replace(sigma=rows.sigma.clamp(min=0.01))
+    return rows if process.mask_id is None else rows._replace(x_0=rows.x_0 % (process.dim - 1))
+
+
+@pytest.mark.operators
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("step", [False, True])
+@pytest.mark.parametrize(("size", "n"), SIZES)
+def test_mean_prediction(name: str, size: int, n: int, dtype: torch.dtype, step: bool) -> None:
+    process = PROCESSES[name](n)
+    head, rows = random_head(n, dtype, bias=size != 3), clean_rows(process)
+    options: dict[str, Any] = {"loss_weight": WEIGHTS, "sigma_s": 0.4 * rows.sigma if step else None}
+    if size == 2:
+        options["buffer_bytes"] = 3 * n * dtype.itemsize // 2  # several tiles of rows
+    upstream = WEIGHTS if size == 2 else torch.ones(ROWS)
+
+    def loss(leaves: Head, group: Any = None) -> Tensor:
+        return linear_mean_prediction_loss(*leaves, *rows, process, group=group, **options)
+
+    check_equal(together(loss, head, size, upstream), results(loss, head, upstream), SOFTMAX_BOUND[dtype], least=0.1)
+
+
+@pytest.mark.operators
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("step", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 30.0, 300.0])
+def test_mean_prediction_is_that_of_the_reference(name: str, step: bool, scale: float) -> None:
+    """Also for predictions that are all but certain, right or wrong, where the reference has no digits: one process."""
+    process = PROCESSES[name](41)
+    head, rows = random_head(41, torch.float64), clean_rows(process)
+    head = head._replace(hidden=head.hidden * scale)
+    sigma_s = 0.4 * rows.sigma if step else None
+
+    def one(leaves: Head) -> Tensor:
+        logits = torch.nn.functional.linear(leaves.hidden, leaves.weight, leaves.bias)
+        return reference.mean_prediction_loss(logits, *rows, process, sigma_s=sigma_s)
+
+    def split(leaves: Head, group: Any = None) -> Tensor:
+        return linear_mean_prediction_loss(*leaves, *rows, process, sigma_s=sigma_s, group=group)
+
+    upstream = torch.ones(ROWS)
+    wanted = results(one if scale < 100 else split, head, upstream)
+    check_equal(together(split, head, 3, upstream), wanted, 1e-11, least=0.01)
+
+
+@pytest.mark.operators
+def test_losses_near_their_minimum_keep_their_digits() -> None:
+    """With μ_{x_0} = 1 - 1e-20, in float64: the rest of the softmax is in the other process."""
+    head = random_head(8, torch.float64)
+    head = head._replace(hidden=0 * head.hidden, bias=torch.tensor([46.0, 0, 0, 0, 0, 0, 0, 46.0]).double())
+    x_t, x_0, power = torch.full((ROWS,), 7), torch.zeros(ROWS, dtype=torch.int64), torch.ones(8).double()
+    rest = 6 * torch.tensor(-46.0).double().exp()
+
+    def absorbing(leaves: Head, group: Any = None) -> Tensor:
+        return linear_mean_prediction_loss(*leaves, x_t, x_0, 0.5, Absorbing(7), group=group)
+
+    def generalized(leaves: Head, group: Any = None) -> Tensor:
+        return linear_generalized_masked_loss(*leaves, x_t, x_0, 0.5, power, group=group)
+
+    for loss, factor in ((absorbing, 1 / torch.expm1(torch.tensor(0.5).double())), (generalized, 2.0)):
+        for value, *_ in together(loss, head, 2, torch.ones(ROWS)):
+            torch.testing.assert_close(value, (rest * factor).expand(ROWS), rtol=1e-12, atol=0)
+
+
+def random_power(n: int, dtype: torch.dtype) -> Tensor:
+    power = 0.2 + torch.rand(n, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return power if dtype == torch.float64 else power.float()
+
+
+def masked_rows(n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t, x_0 and t; two of three rows are masked."""
+    x_0 = torch.randint(n - 1, (ROWS,), generator=torch.Generator().manual_seed(0))
+    return torch.where(torch.arange(ROWS) % 3 != 1, n - 1, x_0), x_0, torch.linspace(0.1, 1.0, ROWS).double()
+
+
+class Part(NamedTuple):
+    """A head with powers, which all processes have."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    power: Tensor
+
+    def part(self, rank: int, size: int) -> Part:
+        return Part(*Head(*self[:3]).part(rank, size), self.power)
+
+
+def generalized(function: Callable[..., Tensor], *rows: Tensor, **options: Any) -> Callable[..., Tensor]:
+    def loss(leaves: Part, group: Any = None) -> Tensor:
+        *head, power = leaves
+        chosen = options if group is None else {**options, "group": group}
+        return function(*head, *rows, power, **chosen)
+
+    return loss
+
+
+def check_power(found: list[list[Tensor]], wanted: list[Tensor], bound: float, least: float = 0.0) -> None:
+    """:func:`check_equal`; the last gradient is whole in all processes."""
+    for process in found:
+        assert process[-1].dtype == wanted[-1].dtype
+        assert (process[-1] - wanted[-1]).abs().max() <= bound * wanted[-1].abs().max().clamp(min=least)
+    check_equal([process[:-1] for process in found], wanted[:-1], bound, least)
+
+
+@pytest.mark.operators
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "n"), SIZES)
+def test_generalized_masked(size: int, n: int, dtype: torch.dtype) -> None:
+    head = Part(*random_head(n, dtype, bias=size != 3), random_power(n, dtype))
+    options: dict[str, Any] = {"loss_weight": WEIGHTS}
+    if size == 2:
+        options["buffer_bytes"] = 3 * n * dtype.itemsize // 2
+    upstream = WEIGHTS if size == 2 else torch.ones(ROWS)
+    loss = generalized(linear_generalized_masked_loss, *masked_rows(n), **options)
+    check_power(together(loss, head, size, upstream), results(loss, head, upstream), SOFTMAX_BOUND[dtype], least=0.1)
+
+
+@pytest.mark.operators
+@pytest.mark.parametrize("scale", [1.0, 30.0, 300.0])
+def test_generalized_masked_is_that_of_the_reference(scale: float) -> None:
+    head = Part(*random_head(41, torch.float64), random_power(41, torch.float64))
+    head = head._replace(hidden=head.hidden * scale)
+
+    def plain(hidden: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Tensor:
+        return reference.generalized_masked_loss(torch.nn.functional.linear(hidden, weight, bias), *rest)
+
+    upstream, rows = torch.ones(ROWS), masked_rows(41)
+    found = together(generalized(linear_generalized_masked_loss, *rows), head, 3, upstream)
+    check_power(found, results(generalized(plain, *rows), head, upstream), 1e-11, least=0.01)
+
+
+@pytest.mark.operators("cpu")
+@pytest.mark.parametrize("operator", ["mean", "generalized"])
+def test_processes_divide_the_rows_of_a_softmax_alike(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 21 of 41 entries a tile takes one row, with 20 it could take two. Each process by itself."""
+    head, power, rows = random_head(41), random_power(41, torch.float32), masked_rows(41)
+    shapes: list[torch.Size] = []
+
+    def all_gather(out: list[Tensor], value: Tensor, group: Any) -> None:
+        shapes.append(value.shape)
+        for one in out:
+            one.copy_(value)
+
+    def all_reduce(value: Tensor, **_: Any) -> Any:
+        shapes.append(value.shape)
+        return mock.Mock()
+
+    monkeypatch.setattr(module.torch.distributed, "all_gather", all_gather)
+    monkeypatch.setattr(module.torch.distributed, "all_reduce", all_reduce)
+    seen = []
+    with groups(2) as group:
+        for rank in range(2):
+            part = head.part(rank, 2)
+            if operator == "mean":
+                linear_mean_prediction_loss(*part, *rows, Uniform(41), group=group[rank], buffer_bytes=90)
+            else:
+                linear_generalized_masked_loss(*part, *rows, power, group=group[rank], buffer_bytes=90)
+            seen.append(shapes.copy())
+            shapes.clear()
+    assert seen[0] == seen[1]
+    assert len(seen[0]) >= int((rows[0] == 40).sum())  # one row at a time
+
+
+@pytest.mark.operators
+def test_impossible_tokens() -> None:
+    """All logits of a process are -inf but for the ones that its softmax leaves out."""
+    head = random_head(9, torch.float32)
+    assert head.bias is not None
+    bias = head.bias.clone()
+    bias[:5] = -torch.inf
+    bias[2], bias[8] = 1.0, -torch.inf  # x_0 and MASK
+    head = head._replace(bias=bias)
+    x_t, x_0, power = torch.full((ROWS,), 8), torch.full((ROWS,), 2), random_power(9, torch.float32)
+    for process in (Absorbing(8), Uniform(9), PROCESSES["hybrid"](9)):
+
+        def mean(leaves: Head, group: Any = None, process: RankOne = process) -> Tensor:
+            return linear_mean_prediction_loss(*leaves, x_t, x_0, 0.5, process, group=group)
+
+        wanted = results(mean, head, torch.ones(ROWS))
+        assert all(value.isfinite().all() for value in wanted)
+        check_equal(together(mean, head, 2, torch.ones(ROWS)), wanted, 3e-6)
+    loss = generalized(linear_generalized_masked_loss, x_t, x_0, torch.full((ROWS,), 0.5).double())
+    wanted = results(loss, Part(*head, power), torch.ones(ROWS))
+    assert all(value.isfinite().all() for value in wanted)
+    check_power(together(loss, Part(*head, power), 2, torch.ones(ROWS)), wanted, 3e-6)
+
+
+@pytest.mark.operators("cpu")
+@pytest.mark.parametrize("needs_gradient", [True, False])
+@pytest.mark.parametrize("name", ["absorbing", "uniform"])
+def test_mean_prediction_exchanges_the_softmax_first(exchanges: Any, name: str, needs_gradient: bool) -> None:
+    """Then, unless the process is absorbing, three sums, and the gradient of the hidden state."""
+    process = PROCESSES[name](41)
+    head, rows = random_head(41, torch.bfloat16), clean_rows(process)
+    count = int((rows.x_t == 40).sum()) if name == "absorbing" else ROWS
+
+    def loss(leaves: Head, group: Any) -> Tensor:
+        with torch.set_grad_enabled(needs_gradient):
+            value = linear_mean_prediction_loss(*leaves, *rows, process, group=group)
+        return value if needs_gradient else value + 0 * sum(leaf.sum() for leaf in leaves if leaf is not None)
+
+    together(loss, head, 2, torch.ones(ROWS))
+    wanted = [((count, 4), torch.float64)] + [((count, 3), torch.float64)] * (name == "uniform")
+    wanted += [((count, WIDTH), torch.float32)] * needs_gradient
+    assert sorted(exchanges, key=str) == sorted(wanted * 2, key=str)
+
+
+@pytest.mark.operators("cpu")
+@pytest.mark.parametrize("wanted", [("hidden", "power"), ("hidden",), ("power",), ()])
+def test_generalized_masked_exchanges_four_numbers_a_row(exchanges: Any, wanted: tuple[str, ...]) -> None:
+    head = Part(*random_head(41, torch.bfloat16), random_power(41, torch.bfloat16))
+    rows = masked_rows(41)
+    masked = int((rows[0] == 40).sum())
+    assert 0 < masked < ROWS
+
+    def work(group: Any, part: Part) -> None:
+        leaves = part._replace(**{name: getattr(part, name).clone().requires_grad_() for name in wanted})
+        generalized(linear_generalized_masked_loss, *rows)(leaves, group)
+
+    with groups(2) as group:
+        in_threads(2, lambda rank: work(group[rank], head.part(rank, 2)))
+    sent = [((masked, 4), torch.float64)]
+    sent += [((masked, WIDTH), torch.float32)] * ("hidden" in wanted) + [((41,), torch.float64)] * ("power" in wanted)
+    assert sorted(exchanges, key=str) == sorted(sent * 2, key=str)
+
+
+@pytest.mark.operators
+def test_no_row_needs_the_softmax(exchanges: Any) -> None:
+    tokens = torch.zeros(ROWS, dtype=torch.int64)
+    head, power = random_head(41), random_power(41, torch.float32)
+
+    def mean(leaves: Head, group: Any = None) -> Tensor:
+        return linear_mean_prediction_loss(*leaves, tokens, tokens, 0.5, Absorbing(40), group=group)
+
+    masked = generalized(linear_generalized_masked_loss, tokens, tokens, torch.ones(ROWS).double())
+    for found in (
+        together(mean, head, 2, torch.ones(ROWS)),
+        together(masked, Part(*head, power), 2, torch.ones(ROWS)),
+    ):
+        assert all((value == 0).all() for process in found for value in process)
+    assert not exchanges
+    linear_mean_prediction_loss(*head, tokens + 40, tokens, 0.5, Absorbing(40))  # runs a kernel
+
+
+@pytest.mark.operators("cpu")
+def test_all_processes_report_the_bad_row(exchanges: Any) -> None:
+    x_t = torch.full((ROWS,), 40)
+    x_t[3] = 41
+    head, power = random_head(41), random_power(41, torch.float32)
+    calls: list[Callable[..., Tensor]] = [
+        lambda *head, group: linear_mean_prediction_loss(*head, x_t, x_t % 7, 0.5, Absorbing(40), group=group),
+        lambda *head, group: linear_generalized_masked_loss(*head, x_t, x_t % 7, 0.5, power, group=group),
+    ]
+
+    def work(rank: int, call: Callable[..., Tensor], group: Any) -> str:
+        with pytest.raises(ValueError, match="x_t") as caught:
+            call(*head.part(rank, 2), group=group[rank])
+        return str(caught.value)
+
+    for call in calls:
+        with groups(2) as group:
+            said = in_threads(2, lambda rank, call=call, group=group: work(rank, call, group))  # type: ignore[misc]
+        assert said == ["x_t: expected tokens in [0, 41), got 41 at index [3]"] * 2
+    assert not exchanges
+    linear_mean_prediction_loss(*head, x_t.clamp(max=40), x_t % 7, 0.5, Absorbing(40))
+
+
+@pytest.mark.operators
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_autoregressive_loss(size: int) -> None:
+    """An absorbing process at σ̄ = log 2 gives -log μ; nothing is masked but all rows are."""
+    head, tokens = random_head(41), torch.arange(ROWS)
+    sigma = torch.tensor(2.0).double().log()
+
+    def loss(leaves: Head, group: Any = None) -> Tensor:
+        return linear_mean_prediction_loss(
+            *leaves, torch.full_like(tokens, 40), tokens, sigma, Absorbing(40), group=group
+        )
+
+    def plain(leaves: Head) -> Tensor:
+        logits = torch.nn.functional.linear(leaves.hidden, leaves.weight, leaves.bias)[:, :40]
+        return torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
+
+    check_equal(together(loss, head, size, torch.ones(ROWS)), results(plain, head, torch.ones(ROWS)), 3e-6)
+
+
+class TestBadParts:
+    """Of the losses with a softmax."""
+
+    def call(self, operator: str, weight: Tensor, n: int = 10, power: int | None = None, **options: Any) -> Tensor:
+        hidden, tokens = torch.ones(ROWS, WIDTH), torch.zeros(ROWS, dtype=torch.int64)
+        if operator == "mean":
+            return sedd_ext.linear_mean_prediction_loss(
+                hidden, weight, None, tokens, tokens, 0.5, Uniform(n), **options
+            )
+        given = torch.ones(n if power is None else power)
+        return sedd_ext.linear_generalized_masked_loss(hidden, weight, None, tokens, tokens, 0.5, given, **options)
+
+    @pytest.mark.parametrize("operator", ["mean", "generalized"])
+    def test_the_rows_of_another_process(self, operator: str) -> None:
+        match = r"weight: expected shape \[2, d\], the rows from 8 on of 10 for process 2 of 3, as .*chunk\(3\)\[2\]"
+        with groups(3) as group, pytest.raises(ValueError, match=match):
+            self.call(operator, torch.ones(4, WIDTH), group=group[2])
+
+    @pytest.mark.parametrize("operator", ["mean", "generalized"])
+    def test_no_group(self, operator: str) -> None:
+        with pytest.raises(TypeError, match=r"group: expected a torch\.distributed\.ProcessGroup or None, got str"):
+            self.call(operator, torch.ones(5, WIDTH), group="vocabulary")
+
+    def test_a_part_without_a_group(self) -> None:
+        with pytest.raises(ValueError, match=r"weight: expected shape \[10, d\]"):
+            self.call("mean", torch.ones(5, WIDTH))
+        with pytest.raises(ValueError, match=r"power: expected shape \[5\]"):
+            self.call("generalized", torch.ones(5, WIDTH))
+
+    def test_powers_of_a_part(self) -> None:
+        with groups(2) as group, pytest.raises(ValueError, match=r"weight: expected shape \[3, d\], .* of 5 for"):
+            self.call("generalized", torch.ones(5, WIDTH), power=5, group=group[0])
+
+
+def test_the_rows_of_a_dtensor() -> None:
+    """Without N, which the powers of generalised masked diffusion do not tell of a DTensor: that of all rows."""
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+        part = torch.ones(2, WIDTH)
+        weight = DTensor.from_local(
+            part, mesh, [Shard(0)], run_check=False, shape=torch.Size((5, WIDTH)), stride=(6, 1)
+        )
+        local, _, share = module.check_split(weight, None, None, None)
+        assert torch.equal(local, part)
+        assert share == (5, 3, mesh.get_group().group_name)
+    finally:
+        torch.distributed.destroy_process_group()

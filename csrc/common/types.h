@@ -31,6 +31,15 @@ enum class Fault : int32_t {
     noise = 6,    // the noise of a reverse step from a mean prediction: out of its range
 };
 
+// What a launch computes of a row's loss. Where the vocabulary is split over processes, each process has a slice of
+// every row, and they exchange numbers between the stages.
+enum class Stage : int32_t {
+    whole = 0,   // all of it, from the whole row
+    logits = 1,  // the numbers of the softmax, from the slice
+    sums = 2,    // the sums that need the whole softmax, from the slice
+    loss = 3,    // the loss, from the numbers of all slices
+};
+
 // The first bad row of a launch. The output of a launch with a bad row is undefined.
 struct Status {
     Fault fault = Fault::none;

@@ -91,11 +91,11 @@ Status score_entropy_tile_cpu(const ScoreEntropyTileParams& p, int threads) {
 }
 
 Status mean_prediction_cpu(const MeanPredictionParams& p, int threads) {
-    return launch(kernels().mean_prediction(p.dtype, p.family), p, p.dim, 0, threads);
+    return launch(kernels().mean_prediction(p.dtype, p.family), p, p.width, 0, threads);
 }
 
 Status mean_prediction_backward_cpu(const MeanPredictionParams& p, int threads) {
-    return launch(kernels().mean_prediction_backward(p.dtype, p.family), p, p.dim, 0, threads);
+    return launch(kernels().mean_prediction_backward(p.dtype, p.family), p, p.width, 0, threads);
 }
 
 Status reverse_probs_cpu(const ReverseParams& p, int threads) {
@@ -121,16 +121,16 @@ Status reverse_mean_sample_cpu(const ReverseMeanParams& p, int threads) {
 }
 
 Status generalized_masked_cpu(const GeneralizedMaskedParams& p, int threads) {
-    return launch(kernels().generalized_masked(p.dtype), p, p.dim, 0, threads);
+    return launch(kernels().generalized_masked(p.dtype), p, p.width, 0, threads);
 }
 
 Status generalized_masked_backward_cpu(const GeneralizedMaskedParams& p, int threads) {
-    return launch(kernels().generalized_masked_backward(p.dtype), p, p.dim, 0, threads);
+    return launch(kernels().generalized_masked_backward(p.dtype), p, p.width, 0, threads);
 }
 
 Status generalized_masked_power_cpu(const GeneralizedMaskedParams& p, int threads) {
     const RowKernel<GeneralizedMaskedParams> kernel = kernels().generalized_masked_power(p.dtype);
-    const int64_t blocks = (p.dim + kPowerColumns - 1) / kPowerColumns;
+    const int64_t blocks = (p.width + kPowerColumns - 1) / kPowerColumns;
     return parallel_rows(
         blocks, p.rows * kPowerColumns, 0, threads,
         [&](int64_t begin, int64_t end, void* scratch, Status& status) { kernel(p, begin, end, scratch, status); });

@@ -132,6 +132,24 @@ inline bool is_masked(const GeneralizedMaskedParams& p, int64_t row, Status& sta
     return fault == Fault::none && p.x_t[row] == p.dim - 1;
 }
 
+// w of the slice.
+template <class Real>
+const Real* slice_power(const GeneralizedMaskedParams& p) {
+    return static_cast<const Real*>(p.power) + p.first;
+}
+
+template <class T>
+GeneralizedMaskedSums slice_sums(const GeneralizedMaskedParams& p, int64_t row) {
+    const T* l = static_cast<const T*>(p.logits) + row * p.width;
+    const auto* power = slice_power<Compute<T>>(p);
+    const int64_t v = p.x_0[row] - p.first, count = generalized_masked_tokens(p);
+    const bool has_v = v >= 0 && v < count;
+    WeightedSums sums;
+    sums.add(l, power, 0, has_v ? v : count);
+    if (has_v) sums.add(l, power, v + 1, count);
+    return {sums.top, sums.total, sums.dot, has_v ? read_one(l + v) : -__builtin_inf()};
+}
+
 template <class T, class Real = Compute<T>>
 GeneralizedMaskedGradient gradient_of(const GeneralizedMaskedParams& p, int64_t row) {
     const double power_v = static_cast<double>(static_cast<const Real*>(p.power)[p.x_0[row]]);
@@ -148,36 +166,41 @@ void forward_rows(const GeneralizedMaskedParams& p, int64_t begin, int64_t end, 
         loss[i] = Real(0);
         p.numbers[i] = {};
         if (!is_masked(p, i, status)) continue;
-        const T* l = static_cast<const T*>(p.logits) + i * p.dim;
-        const int64_t v = p.x_0[i];
-        WeightedSums sums;
-        sums.add(l, power, 0, v);
-        sums.add(l, power, v + 1, p.dim - 1);
-        p.numbers[i] = generalized_masked_row(sums.top, sums.total, sums.dot, read_one(l + v));
-        loss[i] = static_cast<Real>(generalized_masked_value(p.numbers[i], static_cast<double>(power[v]), p.t[i]));
+        const GeneralizedMaskedSums sums = p.stage == Stage::loss ? p.row_sums[i] : slice_sums<T>(p, i);
+        if (p.stage == Stage::logits) {
+            p.row_sums[i] = sums;
+            continue;
+        }
+        p.numbers[i] = generalized_masked_row(sums);
+        const double power_v = static_cast<double>(power[p.x_0[i]]);
+        loss[i] = static_cast<Real>(generalized_masked_value(p.numbers[i], power_v, p.t[i]));
     }
 }
 
 template <class T>
 void backward_rows(const GeneralizedMaskedParams& p, int64_t begin, int64_t end, void*, Status& status) {
     using Real = Compute<T>;
+    const int64_t count = generalized_masked_tokens(p);
     for (int64_t i = begin; i < end; ++i) {
-        const T* l = static_cast<const T*>(p.logits) + i * p.dim;
-        T* out = static_cast<T*>(p.out) + i * p.dim;
+        const T* l = static_cast<const T*>(p.logits) + i * p.width;
+        T* out = static_cast<T*>(p.out) + i * p.width;
         if (!is_masked(p, i, status)) {
-            memset(out, 0, sizeof(T) * static_cast<size_t>(p.dim));
+            memset(out, 0, sizeof(T) * static_cast<size_t>(p.width));
             continue;
         }
-        const int64_t v = p.x_0[i];
+        const int64_t v = p.x_0[i] - p.first;
+        const bool has_v = v >= 0 && v < count;
         const GeneralizedMaskedGradient g = gradient_of<T>(p, i);
         const auto write = [&](int64_t from, int64_t to) {
-            write_gradient(out, l, static_cast<const Real*>(p.power), from, to, static_cast<Real>(p.numbers[i].top),
+            write_gradient(out, l, slice_power<Real>(p), from, to, static_cast<Real>(p.numbers[i].top),
                            static_cast<Real>(g.factor), static_cast<Real>(g.lift));
         };
-        write(0, v);
-        write_one(out + v, g.at_v);
-        write(v + 1, p.dim - 1);
-        write_one(out + p.dim - 1, 0.0);
+        write(0, has_v ? v : count);
+        if (has_v) {
+            write_one(out + v, g.at_v);
+            write(v + 1, count);
+        }
+        if (count < p.width) write_one(out + count, 0.0);
     }
 }
 
@@ -186,20 +209,21 @@ template <class T>
 void power_columns(const GeneralizedMaskedParams& p, int64_t begin, int64_t end, void*, Status& status) {
     using Real = Compute<T>;
     Real sum[kPowerColumns];
+    const int64_t count = generalized_masked_tokens(p);
     for (int64_t block = begin; block < end; ++block) {
         const int64_t first = block * kPowerColumns;
-        const int64_t stop = first + kPowerColumns < p.dim ? first + kPowerColumns : p.dim;
-        const int64_t last = stop == p.dim ? stop - 1 : stop;  // without MASK
+        const int64_t stop = first + kPowerColumns < p.width ? first + kPowerColumns : p.width;
+        const int64_t last = stop < count ? stop : count;  // without MASK
         double* out = static_cast<double*>(p.out) + first;
         memset(out, 0, sizeof(double) * static_cast<size_t>(stop - first));
         for (int64_t rows = 0; rows < p.rows; rows += kColumnRows) {
             memset(sum, 0, sizeof(sum));
             for (int64_t i = rows; i < rows + kColumnRows && i < p.rows; ++i) {
                 if (!is_masked(p, i, status)) continue;
-                const T* l = static_cast<const T*>(p.logits) + i * p.dim;
+                const T* l = static_cast<const T*>(p.logits) + i * p.width;
                 const GeneralizedMaskedGradient g = gradient_of<T>(p, i);
                 const Real top = static_cast<Real>(p.numbers[i].top), factor = static_cast<Real>(g.factor);
-                const int64_t v = p.x_0[i];
+                const int64_t v = p.x_0[i] - p.first;
                 const bool has_v = first <= v && v < last;
                 add_columns(sum, l, first, first, has_v ? v : last, top, factor);
                 if (!has_v) continue;

@@ -13,6 +13,8 @@ int64_t columns(const Params& p) {
 }
 int64_t columns(const ScoreEntropyTileParams& p) { return p.width; }
 int64_t columns(const ReverseTileParams& p) { return p.width; }
+int64_t columns(const MeanPredictionParams& p) { return p.width; }
+int64_t columns(const GeneralizedMaskedParams& p) { return p.width; }
 
 int64_t none(int64_t, int64_t, DType) { return 0; }
 

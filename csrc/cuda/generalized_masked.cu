@@ -9,6 +9,9 @@
 // of w reads 4 or 2 once more, and a 64th of the elements as sums, twice. w is read from the L2 cache, 4 bytes per
 // element.
 //
+// If the vocabulary is split over processes, a launch of the forward pass writes the sums of its slice of each row, and
+// another one computes the loss from those of the whole row.
+//
 // Configuration: one warp per segment and eight warps per block, without shared memory or barriers (see segments.cuh).
 // Rows that are not masked are not read. Their loss is 0; that of a bad row is NaN.
 #include "generalized_masked.h"
@@ -28,7 +31,13 @@ __device__ __forceinline__ bool is_masked(const GeneralizedMaskedParams& p, int6
 
 template <class T>
 __device__ __forceinline__ const T* row_logits(const GeneralizedMaskedParams& p, int64_t row) {
-    return static_cast<const T*>(p.logits) + row * p.dim;
+    return static_cast<const T*>(p.logits) + row * p.width;
+}
+
+// w of the slice.
+template <class Real>
+__device__ __forceinline__ const Real* slice_power(const GeneralizedMaskedParams& p) {
+    return static_cast<const Real*>(p.power) + p.first;
 }
 
 // The sums of entries that have been added: Σ e^{l_k} = total · e^top and Σ w_k e^{l_k} = dot · e^top.
@@ -97,16 +106,18 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     const Place place = place_of(split);
     if (place.row >= p.rows || place.segment >= split.segments || !is_masked(p, place.row)) return;
     if (!valid_token(p.x_0[place.row], p.dim)) return;
-    const Real* power = static_cast<const Real*>(p.power);
+    const Real* power = slice_power<Real>(p);
     WeightedSums<Real> sums = WeightedSums<Real>::none();
     visit(
-        row_logits<T>(p, place.row), static_cast<int>(p.dim) - 1, place.segment, static_cast<int>(p.x_0[place.row]),
-        [&](int y, Real(&l)[width]) { sums.add(l, power + y); }, [&](int y, Real l) { sums.add(l, power[y]); });
+        row_logits<T>(p, place.row), static_cast<int>(generalized_masked_tokens(p)), place.segment,
+        static_cast<int>(p.x_0[place.row] - p.first), [&](int y, Real(&l)[width]) { sums.add(l, power + y); },
+        [&](int y, Real l) { sums.add(l, power[y]); });
     sums = warp_sums(sums);
     if (lane_of() == 0) segments[place.row * split.segments + place.segment] = sums;
 }
 
-// Computes the numbers and the loss of a row from the sums of its segments: one warp per row.
+// Computes the numbers and the loss of a row from the sums of its segments: one warp per row. `count` is 0 in the stage
+// that reads the sums of the row.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads)
     loss_kernel(GeneralizedMaskedParams p, int count, const WeightedSums<RealOf<T>>* segments) {
@@ -129,22 +140,33 @@ __global__ void __launch_bounds__(kRowThreads)
     }
     sums = warp_sums(sums);
     if (lane_of() != 0) return;
-    const int64_t v = p.x_0[row];
-    const double logit_v = static_cast<double>(Vector<T>::read(row_logits<T>(p, row) + v));
-    const GeneralizedMaskedRow numbers = generalized_masked_row(sums.top, sums.total, sums.dot, logit_v);
+    GeneralizedMaskedSums all;
+    if (p.stage == Stage::loss) {
+        all = p.row_sums[row];
+    } else {
+        const int64_t v = p.x_0[row] - p.first;
+        const bool has_v = v >= 0 && v < p.width;
+        all = {sums.top, sums.total, sums.dot,
+               has_v ? static_cast<double>(Vector<T>::read(row_logits<T>(p, row) + v)) : -INFINITY};
+    }
+    if (p.stage == Stage::logits) {
+        p.row_sums[row] = all;
+        return;
+    }
+    const GeneralizedMaskedRow numbers = generalized_masked_row(all);
     p.numbers[row] = numbers;
-    const double power_v = static_cast<double>(static_cast<const Real*>(p.power)[v]);
+    const double power_v = static_cast<double>(static_cast<const Real*>(p.power)[p.x_0[row]]);
     *loss = static_cast<Real>(generalized_masked_value(numbers, power_v, p.t[row]));
 }
 
-// The factors of a row in the compute type, and v. Rows that are not masked have v = kUnmasked; bad ones have no v, but
-// NaN for all numbers.
+// The factors of a row in the compute type, and the index of v in the slice, or kElsewhere. Rows that are not masked
+// have v = kUnmasked; bad ones have no v, but NaN for all numbers.
 template <class Real>
 struct GradientNumbers {
     Real top, factor, lift, at_v, power_at_v;
     int v;
 };
-constexpr int kUnmasked = -1, kBad = -2;
+constexpr int kUnmasked = -1, kBad = -2, kElsewhere = 0x7fffffff;
 
 template <class T>
 __global__ void __launch_bounds__(kRowThreads)
@@ -161,8 +183,8 @@ __global__ void __launch_bounds__(kRowThreads)
         numbers[row] = {Real(0), Real(0), Real(0), Real(0), Real(0), kUnmasked};
         return;
     }
-    const int64_t v = p.x_0[row];
-    const double power_v = static_cast<double>(static_cast<const Real*>(p.power)[v]);
+    const int64_t v = p.x_0[row] - p.first;
+    const double power_v = static_cast<double>(static_cast<const Real*>(p.power)[p.x_0[row]]);
     const GeneralizedMaskedGradient g = generalized_masked_gradient(
         p.numbers[row], power_v, p.t[row], static_cast<double>(static_cast<const Real*>(p.grad_loss)[row]));
     numbers[row] = {static_cast<Real>(p.numbers[row].top),
@@ -170,7 +192,7 @@ __global__ void __launch_bounds__(kRowThreads)
                     static_cast<Real>(g.lift),
                     static_cast<Real>(g.at_v),
                     static_cast<Real>(g.power_at_v),
-                    static_cast<int>(v)};
+                    v >= 0 && v < p.width ? static_cast<int>(v) : kElsewhere};
 }
 
 template <class T>
@@ -181,21 +203,21 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     constexpr int width = V::kWidth;
     const Place place = place_of(split);
     if (place.row >= p.rows || place.segment >= split.segments) return;
-    const int dim = static_cast<int>(p.dim);
-    T* out = static_cast<T*>(p.out) + place.row * p.dim;
+    const int count = static_cast<int>(generalized_masked_tokens(p)), all = static_cast<int>(p.width);
+    T* out = static_cast<T*>(p.out) + place.row * p.width;
     const GradientNumbers<Real> n = numbers[place.row];
     if (n.v < 0) {
         const Real rest = n.v == kUnmasked ? Real(0) : not_a_number<Real>();
-        write_segment(out, dim, place.segment, [rest](int) { return rest; });
+        write_segment(out, all, place.segment, [rest](int) { return rest; });
         return;
     }
-    const Real* power = static_cast<const Real*>(p.power);
+    const Real* power = slice_power<Real>(p);
     const auto gradient = [&](int y, Real l) { return n.factor * exponential(l - n.top) * (power[y] + n.lift); };
     const auto special = [&](int y, Real g) { return y == n.v ? n.at_v : g; };
     // MASK's entry is not visited, so that any warp may write it
-    if (place.segment == 0 && lane_of() == 0) V::write(out + dim - 1, Real(0));
+    if (count < all && place.segment == 0 && lane_of() == 0) V::write(out + count, Real(0));
     visit(
-        row_logits<T>(p, place.row), dim - 1, place.segment, -1,
+        row_logits<T>(p, place.row), count, place.segment, -1,
         [&](int y, Real(&l)[width]) {
 #pragma unroll
             for (int j = 0; j < width; ++j) l[j] = gradient(y + j, l[j]);
@@ -208,7 +230,8 @@ __global__ void __launch_bounds__(kWarps* kWarp)
         [&](int y, Real l) { V::write(out + y, special(y, gradient(y, l))); });
 }
 
-// sums[chunk, column] = the contributions of the chunk's rows to the column, added in their order.
+// sums[chunk, column] = the contributions of the chunk's rows to the column, added in their order. That of MASK, if the
+// slice has it, is not used.
 template <class T>
 __global__ void __launch_bounds__(kColumnThreads)
     columns_kernel(GeneralizedMaskedParams p, unsigned pieces, const GradientNumbers<RealOf<T>>* numbers,
@@ -216,7 +239,7 @@ __global__ void __launch_bounds__(kColumnThreads)
     using Real = RealOf<T>;
     const int64_t chunk = blockIdx.x / pieces;
     const int64_t column = static_cast<int64_t>(blockIdx.x % pieces) * kColumnThreads + threadIdx.x;
-    if (column >= p.dim - 1) return;
+    if (column >= p.width) return;
     const int64_t begin = chunk * kColumnRows, end = begin + kColumnRows < p.rows ? begin + kColumnRows : p.rows;
     Real sum = 0;
 #pragma unroll 4
@@ -230,19 +253,17 @@ __global__ void __launch_bounds__(kColumnThreads)
             sum += n.factor * exponential(l - n.top);
         }
     }
-    sums[chunk * (p.dim - 1) + column] = sum;
+    sums[chunk * p.width + column] = sum;
 }
 
 template <class Real>
 __global__ void __launch_bounds__(kColumnThreads)
     power_kernel(GeneralizedMaskedParams p, int64_t chunks, const Real* sums) {
     const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumnThreads + threadIdx.x;
-    if (column >= p.dim) return;
+    if (column >= p.width) return;
     double sum = 0.0;
-    if (column < p.dim - 1) {
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-            sum += static_cast<double>(sums[chunk * (p.dim - 1) + column]);
-        }
+    if (column < generalized_masked_tokens(p)) {
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += static_cast<double>(sums[chunk * p.width + column]);
     }
     static_cast<double*>(p.out)[column] = sum;
 }
@@ -266,19 +287,21 @@ const char* launch_numbers(const GeneralizedMaskedParams& p, const CudaLaunch& l
 
 template <class T>
 const char* launch_forward(const GeneralizedMaskedParams& p, const CudaLaunch& launch) {
-    const RowSplit split = split_rows(p.dim, p.dtype);
+    const RowSplit split = split_rows(p.width, p.dtype);
     const int64_t blocks = split_blocks(split, p.rows);
     if (const char* why = too_large(p.rows * kWarp, p.dim, blocks)) return why;
     auto* segments = static_cast<WeightedSums<RealOf<T>>*>(launch.workspace);
-    SEDD_LAUNCH((sums_kernel<T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, split, segments);
+    if (p.stage != Stage::loss) {
+        SEDD_LAUNCH((sums_kernel<T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, split, segments);
+    }
     SEDD_LAUNCH((loss_kernel<T>), blocks_for(p.rows * kWarp, kRowThreads), kRowThreads, 0, stream_of(launch), p,
-                split.segments, segments);
+                p.stage == Stage::loss ? 0 : split.segments, segments);
     return launch_error();
 }
 
 template <class T>
 const char* launch_backward(const GeneralizedMaskedParams& p, const CudaLaunch& launch) {
-    const RowSplit split = split_rows(p.dim, p.dtype);
+    const RowSplit split = split_rows(p.width, p.dtype);
     const int64_t blocks = split_blocks(split, p.rows);
     if (const char* why = too_large(p.rows, p.dim, blocks)) return why;
     launch_numbers<T>(p, launch);
@@ -291,7 +314,7 @@ template <class T>
 const char* launch_power(const GeneralizedMaskedParams& p, const CudaLaunch& launch) {
     using Real = RealOf<T>;
     const int64_t chunks = column_chunks(p.rows);
-    const unsigned pieces = blocks_for(p.dim, kColumnThreads);
+    const unsigned pieces = blocks_for(p.width, kColumnThreads);
     if (const char* why = too_large(p.rows, p.dim, chunks * pieces)) return why;
     auto* sums = reinterpret_cast<Real*>(static_cast<char*>(launch.workspace) + number_bytes(p.rows, p.dtype));
     if (p.rows > 0) {
@@ -326,19 +349,19 @@ const char* generalized_masked_backward_cuda(const GeneralizedMaskedParams& p, c
 }
 
 const char* generalized_masked_power_cuda(const GeneralizedMaskedParams& p, const CudaLaunch& launch) {
-    if (p.dim == 0) return nullptr;
+    if (p.width == 0) return nullptr;
     return with_device(p, launch,
                        [&](auto* type) { return launch_power<std::remove_pointer_t<decltype(type)>>(p, launch); });
 }
 
-int64_t generalized_masked_workspace(int64_t rows, int64_t dim, DType dtype) {
-    return 3 * rows * num_segments(dim, dtype) * real_bytes(dtype);
+int64_t generalized_masked_workspace(int64_t rows, int64_t width, DType dtype) {
+    return 3 * rows * num_segments(width, dtype) * real_bytes(dtype);
 }
 
 int64_t generalized_masked_backward_workspace(int64_t rows, int64_t, DType dtype) { return number_bytes(rows, dtype); }
 
-int64_t generalized_masked_power_workspace(int64_t rows, int64_t dim, DType dtype) {
-    return number_bytes(rows, dtype) + column_chunks(rows) * (dim - 1) * real_bytes(dtype);
+int64_t generalized_masked_power_workspace(int64_t rows, int64_t width, DType dtype) {
+    return number_bytes(rows, dtype) + column_chunks(rows) * width * real_bytes(dtype);
 }
 
 }  // namespace sedd

@@ -1,7 +1,9 @@
 // Score entropy of a mean prediction. Forward: others_kernel computes the normaliser of each segment, and row_kernel
 // the numbers of the row; an absorbing process then needs no more. For other processes sums_kernel reads the row again
 // and adds up the terms of score entropy, and loss_kernel computes the loss. Backward: gradient_kernel reads an
-// element, computes its gradient and writes it; the result may overwrite the logits.
+// element, computes its gradient and writes it; the result may overwrite the logits. If the vocabulary is split over
+// processes, a launch runs the kernels of one stage: others_kernel and row_kernel for the logits, row_kernel,
+// sums_kernel and loss_kernel for the sums, row_kernel and loss_kernel for the loss.
 //
 // Bytes per element: the forward pass reads 4 (float32) or 2, twice unless the process is absorbing; the backward pass
 // reads and writes 8 or 4. Each segment of 2 KiB writes 8 to 20 bytes of partial sums. A vector π is read from the L2
@@ -28,12 +30,15 @@ __device__ __forceinline__ bool is_live(const MeanPredictionParams& p, int64_t r
            can_move<P>(static_cast<const Real*>(p.stationary), p.dim, p.x_t[row]);
 }
 
-// The entries of a row that the sums leave out: x, x0 and MASK.
+// The indices in the slice of the entries that the sums leave out: x, x0 and MASK. Those that it does not have, and no
+// MASK, are negative or at least its width.
 struct Special {
     int x, x_0, mask;
 
     __device__ __forceinline__ Special(const MeanPredictionParams& p, int64_t row)
-        : x(static_cast<int>(p.x_t[row])), x_0(static_cast<int>(p.x_0[row])), mask(static_cast<int>(p.mask)) {}
+        : x(static_cast<int>(p.x_t[row] - p.first)),
+          x_0(static_cast<int>(p.x_0[row] - p.first)),
+          mask(static_cast<int>(p.mask - p.first)) {}
     __device__ __forceinline__ bool contains(int y) const { return y == x || y == x_0 || y == mask; }
     // Whether one of them lies in [y, y + width).
     template <int width>
@@ -42,6 +47,17 @@ struct Special {
         return in(x) || in(x_0) || in(mask);
     }
 };
+
+template <class T>
+__device__ __forceinline__ const T* slice_of(const MeanPredictionParams& p, int64_t row) {
+    return static_cast<const T*>(p.logits) + row * p.width;
+}
+
+// A vector π of the slice.
+template <Family P, class Real>
+__device__ __forceinline__ const Real* slice_stationary(const MeanPredictionParams& p) {
+    return P == Family::rank_one ? static_cast<const Real*>(p.stationary) + p.first : nullptr;
+}
 
 // Calls whole(y, values) for the vectors of the lane and one(y, value) for its other entries, with the logits of
 // special entries replaced by -inf.
@@ -69,10 +85,9 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     using Real = RealOf<T>;
     const Place place = place_of(split);
     if (place.row >= p.rows || place.segment >= split.segments || !is_live<P, Real>(p, place.row)) return;
-    const T* row = static_cast<const T*>(p.logits) + place.row * p.dim;
     Normaliser<Real> sum = Normaliser<Real>::none();
     visit_others(
-        row, static_cast<int>(p.dim), place.segment, Special(p, place.row),
+        slice_of<T>(p, place.row), static_cast<int>(p.width), place.segment, Special(p, place.row),
         [&](int, Real(&l)[Vector<T>::kWidth]) { sum.add(l); }, [&](int, Real l) { sum.add(l); });
     sum = warp_normaliser(sum);
     if (lane_of() == 0) normalisers[place.row * split.segments + place.segment] = sum;
@@ -83,17 +98,17 @@ template <Family P, class Real>
 __device__ __forceinline__ void finish_row(const MeanPredictionParams& p, int64_t row, const MeanPredictionRow& numbers,
                                            const MeanPredictionSums& sums) {
     const Real* stationary = static_cast<const Real*>(p.stationary);
-    const Special special(p, row);
-    const bool has_mask = p.mask >= 0 && special.mask != special.x && special.mask != special.x_0;
+    const int64_t x = p.x_t[row], x_0 = p.x_0[row];
+    const bool has_mask = p.mask >= 0 && p.mask != x && p.mask != x_0;
     MeanPredictionGradient gradient;
-    const double loss = mean_prediction_value(numbers, sums, stationary_at(P, stationary, p.dim, special.x),
-                                              stationary_at(P, stationary, p.dim, special.x_0),
+    const double loss = mean_prediction_value(numbers, sums, stationary_at(P, stationary, p.dim, x),
+                                              stationary_at(P, stationary, p.dim, x_0),
                                               has_mask ? stationary_at(P, stationary, p.dim, p.mask) : 0.0, gradient);
     static_cast<Real*>(p.out)[row] = static_cast<Real>(loss);
     if (p.numbers != nullptr) p.numbers[row] = gradient;
 }
 
-// One warp per row.
+// One warp per row. `segments` is 0 in a stage that reads the logits of the row.
 template <Family P, class T>
 __global__ void __launch_bounds__(kRowThreads)
     row_kernel(MeanPredictionParams p, int segments, const Normaliser<RealOf<T>>* normalisers,
@@ -111,17 +126,28 @@ __global__ void __launch_bounds__(kRowThreads)
     }
     const Normaliser<double> others = row_normaliser(normalisers + row * segments, segments);
     if (lane_of() != 0) return;
-    const T* l = static_cast<const T*>(p.logits) + row * p.dim;
-    const int64_t x = p.x_t[row], x_0 = p.x_0[row];
-    const auto logit = [&](int64_t y) { return y == p.mask ? -INFINITY : static_cast<double>(Vector<T>::read(l + y)); };
-    const MeanPredictionLogits logits{logit(x), x == x_0 ? -INFINITY : logit(x_0), others.log_total()};
-    const double top = fmax(fmax(others.top, logits.x), logits.x_0);
-    const double pi_x = stationary_at(P, static_cast<const Real*>(p.stationary), p.dim, x);
-    const MeanPredictionRow numbers =
-        mean_prediction_row(logits, top, p.sigma[row], p.sigma_s != nullptr ? p.sigma_s[row] : -1.0, pi_x, x == x_0);
-    if constexpr (P == Family::absorbing) {  // q_y = 0 and e_y = t_y = a μ_y
-        const double mass = numbers.moved ? numbers.rest_x0 - numbers.mu_x : numbers.rest_x;
-        finish_row<P, Real>(p, row, numbers, {numbers.a * mass, 0.0, mass});
+    const T* l = slice_of<T>(p, row);
+    const Special special(p, row);
+    const auto logit = [&](int y) {
+        const bool has = y != special.mask && y >= 0 && y < p.width;
+        return has ? static_cast<double>(Vector<T>::read(l + y)) : -INFINITY;
+    };
+    MeanPredictionLogits logits;
+    if (p.stage == Stage::whole || p.stage == Stage::logits) {
+        logits = {logit(special.x), special.x == special.x_0 ? -INFINITY : logit(special.x_0), others.log_total(),
+                  others.top};
+    } else {
+        logits = p.row_logits[row];
+    }
+    if (p.stage == Stage::logits) {
+        p.row_logits[row] = logits;
+        return;
+    }
+    const double pi_x = stationary_at(P, static_cast<const Real*>(p.stationary), p.dim, p.x_t[row]);
+    const MeanPredictionRow numbers = mean_prediction_row(
+        logits, p.sigma[row], p.sigma_s != nullptr ? p.sigma_s[row] : -1.0, pi_x, special.x == special.x_0);
+    if constexpr (P == Family::absorbing) {
+        finish_row<P, Real>(p, row, numbers, mean_prediction_absorbing_sums(numbers));
     } else {
         rows[row] = numbers;
     }
@@ -178,8 +204,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
     constexpr int width = Vector<T>::kWidth;
     const Place place = place_of(split);
     if (place.row >= p.rows || place.segment >= split.segments || !is_live<P, Real>(p, place.row)) return;
-    const T* row = static_cast<const T*>(p.logits) + place.row * p.dim;
-    const Real* stationary = static_cast<const Real*>(p.stationary);
+    const Real* stationary = slice_stationary<P, Real>(p);
     const Special special(p, place.row);
     const LaneNumbers<P, Real> n(rows[place.row], rows[place.row].rate, p.dim);
     SegmentSums<Real> sum{0, 0, 0};
@@ -199,7 +224,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
         }
     };
     visit_others(
-        row, static_cast<int>(p.dim), place.segment, special,
+        slice_of<T>(p, place.row), static_cast<int>(p.width), place.segment, special,
         [&](int y, Real(&l)[width]) {
             Real entropy[width], pi_ratio[width], mu_ratio[width];
 #pragma unroll
@@ -225,7 +250,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
     if (lane_of() == 0) sums[place.row * split.segments + place.segment] = sum;
 }
 
-// One warp per row.
+// One warp per row. `segments` is 0 in the stage that reads the sums of the row.
 template <Family P, class T>
 __global__ void __launch_bounds__(kRowThreads)
     loss_kernel(MeanPredictionParams p, int segments, const MeanPredictionRow* rows,
@@ -245,7 +270,11 @@ __global__ void __launch_bounds__(kRowThreads)
     sum.mu_ratio = warp_sum(sum.mu_ratio);
     if (lane_of() != 0) return;
     if constexpr (P == Family::uniform) sum.pi_ratio /= static_cast<double>(p.dim);
-    finish_row<P, Real>(p, row, rows[row], sum);
+    if (p.stage == Stage::sums) {
+        p.row_sums[row] = sum;
+    } else {
+        finish_row<P, Real>(p, row, rows[row], p.stage == Stage::loss ? p.row_sums[row] : sum);
+    }
 }
 
 template <Family P, class T>
@@ -255,13 +284,11 @@ __global__ void __launch_bounds__(kWarps* kWarp) gradient_kernel(MeanPredictionP
     constexpr int width = V::kWidth;
     const Place place = place_of(split);
     if (place.row >= p.rows || place.segment >= split.segments) return;
-    const int64_t offset = place.row * p.dim;
-    const int dim = static_cast<int>(p.dim);
-    const T* row = static_cast<const T*>(p.logits) + offset;
-    T* out = static_cast<T*>(p.out) + offset;
+    const int count = static_cast<int>(p.width);
+    T* out = static_cast<T*>(p.out) + place.row * p.width;
     if (!is_live<P, Real>(p, place.row)) {
         const bool fault = mean_prediction_fault(p, place.row) != Fault::none;
-        write_segment(out, dim, place.segment, [fault](int) { return fault ? not_a_number<Real>() : Real(0); });
+        write_segment(out, count, place.segment, [fault](int) { return fault ? not_a_number<Real>() : Real(0); });
         return;
     }
     const Special special(p, place.row);
@@ -271,7 +298,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) gradient_kernel(MeanPredictionP
     const Real base = static_cast<Real>(g.base), at_x = static_cast<Real>(upstream * g.at_x),
                at_x_0 = static_cast<Real>(upstream * g.at_x_0),
                scale = static_cast<Real>(upstream * g.scale * (P == Family::absorbing ? g.a - g.base : 1.0));
-    const Real* stationary = static_cast<const Real*>(p.stationary);
+    const Real* stationary = slice_stationary<P, Real>(p);
     const auto gradient = [&](int y, Real l) {
         const Real mu = n.mean(l);
         if constexpr (P == Family::absorbing) return scale * mu;
@@ -283,7 +310,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) gradient_kernel(MeanPredictionP
         return y == special.mask ? Real(0) : y == special.x ? at_x : y == special.x_0 ? at_x_0 : value;
     };
     visit(
-        row, dim, place.segment, -1,
+        slice_of<T>(p, place.row), count, place.segment, -1,
         [&](int y, Real(&l)[width]) {
 #pragma unroll
             for (int j = 0; j < width; ++j) l[j] = gradient(y + j, l[j]);
@@ -301,33 +328,40 @@ __global__ void __launch_bounds__(kWarps* kWarp) gradient_kernel(MeanPredictionP
 template <Family P, class T>
 const char* launch_forward(const MeanPredictionParams& p, const CudaLaunch& launch) {
     using Real = RealOf<T>;
-    const RowSplit split = split_rows(p.dim, p.dtype);
+    const RowSplit split = split_rows(p.width, p.dtype);
     const int64_t blocks = split_blocks(split, p.rows), partials = p.rows * split.segments;
     if (const char* why = too_large(p.rows * kWarp, p.dim, blocks)) return why;
+    const bool reads_logits = p.stage == Stage::whole || p.stage == Stage::logits;
     auto* rows = static_cast<MeanPredictionRow*>(launch.workspace);
     auto* normalisers = reinterpret_cast<Normaliser<Real>*>(rows + p.rows);
     auto* sums = reinterpret_cast<SegmentSums<Real>*>(normalisers + partials);
     const unsigned row_blocks = blocks_for(p.rows * kWarp, kRowThreads);
-    SEDD_LAUNCH((others_kernel<P, T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, split,
-                normalisers);
-    SEDD_LAUNCH((row_kernel<P, T>), row_blocks, kRowThreads, 0, stream_of(launch), p, split.segments, normalisers,
-                rows);
+    if (reads_logits) {
+        SEDD_LAUNCH((others_kernel<P, T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, split,
+                    normalisers);
+    }
+    SEDD_LAUNCH((row_kernel<P, T>), row_blocks, kRowThreads, 0, stream_of(launch), p, reads_logits ? split.segments : 0,
+                normalisers, rows);
     if constexpr (P != Family::absorbing) {
-        if (p.numbers != nullptr) {
+        if (p.stage == Stage::logits) return launch_error();
+        if (p.stage == Stage::loss) {
+            // its sums are those of all processes
+        } else if (p.numbers != nullptr) {
             SEDD_LAUNCH((sums_kernel<true, P, T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p,
                         split, rows, sums);
         } else {
             SEDD_LAUNCH((sums_kernel<false, P, T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p,
                         split, rows, sums);
         }
-        SEDD_LAUNCH((loss_kernel<P, T>), row_blocks, kRowThreads, 0, stream_of(launch), p, split.segments, rows, sums);
+        SEDD_LAUNCH((loss_kernel<P, T>), row_blocks, kRowThreads, 0, stream_of(launch), p,
+                    p.stage == Stage::loss ? 0 : split.segments, rows, sums);
     }
     return launch_error();
 }
 
 template <Family P, class T>
 const char* launch_backward(const MeanPredictionParams& p, const CudaLaunch& launch) {
-    const RowSplit split = split_rows(p.dim, p.dtype);
+    const RowSplit split = split_rows(p.width, p.dtype);
     const int64_t blocks = split_blocks(split, p.rows);
     if (const char* why = too_large(p.rows, p.dim, blocks)) return why;
     SEDD_LAUNCH((gradient_kernel<P, T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, split);
@@ -348,9 +382,9 @@ const char* mean_prediction_backward_cuda(const MeanPredictionParams& p, const C
     });
 }
 
-int64_t mean_prediction_workspace(int64_t rows, int64_t dim, DType dtype) {
+int64_t mean_prediction_workspace(int64_t rows, int64_t width, DType dtype) {
     const int64_t per_segment = 5 * real_bytes(dtype);  // Normaliser and SegmentSums
-    return rows * (static_cast<int64_t>(sizeof(MeanPredictionRow)) + num_segments(dim, dtype) * per_segment);
+    return rows * (static_cast<int64_t>(sizeof(MeanPredictionRow)) + num_segments(width, dtype) * per_segment);
 }
 
 }  // namespace sedd

@@ -94,7 +94,7 @@ const char* mean_prediction_cuda(const MeanPredictionParams& p, const CudaLaunch
 const char* mean_prediction_backward_cuda(const MeanPredictionParams& p, const CudaLaunch&) {
     mean_prediction_backward_cpu(p, 1);
     for (int64_t row = 0; row < p.rows; ++row) {
-        if (mean_prediction_fault(p, row) != Fault::none) mark(p.out, p.dtype, row, p.dim);
+        if (mean_prediction_fault(p, row) != Fault::none) mark(p.out, p.dtype, row, p.width);
     }
     return nullptr;
 }
@@ -181,13 +181,15 @@ const char* generalized_masked_cuda(const GeneralizedMaskedParams& p, const Cuda
 const char* generalized_masked_backward_cuda(const GeneralizedMaskedParams& p, const CudaLaunch&) {
     generalized_masked_backward_cpu(p, 1);
     for (int64_t row = 0; row < p.rows; ++row) {
-        if (generalized_masked_fault(p, row) != Fault::none) mark(p.out, p.dtype, row, p.dim);
+        if (generalized_masked_fault(p, row) != Fault::none) mark(p.out, p.dtype, row, p.width);
     }
     return nullptr;
 }
 
 const char* generalized_masked_power_cuda(const GeneralizedMaskedParams& p, const CudaLaunch&) {
-    if (generalized_masked_power_cpu(p, 1).fault != Fault::none) mark(p.out, DType::float64, 0, p.dim - 1);
+    if (generalized_masked_power_cpu(p, 1).fault != Fault::none) {
+        mark(p.out, DType::float64, 0, generalized_masked_tokens(p));
+    }
     return nullptr;
 }
 

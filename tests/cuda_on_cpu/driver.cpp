@@ -939,7 +939,7 @@ class Driver {
                 {tile.entries.data(), p.x_t.data(), p.x_0.data(), p.sigma.data(), p.shifts(), p.stationary(),
                  gradient != nullptr ? static_cast<double*>(grad_loss.data()) : nullptr,
                  static_cast<sedd::ScoreEntropySweep*>(sweeps.data()), loss, p.neg_entropy, s.rows, tile.width,
-                 tile.first, s.dim, s.dtype, s.family},
+                 tile.first, 0, s.dim, s.dtype, s.family},
                 {workspace.data(), where.stream, where.device});
             if (error != nullptr) return error;
             if (gradient != nullptr) tile.write_to(gradient);
@@ -961,11 +961,16 @@ class Driver {
                                           p.grad_loss.data(),
                                           nullptr,
                                           nullptr,
+                                          nullptr,
+                                          nullptr,
                                           s.rows,
+                                          s.dim,
+                                          0,
                                           s.dim,
                                           p.mask(),
                                           s.dtype,
-                                          s.family};
+                                          s.family,
+                                          sedd::Stage::whole};
         const int64_t workspace = sedd::mean_prediction_workspace(s.rows, s.dim, s.dtype);
         const auto forward = [&](void* out, const sedd::CudaLaunch& where) {
             params.out = out;
@@ -989,10 +994,84 @@ class Driver {
                       return sedd::mean_prediction_backward_cuda(backward, where);
                   });
         }
+        check(p, "mean_prediction of slices", compute_type(s.dtype), loss, 0,
+              [&](void* out, const sedd::CudaLaunch& where) {
+                  return mean_prediction_slices(p, params, out, nullptr, where);
+              });
+        check(p, "mean_prediction of slices, gradient", s.dtype, gradient, 0,
+              [&](void* out, const sedd::CudaLaunch& where) {
+                  return mean_prediction_slices(p, params, other_loss.data(), out, where);
+              });
         std::vector<double> half = p.sigma;
         for (double& sigma : half) sigma *= 0.5;
         params.sigma_s = half.data();
-        check(p, "mean_prediction of a step", compute_type(s.dtype), mean_prediction_step(p), workspace, forward);
+        const Expected step = mean_prediction_step(p);
+        check(p, "mean_prediction of a step", compute_type(s.dtype), step, workspace, forward);
+        check(p, "mean_prediction of a step, of slices", compute_type(s.dtype), step, 0,
+              [&](void* out, const sedd::CudaLaunch& where) {
+                  return mean_prediction_slices(p, params, out, nullptr, where);
+              });
+    }
+
+    // As processes that have a slice of the vocabulary each, one after another. With the gradient if there is memory
+    // for it.
+    const char* mean_prediction_slices(const Problem& p, const sedd::MeanPredictionParams& whole, void* loss,
+                                       void* gradient, const sedd::CudaLaunch& where) const {
+        const Shape& s = p.shape;
+        const std::vector<int64_t> at = cuts(s);
+        const auto rows = static_cast<size_t>(s.rows);
+        // what bad rows do not write
+        const sedd::MeanPredictionLogits nothing{-kInfinity, -kInfinity, -kInfinity, -kInfinity};
+        std::vector<sedd::MeanPredictionLogits> all_logits(rows, nothing);
+        std::vector<sedd::MeanPredictionSums> all_sums(rows);
+        const auto run = [&](const Tile& tile, sedd::Stage stage, sedd::MeanPredictionLogits* logits,
+                             sedd::MeanPredictionSums* sums) {
+            const Array workspace = garbage(sedd::mean_prediction_workspace(s.rows, tile.width, s.dtype));
+            sedd::MeanPredictionParams params = whole;
+            params.logits = stage == sedd::Stage::loss ? nullptr : tile.entries.data();
+            params.row_logits = logits;
+            params.row_sums = sums;
+            params.out = loss;
+            params.width = tile.width;
+            params.first = tile.first;
+            params.stage = stage;
+            return sedd::mean_prediction_cuda(params, {workspace.data(), where.stream, where.device});
+        };
+        for (size_t i = 0; i + 1 < at.size(); ++i) {
+            std::vector<sedd::MeanPredictionLogits> logits(rows, nothing);
+            if (const char* error = run(Tile(p, at[i], at[i + 1]), sedd::Stage::logits, logits.data(), nullptr)) {
+                return error;
+            }
+            for (size_t row = 0; row < rows; ++row) {
+                sedd::MeanPredictionLogits& sum = all_logits[row];
+                sum.x = std::max(sum.x, logits[row].x);
+                sum.x_0 = std::max(sum.x_0, logits[row].x_0);
+                sum.others = std::log(std::exp(sum.others) + std::exp(logits[row].others));
+                sum.top = std::max(sum.top, logits[row].top);
+            }
+        }
+        for (size_t i = 0; s.family != Family::absorbing && i + 1 < at.size(); ++i) {
+            std::vector<sedd::MeanPredictionSums> sums(rows);
+            const Tile tile(p, at[i], at[i + 1]);
+            if (const char* error = run(tile, sedd::Stage::sums, all_logits.data(), sums.data())) return error;
+            for (size_t row = 0; row < rows; ++row) {
+                all_sums[row].entropy += sums[row].entropy;
+                all_sums[row].pi_ratio += sums[row].pi_ratio;
+                all_sums[row].mu_ratio += sums[row].mu_ratio;
+            }
+        }
+        for (size_t i = 0; i + 1 < at.size(); ++i) {
+            const Tile tile(p, at[i], at[i + 1]);
+            if (const char* error = run(tile, sedd::Stage::loss, all_logits.data(), all_sums.data())) return error;
+            if (gradient == nullptr) continue;
+            sedd::MeanPredictionParams params = whole;
+            params.logits = params.out = tile.entries.data();
+            params.width = tile.width;
+            params.first = tile.first;
+            if (const char* error = sedd::mean_prediction_backward_cuda(params, where)) return error;
+            tile.write_to(gradient);
+        }
+        return nullptr;
     }
 
     void run_generalized_masked(const Problem& p, const MaskedRows& rows, const std::string& name) {
@@ -1008,9 +1087,13 @@ class Driver {
                                              p.grad_loss.data(),
                                              static_cast<sedd::GeneralizedMaskedRow*>(numbers.data()),
                                              nullptr,
+                                             nullptr,
                                              s.rows,
                                              s.dim,
-                                             s.dtype};
+                                             0,
+                                             s.dim,
+                                             s.dtype,
+                                             sedd::Stage::whole};
         check(p, name.c_str(), compute_type(s.dtype), loss, sedd::generalized_masked_workspace(s.rows, s.dim, s.dtype),
               [&](void* out, const sedd::CudaLaunch& where) {
                   params.out = out;
@@ -1033,6 +1116,75 @@ class Driver {
             params.out = out;
             return sedd::generalized_masked_power_cuda(params, where);
         });
+        Array other_loss(compute_type(s.dtype), s.rows);
+        check(p, (name + " of slices").c_str(), compute_type(s.dtype), loss, 0,
+              [&](void* out, const sedd::CudaLaunch& where) {
+                  return generalized_masked_slices(p, params, out, nullptr, nullptr, where);
+              });
+        check(p, (name + " of slices, backward").c_str(), s.dtype, gradient, 0,
+              [&](void* out, const sedd::CudaLaunch& where) {
+                  return generalized_masked_slices(p, params, other_loss.data(), out, nullptr, where);
+              });
+        check_columns(p, name + " of slices, power", in_power, [&](void* out, const sedd::CudaLaunch& where) {
+            return generalized_masked_slices(p, params, other_loss.data(), nullptr, static_cast<double*>(out), where);
+        });
+    }
+
+    // As mean_prediction_slices. With the gradients that there is memory for.
+    const char* generalized_masked_slices(const Problem& p, const sedd::GeneralizedMaskedParams& whole, void* loss,
+                                          void* gradient, double* in_power, const sedd::CudaLaunch& where) const {
+        const Shape& s = p.shape;
+        const std::vector<int64_t> at = cuts(s);
+        const auto rows = static_cast<size_t>(s.rows);
+        const sedd::GeneralizedMaskedSums nothing{-kInfinity, 0.0, 0.0, -kInfinity};
+        std::vector<sedd::GeneralizedMaskedSums> all(rows, nothing);
+        const auto slice = [&](const Tile& tile) {
+            sedd::GeneralizedMaskedParams params = whole;
+            params.logits = tile.entries.data();
+            params.width = tile.width;
+            params.first = tile.first;
+            return params;
+        };
+        for (size_t i = 0; i + 1 < at.size(); ++i) {
+            std::vector<sedd::GeneralizedMaskedSums> sums(rows, nothing);
+            const Tile tile(p, at[i], at[i + 1]);
+            const Array workspace = garbage(sedd::generalized_masked_workspace(s.rows, tile.width, s.dtype));
+            sedd::GeneralizedMaskedParams params = slice(tile);
+            params.row_sums = sums.data();
+            params.out = loss;
+            params.stage = sedd::Stage::logits;
+            const char* error = sedd::generalized_masked_cuda(params, {workspace.data(), where.stream, where.device});
+            if (error != nullptr) return error;
+            for (size_t row = 0; row < rows; ++row) {
+                const double unit = sums[row].rest > 0.0 ? std::exp(sums[row].top) : 0.0;
+                all[row].top = 0.0;  // no logit is far from it
+                all[row].rest += unit * sums[row].rest;
+                all[row].dot += unit * sums[row].dot;
+                all[row].logit_v = std::max(all[row].logit_v, sums[row].logit_v);
+            }
+        }
+        for (size_t i = 0; i + 1 < at.size(); ++i) {
+            const Tile tile(p, at[i], at[i + 1]);
+            const Array workspace =
+                garbage(std::max({sedd::generalized_masked_workspace(s.rows, tile.width, s.dtype),
+                                  sedd::generalized_masked_backward_workspace(s.rows, tile.width, s.dtype),
+                                  sedd::generalized_masked_power_workspace(s.rows, tile.width, s.dtype)}));
+            const sedd::CudaLaunch here{workspace.data(), where.stream, where.device};
+            sedd::GeneralizedMaskedParams params = slice(tile);
+            params.row_sums = all.data();
+            params.out = loss;
+            params.stage = sedd::Stage::loss;
+            if (const char* error = sedd::generalized_masked_cuda(params, here)) return error;
+            if (in_power != nullptr) {
+                params.out = in_power + tile.first;
+                if (const char* error = sedd::generalized_masked_power_cuda(params, here)) return error;
+            }
+            if (gradient == nullptr) continue;
+            params.out = tile.entries.data();
+            if (const char* error = sedd::generalized_masked_backward_cuda(params, here)) return error;
+            tile.write_to(gradient);
+        }
+        return nullptr;
     }
 
     // A result with one float64 number a column.
@@ -1291,9 +1443,10 @@ std::string run_on(const std::string& family, int device) {
                                           where);
     } else if (family == "mean_prediction") {
         double big_workspace[64];
-        error = sedd::mean_prediction_cuda({log_score.data(), x.data(), x.data(), noise.data(), nullptr, nullptr,
-                                            nullptr, nullptr, &out, 1, 3, -1, DType::float32, Family::uniform},
-                                           {big_workspace, nullptr, device});
+        error = sedd::mean_prediction_cuda(
+            {log_score.data(), x.data(), x.data(), noise.data(), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+             &out, 1, 3, 0, 3, -1, DType::float32, Family::uniform, sedd::Stage::whole},
+            {big_workspace, nullptr, device});
     } else if (family == "reverse_mean") {
         error = sedd::reverse_mean_sample_cuda(
             {log_score.data(), x.data(), noise.data(), noise.data(), nullptr, nullptr, nullptr, &out, seed.data(),
@@ -1307,10 +1460,10 @@ std::string run_on(const std::string& family, int device) {
         double numbers[5];
         static_assert(sizeof numbers == sizeof(sedd::GeneralizedMaskedRow), "one row");
         float sums[3];
-        error = sedd::generalized_masked_cuda(
-            {log_score.data(), log_score.data(), x.data(), x.data(), noise.data(), nullptr,
-             reinterpret_cast<sedd::GeneralizedMaskedRow*>(numbers), &out, 1, 3, DType::float32},
-            {sums, nullptr, device});
+        error = sedd::generalized_masked_cuda({log_score.data(), log_score.data(), x.data(), x.data(), noise.data(),
+                                               nullptr, reinterpret_cast<sedd::GeneralizedMaskedRow*>(numbers), nullptr,
+                                               &out, 1, 3, 0, 3, DType::float32, sedd::Stage::whole},
+                                              {sums, nullptr, device});
     } else {
         error = sedd::sample_transition_cuda(
             {x.data(), noise.data(), nullptr, nullptr, &out, seed.data(), 1, 3, DType::float32, Family::uniform},
