@@ -21,12 +21,13 @@ from torch.utils._pytree import tree_leaves
 from sedd.config import load_config
 from sedd.training.parallel import local
 from sedd.training.run import Run
-from sedd_ext import linear_score_entropy
+from sedd_ext import linear_mean_prediction, linear_score_entropy
 
 KINDS = {
     "allreduce_": "all_reduce",
     "all_reduce": "all_reduce",
     "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
     "_reduce_scatter_base_": "reduce_scatter",
     "broadcast_": "broadcast",
 }
@@ -34,14 +35,18 @@ KINDS = {
 
 def within(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
     """Calls an operator; the mode sees the operators in the fused head too."""
-    if func is torch.ops.sedd_ext.linear_score_entropy.default:
+    heads = {
+        torch.ops.sedd_ext.linear_score_entropy.default: linear_score_entropy._forward,
+        torch.ops.sedd_ext.linear_mean_prediction.default: linear_mean_prediction._forward,
+    }
+    if func in heads:
         with mode:
-            return linear_score_entropy._forward(*args)
+            return heads[func](*args)
     return func(*args, **(kwargs or {}))
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the collectives in its block by kind and by bytes of the largest tensor."""
+    """Counts the collectives in its block by kind and by bytes of the whole tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +57,7 @@ class Collectives(TorchDispatchMode):
             return NotImplemented  # it calls operators on its own part
         kind = KINDS.get(func.__name__.split(".")[0])
         if kind is not None and func.namespace in ("c10d", "_c10d_functional"):
-            size = max(value.nbytes for value in tree_leaves(args) if isinstance(value, Tensor))
+            size = max(sum(value.nbytes for value in tree_leaves(one) if isinstance(value, Tensor)) for one in args)
             self.counts[kind, size] += 1
         return within(self, func, args, kwargs)
 

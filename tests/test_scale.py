@@ -53,6 +53,8 @@ CASES: dict[str, tuple[int, TrainConfig]] = {
     "fsdp, wide, 4": (4, config("fsdp", model=WIDE)),
     "hsdp, 4": (4, config("hsdp", shard=2)),
     "ddp, vocabulary": (2, config(vocab=2, process="uniform", accumulate=2)),
+    "ddp, vocabulary, mean": (2, config(vocab=2, process="uniform", objective="udlm")),
+    "fsdp, mean": (2, config("fsdp", objective="md4", precision="bf16")),
     "ddp, vocabulary, 4": (4, config(vocab=2, process="uniform")),
     "fsdp, vocabulary, 4": (4, config("fsdp", vocab=2, process="uniform", model=WIDE, accumulate=2)),
     "hsdp, wide, accumulated, 4": (4, config("hsdp", shard=2, model=WIDE, accumulate=2)),

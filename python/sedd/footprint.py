@@ -28,6 +28,8 @@ __all__ = ["Collective", "Layout", "Memory", "activations", "collectives", "memo
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast"]
 FLOAT32, FLOAT64 = 4, 8
+SUMS = 3
+"""Numbers of a row that the loss of a softmax adds up over a divided vocabulary, with a process that is not absorbing."""
 BUCKETS = [1 << 20, 25 << 20]
 """DDP's default size of the first bucket of gradients, and of the others."""
 
@@ -82,6 +84,15 @@ class Layout:
         return 1 if parallel.data == "ddp" else (parallel.shard or self.replicas)
 
     @property
+    def softmax(self) -> bool:
+        """Whether the loss needs the log-normaliser of a row before its gradient."""
+        return OBJECTIVES[self.config.objective].__name__ not in (
+            "ScoreEntropy",
+            "ConcreteScore",
+            "ImplicitScoreEntropy",
+        )
+
+    @property
     def compute(self) -> int:
         """Bytes of a number in matrix products: 2 under bfloat16 autocast, else 4."""
         return 2 if self.config.precision == "bf16" else FLOAT32
@@ -96,10 +107,14 @@ class Layout:
         """Sizes of the network."""
         return self.config.model.build()
 
+    @property
+    def dim(self) -> int:
+        """Rows of embedding and head, in all processes."""
+        return self.config.make_process(self.tokens).dim
+
     def diffusion(self) -> Diffusion:
         """The model with this process's rows of embedding and head, on the meta device."""
-        dim = self.config.make_process(self.tokens).dim
-        return _build(self.config, self.network, math.ceil(dim / self.vocab))
+        return _build(self.config, self.network, math.ceil(self.dim / self.vocab))
 
 
 def _build(config: TrainConfig, sizes: ModelConfig, dim: int, device: str = "meta") -> Diffusion:
@@ -215,7 +230,7 @@ def _head(layout: Layout, diffusion: Diffusion) -> tuple[int, int, int]:
     weight, bias = diffusion.network.head_parameters() or (torch.empty(0, 0), None)
     (dim, d), rows, w = weight.shape, layout.rows, layout.compute
     dtype = torch.bfloat16 if w == 2 else torch.float32
-    chunk, width = tile_shape(rows, dim, dtype, torch.device(layout.device), BUFFER_BYTES)
+    chunk, width = tile_shape(rows, dim, dtype, torch.device(layout.device), BUFFER_BYTES, layout.softmax)
     temporary = rows * d * ((w if w != FLOAT32 else 0) + FLOAT32) + chunk * width * w  # states, their gradient, tile
     if w != FLOAT32:  # the tile's weight, the gradient of it and its products
         temporary += width * d * (2 * w + FLOAT32) + chunk * d * w
@@ -368,15 +383,22 @@ def _vocabulary(layout: Layout) -> list[Collective]:
     config, group = layout.config, layout.vocab
     if group == 1:
         return []
-    states, passes = layout.rows * layout.network.hidden_size * FLOAT32, config.accumulate
+    d, passes, n = layout.network.hidden_size, config.accumulate, math.ceil(layout.dim / group)
+    dtype = torch.bfloat16 if layout.compute == 2 else torch.float32
+    chunk, _ = tile_shape(layout.rows, n, dtype, torch.device(layout.device), BUFFER_BYTES, layout.softmax)
     found = [
-        Collective("all_reduce", "embedded tokens", states, passes, group),
-        Collective("all_reduce", "gradient of the states", states, passes, group),
-        Collective("all_reduce", "loss", layout.rows * FLOAT64, passes, group),
+        Collective("all_reduce", "embedded tokens", layout.rows * d * FLOAT32, passes, group),
         Collective("all_reduce", "norms of gradients", FLOAT32 * len(_VOCABULARY), 1, group),
     ]
-    if OBJECTIVES[config.objective].__name__ not in ("ScoreEntropy", "ConcreteScore", "ImplicitScoreEntropy"):
-        found.append(Collective("all_reduce", "log-normaliser", layout.rows * 2 * FLOAT64, passes, group))
+    for first in range(0, layout.rows, chunk):  # of the rows of a tile
+        rows = min(chunk, layout.rows - first)
+        found.append(Collective("all_reduce", "gradient of the states", rows * d * FLOAT32, passes, group))
+        if layout.softmax:
+            found.append(Collective("all_gather", "logits of rows", group * rows * 4 * FLOAT64, passes, group))
+            if config.process != "absorbing":
+                found.append(Collective("all_reduce", "sums of rows", rows * SUMS * FLOAT64, passes, group))
+    if not layout.softmax:
+        found.append(Collective("all_reduce", "loss", layout.rows * FLOAT64, passes, group))
     if layout.replicas > 1:
         for size in _Units.of(layout, layout.diffusion()).vocabulary:
             found.append(Collective("all_reduce", "gradient of rows", size, 1, layout.replicas, group))
