@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import _compute_bucket_assignment_by_size
 
 from sedd.config import TrainConfig
 from sedd.diffusion.diffusion import Diffusion
-from sedd.diffusion.objectives import OBJECTIVES, get_objective
+from sedd.diffusion.objectives import get_objective
 from sedd.diffusion.schedule import get_schedule
 from sedd.network import DiffusionTransformer, ModelConfig
 from sedd_ext.head import BUFFER_BYTES, tile_shape
@@ -29,7 +29,7 @@ __all__ = ["Collective", "Layout", "Memory", "activations", "collectives", "memo
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast"]
 FLOAT32, FLOAT64 = 4, 8
 SUMS = 3
-"""Numbers of a row that the loss of a softmax adds up over a divided vocabulary, with a process that is not absorbing."""
+"""Numbers of a row that the loss of a softmax adds up over a divided vocabulary, unless the process is absorbing."""
 BUCKETS = [1 << 20, 25 << 20]
 """DDP's default size of the first bucket of gradients, and of the others."""
 
@@ -86,11 +86,7 @@ class Layout:
     @property
     def softmax(self) -> bool:
         """Whether the loss needs the log-normaliser of a row before its gradient."""
-        return OBJECTIVES[self.config.objective].__name__ not in (
-            "ScoreEntropy",
-            "ConcreteScore",
-            "ImplicitScoreEntropy",
-        )
+        return self.config.objective not in ("score_entropy", "concrete_score", "implicit_score_entropy")
 
     @property
     def compute(self) -> int:
