@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -108,6 +112,19 @@ def test_score_entropy_is_that_of_the_reference() -> None:
 
     upstream = torch.ones(ROWS)
     check_equal(together(split, head, 3, upstream), results(one, head, upstream), 1e-12)
+
+
+def test_table_of_exchanges() -> None:
+    """The script prints the table of the documentation."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command.append(str(root / "benchmarks" / "exchanges.py"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 6
+    assert "\n".join(table) in (root / "docs" / "distributed.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.operators
