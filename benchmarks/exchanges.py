@@ -29,6 +29,7 @@ from sedd_ext import (
     Absorbing,
     RankOne,
     Uniform,
+    head,
     linear_generalized_masked_loss,
     linear_mean_prediction_loss,
     linear_score_entropy_loss,
@@ -39,11 +40,22 @@ ROWS, WIDTH, N = 64, 16, 5000
 
 @dataclass
 class Exchange:
-    """A collective: what a process puts in, and whether it waits for the result at once."""
+    """A collective: what a process puts in, and whether it computes a matrix product before it waits for the result."""
 
     name: str
     bytes: int
     waits: bool
+
+
+class _Work:
+    """A collective that runs, and the number of matrix products when it began."""
+
+    def __init__(self, work: Any, exchange: Exchange, products: list[int]) -> None:
+        self.work, self.exchange, self.products, self.begun = work, exchange, products, products[0]
+
+    def wait(self) -> None:
+        self.exchange.waits = self.products[0] == self.begun
+        self.work.wait()
 
 
 class _Functional(TorchDispatchMode):
@@ -65,21 +77,29 @@ class _Functional(TorchDispatchMode):
 def recorded() -> Iterator[list[Exchange]]:
     """The collectives of a block."""
     found: list[Exchange] = []
-    originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather_into_tensor")}
+    originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
+    products, add_product = [0], head._add_product
+
+    def counting(*arguments: Any) -> None:
+        products[0] += 1
+        add_product(*arguments)
 
     def recording(name: str) -> Callable[..., Any]:
         def call(*tensors: Tensor, async_op: bool = False, **options: Any) -> Any:
-            found.append(Exchange(name, tensors[-1].nbytes, not async_op))
-            return originals[name](*tensors, async_op=async_op, **options)
+            found.append(Exchange(name, tensors[-1].nbytes, True))
+            work = originals[name](*tensors, async_op=async_op, **options)
+            return _Work(work, found[-1], products) if async_op else None
 
         return call
 
     for name in originals:
         setattr(dist, name, recording(name))
+    head._add_product = counting
     try:
         with _Functional(found):
             yield found
     finally:
+        head._add_product = add_product
         for name, original in originals.items():
             setattr(dist, name, original)
 

@@ -82,6 +82,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("least_noise") = sedd::kLeastNoise;
     // sizes of structs in float64 tensors
     m.attr("reverse_draw_numbers") = sizeof(sedd::ReverseDraw) / sizeof(double);
+    m.attr("mean_sums_numbers") = sizeof(sedd::MeanSums) / sizeof(double);
     m.attr("score_entropy_sweep_numbers") = sizeof(sedd::ScoreEntropySweep) / sizeof(double);
     m.attr("mean_prediction_numbers") = sizeof(sedd::MeanPredictionGradient) / sizeof(double);
     m.attr("mean_prediction_logits") = sizeof(sedd::MeanPredictionLogits) / sizeof(double);
@@ -120,8 +121,10 @@ PYBIND11_MODULE(_C, m) {
     bind(m, "reverse_probs", sedd::reverse_probs_cpu);
     bind(m, "reverse_sample", sedd::reverse_sample_cpu);
     bind(m, "reverse_tile", sedd::reverse_tile_cpu);
+    bind(m, "reverse_choose", sedd::reverse_choose_cpu);
     bind(m, "reverse_mean_probs", sedd::reverse_mean_probs_cpu);
     bind(m, "reverse_mean_sample", sedd::reverse_mean_sample_cpu);
+    bind(m, "reverse_mean_choose", sedd::reverse_mean_choose_cpu);
     bind(m, "generalized_masked", sedd::generalized_masked_cpu);
     bind(m, "generalized_masked_backward", sedd::generalized_masked_backward_cpu);
     bind(m, "generalized_masked_power", sedd::generalized_masked_power_cpu);

@@ -75,18 +75,27 @@ constexpr auto fields_of(const ReverseParams*) {
 constexpr auto fields_of(const ReverseTileParams*) {
     using Struct = ReverseTileParams;
     return std::make_tuple(SEDD_FIELD(log_score), SEDD_FIELD(x_t), SEDD_FIELD(noise), SEDD_FIELD(shift),
-                           SEDD_FIELD(stationary), SEDD_FIELD(draws), SEDD_FIELD(out), SEDD_FIELD(seed),
-                           SEDD_FIELD(row_ids), SEDD_FIELD(rows), SEDD_FIELD(width), SEDD_FIELD(first), SEDD_FIELD(dim),
-                           SEDD_FIELD(forbidden), SEDD_FIELD(dtype), SEDD_FIELD(family), SEDD_FIELD(step),
-                           SEDD_FIELD(sweep));
+                           SEDD_FIELD(stationary), SEDD_FIELD(draws), SEDD_FIELD(sums), SEDD_FIELD(targets),
+                           SEDD_FIELD(out), SEDD_FIELD(seed), SEDD_FIELD(row_ids), SEDD_FIELD(rows), SEDD_FIELD(width),
+                           SEDD_FIELD(first), SEDD_FIELD(dim), SEDD_FIELD(forbidden), SEDD_FIELD(dtype),
+                           SEDD_FIELD(family), SEDD_FIELD(step), SEDD_FIELD(sweep));
+}
+
+constexpr auto fields_of(const ReverseChoiceParams*) {
+    using Struct = ReverseChoiceParams;
+    return std::make_tuple(SEDD_FIELD(sums), SEDD_FIELD(draws), SEDD_FIELD(targets), SEDD_FIELD(out), SEDD_FIELD(seed),
+                           SEDD_FIELD(row_ids), SEDD_FIELD(rows), SEDD_FIELD(parts), SEDD_FIELD(width),
+                           SEDD_FIELD(most), SEDD_FIELD(dim), SEDD_FIELD(sweep));
 }
 
 constexpr auto fields_of(const ReverseMeanParams*) {
     using Struct = ReverseMeanParams;
     return std::make_tuple(SEDD_FIELD(logits), SEDD_FIELD(x_t), SEDD_FIELD(noise), SEDD_FIELD(sigma),
-                           SEDD_FIELD(stationary), SEDD_FIELD(cumulative), SEDD_FIELD(power), SEDD_FIELD(out),
-                           SEDD_FIELD(seed), SEDD_FIELD(row_ids), SEDD_FIELD(rows), SEDD_FIELD(dim), SEDD_FIELD(mask),
-                           SEDD_FIELD(forbidden), SEDD_FIELD(dtype), SEDD_FIELD(family), SEDD_FIELD(step));
+                           SEDD_FIELD(stationary), SEDD_FIELD(cumulative), SEDD_FIELD(power), SEDD_FIELD(sums),
+                           SEDD_FIELD(targets), SEDD_FIELD(out), SEDD_FIELD(seed), SEDD_FIELD(row_ids),
+                           SEDD_FIELD(rows), SEDD_FIELD(width), SEDD_FIELD(first), SEDD_FIELD(most), SEDD_FIELD(dim),
+                           SEDD_FIELD(mask), SEDD_FIELD(forbidden), SEDD_FIELD(dtype), SEDD_FIELD(family),
+                           SEDD_FIELD(step));
 }
 
 constexpr auto fields_of(const TransitionParams*) {

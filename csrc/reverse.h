@@ -125,6 +125,11 @@ SEDD_HD double reverse_weight(const Params& p, double score, const Drain<double>
 // A sweep keeps the running total T and one drawn entry. A tile with the sum S replaces the drawn entry, with
 // probability S / T, by an entry drawn from the tile. After the last tile, the probability of each entry is
 // proportional to its score (first sweep) or weight (second sweep).
+//
+// If the vocabulary is split over processes, each process has some parts of tiles. It computes their sums. From the
+// sums of all processes, reverse_choose computes which tile replaced the drawn entry last, which part of it contains
+// the random number, and where. The process that has this part draws the entry. A launch of width 0, which starts at
+// dim, then finishes the sweep.
 
 // The state of a row between two tiles.
 struct ReverseDraw {
@@ -142,6 +147,8 @@ struct ReverseTileParams {
     const double* shift;     // [rows] or null
     const void* stationary;  // [dim] of the compute type, for a vector π; else null
     ReverseDraw* draws;      // [rows] state between tiles; the first tile of a sweep initialises it
+    double* sums;            // [rows] or null; if given, the kernel writes the sums of the tile and does nothing else
+    const double* targets;   // [rows] or null; if given, it draws the entry at this part of the tile's sum
     int64_t* out;            // [rows] tokens, or kSweepAgain; written by the last tile, which ends at dim
     const int64_t* seed;     // [1]
     const int64_t* row_ids;  // [rows] index of the row in the whole batch; selects its random numbers
@@ -159,10 +166,27 @@ struct ReverseTileParams {
 // The "token" of a row whose draw was rejected and that needs the second sweep.
 constexpr int64_t kSweepAgain = -2;
 
-// A random number in [0, total), where total includes this tile. If it is below the tile's sum, it selects an entry of
-// the tile.
-SEDD_HD double tile_target(const ReverseTileParams& p, int64_t row, double total) {
-    const uint64_t draw = static_cast<uint64_t>(p.first) + (static_cast<uint64_t>(p.sweep) << 32);
+// The tiles of all processes. Process r of P has the entries [r most, (r + 1) most) of the vocabulary.
+struct ReverseChoiceParams {
+    const double* sums;      // [P, parts, rows] sums of the parts of tiles that each process has, from left to right
+    ReverseDraw* draws;      // [rows] receives the total; no entry is drawn yet
+    double* targets;         // [rows] receives where the entry lies in the sum of its part
+    int64_t* out;            // [rows] receives the part r parts + i that contains the entry, or -1
+    const int64_t* seed;     // [1]
+    const int64_t* row_ids;  // [rows]
+    int64_t rows;
+    int64_t parts;  // the largest number of parts that a process has
+    int64_t width;  // of a tile; tile k starts at k width
+    int64_t most;
+    int64_t dim;
+    int32_t sweep;
+};
+
+// A random number in [0, total), where total includes the tile that starts at `first`. If it is below the tile's sum,
+// it selects an entry of the tile.
+template <class Params>
+SEDD_HD double tile_target(const Params& p, int64_t first, int64_t row, double total) {
+    const uint64_t draw = static_cast<uint64_t>(first) + (static_cast<uint64_t>(p.sweep) << 32);
     return row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(p.row_ids[row]), draw).first * total;
 }
 
@@ -186,15 +210,54 @@ SEDD_HD int64_t finish_draw(const ReverseTileParams& p, int64_t row, const Rever
     return u.second * d.score < reverse_weight(p, d.score, d.drain, pi_y, d.token) ? d.token : kSweepAgain;
 }
 
+// The index in [P, parts] of the part of the tile at `first` that process r has.
+SEDD_HD int64_t part_of_tile(const ReverseChoiceParams& p, int64_t first, int64_t r) {
+    return r * p.parts + first / p.width - r * p.most / p.width;
+}
+
+// Adds up the tiles of a row as the sweep of one process does.
+SEDD_HD void choose_part(const ReverseChoiceParams& p, int64_t row) {
+    double total = 0.0, rest = 0.0;
+    int64_t chosen = -1;
+    for (int64_t first = 0; first < p.dim; first += p.width) {
+        const int64_t last = (first + p.width < p.dim ? first + p.width : p.dim) - 1;
+        double sum = 0.0;
+        for (int64_t r = first / p.most; r <= last / p.most; ++r)
+            sum += p.sums[part_of_tile(p, first, r) * p.rows + row];
+        total += sum;
+        const double target = tile_target(p, first, row, total);
+        if (target < sum) chosen = first, rest = target;
+    }
+    p.draws[row] = {p.draws[row].others, p.draws[row].drain, total, 0.0, -1};
+    int64_t part = -1;
+    double target = 0.0;
+    if (chosen >= 0) {
+        const int64_t last = (chosen + p.width < p.dim ? chosen + p.width : p.dim) - 1;
+        // If rounding moves the target beyond the end: the end of the last part with a sum above 0.
+        for (int64_t r = chosen / p.most; r <= last / p.most; ++r) {
+            const int64_t here = part_of_tile(p, chosen, r);
+            const double sum = p.sums[here * p.rows + row];
+            if (!(sum > 0.0)) continue;
+            part = here, target = rest < sum ? rest : sum;
+            if (rest < sum) break;
+            rest -= sum;
+        }
+    }
+    p.out[row] = part;
+    p.targets[row] = target;
+}
+
 Status reverse_probs_cpu(const ReverseParams& params, int threads);
 Status reverse_sample_cpu(const ReverseParams& params, int threads);
 Status reverse_tile_cpu(const ReverseTileParams& params, int threads);
+Status reverse_choose_cpu(const ReverseChoiceParams& params, int threads);
 
 // Asynchronous. Return null, or the error message of the CUDA runtime. A bad row gets probabilities of NaN, or token
 // -1.
 const char* reverse_probs_cuda(const ReverseParams& params, const CudaLaunch& launch);
 const char* reverse_sample_cuda(const ReverseParams& params, const CudaLaunch& launch);
 const char* reverse_tile_cuda(const ReverseTileParams& params, const CudaLaunch& launch);
+const char* reverse_choose_cuda(const ReverseChoiceParams& params, const CudaLaunch& launch);
 int64_t reverse_workspace(int64_t rows, int64_t dim, DType dtype);
 
 }  // namespace sedd

@@ -21,18 +21,37 @@ namespace sedd {
 
 enum class MeanStep : int32_t { euler = 0, tweedie = 1, generalized_masked = 2 };
 
+// If the vocabulary is split over processes, each process has the logits of its entries. It computes their sums. From
+// the sums of all processes, reverse_mean_choose computes the masses and where each token comes from. If it comes from
+// μ, the process that has the random number's part of the sum draws it.
+
+// The sums of the entries of a row that one process has.
+struct MeanSums {
+    double top;       // the largest logit of y ≠ x without MASK
+    double exps;      // Σ exp(l_y - top) over these y
+    double weighted;  // Σ exp(l_y - top) v_y, for generalized masked
+    double logit_x;   // if x is among the entries
+};
+
 struct ReverseMeanParams {
-    const void* logits;        // [rows, dim] of dtype, contiguous
+    const void* logits;        // [rows, width] of dtype, contiguous: entries [first, first + width) of every row
     const int64_t* x_t;        // [rows]
     const double* noise;       // [rows] Δ (Tweedie), Δt σ(t) (Euler) or log(s/t) (generalized masked)
     const double* sigma;       // [rows] σ̄(t); null for generalized masked
     const void* stationary;    // [dim] of the compute type, for a vector π; else null
     const double* cumulative;  // [dim] cumulative sums of a vector π; else null
     const void* power;         // [dim] w of the compute type, for generalized masked; else null
+    MeanSums* sums;            // [rows] or null; if given, a sampler writes the sums and draws nothing; to
+                               // reverse_mean_choose, [P, rows]
+    double* targets;           // [rows] or null; if given, a sampler draws the entry at this share of its sum of μ, or
+                               // nothing and writes 0 if it is negative; reverse_mean_choose writes [P, rows]
     void* out;                 // probabilities [rows, dim] of the compute type, or int64 tokens [rows]
     const int64_t* seed;       // [1]; sampling only
     const int64_t* row_ids;    // [rows] index of the row in the whole batch, or null; selects its random numbers
     int64_t rows;
+    int64_t width;  // dim, unless the vocabulary is split
+    int64_t first;
+    int64_t most;  // process r of P has the entries [r most, (r + 1) most)
     int64_t dim;
     int64_t mask;       // MASK, whose logit is ignored, or -1
     int64_t forbidden;  // a token the step must not return (MASK, at the last step), or -1
@@ -208,12 +227,59 @@ SEDD_HD Uniforms mean_uniforms(const ReverseMeanParams& p, int64_t row) {
                         static_cast<uint64_t>(p.row_ids != nullptr ? p.row_ids[row] : row));
 }
 
+// The token of a row from the sums of all processes if it is x or comes from π. If it comes from μ: 0, and the target
+// of the process that draws it. -1 if the row has no distribution.
+template <class Real>
+SEDD_HD int64_t choose_mean(const ReverseMeanParams& p, int64_t row) {
+    const int64_t processes = (p.dim + p.most - 1) / p.most;
+    const auto sums = [&](int64_t r) -> const MeanSums& { return p.sums[r * p.rows + row]; };
+    const auto target_of = [&](int64_t r) -> double& { return p.targets[r * p.rows + row]; };
+    for (int64_t r = 0; r < processes; ++r) target_of(r) = -1.0;
+    if (reverse_mean_fault(p, row) != Fault::none) return -1;
+    const int64_t x = p.x_t[row];
+    const double pi_x = stationary_at(p.family, static_cast<const Real*>(p.stationary), p.dim, x);
+    if (pi_x == 0.0) return x == p.forbidden ? -1 : x;
+    double top = sums(0).top;
+    for (int64_t r = 1; r < processes; ++r) top = sums(r).top > top ? sums(r).top : top;
+    const auto scale = [&](int64_t r) { return sums(r).top == top ? 1.0 : exp(sums(r).top - top); };
+    double exps = 0.0, weighted = 0.0;
+    for (int64_t r = 0; r < processes; ++r) {
+        exps += sums(r).exps * scale(r);
+        weighted += sums(r).weighted * scale(r);
+    }
+    const MeanRow numbers = reverse_mean_row(p.step, p.noise[row], p.sigma != nullptr ? p.sigma[row] : 0.0, pi_x);
+    const MeanMasses masses = mean_masses(p, numbers, x, exps, weighted, top, sums(x / p.most).logit_x);
+    if (!valid_masses(masses)) return -1;
+    const Uniforms u = mean_uniforms(p, row);
+    const MeanPart part = mean_part(masses, u.first);
+    if (part == MeanPart::x) return x;
+    if (part == MeanPart::pi) return draw_stationary_without(p, excluded_tokens(p, x), u.second);
+    const bool powers = p.step == MeanStep::generalized_masked;
+    double target = u.second * (powers ? weighted : exps);
+    int64_t owner = -1;
+    double share = 1.0;  // if rounding moves the target beyond the end: the end of the last sum above 0
+    for (int64_t r = 0; r < processes; ++r) {
+        const double sum = (powers ? sums(r).weighted : sums(r).exps) * scale(r);
+        if (!(sum > 0.0)) continue;
+        owner = r;
+        if (target < sum) {
+            share = target / sum;
+            break;
+        }
+        target -= sum;
+    }
+    if (owner >= 0) target_of(owner) = share;
+    return 0;
+}
+
 Status reverse_mean_probs_cpu(const ReverseMeanParams& params, int threads);
 Status reverse_mean_sample_cpu(const ReverseMeanParams& params, int threads);
+Status reverse_mean_choose_cpu(const ReverseMeanParams& params, int threads);
 
 // Asynchronous. Return null, or the error message of the CUDA runtime. A bad row gets probabilities of NaN, or token
 // -1.
 const char* reverse_mean_probs_cuda(const ReverseMeanParams& params, const CudaLaunch& launch);
 const char* reverse_mean_sample_cuda(const ReverseMeanParams& params, const CudaLaunch& launch);
+const char* reverse_mean_choose_cuda(const ReverseMeanParams& params, const CudaLaunch& launch);
 
 }  // namespace sedd

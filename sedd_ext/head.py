@@ -133,6 +133,8 @@ class Head(NamedTuple):
         whole_rows: a tile holds all n entries, for as many rows as fit into the buffer, but at least one.
         first: the first of the n entries, as a token.
         most: the largest n of the processes, so that all of them divide the rows in the same way; None for n.
+        on_grid: tiles have the rows and the boundaries that they have in a process with the whole vocabulary, of which
+            ``most`` is then the size. The first and the last tile may lie in part in those of other processes.
     """
 
     hidden: Tensor
@@ -142,6 +144,7 @@ class Head(NamedTuple):
     whole_rows: bool = False
     first: int = 0
     most: int | None = None
+    on_grid: bool = False
 
     def tiles(self) -> Iterator[Tile]:
         """Computes the log-scores, tile by tile: the first entries of all rows, then the next entries of all rows.
@@ -151,8 +154,8 @@ class Head(NamedTuple):
         dtype, rows, count, device = self.hidden.dtype, self.hidden.shape[0], self.weight.shape[0], self.hidden.device
         chunk, width = tile_shape(rows, self.most or count, dtype, device, self.buffer_bytes, self.whole_rows)
         buffer = self.hidden.new_empty(min(chunk, rows) * min(width, count))
-        for start in range(0, count, width):
-            entries = slice(start, start + width)
+        for start in range(-(self.first % width) if self.on_grid else 0, count, width):
+            entries = slice(max(start, 0), start + width)
             weight = self.weight[entries].to(dtype)
             bias = None if self.bias is None else self.bias[entries].to(dtype)
             for begin in range(0, rows, chunk):
@@ -160,7 +163,7 @@ class Head(NamedTuple):
                 hidden = self.hidden[at]
                 log_score = product(hidden, weight, bias, buffer)
                 last = begin + chunk >= rows, start + width >= count
-                yield Tile(log_score, hidden, weight, at, entries, self.first + start, *last)
+                yield Tile(log_score, hidden, weight, at, entries, self.first + entries.start, *last)
 
 
 class Gradients:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+import itertools
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sedd_ext import _C
 from sedd_ext._dispatch import (
+    DTYPES,
     FAMILIES,
     STEPS,
     check_process,
@@ -22,12 +24,16 @@ from sedd_ext._dispatch import (
     stationary_for,
 )
 from sedd_ext._operators import define, schema
-from sedd_ext.head import BUFFER_BYTES, Head, Rows, check_head, product
+from sedd_ext.head import BUFFER_BYTES, Head, Rows, check_head, product, tile_shape
 from sedd_ext.linear_reverse_mean import Output, Product, sample_tempered
 from sedd_ext.process import RankOne
 from sedd_ext.reverse import check_tempering, draw_tempered
 from sedd_ext.reverse_mean import Numbers, check_score, mean_numbers
+from sedd_ext.split import Share, Sums, gather, most_rows
 from sedd_ext.step import NOISE_NAME, MeanStep, check_step
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["linear_reverse_sample"]
 
@@ -45,6 +51,9 @@ class Arguments(NamedTuple):
     family: str
     step: str
     forbidden: int
+    dim: int
+    first: int
+    group: str
     dtype: torch.dtype
     buffer_bytes: int
 
@@ -66,49 +75,140 @@ def _sample(*arguments: Any) -> Tensor:
     out = a.x_t.reshape(-1).clone()
     rows = _live_rows(a)
     draws = a.noise.new_empty(rows.shape[0], _C.reverse_draw_numbers)
-    drawn = _sweep(a, rows, draws, seed, 0)
+    sweep_over = _sweep_split if a.group else _sweep
+    drawn = sweep_over(a, rows, draws, seed, 0)
     if a.may_reject:
         again = (drawn == _C.sweep_again).nonzero().squeeze(1)
         if len(again):
-            drawn[again] = _sweep(a, rows[again], draws[again], seed, 1)
+            drawn[again] = sweep_over(a, rows[again], draws[again], seed, 1)
     out[rows] = drawn
     return out.view(a.x_t.shape)
 
 
-def _sweep(a: Arguments, rows: Tensor, draws: Tensor, seed: Tensor, sweep: int) -> Tensor:
-    """One sweep over the vocabulary: draws tokens for rows of the flattened batch, given by their indices [R]."""
-    dim = a.weight.shape[0]
-    hidden = a.hidden.reshape(-1, a.hidden.shape[-1])[rows].to(a.dtype)
-    x_t, noise = a.x_t.reshape(-1)[rows], a.noise.reshape(-1)[rows]
-    shift = None if a.log_score_shift is None else a.log_score_shift.reshape(-1)[rows]
-    out = torch.empty_like(rows)
-    for tile in Head(hidden, a.weight, a.bias, a.buffer_bytes).tiles():
-        at = tile.rows
+class _Sweep:
+    """A sweep over the vocabulary for some rows of the flattened batch.
+
+    Args:
+        a: the operator's arguments.
+        rows: the indices of the rows in the flattened batch [R].
+        draws: the state of the rows [R, ...].
+        seed: the seed of the random numbers.
+        sweep: 0, or 1 for the second sweep.
+    """
+
+    def __init__(self, a: Arguments, rows: Tensor, draws: Tensor, seed: Tensor, sweep: int) -> None:
+        self.a, self.rows, self.draws, self.seed, self.sweep = a, rows, draws, seed, sweep
+        self.hidden = a.hidden.reshape(-1, a.hidden.shape[-1])[rows].to(a.dtype)
+        self.x_t, self.noise = a.x_t.reshape(-1)[rows], a.noise.reshape(-1)[rows]
+        self.shift = None if a.log_score_shift is None else a.log_score_shift.reshape(-1)[rows]
+        self.out = torch.empty_like(rows)
+
+    def select(self, rows: Tensor) -> _Sweep:
+        """The sweep of some of its rows, with a copy of their state."""
+        return _Sweep(self.a, self.rows[rows], self.draws[rows], self.seed, self.sweep)
+
+    def launch(self, at: slice, sums: Tensor | None = None, targets: Tensor | None = None, **tile: Any) -> None:
+        """Runs the kernel for a tile of the rows ``at``."""
+        a, shift = self.a, self.shift
         fault, row = launch(
             "reverse_tile",
-            **tile.arguments(dim),
-            x_t=x_t[at],
-            noise=noise[at],
+            **tile,
+            x_t=self.x_t[at],
+            noise=self.noise[at],
             shift=None if shift is None else shift[at],
             stationary=a.stationary,
-            draws=draws[at],
-            out=out[at],
-            seed=seed,
-            row_ids=rows[at],
+            draws=self.draws[at],
+            sums=sums,
+            targets=targets,
+            out=self.out[at],
+            seed=self.seed,
+            row_ids=self.rows[at],
             forbidden=a.forbidden,
             family=FAMILIES[a.family],
             step=STEPS[a.step],
-            sweep=sweep,
+            sweep=self.sweep,
         )
         if fault:
-            status = fault, int(rows[at.start + row])
-            raise_fault(status, {"x_t": a.x_t}, dim, (NOISE_NAME[a.step], a.noise), scores="hidden")
-    return out
+            status = fault, int(self.rows[at.start + row])
+            raise_fault(status, {"x_t": a.x_t}, a.dim, (NOISE_NAME[a.step], a.noise), scores="hidden")
+
+
+def _sweep(a: Arguments, rows: Tensor, draws: Tensor, seed: Tensor, sweep: int) -> Tensor:
+    """One sweep over the vocabulary: draws tokens for rows of the flattened batch, given by their indices [R]."""
+    s = _Sweep(a, rows, draws, seed, sweep)
+    for tile in Head(s.hidden, a.weight, a.bias, a.buffer_bytes).tiles():
+        s.launch(tile.rows, **tile.arguments(a.dim))
+    return s.out
+
+
+def _sweep_split(a: Arguments, rows: Tensor, draws: Tensor, seed: Tensor, sweep: int) -> Tensor:
+    """A sweep over a vocabulary that is split over processes: draws the tokens that one process would draw.
+
+    Tiles have the boundaries that they have in one process, so the first and the last tile of a process may be parts.
+    The processes exchange the sums of their tiles. Then all of them know which tile each token comes from, and the
+    process that has the tile computes its log-scores again, for these rows alone, to draw the tokens.
+    """
+    s = _Sweep(a, rows, draws, seed, sweep)
+    if not len(rows):
+        return s.out
+    count, most = a.weight.shape[0], most_rows(a.weight.shape[0], a.dim, a.group)
+    _, width = tile_shape(len(rows), a.dim, a.dtype, rows.device, a.buffer_bytes)
+    begins = range(0, a.dim, most)
+    parts = max(_tiles_between(begin, min(begin + most, a.dim), width) for begin in begins)
+    before = a.first // width  # tiles
+    sums = draws.new_zeros(parts, len(rows))
+    for tile in Head(s.hidden, a.weight, a.bias, a.buffer_bytes, first=a.first, most=a.dim, on_grid=True).tiles():
+        s.launch(tile.rows, sums=sums[tile.first // width - before, tile.rows], **tile.arguments(a.dim))
+    targets, chosen = draws.new_empty(len(rows)), torch.empty_like(rows)
+    launch(
+        "reverse_choose",
+        sums=gather(sums, a.group),
+        draws=draws,
+        targets=targets,
+        out=chosen,
+        seed=seed,
+        row_ids=rows,
+        rows=len(rows),
+        parts=parts,
+        width=width,
+        most=most,
+        dim=a.dim,
+        sweep=sweep,
+    )
+    # the drawn entries and their scores, as the bits of int64: the processes that draw nothing add 0
+    drawn = rows.new_zeros(len(rows), 2)
+    chosen -= a.first // most * parts
+    order = chosen.argsort(stable=True)
+    ends = torch.searchsorted(chosen[order], torch.arange(parts + 1, device=rows.device)).tolist()
+    for part, (begin, end) in enumerate(itertools.pairwise(ends)):
+        if begin == end:
+            continue
+        own = order[begin:end]
+        few = s.select(own)
+        start = (before + part) * width - a.first
+        entries = slice(max(start, 0), min(start + width, count))
+        bias = None if a.bias is None else a.bias[entries]
+        head = Head(few.hidden, a.weight[entries], bias, a.buffer_bytes, first=a.first + entries.start)
+        for tile in head.tiles():
+            few.launch(tile.rows, targets=targets[own[tile.rows]], **tile.arguments(a.dim))
+        drawn[own] = few.draws[:, -2:].view(torch.int64)
+    exchange = Sums(a.group)
+    exchange.start(drawn)
+    exchange.wait()
+    draws[:, -2:] = drawn.view(torch.float64)
+    end = {"log_score": s.hidden.new_empty(0), "rows": len(rows), "width": 0, "first": a.dim}
+    s.launch(slice(0, None), **end, dim=a.dim, dtype=DTYPES[a.dtype])
+    return s.out
+
+
+def _tiles_between(begin: int, end: int, width: int) -> int:
+    """The number of tiles, of those that start at multiples of the width, with entries in [begin, end)."""
+    return (end - 1) // width - begin // width + 1
 
 
 def _live_rows(a: Arguments) -> Tensor:
     """Indices of the rows that go through the head, in the flattened batch."""
-    index = Rows(a.x_t, a.noise, a.stationary, a.family, a.weight.shape[0]).index
+    index = Rows(a.x_t, a.noise, a.stationary, a.family, a.dim).index
     return torch.arange(a.x_t.numel(), device=a.x_t.device) if index is None else index
 
 
@@ -139,6 +239,7 @@ def _sample_tempered(a: Arguments, temperature: float, top_p: float, generator: 
 def _sample_mean(
     head: Output,
     numbers: Numbers,
+    share: Share,
     products: Product,
     temperature: float,
     top_p: float,
@@ -156,7 +257,7 @@ def _sample_mean(
 
             return sample_tempered(head, numbers, products, draw, generator)
         result: Tensor = torch.ops.sedd_ext.linear_reverse_mean_sample(
-            *head, *numbers, *products, draw_seed(generator, x_t.device)
+            *head, *numbers, *share, *products, draw_seed(generator, x_t.device)
         )
         return result
 
@@ -177,6 +278,7 @@ def linear_reverse_sample(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
     buffer_bytes: int = BUFFER_BYTES,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """The output head and :func:`reverse_sample` in one operator: hidden states in, tokens out, no tensor [*B, N].
 
@@ -205,6 +307,13 @@ def linear_reverse_sample(
         buffer_bytes: memory for a tile of log-scores. A tile has 2,048 entries of the vocabulary (8,192 on a GPU) and
             as many rows as fit. With a ``temperature`` or ``top_p`` other than 1, or a mean prediction, a tile has
             whole rows.
+        group: processes over which the vocabulary is split. Process r of P passes the rows ``weight.chunk(P)[r]`` and
+            ``bias.chunk(P)[r]``; all other arguments and the generator's state must be the same in all of them. All
+            get the tokens that one process draws, but for the rounding of sums. For each position that needs the head,
+            the processes exchange one float64 for each tile that a process has, in whole or in part, and then the
+            token and its score; of a mean prediction, four float64 for each process, and then the token.
+            ``temperature`` and ``top_p`` must be 1, as they need whole rows in one process. If weight and bias are
+            DTensors with the placement ``Shard(0)``, the group is that of their mesh.
 
     Returns:
         Tokens [*B], int64.
@@ -212,21 +321,24 @@ def linear_reverse_sample(
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a shape does not fit, a token lies outside [0, N), the noise of the step (``dsigma`` or ``step``) is
-            NaN, infinite or not above 0, a row's probabilities have no finite sum above 0, or an option is out of its
-            range.
+            NaN, infinite or not above 0, a row's probabilities have no finite sum above 0, an option is out of its
+            range, or the weight does not have the rows that ``group`` asks for.
 
     Source: SEDD (Lou, Meng & Ermon 2024), Algorithm 2 with eq. 17 (Euler) or eq. 19 (Tweedie).
     """
     process = check_process(process)
-    hidden, weight, bias, dtype, _ = check_head(hidden, weight, bias, process.dim, buffer_bytes)
+    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, process.dim, buffer_bytes, group)
     batch, device = hidden.shape[:-1], hidden.device
     x_t = check_tokens("x_t", x_t, batch, "hidden")
     check_same_device(hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}), x_t=x_t)
     tempered = check_tempering(temperature, top_p)
+    if tempered and share.group:
+        name, value = ("temperature", temperature) if temperature != 1.0 else ("top_p", top_p)
+        raise ValueError(f"{name}: expected 1 with a group, got {value}")
     if parameterization == "mean":
         numbers = mean_numbers(x_t, step, process, sigma, log_score_shift, denoise, dtype)
         head = Output(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
-        return _sample_mean(head, numbers, Product(dtype, buffer_bytes), temperature, top_p, generator)
+        return _sample_mean(head, numbers, share, Product(dtype, buffer_bytes), temperature, top_p, generator)
     check_score(parameterization, sigma)
     step = check_step(step)
     arguments = Arguments(
@@ -240,6 +352,7 @@ def linear_reverse_sample(
         family=process.family,
         step=step.name,
         forbidden=process.mask_id if denoise and process.mask_id is not None else -1,
+        **share._asdict(),
         dtype=dtype,
         buffer_bytes=buffer_bytes,
     )

@@ -1,7 +1,8 @@
 """Reverse steps from a mean prediction, from hidden states to tokens.
 
 A softmax has to be normalised before a token can be drawn, so a tile of the head holds whole rows, and the kernel of
-:mod:`sedd_ext.reverse_mean` works on it.
+:mod:`sedd_ext.reverse_mean` works on it. If the vocabulary is split over processes, they exchange the sums of their
+parts, and the process that has the random number's part of the sum draws the token.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sedd_ext import _C
 from sedd_ext._dispatch import draw_seed
 from sedd_ext._operators import define, schema
 from sedd_ext.head import Head, Rows, is_noise, product
 from sedd_ext.reverse_mean import Numbers, check_numbers, launch_mean, raise_mean_fault
+from sedd_ext.split import Share, Sums, gather, most_rows
 
 __all__: list[str] = []
 
@@ -40,22 +43,51 @@ def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor, *_: 
 
 @torch.no_grad()
 def _sample(*arguments: Any) -> Tensor:
-    head, rest = Output(*arguments[:3]), arguments[3:]
-    numbers, (dtype, buffer_bytes, seed) = Numbers(*rest[: len(Numbers._fields)]), rest[len(Numbers._fields) :]
+    middle, end = len(Output._fields), len(Output._fields) + len(Numbers._fields)
+    head, numbers, rest = Output(*arguments[:middle]), Numbers(*arguments[middle:end]), arguments[end:]
+    share, (dtype, buffer_bytes, seed) = Share(*rest[:3]), rest[3:]
     check_numbers(numbers)
     out = numbers.x_t.reshape(-1).clone()
-    rows, dim = live_rows(numbers, head.weight.shape[0]), head.weight.shape[0]
+    rows, most = live_rows(numbers, share.dim), most_rows(head.weight.shape[0], share.dim, share.group)
     hidden = head.hidden.reshape(-1, head.hidden.shape[-1])[rows].to(dtype)
     drawn = torch.empty_like(rows)
-    for tile in Head(hidden, head.weight, head.bias, buffer_bytes, whole_rows=True).tiles():
-        ids = rows[tile.rows]
-        fault, row = launch_mean(
-            "reverse_mean_sample", drawn[tile.rows], tile.log_score, select(numbers, ids), seed=seed, row_ids=ids
-        )
-        if fault:
-            raise_mean_fault((fault, int(ids[row])), numbers, dim, scores="hidden")
+    draw = _draw_split if share.group else _draw
+    tiles = Head(hidden, head.weight, head.bias, buffer_bytes, whole_rows=True, first=share.first, most=most).tiles()
+    for tile in tiles:
+        draw(drawn[tile.rows], tile.log_score, numbers, share, seed, rows[tile.rows])
     out[rows] = drawn
     return out.view(numbers.x_t.shape)
+
+
+def _draw(drawn: Tensor, logits: Tensor, numbers: Numbers, share: Share, seed: Tensor, rows: Tensor) -> None:
+    """Draws the tokens of these rows of the flattened batch."""
+    fault, row = launch_mean("reverse_mean_sample", drawn, logits, select(numbers, rows), seed=seed, row_ids=rows)
+    if fault:
+        raise_mean_fault((fault, int(rows[row])), numbers, share.dim, scores="hidden")
+
+
+def _draw_split(drawn: Tensor, logits: Tensor, numbers: Numbers, share: Share, seed: Tensor, rows: Tensor) -> None:
+    """The same, from the logits that this process has. All processes get the tokens of one process."""
+    most = most_rows(logits.shape[1], share.dim, share.group)
+    here = select(numbers, rows)
+
+    def run(kernel: str, out: Tensor, **others: Any) -> None:
+        place = {"first": share.first, "most": most, "dim": share.dim}
+        fault, row = launch_mean(kernel, out, logits, here, seed=seed, row_ids=rows, **place, **others)
+        if fault:
+            raise_mean_fault((fault, int(rows[row])), numbers, share.dim, scores="hidden")
+
+    sums = numbers.noise.new_zeros(len(rows), _C.mean_sums_numbers)
+    run("reverse_mean_sample", drawn, sums=sums)
+    everything = gather(sums, share.group)
+    targets = sums.new_empty(everything.shape[:2])
+    run("reverse_mean_choose", drawn, sums=everything, targets=targets)
+    own = torch.empty_like(drawn)
+    run("reverse_mean_sample", own, targets=targets[share.first // most])
+    exchange = Sums(share.group)
+    exchange.start(own)
+    exchange.wait()
+    drawn += own
 
 
 def live_rows(numbers: Numbers, dim: int) -> Tensor:
@@ -75,7 +107,8 @@ def select(numbers: Numbers, rows: Tensor) -> Numbers:
 
 
 define(
-    f"linear_reverse_mean_sample({schema(Output)}, {schema(Numbers)}, {schema(Product)}, Tensor seed) -> Tensor",
+    f"linear_reverse_mean_sample({schema(Output)}, {schema(Numbers)}, {schema(Share)}, {schema(Product)}, Tensor seed) "
+    "-> Tensor",
     _sample,
     _fake,
 )

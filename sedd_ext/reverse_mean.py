@@ -127,7 +127,9 @@ def _generalized_masked(
 
 
 def launch_mean(kernel: str, out: Tensor, log_score: Tensor, numbers: Numbers, **others: Any) -> Status:
-    """Runs a kernel over whole rows of logits."""
+    """Runs a kernel over whole rows of logits, or those that a process has of them; see ``csrc/reverse_mean.h``."""
+    width = log_score.size(-1)
+    whole = {"sums": None, "targets": None, "width": width, "first": 0, "most": width, "dim": width}
     return launch(
         kernel,
         logits=log_score.contiguous(),
@@ -139,13 +141,12 @@ def launch_mean(kernel: str, out: Tensor, log_score: Tensor, numbers: Numbers, *
         power=contiguous(numbers.power),
         out=out,
         rows=numbers.x_t.numel(),
-        dim=log_score.size(-1),
         mask=numbers.mask,
         forbidden=numbers.forbidden,
         dtype=DTYPES[log_score.dtype],
         family=FAMILIES[numbers.family],
         step=MEAN_STEPS[numbers.mean_step],
-        **others,
+        **{**whole, **others},
     )
 
 

@@ -206,7 +206,7 @@ def test_opcheck(process_of: Process, kind: str) -> None:
         process, step, sigma = Absorbing(26), GeneralizedMasked(0.2, 0.9, torch.ones(27)), None
     numbers = mean_numbers(rows.x_t, step, process, sigma, None, True, torch.float32)
     hidden = random_log_score((24, 4), torch.float32)
-    arguments = (hidden, *head, *numbers, torch.float32, 1 << 20, torch.tensor([3]))
+    arguments = (hidden, *head, *numbers, 27, 0, "", torch.float32, 1 << 20, torch.tensor([3]))
     torch.library.opcheck(torch.ops.sedd_ext.linear_reverse_mean_sample, to_device(arguments))
 
 

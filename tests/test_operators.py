@@ -110,10 +110,10 @@ CALLS: dict[str, dict[str, Any]] = {
     },
     "linear_score_entropy": LINEAR,
     "linear_score_entropy_backward": {"grad_loss": torch.tensor([1.0, 2.0, 3.0]), **MADE, **LINEAR},
-    "linear_reverse_sample": {**HEAD, "x_t": TOKENS, "noise": NOISE, **SHIFT, **PI, **STEP, **COMPUTE, **SEED},
+    "linear_reverse_sample": {**HEAD, "x_t": TOKENS, "noise": NOISE, **SHIFT, **PI, **STEP, **SPLIT, **COMPUTE, **SEED},
     "reverse_mean_probs": {**SCORES, **MEAN},
     "reverse_mean_sample": {**SCORES, **MEAN, **SEED},
-    "linear_reverse_mean_sample": {**HEAD, **MEAN, **COMPUTE, **SEED},
+    "linear_reverse_mean_sample": {**HEAD, **MEAN, **SPLIT, **COMPUTE, **SEED},
 }
 WRONG = {
     "family": ["", "masked", "absorbing"],  # the last one has no vector

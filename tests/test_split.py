@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
 import torch
-from backends import linear_generalized_masked_loss, linear_mean_prediction_loss, linear_score_entropy_loss
-from explicit import PROCESSES, Rows, random_log_score, random_rows
+from backends import (
+    Backend,
+    linear_generalized_masked_loss,
+    linear_mean_prediction_loss,
+    linear_reverse_sample,
+    linear_score_entropy_loss,
+)
+from explicit import PROCESSES, Rows, bad_rows, chi_square, random_log_score, random_rows, rare_or_not, rare_tokens
 from split import groups, in_threads
 from torch import Tensor
 
 import sedd_ext
 import sedd_ext.split as module
-from sedd_ext import Absorbing, RankOne, Uniform, reference
+from sedd_ext import Absorbing, Euler, GeneralizedMasked, Hybrid, RankOne, Tweedie, Uniform, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BOUND = {torch.float32: 3e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float64: 1e-13}
@@ -108,6 +119,19 @@ def test_score_entropy_is_that_of_the_reference() -> None:
 
     upstream = torch.ones(ROWS)
     check_equal(together(split, head, 3, upstream), results(one, head, upstream), 1e-12)
+
+
+def test_table_of_exchanges() -> None:
+    """The script prints the table of the documentation."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command.append(str(root / "benchmarks" / "exchanges.py"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 6
+    assert "\n".join(table) in (root / "docs" / "distributed.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.operators
@@ -568,3 +592,243 @@ def test_the_rows_of_a_dtensor() -> None:
         assert share == (5, 3, mesh.get_group().group_name)
     finally:
         torch.distributed.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------------ reverse steps
+
+both_steps = pytest.mark.parametrize("step", [Tweedie, Euler], ids=["tweedie", "euler"])
+StepOf = Callable[[Any], "Tweedie | Euler"]
+
+
+def many_rows(n: int, dtype: torch.dtype, rows: int) -> Head:
+    """A head and so many hidden states."""
+    return random_head(n, dtype)._replace(hidden=random_log_score((rows, WIDTH), dtype, 7, 0.6))
+
+
+def draw_together(size: int, head: Head, *arguments: Any, seed: int = 3, **options: Any) -> list[Tensor]:
+    """The tokens of each process."""
+    with groups(size) as group:
+
+        def work(rank: int) -> Tensor:
+            generator = torch.Generator().manual_seed(seed)
+            part = head.part(rank, size)
+            return linear_reverse_sample(*part, *arguments, generator=generator, group=group[rank], **options)
+
+        return in_threads(size, work)
+
+
+def check_tokens(size: int, head: Head, *arguments: Any, **options: Any) -> Tensor:
+    """The tokens of one process, which those of a group must equal."""
+    generator = torch.Generator().manual_seed(3)
+    one = linear_reverse_sample(*head, *arguments, generator=generator, **options)
+    for tokens in draw_together(size, head, *arguments, **options):
+        assert tokens.dtype == torch.int64
+        assert torch.equal(tokens, one)
+    return one
+
+
+@pytest.mark.operators
+@both_steps
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize(("size", "n"), [(2, 37), (3, 37), (4, 5000)])
+def test_tokens(name: str, size: int, n: int, dtype: torch.dtype, step: StepOf) -> None:
+    """Those of one process, in each process, where tiles straddle two or three of them."""
+    process, rows = PROCESSES[name](n), 300
+    head, x = many_rows(n, dtype, rows), random_rows(process, rows).x_t
+    options = {"denoise": size != 3, "log_score_shift": torch.linspace(-1, 1, rows)}
+    if size == 2:
+        options["buffer_bytes"] = 50 * n * dtype.itemsize  # several tiles of rows
+    tokens = check_tokens(size, head, x, step(torch.linspace(0.05, 2.0, rows)), process, **options)
+    assert (tokens != x).sum() > 20
+
+
+@pytest.mark.operators
+@pytest.mark.parametrize(("size", "n"), [(3, 9001), (2, 4096), (2, 20_000)])
+def test_tokens_of_many_tiles(size: int, n: int) -> None:
+    """Tiles of processes that end with a boundary, and that do not, on a device with narrow and with wide tiles."""
+    process, rows = Hybrid(n - 1, 0.4), 100
+    head, x = many_rows(n, torch.float32, rows), random_rows(process, rows).x_t
+    tokens = check_tokens(size, head, x, Tweedie(1.0), process)
+    owners = tokens[tokens != x] // -(-n // size)
+    assert set(owners.tolist()) == set(range(size))
+
+
+@pytest.mark.operators
+def test_wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's width, with which a tile has parts of three processes."""
+    process, rows = Hybrid(8999, 0.4), 100
+    monkeypatch.setattr(sedd_ext.linear_reverse, "tile_shape", lambda rows, *_: (rows, 8192))
+    monkeypatch.setattr(sedd_ext.head, "tile_shape", lambda rows, *_: (rows, 8192))
+    head, x = many_rows(9000, torch.float32, rows), random_rows(process, rows).x_t
+    check_tokens(4, head, x, Tweedie(1.0), process)
+
+
+@pytest.mark.operators
+@pytest.mark.parametrize("name", ["uniform", "hybrid"])
+@pytest.mark.parametrize(("size", "n"), [(3, 41), (4, 5000)])
+def test_refused_rows_are_drawn_again_together(name: str, size: int, n: int, exchanges: Any) -> None:
+    process, rows = PROCESSES[name](n), 300
+    head, x = many_rows(n, torch.float32, rows), random_rows(process, rows).x_t
+    check_tokens(size, head, x, Tweedie(4.0), process)
+    parts = 1 if n < 2048 else 2
+    first, second, *again = exchanges[::size]
+    assert (first, second) == (((parts, rows), torch.float64), ((rows, 2), torch.int64))
+    count = again[0][0][1]
+    assert 30 < count < rows
+    assert again == [((parts, count), torch.float64), ((count, 2), torch.int64)]
+
+
+@pytest.mark.operators("cpu")
+def test_what_a_reverse_step_exchanges(exchanges: Any) -> None:
+    """A float64 for each tile, the token and its score: nothing for rows that do not need the head."""
+    process = Absorbing(4999)
+    x = torch.tensor([4999, 3, 4999, 4999, 5])
+    draw_together(4, many_rows(5000, torch.bfloat16, 5), x, Tweedie(0.5), process)
+    assert sorted(exchanges, key=str) == sorted([((2, 3), torch.float64), ((3, 2), torch.int64)] * 4, key=str)
+    exchanges.clear()
+    tokens = draw_together(4, many_rows(5000, torch.bfloat16, 5), torch.zeros(5).long(), Tweedie(0.5), process)
+    assert all((token == 0).all() for token in tokens)
+    assert not exchanges
+
+
+@pytest.mark.operators("cpu", "cuda")
+@both_steps
+def test_rare_tokens_get_their_share_of_a_split_draw(step: StepOf) -> None:
+    process, size, wanted = Absorbing(4096), 0.002, rare_tokens()
+    bias = (wanted / (math.expm1(size) if step is Tweedie else size)).log().float()
+    probs = reference.reverse_probs(bias.double(), torch.tensor(4096), step(size), process)
+    counts = torch.zeros(4097, dtype=torch.int64)
+    head, x = Head(torch.zeros(20_000, 1), torch.zeros(4097, 1), bias), torch.full((20_000,), 4096)
+    for seed in range(15):
+        counts += draw_together(3, head, x, step(size), process, seed=seed)[0].bincount(minlength=4097)
+    assert chi_square(counts, probs) > 0.01
+    assert chi_square(rare_or_not(counts), rare_or_not(probs)) > 0.01
+
+
+@pytest.mark.operators
+@both_steps
+def test_a_bad_hidden_state_is_refused_by_all(backend: Backend, step: StepOf) -> None:
+    """And bad numbers in the head of one process."""
+    process = Hybrid(40, 0.3)
+    good = many_rows(41, torch.float32, 4)
+    hidden, weight = good.hidden.clone(), good.weight.clone()
+    hidden[2] = torch.nan
+    weight[30] = torch.inf
+    for head, wrong in ((good._replace(hidden=hidden), [2]), (good._replace(weight=weight), [0, 1, 2, 3])):
+        with groups(3) as group:
+
+            def work(rank: int, head: Head = head, group: Any = group) -> Tensor | str:
+                arguments = torch.full((4,), 40), step(0.5), process
+                options = {"generator": torch.Generator().manual_seed(0), "group": group[rank]}
+                try:
+                    return linear_reverse_sample(*head.part(rank, 3), *arguments, **options)
+                except ValueError as error:
+                    return str(error)
+
+            for result in in_threads(3, work):
+                if backend.names_bad_rows:
+                    assert isinstance(result, str)
+                    assert result.startswith("hidden: expected scores")
+                    assert f"index [{wrong[0]}]" in result
+                else:
+                    assert bad_rows(result) == wrong
+
+
+@pytest.mark.parametrize(("option", "value"), [("temperature", 0.5), ("top_p", 0.9)])
+def test_tempered_draws_need_the_whole_vocabulary(option: str, value: float) -> None:
+    head, x = random_head(10), torch.zeros(ROWS, dtype=torch.int64)
+    with pytest.raises(ValueError, match=rf"{option}: expected 1 with a group, got {value}"):
+        draw_together(2, head, x, Tweedie(0.5), Uniform(10), **{option: value})
+
+
+@pytest.mark.operators
+@both_steps
+def test_tokens_of_a_group_of_one_process(step: StepOf) -> None:
+    check_tokens(1, random_head(41), random_rows(Uniform(41), ROWS).x_t, step(0.5), Uniform(41))
+
+
+# ----------------------------------------------------------------------------- reverse steps from a mean prediction
+
+
+@pytest.mark.operators
+@both_steps
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize(("size", "n"), [(2, 37), (3, 41), (4, 5000)])
+def test_mean_tokens(name: str, size: int, n: int, dtype: torch.dtype, step: StepOf) -> None:
+    process, rows = PROCESSES[name](n), 300
+    head, x = many_rows(n, dtype, rows), random_rows(process, rows).x_t
+    sigma = torch.linspace(0.1, 3.0, rows)
+    options = {"denoise": size != 3, "parameterization": "mean", "sigma": sigma}
+    if size == 2:
+        options["buffer_bytes"] = 50 * n * dtype.itemsize  # several tiles of rows
+    tokens = check_tokens(size, head, x, step(sigma * torch.linspace(0.1, 1.0, rows)), process, **options)
+    assert (tokens != x).sum() > 20
+
+
+@pytest.mark.operators
+@pytest.mark.parametrize(("size", "n"), [(3, 37), (2, 4099)])
+def test_tokens_of_powers(size: int, n: int) -> None:
+    process, rows = Absorbing(n - 1), 300
+    head, x = many_rows(n, torch.float32, rows), random_rows(process, rows).x_t
+    power = random_log_score((n,), torch.float32, 5, 0.5).exp()
+    for step in (GeneralizedMasked(0.4, 0.7, power), GeneralizedMasked(0.0, 0.2, power)):
+        check_tokens(size, head, x, step, process, parameterization="mean", denoise=step.s == 0)
+
+
+@pytest.mark.operators
+def test_large_logits() -> None:
+    """Sums of processes whose largest logits differ by more than a float's range; one has none but -inf."""
+    process, rows = Hybrid(8, 0.3), 300
+    head = Head(torch.ones(rows, 1), torch.zeros(9, 1), torch.tensor([-800.0, 1, 2, 700, 701, 702, 0, 0, 0]))
+    head.bias[6:] = -torch.inf
+    x = random_rows(process, rows).x_t.where(torch.arange(rows) % 2 == 0, torch.tensor(8))
+    tokens = check_tokens(3, head, x, Tweedie(1.0), process, parameterization="mean", sigma=1.0, denoise=True)
+    assert {3, 4, 5} <= set(tokens.tolist())
+
+
+@pytest.mark.operators("cpu")
+def test_what_a_step_from_a_mean_prediction_exchanges(exchanges: Any) -> None:
+    """Four float64 and the token, for each tile of rows."""
+    process = Absorbing(40)
+    x = torch.tensor([40, 3, 40, 40, 5])
+    options = {"parameterization": "mean", "sigma": 1.0, "buffer_bytes": 2 * 14 * 4}
+    draw_together(3, many_rows(41, torch.float32, 5), x, Tweedie(0.5), process, **options)
+    chunks = [((r, 4), torch.float64) for r in (2, 1)] + [((r,), torch.int64) for r in (2, 1)]
+    assert sorted(exchanges, key=str) == sorted(chunks * 3, key=str)
+
+
+@pytest.mark.operators("cpu", "cuda")
+def test_the_law_of_a_split_draw_from_a_mean_prediction() -> None:
+    process, logits = Absorbing(99), torch.linspace(-7, 4, 100)
+    head, x = Head(torch.zeros(40_000, 1), torch.zeros(100, 1), logits), torch.full((40_000,), 99)
+    options = {"parameterization": "mean", "sigma": 1.0}
+    probs = reference.reverse_probs(logits.double(), torch.tensor(99), Tweedie(0.6), process, **options)
+    tokens = draw_together(3, head, x, Tweedie(0.6), process, **options)[0]
+    assert chi_square(tokens.bincount(minlength=100), probs) > 1e-3
+
+
+@pytest.mark.operators
+def test_bad_logits_are_refused_by_all(backend: Backend) -> None:
+    process, head = Hybrid(40, 0.3), many_rows(41, torch.float32, 4)
+    head.hidden[2] = torch.nan
+    with groups(3) as group:
+
+        def work(rank: int) -> Tensor | str:
+            options: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "group": group[rank]}
+            options |= {"parameterization": "mean", "sigma": 1.0}
+            try:
+                return linear_reverse_sample(
+                    *head.part(rank, 3), torch.full((4,), 40), Tweedie(0.5), process, **options
+                )
+            except ValueError as error:
+                return str(error)
+
+        for result in in_threads(3, work):
+            if backend.names_bad_rows:
+                assert isinstance(result, str)
+                assert result.startswith("hidden: expected scores")
+                assert "index [2]" in result
+            else:
+                assert bad_rows(result) == [2]

@@ -110,14 +110,32 @@ Status reverse_tile_cpu(const ReverseTileParams& p, int threads) {
     return launch(kernels().reverse_tile(p.dtype, p.family), p, p.width, reverse_scratch(p.width), threads);
 }
 
+Status reverse_choose_cpu(const ReverseChoiceParams& p, int threads) {
+    // a random number takes as long as some ten entries
+    return parallel_rows(p.rows, 16 * (p.dim / p.width + 1), 0, threads,
+                         [&](int64_t begin, int64_t end, void*, Status&) {
+                             for (int64_t row = begin; row < end; ++row) choose_part(p, row);
+                         });
+}
+
 Status reverse_mean_probs_cpu(const ReverseMeanParams& p, int threads) {
     return launch(kernels().reverse_mean_probs(p.dtype, p.family, p.power != nullptr), p, p.dim,
                   reverse_mean_scratch(p.dim), threads);
 }
 
 Status reverse_mean_sample_cpu(const ReverseMeanParams& p, int threads) {
-    return launch(kernels().reverse_mean_sample(p.dtype, p.family, p.power != nullptr), p, p.dim,
-                  reverse_mean_scratch(p.dim), threads);
+    return launch(kernels().reverse_mean_sample(p.dtype, p.family, p.power != nullptr), p, p.width,
+                  reverse_mean_scratch(p.width), threads);
+}
+
+Status reverse_mean_choose_cpu(const ReverseMeanParams& p, int threads) {
+    return parallel_rows(p.rows, 64, 0, threads, [&](int64_t begin, int64_t end, void*, Status& status) {
+        for (int64_t row = begin; row < end; ++row) {
+            const int64_t token = p.dtype == DType::float64 ? choose_mean<double>(p, row) : choose_mean<float>(p, row);
+            static_cast<int64_t*>(p.out)[row] = token;
+            if (token < 0) report(status, Fault::total, row);
+        }
+    });
 }
 
 Status generalized_masked_cpu(const GeneralizedMaskedParams& p, int threads) {

@@ -272,7 +272,6 @@ void tile_rows(const ReverseTileParams& p, int64_t begin, int64_t end, void* scr
             continue;
         }
         ReverseDraw& draw = p.draws[i];
-        if (p.first == 0) draw = {draw.others, draw.drain, 0.0, 0.0, -1};
         const T* l = static_cast<const T*>(p.log_score) + i * p.width;
         const BlockSums<P, T> sums{l,
                                    stationary,
@@ -286,8 +285,17 @@ void tile_rows(const ReverseTileParams& p, int64_t begin, int64_t end, void* scr
                                    weighted,
                                    weighted ? converted<Real>(draw.drain) : Drain<Real>{}};
         const double sum = sums.sum();
+        if (p.sums != nullptr) {
+            p.sums[i] = sum;
+            continue;
+        }
+        if (p.targets != nullptr) {
+            draw.token = sums.pick(p.targets[i], draw.score);
+            continue;
+        }
+        if (p.first == 0) draw = {draw.others, draw.drain, 0.0, 0.0, -1};
         draw.total += sum;
-        const double target = tile_target(p, i, draw.total);
+        const double target = tile_target(p, p.first, i, draw.total);
         if (target < sum) draw.token = sums.pick(target, draw.score);
         if (!last) continue;
         const double pi_y = draw.token >= 0 ? stationary_at(P, stationary, p.dim, draw.token) : 0.0;

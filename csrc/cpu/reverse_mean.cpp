@@ -261,7 +261,8 @@ void probs_rows(const ReverseMeanParams& p, int64_t begin, int64_t end, void* sc
 template <Family P, class T, bool kPower>
 void sample_rows(const ReverseMeanParams& p, int64_t begin, int64_t end, void* scratch, Status& status) {
     using Real = Compute<T>;
-    const int64_t count = reverse_blocks(p.dim);
+    const int64_t count = reverse_blocks(p.width);
+    const Real* const power = p.power != nullptr ? static_cast<const Real*>(p.power) + p.first : nullptr;
     double* const sums = static_cast<double*>(scratch);
     Real* const terms = reinterpret_cast<Real*>(sums + 2 * count);
     int64_t* const out = static_cast<int64_t*>(p.out);
@@ -269,16 +270,32 @@ void sample_rows(const ReverseMeanParams& p, int64_t begin, int64_t end, void* s
     for (int64_t i = begin; i < end; ++i) {
         if (!row.load(i, status)) continue;
         const int64_t x = out[i] = row.x;
+        if (p.targets != nullptr) {
+            out[i] = 0;
+            if (p.targets[i] < 0.0) continue;
+        }
         if (row.pi_x == 0.0) {
             if (x == p.forbidden) report(status, Fault::total, i);
             continue;
         }
-        MeanBlocks<T, kPower> blocks{static_cast<const T*>(p.logits) + i * p.dim,        p.dim, x,           p.mask,
-                                     {static_cast<const Real*>(p.power), row.log_ratio}, sums,  sums + count};
+        const T* const logits = static_cast<const T*>(p.logits) + i * p.width;
+        const int64_t x_here = x - p.first;
+        MeanBlocks<T, kPower> blocks{logits, p.width,     x_here, p.mask - p.first, {power, row.log_ratio},
+                                     sums,   sums + count};
         if (count == 1) {
             blocks.template sum<true>(terms);
         } else {
             blocks.template sum<false>(nullptr);
+        }
+        if (p.sums != nullptr) {
+            const bool is_here = 0 <= x_here && x_here < p.width;
+            p.sums[i] = {blocks.top, blocks.total.exps, blocks.total.weighted,
+                         is_here ? load_one(logits + x_here) : 0.0};
+            continue;
+        }
+        if (p.targets != nullptr) {
+            out[i] = p.first + blocks.pick(p.targets[i], terms, count == 1);
+            continue;
         }
         const MeanMasses m = row.masses(blocks);
         if (!valid_masses(m)) {

@@ -16,6 +16,12 @@ int64_t columns(const ReverseTileParams& p) { return p.width; }
 int64_t columns(const MeanPredictionParams& p) { return p.width; }
 int64_t columns(const GeneralizedMaskedParams& p) { return p.width; }
 
+template <class Params>
+DType dtype_of(const Params& p) {
+    return p.dtype;
+}
+DType dtype_of(const ReverseChoiceParams&) { return DType::float64; }
+
 int64_t none(int64_t, int64_t, DType) { return 0; }
 
 template <class Params>
@@ -31,7 +37,7 @@ void bind(py::module_& m, const char* name, const char* (*launch)(const Params&,
     m.def((std::string(name) + "_workspace").c_str(), [name, workspace](const py::dict& arguments) {
         Params params;
         read_members<IsNumber>(arguments, name, params);
-        return workspace(params.rows, columns(params), params.dtype);
+        return workspace(params.rows, columns(params), dtype_of(params));
     });
     m.attr("cuda_arguments")[name] = argument_names<Params, CudaLaunch>();
 }
@@ -51,8 +57,10 @@ void bind_cuda(py::module_& m) {
     bind(m, "reverse_probs", reverse_probs_cuda, reverse_workspace);
     bind(m, "reverse_sample", reverse_sample_cuda, reverse_workspace);
     bind(m, "reverse_tile", reverse_tile_cuda, none);
+    bind(m, "reverse_choose", reverse_choose_cuda, none);
     bind(m, "reverse_mean_probs", reverse_mean_probs_cuda, none);
     bind(m, "reverse_mean_sample", reverse_mean_sample_cuda, none);
+    bind(m, "reverse_mean_choose", reverse_mean_choose_cuda, none);
     bind(m, "generalized_masked", generalized_masked_cuda, generalized_masked_workspace);
     bind(m, "generalized_masked_backward", generalized_masked_backward_cuda, generalized_masked_backward_workspace);
     bind(m, "generalized_masked_power", generalized_masked_power_cuda, generalized_masked_power_workspace);

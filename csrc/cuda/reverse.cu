@@ -350,12 +350,19 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3) tile_kernel(ReverseTileParam
         if (first_lane) p.out[task.row] = task.stays_at(p);
         return;
     }
-    ReverseDraw draw = p.draws[task.row];
-    if (p.first == 0) draw = {draw.others, draw.drain, 0.0, 0.0, -1};
     const double sum = sum_segments(sums, segments);
-    draw.total += sum;
-    const double target = tile_target(p, task.row, draw.total);
-    if (target < sum) {
+    if (p.sums != nullptr) {
+        if (first_lane) p.sums[task.row] = sum;
+        return;
+    }
+    ReverseDraw draw = p.draws[task.row];
+    const bool at_target = p.targets != nullptr;
+    if (!at_target) {
+        if (p.first == 0) draw = {draw.others, draw.drain, 0.0, 0.0, -1};
+        draw.total += sum;
+    }
+    const double target = at_target ? p.targets[task.row] : tile_target(p, p.first, task.row, draw.total);
+    if (at_target || target < sum) {
         const Pick pick = pick_segment(sums, segments, target);
         const int entry = pick_entry(log_score, width, pick.segment, skip, weights, pick.share);
         if (entry >= 0) {
@@ -371,6 +378,12 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3) tile_kernel(ReverseTileParam
         p.out[task.row] = finish_draw<Real>(p, task.row, numbers, draw, task.pi_x, pi_y);
     }
     p.draws[task.row] = draw;
+}
+
+// Chooses the part of a tile from which each row's entry comes. One thread per row.
+__global__ void __launch_bounds__(kWarps* kWarp) choose_kernel(ReverseChoiceParams p) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * (kWarps * kWarp) + static_cast<int>(threadIdx.x);
+    if (row < p.rows) choose_part(p, row);
 }
 
 // ---- launchers ----
@@ -444,6 +457,14 @@ const char* reverse_tile_cuda(const ReverseTileParams& p, const CudaLaunch& laun
     return on_device(p, launch, [&](auto family, auto* type) {
         return launch_tile<family.value, std::remove_pointer_t<decltype(type)>>(p, launch);
     });
+}
+
+const char* reverse_choose_cuda(const ReverseChoiceParams& p, const CudaLaunch& launch) {
+    if (p.rows == 0) return nullptr;
+    if (const char* why = use_device(launch.device)) return why;
+    if (const char* why = too_large(p.rows, p.width, p.rows)) return why;
+    SEDD_LAUNCH(choose_kernel, blocks_for(p.rows, kWarps * kWarp), kWarps * kWarp, 0, stream_of(launch), p);
+    return launch_error();
 }
 
 int64_t reverse_workspace(int64_t rows, int64_t dim, DType dtype) {

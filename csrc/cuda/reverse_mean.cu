@@ -119,8 +119,8 @@ __device__ __forceinline__ SegmentSums<double> row_sums(const SegmentSums<Real>*
 template <class T>
 struct Task {
     using Real = RealOf<T>;
-    int slot, first_segment, dim, x;
-    int64_t row;
+    int slot, first_segment, dim, x;  // dim and x in the entries of this process
+    int64_t row, token;
     bool exists, fault;
     double pi_x;  // 0 if there is nothing to do
     const T* logits;
@@ -132,26 +132,28 @@ struct Task {
         row = static_cast<int64_t>(blockIdx.x) * (static_cast<int>(blockDim.x) / (kWarp * row_warps)) + slot;
         exists = row < p.rows;
         fault = exists && reverse_mean_fault(p, row) != Fault::none;
-        dim = static_cast<int>(p.dim);
-        x = exists && !fault ? static_cast<int>(p.x_t[row]) : -1;
-        pi_x = x >= 0 ? stationary_at(p.family, static_cast<const Real*>(p.stationary), p.dim, x) : 0.0;
-        logits = static_cast<const T*>(p.logits) + (pi_x > 0.0 ? row * p.dim : 0);
+        dim = static_cast<int>(p.width);
+        token = exists && !fault ? p.x_t[row] : -1;
+        x = static_cast<int>(token - p.first);
+        pi_x = token >= 0 ? stationary_at(p.family, static_cast<const Real*>(p.stationary), p.dim, token) : 0.0;
+        logits = static_cast<const T*>(p.logits) + (pi_x > 0.0 ? row * p.width : 0);
     }
     __device__ __forceinline__ bool moves() const { return pi_x > 0.0; }
     __device__ __forceinline__ bool leads() const { return first_segment == 0; }
     // The token of a row that does not move, or -1 if the row is bad.
     __device__ __forceinline__ int64_t stays_at(const ReverseMeanParams& p) const {
-        return exists && !fault && x != p.forbidden ? x : -1;
+        return exists && !fault && token != p.forbidden ? token : -1;
     }
     template <bool kPower>
     __device__ __forceinline__ Term<kPower, Real> term(const ReverseMeanParams& p) const {
-        return {static_cast<const Real*>(p.power), kPower && x >= 0 ? static_cast<Real>(p.noise[row]) : Real(0),
-                Real(0), static_cast<int>(p.mask)};
+        return {kPower ? static_cast<const Real*>(p.power) + p.first : nullptr,
+                kPower && token >= 0 ? static_cast<Real>(p.noise[row]) : Real(0), Real(0),
+                static_cast<int>(p.mask - p.first)};
     }
     // The masses of the row from the sums of its segments. Called by a whole warp.
     __device__ __forceinline__ MeanMasses masses(const ReverseMeanParams& p, const SegmentSums<double>& sums) const {
         const MeanRow numbers = reverse_mean_row(p.step, p.noise[row], p.sigma != nullptr ? p.sigma[row] : 0.0, pi_x);
-        return mean_masses(p, numbers, x, sums.exps, sums.weighted, sums.top,
+        return mean_masses(p, numbers, token, sums.exps, sums.weighted, sums.top,
                            static_cast<double>(Vector<T>::read(logits + x)));
     }
 };
@@ -256,25 +258,45 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
     }
     __syncthreads();  // wait for the sums of the segments
     if (!task.exists || !task.leads()) return;
-    int64_t token = task.stays_at(p);
+    int64_t token = p.targets != nullptr ? 0 : task.stays_at(p);
     if (task.moves()) {
         const SegmentSums<double> sums = row_sums<kPower>(shared.sums, segments, shared.picks);
-        const MeanMasses masses = task.masses(p, sums);
-        token = -1;
-        if (valid_masses(masses)) {
-            const Uniforms u = mean_uniforms(p, task.row);
-            const MeanPart part = mean_part(masses, u.first);
-            if (part == MeanPart::x) token = task.x;
-            if (part == MeanPart::pi) token = draw_stationary_without(p, excluded_tokens(p, task.x), u.second);
-            if (part == MeanPart::mu) {
-                const double all = sum_segments(shared.picks, segments);
-                const Pick pick = pick_segment(shared.picks, segments, u.second * all);
-                term.top = shared.sums[pick.segment].top;
-                token = pick_entry(task.logits, task.dim, pick.segment, task.x, term, pick.share);
+        // The entry of μ at a point in [0, 1] of the running sum.
+        const auto draw = [&](double point) -> int64_t {
+            const double all = sum_segments(shared.picks, segments);
+            const Pick pick = pick_segment(shared.picks, segments, point * all);
+            term.top = shared.sums[pick.segment].top;
+            return p.first + pick_entry(task.logits, task.dim, pick.segment, task.x, term, pick.share);
+        };
+        if (p.sums != nullptr) {
+            const bool is_here = 0 <= task.x && task.x < task.dim;
+            const double logit_x = is_here ? static_cast<double>(Vector<T>::read(task.logits + task.x)) : 0.0;
+            if (lane_of() == 0) p.sums[task.row] = {sums.top, sums.exps, sums.weighted, logit_x};
+            return;
+        }
+        if (p.targets != nullptr) {
+            const double target = p.targets[task.row];
+            if (target >= 0.0) token = draw(target);
+        } else {
+            const MeanMasses masses = task.masses(p, sums);
+            token = -1;
+            if (valid_masses(masses)) {
+                const Uniforms u = mean_uniforms(p, task.row);
+                const MeanPart part = mean_part(masses, u.first);
+                if (part == MeanPart::x) token = task.token;
+                if (part == MeanPart::pi) token = draw_stationary_without(p, excluded_tokens(p, task.token), u.second);
+                if (part == MeanPart::mu) token = draw(u.second);
             }
         }
     }
     if (lane_of() == 0) static_cast<int64_t*>(p.out)[task.row] = token;
+}
+
+// Where the token of each row comes from. One thread per row.
+template <class Real>
+__global__ void __launch_bounds__(kWarps* kWarp) mean_choose_kernel(ReverseMeanParams p) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * (kWarps * kWarp) + static_cast<int>(threadIdx.x);
+    if (row < p.rows) static_cast<int64_t*>(p.out)[row] = choose_mean<Real>(p, row);
 }
 
 // ---- launchers ----
@@ -282,7 +304,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
 template <bool kSample, Family P, class T, bool kPower>
 const char* launch_typed(const ReverseMeanParams& p, const CudaLaunch& launch) {
     if (const char* why = too_large(p.rows, p.dim, p.rows)) return why;
-    const int segments = static_cast<int>(num_segments(p.dim, p.dtype));
+    const int segments = static_cast<int>(num_segments(p.width, p.dtype));
     constexpr int wanted = kSample ? kWarps : kMaxWarps;
     int row_warps = 1;
     while (row_warps < wanted && row_warps < segments) row_warps *= 2;
@@ -321,6 +343,19 @@ const char* reverse_mean_probs_cuda(const ReverseMeanParams& p, const CudaLaunch
 
 const char* reverse_mean_sample_cuda(const ReverseMeanParams& p, const CudaLaunch& launch) {
     return launch_all<true>(p, launch);
+}
+
+const char* reverse_mean_choose_cuda(const ReverseMeanParams& p, const CudaLaunch& launch) {
+    if (p.rows == 0) return nullptr;
+    if (const char* why = use_device(launch.device)) return why;
+    if (const char* why = too_large(p.rows, p.width, p.rows)) return why;
+    const unsigned blocks = blocks_for(p.rows, kWarps * kWarp);
+    if (p.dtype == DType::float64) {
+        SEDD_LAUNCH((mean_choose_kernel<double>), blocks, kWarps * kWarp, 0, stream_of(launch), p);
+    } else {
+        SEDD_LAUNCH((mean_choose_kernel<float>), blocks, kWarps * kWarp, 0, stream_of(launch), p);
+    }
+    return launch_error();
 }
 
 }  // namespace sedd

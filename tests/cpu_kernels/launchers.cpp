@@ -145,10 +145,16 @@ const char* reverse_sample_cuda(const ReverseParams& p, const CudaLaunch& launch
 
 const char* reverse_tile_cuda(const ReverseTileParams& p, const CudaLaunch&) {
     reverse_tile_cpu(p, 1);
+    if (p.sums != nullptr || p.targets != nullptr) return nullptr;
     for (int64_t row = 0; row < p.rows; ++row) {
         const bool stays = p.family == Family::absorbing && p.x_t[row] != p.dim - 1;
         if (reverse_fault(p, row) != Fault::none || (stays && p.x_t[row] == p.forbidden)) p.out[row] = -1;
     }
+    return nullptr;
+}
+
+const char* reverse_choose_cuda(const ReverseChoiceParams& p, const CudaLaunch&) {
+    reverse_choose_cpu(p, 1);
     return nullptr;
 }
 
@@ -162,10 +168,17 @@ const char* reverse_mean_probs_cuda(const ReverseMeanParams& p, const CudaLaunch
 
 const char* reverse_mean_sample_cuda(const ReverseMeanParams& p, const CudaLaunch& launch) {
     note(launch);
+    if (p.targets != nullptr) std::fill_n(static_cast<int64_t*>(p.out), p.rows, 0);
     reverse_mean_sample_cpu(p, 1);
+    if (p.sums != nullptr || p.targets != nullptr) return nullptr;
     for (int64_t row = 0; row < p.rows; ++row) {
         if (has_fault(p, row)) static_cast<int64_t*>(p.out)[row] = -1;
     }
+    return nullptr;
+}
+
+const char* reverse_mean_choose_cuda(const ReverseMeanParams& p, const CudaLaunch&) {
+    reverse_mean_choose_cpu(p, 1);
     return nullptr;
 }
 

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <set>
 #include <string>
@@ -1305,6 +1306,23 @@ class Driver {
                 return reverse_tiles(p, params, tiles, static_cast<int64_t*>(out), where);
             },
             why_not, 2);
+        const int64_t width = s.dim * 2 / 5 | 1;
+        std::vector<int64_t> grid;
+        for (int64_t first = 0; first < s.dim; first += width) grid.push_back(first);
+        grid.push_back(s.dim);
+        right.clear();
+        for (const uint64_t sweep : {0, 1}) {
+            for (int64_t row = 0; row < s.rows; ++row) {
+                const auto i = static_cast<size_t>(row);
+                right.push_back(tile_tokens(p, kind, weights[i], row, step[i], grid, sweep));
+            }
+        }
+        check_tokens(
+            p, (name + "_sample of three processes" + without).c_str(), 0,
+            [&](void* out, const sedd::CudaLaunch& where) {
+                return tiles_of_processes(p, params, width, static_cast<int64_t*>(out), where);
+            },
+            why_not, 2);
     }
 
     void run_reverse_mean(const Problem& p) {
@@ -1328,7 +1346,8 @@ class Driver {
         std::vector<std::set<int64_t>> right;
         for (int64_t row = 0; row < s.rows; ++row) {
             const double sigma = p.sigma[static_cast<size_t>(row)];
-            step.push_back(generalized ? (row % 4 == 0 ? -kInfinity : -sigma) : (row % 4 == 0 ? 1.0 : 0.4) * sigma);
+            step.push_back(generalized ? ((row + s.dim) % 2 == 0 ? -kInfinity : -sigma)
+                                       : (row % 4 == 0 ? 1.0 : 0.4) * sigma);
             laws.push_back(mean_law(p, kind, row, step.back(), mask, forbidden));
             right.push_back(mean_tokens(p, laws.back(), row));
         }
@@ -1340,9 +1359,14 @@ class Driver {
                                        s.family == Family::rank_one ? p.cumulative.data() : nullptr,
                                        generalized ? power.data() : nullptr,
                                        nullptr,
+                                       nullptr,
+                                       nullptr,
                                        p.seed.data(),
                                        p.row_ids.data(),
                                        s.rows,
+                                       s.dim,
+                                       0,
+                                       s.dim,
                                        s.dim,
                                        mask,
                                        forbidden,
@@ -1357,17 +1381,81 @@ class Driver {
                   params.out = out;
                   return sedd::reverse_mean_probs_cuda(params, where);
               });
+        const auto why_not = [&right](int64_t at, int64_t token) -> std::string {
+            const std::set<int64_t>& may_be = right[static_cast<size_t>(at)];
+            if (may_be.count(token) != 0) return "";
+            return "not " + (may_be.empty() ? "one" : std::to_string(*may_be.begin()));
+        };
         check_tokens(
             p, (name + "_sample" + without).c_str(), 0,
             [&](void* out, const sedd::CudaLaunch& where) {
                 params.out = out;
                 return sedd::reverse_mean_sample_cuda(params, where);
             },
-            [&right](int64_t at, int64_t token) -> std::string {
-                const std::set<int64_t>& may_be = right[static_cast<size_t>(at)];
-                if (may_be.count(token) != 0) return "";
-                return "not " + (may_be.empty() ? "one" : std::to_string(*may_be.begin()));
-            });
+            why_not);
+        check_tokens(
+            p, (name + "_sample of three processes" + without).c_str(), 0,
+            [&](void* out, const sedd::CudaLaunch& where) {
+                return mean_of_processes(p, params, laws, static_cast<int64_t*>(out), where);
+            },
+            why_not);
+    }
+
+    // Whether each process's part of the sum that draws use is that of its entries.
+    static bool are_shares(const Problem& p, const sedd::ReverseMeanParams& params, const std::vector<MeanLaw>& laws,
+                           const std::vector<sedd::MeanSums>& sums) {
+        const auto rows = static_cast<size_t>(p.shape.rows), most = static_cast<size_t>(params.most);
+        for (size_t row = 0; row < rows; ++row) {
+            const std::vector<double>& mu = laws[row].mu;
+            const double all = std::accumulate(mu.begin(), mu.end(), 0.0);
+            if (laws[row].probs.empty() || !(all > 0.0)) continue;
+            double top = -kInfinity, total = 0.0;
+            for (size_t at = row; at < sums.size(); at += rows) top = std::max(top, sums[at].top);
+            std::vector<double> parts;
+            for (size_t at = row; at < sums.size(); at += rows) {
+                const double sum = params.power != nullptr ? sums[at].weighted : sums[at].exps;
+                parts.push_back(sum * std::exp(sums[at].top - top));
+                total += parts.back();
+            }
+            for (size_t r = 0; r < parts.size(); ++r) {
+                double right = 0.0;
+                for (size_t y = r * most; y < std::min((r + 1) * most, mu.size()); ++y) right += mu[y];
+                if (!(std::abs(parts[r] / total - right / all) <= 8.0 * tolerance(p.shape.dtype))) return false;
+            }
+        }
+        return true;
+    }
+
+    // Tokens of a vocabulary of which each process has a part.
+    const char* mean_of_processes(const Problem& p, sedd::ReverseMeanParams params, const std::vector<MeanLaw>& laws,
+                                  int64_t* out, const sedd::CudaLaunch& where) const {
+        const Shape& s = p.shape;
+        params.most = (s.dim + 2) / 3;
+        const int64_t processes = (s.dim + params.most - 1) / params.most;
+        std::vector<sedd::MeanSums> sums(static_cast<size_t>(processes * s.rows));
+        std::vector<double> targets(sums.size(), kInfinity);
+        std::vector<int64_t> drawn(static_cast<size_t>(s.rows));
+        const auto sample = [&](int64_t r, bool draws) {
+            const Tile tile(p, r * params.most, std::min((r + 1) * params.most, s.dim));
+            sedd::ReverseMeanParams part = params;
+            part.logits = tile.entries.data();
+            part.width = tile.width, part.first = tile.first;
+            part.targets = draws ? targets.data() + r * s.rows : nullptr;
+            part.sums = draws ? nullptr : sums.data() + r * s.rows;
+            part.out = drawn.data();
+            return sedd::reverse_mean_sample_cuda(part, where);
+        };
+        for (int64_t r = 0; r < processes; ++r) {
+            if (const char* error = sample(r, false)) return error;
+        }
+        if (!are_shares(p, params, laws, sums)) return "a process has another share of the sum of μ";
+        params.sums = sums.data(), params.targets = targets.data(), params.out = out;
+        if (const char* error = sedd::reverse_mean_choose_cuda(params, where)) return error;
+        for (int64_t r = 0; r < processes; ++r) {
+            if (const char* error = sample(r, true)) return error;
+            for (int64_t row = 0; row < s.rows; ++row) out[row] += drawn[static_cast<size_t>(row)];
+        }
+        return nullptr;
     }
 
     // Tokens of both sweeps, the second one of all rows.
@@ -1378,13 +1466,99 @@ class Driver {
         for (const int32_t sweep : {0, 1}) {
             for (size_t i = 0; i + 1 < at.size(); ++i) {
                 const Tile tile(p, at[i], at[i + 1]);
-                const char* error = sedd::reverse_tile_cuda(
-                    {tile.entries.data(), whole.x_t, whole.noise, whole.shift, whole.stationary,
-                     static_cast<sedd::ReverseDraw*>(draws.data()), out + sweep * s.rows, whole.seed, p.row_ids.data(),
-                     s.rows, tile.width, tile.first, s.dim, whole.forbidden, s.dtype, s.family, whole.step, sweep},
-                    where);
+                const char* error = sedd::reverse_tile_cuda({tile.entries.data(),
+                                                             whole.x_t,
+                                                             whole.noise,
+                                                             whole.shift,
+                                                             whole.stationary,
+                                                             static_cast<sedd::ReverseDraw*>(draws.data()),
+                                                             nullptr,
+                                                             nullptr,
+                                                             out + sweep * s.rows,
+                                                             whole.seed,
+                                                             p.row_ids.data(),
+                                                             s.rows,
+                                                             tile.width,
+                                                             tile.first,
+                                                             s.dim,
+                                                             whole.forbidden,
+                                                             s.dtype,
+                                                             s.family,
+                                                             whole.step,
+                                                             sweep},
+                                                            where);
                 if (error != nullptr) return error;
             }
+        }
+        return nullptr;
+    }
+
+    // The same, of a vocabulary of which each process has a part: tiles have this width, and some have parts of two.
+    const char* tiles_of_processes(const Problem& p, const sedd::ReverseParams& whole, int64_t width, int64_t* out,
+                                   const sedd::CudaLaunch& where) const {
+        const Shape& s = p.shape;
+        const Array state = garbage(s.rows * static_cast<int64_t>(sizeof(sedd::ReverseDraw)));
+        auto* draws = static_cast<sedd::ReverseDraw*>(state.data());
+        const int64_t most = (s.dim + 2) / 3, processes = (s.dim + most - 1) / most, parts = most / width + 2;
+        for (const int32_t sweep : {0, 1}) {
+            std::vector<double> sums(static_cast<size_t>(processes * parts * s.rows)), targets(p.row_ids.size());
+            std::vector<int64_t> chosen(p.row_ids.size());
+            sedd::ReverseTileParams params{nullptr,
+                                           whole.x_t,
+                                           whole.noise,
+                                           whole.shift,
+                                           whole.stationary,
+                                           draws,
+                                           nullptr,
+                                           nullptr,
+                                           out + sweep * s.rows,
+                                           whole.seed,
+                                           p.row_ids.data(),
+                                           s.rows,
+                                           0,
+                                           s.dim,
+                                           s.dim,
+                                           whole.forbidden,
+                                           s.dtype,
+                                           s.family,
+                                           whole.step,
+                                           sweep};
+            // Calls f for each part, with its entries in `params`.
+            const auto for_parts = [&](auto f) -> const char* {
+                sedd::ReverseTileParams part = params;
+                for (int64_t r = 0; r < processes; ++r) {
+                    const int64_t begin = r * most, end = std::min(begin + most, s.dim);
+                    for (int64_t k = begin / width; k <= (end - 1) / width; ++k) {
+                        const Tile tile(p, std::max(k * width, begin), std::min((k + 1) * width, end));
+                        part.log_score = tile.entries.data();
+                        part.width = tile.width, part.first = tile.first;
+                        if (const char* error = f(part, r * parts + k - begin / width)) return error;
+                    }
+                }
+                return nullptr;
+            };
+            const char* error = for_parts([&](sedd::ReverseTileParams& part, int64_t index) {
+                part.sums = sums.data() + index * s.rows;
+                return sedd::reverse_tile_cuda(part, where);
+            });
+            if (error != nullptr) return error;
+            error = sedd::reverse_choose_cuda({sums.data(), draws, targets.data(), chosen.data(), whole.seed,
+                                               p.row_ids.data(), s.rows, parts, width, most, s.dim, sweep},
+                                              where);
+            if (error != nullptr) return error;
+            // every row draws from every part; what it was not to draw is undone
+            error = for_parts([&](sedd::ReverseTileParams& part, int64_t index) {
+                const std::vector<sedd::ReverseDraw> before(draws, draws + s.rows);
+                part.targets = targets.data();
+                const char* why = sedd::reverse_tile_cuda(part, where);
+                for (int64_t row = 0; row < s.rows; ++row) {
+                    if (chosen[static_cast<size_t>(row)] != index) draws[row] = before[static_cast<size_t>(row)];
+                }
+                return why;
+            });
+            if (error != nullptr) return error;
+            error = sedd::reverse_tile_cuda(params, where);
+            if (error != nullptr) return error;
         }
         return nullptr;
     }
@@ -1448,10 +1622,29 @@ std::string run_on(const std::string& family, int device) {
              &out, 1, 3, 0, 3, -1, DType::float32, Family::uniform, sedd::Stage::whole},
             {big_workspace, nullptr, device});
     } else if (family == "reverse_mean") {
-        error = sedd::reverse_mean_sample_cuda(
-            {log_score.data(), x.data(), noise.data(), noise.data(), nullptr, nullptr, nullptr, &out, seed.data(),
-             nullptr, 1, 3, -1, -1, DType::float32, Family::uniform, sedd::MeanStep::euler},
-            where);
+        error = sedd::reverse_mean_sample_cuda({log_score.data(),
+                                                x.data(),
+                                                noise.data(),
+                                                noise.data(),
+                                                nullptr,
+                                                nullptr,
+                                                nullptr,
+                                                nullptr,
+                                                nullptr,
+                                                &out,
+                                                seed.data(),
+                                                nullptr,
+                                                1,
+                                                3,
+                                                0,
+                                                3,
+                                                3,
+                                                -1,
+                                                -1,
+                                                DType::float32,
+                                                Family::uniform,
+                                                sedd::MeanStep::euler},
+                                               where);
     } else if (family == "score_entropy") {
         error = sedd::score_entropy_cuda({log_score.data(), x.data(), x.data(), noise.data(), nullptr, nullptr, nullptr,
                                           &out, -std::log(3.0), 1, 3, DType::float32, Family::uniform},

@@ -81,14 +81,70 @@ MEAN: list[tuple[str, str, str, Check]] = [
     ("the powers' sum keeps its old scale", "if constexpr (kPower) sums.weighted *= scale;", "", "values"),
     (
         "the entry of the first number",
-        "draw_stationary_without(p, excluded_tokens(p, task.x), u.second)",
-        "draw_stationary_without(p, excluded_tokens(p, task.x), u.first)",
+        "draw_stationary_without(p, excluded_tokens(p, task.token), u.second)",
+        "draw_stationary_without(p, excluded_tokens(p, task.token), u.first)",
         "values",
     ),
-    ("a draw from μ by the first number", "u.second * all", "u.first * all", "values"),
+    ("a draw from μ by the first number", "token = draw(u.second);", "token = draw(u.first);", "values"),
     ("a mean step returns MASK", "if (y == forbidden) return Real(0);", "", "values"),
     ("shared memory for a mean row", "return block_rows * segments *", "return segments *", "address"),
     ("every lane writes a segment's sums", "if (lane_of() == 0) state = {", "state = {", "thread"),
+    (
+        "a part's x is counted from the row's start",
+        "x = static_cast<int>(token - p.first);",
+        "x = static_cast<int>(token);",
+        "values",
+    ),
+    (
+        "a part's MASK is counted from the row's start",
+        "static_cast<int>(p.mask - p.first)",
+        "static_cast<int>(p.mask)",
+        "values",
+    ),
+    (
+        "a part's powers begin with the row's",
+        "static_cast<const Real*>(p.power) + p.first",
+        "static_cast<const Real*>(p.power)",
+        "values",
+    ),
+    ("a part's entry is counted from its own start", "return p.first + pick_entry(", "return pick_entry(", "values"),
+    (
+        "a part's rows are as wide as the vocabulary",
+        "pi_x > 0.0 ? row * p.width : 0",
+        "pi_x > 0.0 ? row * p.dim : 0",
+        "address",
+    ),
+    (
+        "a part reads x of another",
+        "is_here ? static_cast<double>(Vector<T>::read(task.logits + task.x)) : 0.0;",
+        "static_cast<double>(Vector<T>::read(task.logits + task.x));",
+        "address",
+    ),
+    (
+        "the parts' sums leave out the powers",
+        "{sums.top, sums.exps, sums.weighted, logit_x}",
+        "{sums.top, sums.exps, sums.exps, logit_x}",
+        "values",
+    ),
+    (
+        "every process draws",
+        "if (target >= 0.0) token = draw(target);",
+        "token = draw(target >= 0.0 ? target : 0.0);",
+        "values",
+    ),
+    (
+        "unmoved rows are added by each process",
+        "p.targets != nullptr ? 0 : task.stays_at(p);",
+        "task.stays_at(p);",
+        "values",
+    ),
+    ("every lane writes a part's sums", "if (lane_of() == 0) p.sums[task.row] = {", "p.sums[task.row] = {", "thread"),
+    (
+        "more rows choose than there are",
+        "if (row < p.rows) static_cast<int64_t*>(p.out)[row] = choose_mean",
+        "static_cast<int64_t*>(p.out)[row] = choose_mean",
+        "address",
+    ),
 ]
 """Mistakes in reverse_mean.cu: name, text, replacement and the check that notices them."""
 
@@ -462,6 +518,38 @@ MUTANTS = [
     # ---- Tiles: what is kept from one to the next ----
     Mutant("every tile begins a sweep", "reverse.cu", "if (p.first == 0) draw = {", "if (true) draw = {"),
     Mutant("no tile is the last", "reverse.cu", "p.first + p.width == p.dim", "p.first + p.width > p.dim"),
+    Mutant(
+        "a draw at a target begins the sweep",
+        "reverse.cu",
+        "    if (!at_target) {\n        if (p.first == 0)",
+        "    {\n        if (p.first == 0)",
+    ),
+    Mutant(
+        "the target is a random number of the process",
+        "reverse.cu",
+        "at_target ? p.targets[task.row] : tile_target",
+        "false ? p.targets[task.row] : tile_target",
+    ),
+    Mutant(
+        "a target beyond the tile's sum", "reverse.cu", "if (at_target || target < sum) {", "if (target < sum / 2) {"
+    ),
+    Mutant(
+        "sums of a tile are the first lane's", "reverse.cu", "p.sums[task.row] = sum;", "p.sums[task.row] = sums[0];"
+    ),
+    Mutant(
+        "every lane writes the sums of its tile",
+        "reverse.cu",
+        "if (first_lane) p.sums[task.row] = sum;",
+        "p.sums[task.row] = sum;",
+        "thread",
+    ),
+    Mutant(
+        "more rows choose a part than there are",
+        "reverse.cu",
+        "if (row < p.rows) choose_part(p, row);",
+        "choose_part(p, row);",
+        "address",
+    ),
     Mutant(
         "the second sweep drains nothing",
         "reverse.cu",
