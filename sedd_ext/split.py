@@ -108,7 +108,7 @@ def check_split(
     return weight, bias, Share(dim, first, group.group_name if size > 1 else "")
 
 
-def _local(weight: Tensor, bias: Tensor | None, group: object) -> tuple[Tensor, Tensor | None, object]:
+def _local(weight: Tensor, bias: Tensor | None, group: Any) -> tuple[Tensor, Tensor | None, object]:
     """The rows of this process of a head whose weight and bias are DTensors, and the processes that share the rows."""
     if not torch.distributed.is_available():
         return weight, bias, group
@@ -126,7 +126,8 @@ def _local(weight: Tensor, bias: Tensor | None, group: object) -> tuple[Tensor, 
                 f"{name}: expected a DTensor divided along its first axis on a mesh of one axis, got {value.placements}"
             )
         own = value.device_mesh.get_group()
-        if group is not None and group is not own:
+        ranks = torch.distributed.get_process_group_ranks
+        if group is not None and ranks(group) != ranks(own):
             raise ValueError(f"group: expected None or that of {name}'s mesh, got another one")
         group = own
         parts.append(value.to_local())

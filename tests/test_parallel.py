@@ -300,7 +300,7 @@ def test_mistakes_are_told_once_or_by_the_process_that_has_them(source: Path, tm
     line = options(tmp_path / "run", source, processes=2, **{"parallel.data": "hsdp", "parallel.shard": 3})
     done = torchrun(2, "-m", "sedd", *line)
     assert done.returncode == 1
-    assert re.search(r"parallel.shard: expected a divisor of the number of processes, 2, got 3", done.stderr)
+    assert re.search(r"parallel.shard: expected a divisor of the number of processes .*, 2, got 3", done.stderr)
     assert not (tmp_path / "run").exists()
 
 
