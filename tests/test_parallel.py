@@ -127,16 +127,20 @@ def test_every_objective_for_200_steps(source: Path, tmp_path: Path) -> None:
     long = {"steps": 200, "valid_every": 200, "lr": 1e-3}
     for objective in OBJECTIVES:
         assert main(options(tmp_path / objective, source, objective, **long)) == 0
+    ddp, fsdp, vocab = {"parallel.data": "ddp"}, {"parallel.data": "fsdp"}, {"parallel.vocab": 2}
+    hsdp = {"parallel.data": "hsdp", "parallel.shard": 2}
+    square = {**fsdp, **vocab}
     runs: list[tuple[str, str]] = []
     for processes, engines, objectives in (
-        (2, ("ddp", "fsdp"), tuple(OBJECTIVES)),
-        (4, ("ddp", "fsdp", "hsdp"), ("score_entropy", "genmd4")),
+        (2, (ddp, fsdp, vocab), tuple(OBJECTIVES)),
+        (4, (ddp, fsdp, hsdp, square), ("score_entropy", "genmd4")),
     ):
         lines = []
-        for objective, data in itertools.product(objectives, engines):
-            more = {"parallel.data": data, **({"parallel.shard": 2} if data == "hsdp" else {})}
-            runs.append((objective, f"{objective}, {data}, {processes} processes"))
-            lines.append(options(tmp_path / runs[-1][1], source, objective, processes, **long, **more))
+        for objective, engine in itertools.product(objectives, engines):
+            words = ", ".join(f"{name.removeprefix('parallel.')} {value}" for name, value in engine.items())
+            runs.append((objective, f"{objective}, {words}, {processes} processes"))
+            data = processes // int(engine.get("parallel.vocab", 1))
+            lines.append(options(tmp_path / runs[-1][1], source, objective, data, **long, **engine))
         train_together(tmp_path, processes, lines)
     largest = {name: difference(tmp_path / name, tmp_path / objective) for objective, name in runs}
     print("\n".join(f"{name}: {value:.1e}" for name, value in largest.items()))
