@@ -72,15 +72,17 @@ BOUNDS = {
     "reverse.sample_kernel": Bounds(SEGMENTS, 80, 2, shared=1576),  # scores; the second sweep: weights
     "reverse.probs_kernel": Bounds(WHOLE_ROWS, 80, 3, "real", shared=1576),  # scores, weights, probabilities
     "reverse.tile_kernel": Bounds(SEGMENTS, 80, 2, shared=264),  # the first sweep: scores; the second: weights
+    "reverse.choose_kernel": Bounds(SEGMENTS, 64),
     # the main loops of the kernels of a softmax are not counted: they have two, or a branch in them
     "mean_prediction.others_kernel": Bounds(SEGMENTS, 80),
     "mean_prediction.row_kernel": Bounds(BY_ROW, 96),
-    "mean_prediction.sums_kernel<true>": Bounds(SEGMENTS, 80),
+    "mean_prediction.sums_kernel<true>": Bounds(SEGMENTS, 88),  # float64; the others have at most 80
     "mean_prediction.sums_kernel<false>": Bounds(SEGMENTS, 80),
     "mean_prediction.loss_kernel": Bounds(BY_ROW, 96),
     "mean_prediction.gradient_kernel": Bounds(SEGMENTS, 80),
     "reverse_mean.mean_sample_kernel": Bounds(SEGMENTS, 80, shared=4728),
     "reverse_mean.mean_probs_kernel": Bounds((640,), 96, shared=4728),
+    "reverse_mean.mean_choose_kernel": Bounds(SEGMENTS, 80),
     "transition.entries_kernel<false>": Bounds(SEGMENTS, 64, 1, "only"),
     "transition.entries_kernel<true>": Bounds(SEGMENTS, 64, 1, "only"),
     "transition.numbers_kernel": Bounds(BY_ROW, 64),

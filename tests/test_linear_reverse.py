@@ -66,7 +66,7 @@ def sweeps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 @both_steps
-@pytest.mark.parametrize(("dtype", "denoise"), zip(DTYPES, [False, True, True, False], strict=True), ids=str)
+@pytest.mark.parametrize(("dtype", "denoise"), list(zip(DTYPES, [False, True, True, False], strict=True)), ids=str)
 def test_samples_follow_the_probabilities(
     backend: Backend, process_of: Process, step: StepOf, dtype: torch.dtype, denoise: bool
 ) -> None:

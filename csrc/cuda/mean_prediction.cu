@@ -196,9 +196,9 @@ struct SegmentSums {
     Real entropy, pi_ratio, mu_ratio;
 };
 
-// Three blocks of a multiprocessor: without the number, nvcc spills registers of an RTX 50 for a fourth.
+// Three blocks of a multiprocessor, two for float64. Without the number, nvcc spills registers of an RTX 50.
 template <bool kGradient, Family P, class T>
-__global__ void __launch_bounds__(kWarps* kWarp, 3)
+__global__ void __launch_bounds__(kWarps* kWarp, sizeof(RealOf<T>) == 8 ? 2 : 3)
     sums_kernel(MeanPredictionParams p, RowSplit split, const MeanPredictionRow* rows, SegmentSums<RealOf<T>>* sums) {
     using Real = RealOf<T>;
     constexpr int width = Vector<T>::kWidth;
@@ -273,7 +273,8 @@ __global__ void __launch_bounds__(kRowThreads)
     if (p.stage == Stage::sums) {
         p.row_sums[row] = sum;
     } else {
-        finish_row<P, Real>(p, row, rows[row], p.stage == Stage::loss ? p.row_sums[row] : sum);
+        if (p.stage == Stage::loss) sum = p.row_sums[row];
+        finish_row<P, Real>(p, row, rows[row], sum);
     }
 }
 

@@ -966,8 +966,8 @@ MUTANTS = [
     Mutant(
         "the loss is that of no slice",
         "mean_prediction.cu",
-        "p.stage == Stage::loss ? p.row_sums[row] : sum",
-        "sum",
+        "        if (p.stage == Stage::loss) sum = p.row_sums[row];\n",
+        "",
         family="mean_prediction",
     ),
     # ---- Reverse steps from a mean prediction ----
