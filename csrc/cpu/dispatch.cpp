@@ -111,11 +111,10 @@ Status reverse_tile_cpu(const ReverseTileParams& p, int threads) {
 }
 
 Status reverse_choose_cpu(const ReverseChoiceParams& p, int threads) {
-    // a random number takes as long as some ten entries
-    return parallel_rows(p.rows, 16 * (p.dim / p.width + 1), 0, threads,
-                         [&](int64_t begin, int64_t end, void*, Status&) {
-                             for (int64_t row = begin; row < end; ++row) choose_part(p, row);
-                         });
+    // a random number, of each tile, takes as long as some ten entries
+    return parallel_rows(p.rows, 64 * (p.parts + 1), 0, threads, [&](int64_t begin, int64_t end, void*, Status&) {
+        for (int64_t row = begin; row < end; ++row) choose_part(p, row);
+    });
 }
 
 Status reverse_mean_probs_cpu(const ReverseMeanParams& p, int threads) {
