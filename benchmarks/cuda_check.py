@@ -72,7 +72,7 @@ BOUNDS = {
     "reverse.sample_kernel": Bounds(SEGMENTS, 80, 2, shared=1576),  # scores; the second sweep: weights
     "reverse.probs_kernel": Bounds(WHOLE_ROWS, 80, 3, "real", shared=1576),  # scores, weights, probabilities
     "reverse.tile_kernel": Bounds(SEGMENTS, 80, 2, shared=264),  # the first sweep: scores; the second: weights
-    "reverse.choose_kernel": Bounds(SEGMENTS, 64),
+    "reverse.choose_kernel": Bounds(SEGMENTS, 96),
     # the main loops of the kernels of a softmax are not counted: they have two, or a branch in them
     "mean_prediction.others_kernel": Bounds(SEGMENTS, 80),
     "mean_prediction.row_kernel": Bounds(BY_ROW, 96),

@@ -381,7 +381,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3) tile_kernel(ReverseTileParam
 }
 
 // Chooses the part of a tile from which each row's entry comes. One thread per row.
-__global__ void __launch_bounds__(kWarps* kWarp) choose_kernel(ReverseChoiceParams p) {
+__global__ void __launch_bounds__(kWarps* kWarp, 2) choose_kernel(ReverseChoiceParams p) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * (kWarps * kWarp) + static_cast<int>(threadIdx.x);
     if (row < p.rows) choose_part(p, row);
 }
