@@ -1293,13 +1293,17 @@ class Driver {
         // Two sweeps take long: of most shapes the two kinds of steps that have most to do, and of some all.
         if (s.rows != 3 && (kind == Step::tweedie) != (forbidden >= 0)) return;
         const std::vector<int64_t> tiles = cuts(s);
-        right.clear();
-        for (const uint64_t sweep : {0, 1}) {
-            for (int64_t row = 0; row < s.rows; ++row) {
-                const auto i = static_cast<size_t>(row);
-                right.push_back(tile_tokens(p, kind, weights[i], row, step[i], tiles, sweep));
+        // What both sweeps over these tiles draw.
+        const auto draw_right = [&](const std::vector<int64_t>& bounds) {
+            right.clear();
+            for (const uint64_t sweep : {0, 1}) {
+                for (int64_t row = 0; row < s.rows; ++row) {
+                    const auto i = static_cast<size_t>(row);
+                    right.push_back(tile_tokens(p, kind, weights[i], row, step[i], bounds, sweep));
+                }
             }
-        }
+        };
+        draw_right(tiles);
         check_tokens(
             p, (name + "_sample of tiles" + without).c_str(), 0,
             [&](void* out, const sedd::CudaLaunch& where) {
@@ -1310,13 +1314,7 @@ class Driver {
         std::vector<int64_t> grid;
         for (int64_t first = 0; first < s.dim; first += width) grid.push_back(first);
         grid.push_back(s.dim);
-        right.clear();
-        for (const uint64_t sweep : {0, 1}) {
-            for (int64_t row = 0; row < s.rows; ++row) {
-                const auto i = static_cast<size_t>(row);
-                right.push_back(tile_tokens(p, kind, weights[i], row, step[i], grid, sweep));
-            }
-        }
+        draw_right(grid);
         check_tokens(
             p, (name + "_sample of three processes" + without).c_str(), 0,
             [&](void* out, const sedd::CudaLaunch& where) {
