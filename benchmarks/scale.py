@@ -26,11 +26,8 @@ from rich.table import Table
 from sedd.config import ModelOptions, ParallelOptions, ProcessName, TrainConfig
 from sedd.data.tokenizer import get_tokenizer
 from sedd.footprint import Layout, collectives, memory
-from sedd.network import PRESETS, ModelConfig
 from sedd.options import add_options, build, check_one_of, check_options, checked, tree
 
-PRESETS.setdefault("large", ModelConfig(hidden_size=2048, n_blocks=24, n_heads=32))
-"""The 1.45B model of Deschenaux & Gulcehre (2024), table 7, at the length of the others."""
 GB = 1e9
 ENGINES: tuple[Literal["ddp", "fsdp", "hsdp"], ...] = ("ddp", "fsdp", "hsdp")
 
@@ -40,7 +37,7 @@ class Options:
     """What is computed."""
 
     model: ModelOptions = field(default_factory=lambda: ModelOptions("small"))
-    """Model. The preset can also be large (1.45B parameters)"""
+    """Model"""
     tokenizer: str = "gpt2"
     """Its vocabulary is used: bytes, text8, gpt2, or a tokenizer.json."""
     tokens: int | None = None

@@ -29,7 +29,6 @@ KINDS = {
     "_allgather_base_": "all_gather",
     "allgather_": "all_gather",
     "_reduce_scatter_base_": "reduce_scatter",
-    "broadcast_": "broadcast",
 }
 
 

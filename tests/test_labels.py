@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 from backends import BACKENDS, SCHEDULES, Backend, running_on
+from breaks import BREAKS, Break
 from conftest import ROOT
+from cuda_on_cpu.mutants import MUTANTS, Mutant
 from explicit import PROCESSES, random_log_score, random_rows
 from torch import Tensor
 
@@ -136,3 +138,11 @@ def test_instruction_sets_have_kernels_of_their_own() -> None:
                     continue  # no sum, and the same operations
                 same = torch.equal(mine[name], theirs[name])
                 assert same == (one == other), f"{name} of {one} and {other}"
+
+
+def test_mistakes_can_still_be_made() -> None:
+    """Code that moves on leaves them behind: the text that each replaces is in its file once."""
+    files: list[tuple[Break | Mutant, str]] = [(mistake, mistake.file) for mistake in BREAKS]
+    files += [(mutant, f"csrc/cuda/{mutant.file}") for mutant in MUTANTS]
+    counts = {mistake.name: (ROOT / file).read_text("utf-8").count(mistake.text) for mistake, file in files}
+    assert {name: count for name, count in counts.items() if count != 1} == {}

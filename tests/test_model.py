@@ -288,5 +288,6 @@ def test_bad_sizes(sizes, message):
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match=r"config: expected a ModelConfig or one of tiny, small, medium, got 'large'"):
-        SEDD("large", Absorbing(5))
+    message = "config: expected a ModelConfig or one of tiny, small, medium, large, got 'huge'"
+    with pytest.raises(ValueError, match=message):
+        SEDD("huge", Absorbing(5))

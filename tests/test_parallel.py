@@ -99,6 +99,17 @@ def test_one_run_on_two_processes(source: Path, tmp_path: Path) -> None:
     }
 
 
+def test_bfloat16_on_two_processes(source: Path, tmp_path: Path) -> None:
+    """FSDP gathers the blocks in bfloat16: losses are those of one process under autocast, as nearly as DDP's are."""
+    precise = {"precision": "bf16", "log_every": 1}
+    assert main(options(tmp_path / "one", source, "md4", **precise)) == 0
+    ways = {way: WAYS[way] for way in ("ddp", "fsdp", "fsdp, accumulated")}
+    lines = [options(tmp_path / way, source, "md4", n, **more, **precise) for way, (n, more) in ways.items()]
+    train_together(tmp_path, 2, lines)
+    largest = {way: difference(tmp_path / way, tmp_path / "one") for way in ways}
+    assert max(largest.values()) < 0.03, largest
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_loss_of_a_batch_is_that_of_its_parts(objective: str) -> None:
     """Noise and sampled neighbours belong to the place of a sequence in the batch."""

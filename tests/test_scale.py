@@ -47,6 +47,8 @@ CASES: dict[str, tuple[int, TrainConfig]] = {
     "ddp, checkpointed": (2, config(activation_checkpointing=True)),
     "fsdp": (2, config("fsdp")),
     "fsdp, wide, accumulated": (2, config("fsdp", model=WIDE, accumulate=2)),
+    "fsdp, wide, bfloat16": (2, config("fsdp", precision="bf16", model=WIDE)),
+    "fsdp, wide, bfloat16, accumulated": (2, config("fsdp", precision="bf16", model=WIDE, accumulate=2)),
     "fsdp, shallow": (2, config("fsdp", model=SHALLOW, batch_size=1)),
     "ddp, 4": (4, config()),
     "fsdp, 4": (4, config("fsdp", activation_checkpointing=True, precision="bf16")),

@@ -70,7 +70,8 @@ class ModelOptions:
     """The size of the model: a preset, and what to change of it."""
 
     preset: str = "tiny"
-    """Sizes to start from: tiny (for a laptop), small or medium (the sizes of the SEDD paper)."""
+    """Sizes to start from: tiny (for a laptop), small or medium (those of the SEDD paper), or large (1.45 billion
+    parameters)."""
     hidden_size: int | None = None
     """Width of the transformer. Default, here and below: the preset's."""
     n_blocks: int | None = None

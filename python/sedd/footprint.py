@@ -26,7 +26,7 @@ from sedd_ext.head import BUFFER_BYTES, tile_shape
 
 __all__ = ["Collective", "Layout", "Memory", "activations", "collectives", "memory"]
 
-Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast"]
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
 FLOAT32, FLOAT64 = 4, 8
 SUMS = 3
 """Numbers of a row that the loss of a softmax adds up over a divided vocabulary, unless the process is absorbing."""
@@ -198,7 +198,8 @@ def activations(layout: Layout) -> tuple[int, int, int]:
 
     Returns:
         For one transformer block; for each block under activation checkpointing; and for what follows the blocks.
-        Under autocast a block also keeps a bfloat16 copy of its weights, because the products need it.
+        Under autocast a block also keeps a bfloat16 copy of its weights, because the products need it; with FSDP the
+        gathered block is that copy.
     """
     sizes, cuda, w = layout.network, layout.device == "cuda", layout.compute
     d, rows = sizes.hidden_size, layout.rows
@@ -214,7 +215,7 @@ def activations(layout: Layout) -> tuple[int, int, int]:
     block = _build(layout.config, dataclasses.replace(sizes, n_blocks=1), 2).network.blocks[0]  # type: ignore[attr-defined]
     linears = {name: part for name, part in block.named_modules() if isinstance(part, nn.Linear)}
     copies = sum(part.weight.numel() for name, part in linears.items() if name != "adaLN_modulation")
-    weights = w * copies if w != FLOAT32 else 0
+    weights = w * copies if w != FLOAT32 and layout.config.parallel.data == "ddp" else 0
     return rows * token + weights, rows * FLOAT32 * d, rows * (norm + FLOAT32 * d)
 
 
@@ -251,6 +252,7 @@ def memory(layout: Layout) -> Memory:
     whole = (blocks * block + root + own) if many else 0
     embedding = FLOAT32 * diffusion.get_parameter(_VOCABULARY[0]).numel()
     rows, d = layout.rows, sizes.hidden_size
+    reduced = block + (block * w // FLOAT32 if w != FLOAT32 else 0)  # gradients of a block; those of 16 bits are copied
     passing = rows * d * (FLOAT32 + w + 4 * w) + 4 * d * d * (FLOAT32 + (w if w != FLOAT32 else 0))
     phases = {
         "loss": {
@@ -262,9 +264,9 @@ def memory(layout: Layout) -> Memory:
         },
         "blocks": {
             "gradients": buckets + (whole if many else weight if divides or own else 0),
-            "gathered": root + 2 * block,
+            "gathered": root + 2 * block * w // FLOAT32,
             "activations": stored,
-            "temporary": passing + (full - again if checkpointed else 0) + block,
+            "temporary": passing + (full - again if checkpointed else 0) + reduced,
         },
         "end": {
             "gradients": buckets + root + own + blocks * units.block_share * divides,
@@ -327,19 +329,18 @@ def _data(layout: Layout) -> list[Collective]:
     if layout.replicas == 1:
         return []
     if config.parallel.data == "ddp":
-        buffers = sum(buffer.nbytes for buffer in diffusion.buffers())
-        found = [Collective("broadcast", "buffers", buffers, 1, layout.replicas, stride)]
-        for size in _buckets(layout, diffusion):
-            found.append(Collective("all_reduce", "bucket of gradients", size, 1, layout.replicas, stride))
-        return found
-    units, blocks = _Units.of(layout, diffusion), layout.network.n_blocks
+        return [
+            Collective("all_reduce", "bucket of gradients", size, 1, layout.replicas, stride)
+            for size in _buckets(layout, diffusion)
+        ]
+    units, blocks, w = _Units.of(layout, diffusion), layout.network.n_blocks, layout.compute
     block, root, others = shard * units.block_share, shard * units.root_share, layout.replicas // shard
     rest, split = ("the rest", len(_VOCABULARY)) if layout.vocab > 1 else ("embedding, head and the rest", 0)
     found = []
     if shard > 1:
         found = [
             Collective("all_gather", rest, root, 1, shard, stride),
-            Collective("all_gather", "block", block, 2 * blocks * config.accumulate, shard, stride),
+            Collective("all_gather", "block", block * w // FLOAT32, 2 * blocks * config.accumulate, shard, stride),
             Collective("reduce_scatter", "block's gradient", block, blocks, shard, stride),
             Collective("reduce_scatter", f"gradient of {rest}", root, 1, shard, stride),
             Collective("all_reduce", "norms of gradients", FLOAT32 * (units.tensors - split), 1, shard, stride),

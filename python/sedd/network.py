@@ -74,8 +74,10 @@ PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(hidden_size=128, n_blocks=4, n_heads=2, length=128, dropout=0.0),
     "small": ModelConfig(),
     "medium": ModelConfig(hidden_size=1024, n_blocks=24, n_heads=16),
+    "large": ModelConfig(hidden_size=2048, n_blocks=24, n_heads=32),
 }
-"""Sizes by name: ``tiny`` learns on two CPU cores in minutes, ``small`` and ``medium`` are the paper's."""
+"""Sizes by name: ``tiny`` learns on two CPU cores in minutes, ``small`` and ``medium`` are those of Lou, Meng & Ermon
+(2024), ``large`` (1.45 billion parameters) is that of Deschenaux & Gulcehre (2024), table 7."""
 
 
 class Network(Protocol):
@@ -256,9 +258,14 @@ def _attend(
 
 def _modulation(linear: nn.Linear, condition: Tensor, parts: int) -> tuple[Tensor, ...]:
     """The shifts, scales and gates [B, 1, d] made from the conditioning vector, in float32 under autocast too."""
-    with torch.autocast(condition.device.type, enabled=False):
-        modulation: Tensor = linear(condition)
+    with torch.autocast(condition.device.type, enabled=False):  # FSDP may have gathered the parameters in bfloat16
+        modulation = F.linear(condition, linear.weight.to(condition.dtype), linear.bias.to(condition.dtype))
     return modulation.unsqueeze(1).chunk(parts, dim=-1)
+
+
+def _normalize(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Layer norm in x's dtype, in which FSDP may not have gathered the weight."""
+    return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), eps=norm.eps)
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -291,12 +298,12 @@ class _Block(nn.Module):
         self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor, past: tuple[int, KeyValueCache] | None
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(self.adaLN_modulation, condition, 6)
-        qkv = self.attn_qkv(_modulate(self.norm1(x), shift1, scale1))
+        qkv = self.attn_qkv(_modulate(_normalize(self.norm1, x), shift1, scale1))
         # [B, L, (three, head, dim)] -> three tensors [B, head, L, dim]
         q, k, v = qkv.unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         attention = self.attn_out(_attend(q, k, v, cos, sin, self.causal, past).transpose(1, 2).flatten(-2))
         x = torch.addcmul(x, gate1, self.dropout(attention))
-        mlp = self.mlp(_modulate(self.norm2(x), shift2, scale2))
+        mlp = self.mlp(_modulate(_normalize(self.norm2, x), shift2, scale2))
         return torch.addcmul(x, gate2, self.dropout(mlp))
 
 

@@ -42,7 +42,7 @@ ABOUT = """Measure the time of sampling, compared with an autoregressive transfo
 Unless --twin names a run of sedd train --objective autoregressive, the autoregressive model is a GPT-2 from
 transformers with the same width, depth, heads and vocabulary, random weights and a key-value cache. The two are
 measured alternately. Prints seconds, tokens per second, and the number of steps at which both take the same time. For
-an untrained model, give tiny, small or medium in place of a model: the time does not depend on the weights.
+an untrained model, give a preset such as small in place of a model: the time does not depend on the weights.
 
 examples:
   sedd eval latency runs/default --plot latency.png

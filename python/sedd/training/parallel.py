@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -120,15 +120,22 @@ class World:
 
     # -- the model -----------------------------------------------------------------------------------------------------
 
-    def shard(self, diffusion: Diffusion) -> None:
-        """Divides the parameters of a model among the processes, as the options say; in place."""
+    def shard(self, diffusion: Diffusion, dtype: torch.dtype | None = None) -> None:
+        """Divides the parameters of a model among the processes, as the options say; in place.
+
+        Args:
+            diffusion: the model.
+            dtype: the dtype of autocast: FSDP gathers the transformer blocks in it, and adds up their gradients in
+                float32.
+        """
         if self._grid is not None:
             network: Any = diffusion.network
             split_vocabulary(network, self._grid["vocab"])
         if self.mesh is None:
             return
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in getattr(diffusion.network, "blocks", ()):
-            fully_shard(block, mesh=self.mesh)
+            fully_shard(block, mesh=self.mesh, mp_policy=policy)
         # older versions of torch do not have the argument
         ignored: Any = {} if self._grid is None else {"ignored_params": set(_of_vocabulary(diffusion).values())}
         fully_shard(diffusion, mesh=self.mesh, **ignored)
@@ -144,7 +151,9 @@ class World:
         if self.data_size == 1 or self.mesh is not None:
             return diffusion
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(diffusion, device_ids=devices, process_group=group, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            diffusion, device_ids=devices, process_group=group, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
 
     @contextmanager
     def synchronize(self, model: nn.Module, last: bool) -> Iterator[None]:

@@ -87,7 +87,7 @@ class TrainState:
         if config.compile:
             compile_network(network)
         for module in (diffusion, self.ema):
-            world.shard(module)
+            world.shard(module, self.autocast_dtype)
         self.model = world.wrap(diffusion)
         self.optimizer = torch.optim.AdamW(
             [{"params": group} for group in by_mesh(diffusion.parameters())],
