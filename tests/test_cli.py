@@ -212,7 +212,7 @@ BAD = [
     ("train --lr_final 2", "--lr_final: expected a number in [0, 1], got 2.0"),
     ("train --report_to paper", "--report_to: expected one of tensorboard, wandb, none; got 'paper'"),
     ("train --init {tmp}/none --run_dir {tmp}/r", "{tmp}/none: no such file or folder"),
-    ("train --model.preset huge", "--model.preset: expected one of tiny, small, medium; got 'huge'"),
+    ("train --model.preset huge", "--model.preset: expected one of tiny, small, medium, large; got 'huge'"),
     ("train --model.n_heads 3", "--model.hidden_size: expected a multiple of 2 * n_heads = 6"),
     ("train --device toaster", "--device: expected auto, cpu, cuda or cuda:N; got 'toaster'"),
     ("train --data.source {tmp}/no.txt --run_dir {tmp}/r", "--data.source: expected a file or folder, got"),

@@ -258,14 +258,9 @@ def _attend(
 
 def _modulation(linear: nn.Linear, condition: Tensor, parts: int) -> tuple[Tensor, ...]:
     """The shifts, scales and gates [B, 1, d] made from the conditioning vector, in float32 under autocast too."""
-    with torch.autocast(condition.device.type, enabled=False):  # FSDP may have gathered the parameters in bfloat16
-        modulation = F.linear(condition, linear.weight.to(condition.dtype), linear.bias.to(condition.dtype))
+    with torch.autocast(condition.device.type, enabled=False):
+        modulation: Tensor = linear(condition)
     return modulation.unsqueeze(1).chunk(parts, dim=-1)
-
-
-def _normalize(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """Layer norm in x's dtype, in which FSDP may not have gathered the weight."""
-    return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), eps=norm.eps)
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -278,6 +273,20 @@ def _zero(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
+class _Linear(nn.Linear):
+    """Computes in the dtype of its input. FSDP may have gathered its parameters in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class _LayerNorm(nn.LayerNorm):
+    """Computes in the dtype of its input. FSDP may have gathered its weight in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), eps=self.eps)
+
+
 class _Block(nn.Module):
     """Attention, then MLP, each behind a modulated layer norm and gated into the residual stream (adaLN-zero)."""
 
@@ -286,24 +295,24 @@ class _Block(nn.Module):
         dim = config.hidden_size
         self.n_heads = config.n_heads
         self.causal = config.causal
-        self.norm1 = nn.LayerNorm(dim, bias=False)
+        self.norm1 = _LayerNorm(dim, bias=False)
         self.attn_qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.attn_out = nn.Linear(dim, dim, bias=False)
-        self.norm2 = nn.LayerNorm(dim, bias=False)
+        self.norm2 = _LayerNorm(dim, bias=False)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
         self.dropout = nn.Dropout(config.dropout)
-        self.adaLN_modulation = _zero(nn.Linear(config.cond_dim, 6 * dim))
+        self.adaLN_modulation = _zero(_Linear(config.cond_dim, 6 * dim))
 
     def forward(
         self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor, past: tuple[int, KeyValueCache] | None
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(self.adaLN_modulation, condition, 6)
-        qkv = self.attn_qkv(_modulate(_normalize(self.norm1, x), shift1, scale1))
+        qkv = self.attn_qkv(_modulate(self.norm1(x), shift1, scale1))
         # [B, L, (three, head, dim)] -> three tensors [B, head, L, dim]
         q, k, v = qkv.unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         attention = self.attn_out(_attend(q, k, v, cos, sin, self.causal, past).transpose(1, 2).flatten(-2))
         x = torch.addcmul(x, gate1, self.dropout(attention))
-        mlp = self.mlp(_modulate(_normalize(self.norm2, x), shift2, scale2))
+        mlp = self.mlp(_modulate(self.norm2(x), shift2, scale2))
         return torch.addcmul(x, gate2, self.dropout(mlp))
 
 
