@@ -82,6 +82,8 @@ PYBIND11_MODULE(_C, m) {
     m.attr("least_noise") = sedd::kLeastNoise;
     // sizes of structs in float64 tensors
     m.attr("reverse_draw_numbers") = sizeof(sedd::ReverseDraw) / sizeof(double);
+    m.attr("unmask_state_numbers") = sizeof(sedd::UnmaskState) / sizeof(double);
+    m.attr("unmask_numbers") = sizeof(sedd::UnmaskNumbers) / sizeof(double);
     m.attr("mean_sums_numbers") = sizeof(sedd::MeanSums) / sizeof(double);
     m.attr("score_entropy_sweep_numbers") = sizeof(sedd::ScoreEntropySweep) / sizeof(double);
     m.attr("mean_prediction_numbers") = sizeof(sedd::MeanPredictionGradient) / sizeof(double);
@@ -125,6 +127,7 @@ PYBIND11_MODULE(_C, m) {
     bind(m, "reverse_mean_probs", sedd::reverse_mean_probs_cpu);
     bind(m, "reverse_mean_sample", sedd::reverse_mean_sample_cpu);
     bind(m, "reverse_mean_choose", sedd::reverse_mean_choose_cpu);
+    bind(m, "unmask", sedd::unmask_cpu);
     bind(m, "generalized_masked", sedd::generalized_masked_cpu);
     bind(m, "generalized_masked_backward", sedd::generalized_masked_backward_cpu);
     bind(m, "generalized_masked_power", sedd::generalized_masked_power_cpu);

@@ -16,6 +16,7 @@
 #include "reverse_mean.h"
 #include "score_entropy.h"
 #include "transition.h"
+#include "unmask.h"
 
 namespace sedd {
 
@@ -96,6 +97,14 @@ constexpr auto fields_of(const ReverseMeanParams*) {
                            SEDD_FIELD(rows), SEDD_FIELD(width), SEDD_FIELD(first), SEDD_FIELD(most), SEDD_FIELD(dim),
                            SEDD_FIELD(mask), SEDD_FIELD(forbidden), SEDD_FIELD(dtype), SEDD_FIELD(family),
                            SEDD_FIELD(step));
+}
+
+constexpr auto fields_of(const UnmaskParams*) {
+    using Struct = UnmaskParams;
+    return std::make_tuple(SEDD_FIELD(logits), SEDD_FIELD(states), SEDD_FIELD(out), SEDD_FIELD(argmax),
+                           SEDD_FIELD(numbers), SEDD_FIELD(seed), SEDD_FIELD(row_ids), SEDD_FIELD(rows),
+                           SEDD_FIELD(width), SEDD_FIELD(first), SEDD_FIELD(dim), SEDD_FIELD(mask),
+                           SEDD_FIELD(temperature), SEDD_FIELD(top_p), SEDD_FIELD(dtype));
 }
 
 constexpr auto fields_of(const TransitionParams*) {

@@ -23,12 +23,14 @@ from sedd_ext.linear_generalized_masked import linear_generalized_masked_loss
 from sedd_ext.linear_mean_prediction import linear_mean_prediction_loss
 from sedd_ext.linear_reverse import linear_reverse_sample
 from sedd_ext.linear_score_entropy import linear_score_entropy_loss
+from sedd_ext.linear_unmask import linear_unmask
 from sedd_ext.mean_prediction import mean_prediction_loss
 from sedd_ext.process import Absorbing, Hybrid, RankOne, Uniform
 from sedd_ext.reverse import reverse_probs, reverse_sample
 from sedd_ext.score_entropy import score_entropy_loss
 from sedd_ext.step import Euler, GeneralizedMasked, Tweedie
 from sedd_ext.transition import sample_transition, transition_column, transition_row
+from sedd_ext.unmask import Unmasked, unmask
 
 __version__: str = _C.__version__
 
@@ -43,6 +45,7 @@ __all__ = [
     "RankOne",
     "Tweedie",
     "Uniform",
+    "Unmasked",
     "__version__",
     "generalized_masked_loss",
     "has_cuda_kernels",
@@ -50,6 +53,7 @@ __all__ = [
     "linear_mean_prediction_loss",
     "linear_reverse_sample",
     "linear_score_entropy_loss",
+    "linear_unmask",
     "mean_prediction_loss",
     "reference",
     "reverse_probs",
@@ -58,4 +62,5 @@ __all__ = [
     "score_entropy_loss",
     "transition_column",
     "transition_row",
+    "unmask",
 ]

@@ -7,6 +7,7 @@ The public functions check their arguments and raise readable errors. A program 
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NoReturn, get_type_hints
@@ -69,7 +70,7 @@ RULES: dict[str, list[Rule]] = {
     ],
     "hidden": [
         ("{0}.dtype not in DTYPES", TypeError, _ANY_FLOAT),
-        ("{0}.shape != (*x_t.shape, weight.shape[-1])", ValueError, "x_t's shape and one more axis, weight's last"),
+        ("{0}.shape != (*batch, weight.shape[-1])", ValueError, "x_t's shape and one more axis, weight's last"),
     ],
     "bias": [
         ("{0}.dtype not in DTYPES", TypeError, _ANY_FLOAT),
@@ -110,6 +111,9 @@ RULES: dict[str, list[Rule]] = {
     "cumulative": [_vector("float64")],
     "forbidden": [("not -1 <= {0} < dim", ValueError, "a token in [0, {dim}), or -1 for none")],
     "buffer_bytes": [("{0} < 1", ValueError, "a positive number")],
+    "row_ids": _numbers("int64"),
+    "temperature": [("not 0.0 <= {0} < inf", ValueError, "a finite number of at least 0")],
+    "top_p": [("not 0.0 < {0} <= 1.0", ValueError, "a number in (0, 1]")],
     "first_row": [("{0} < 0", ValueError, "at least 0")],
     "seed": [("{0}.dtype is not int64 or {0}.numel() != 1", ValueError, "one number of int64")],
 }
@@ -126,6 +130,7 @@ _KNOWN = {
     "EXACT": {dtype: compute_dtype(dtype) for dtype in DTYPES},
     "MEAN_PREDICTION_NUMBERS": _C.mean_prediction_numbers,
     "ROW_NUMBERS": _C.generalized_masked_row_numbers,
+    "inf": math.inf,
     "int64": torch.int64,
     "float64": torch.float64,
 }
@@ -143,10 +148,14 @@ def checked(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
         optional = arguments[name] == "Tensor?" and name not in ("stationary", "cumulative")
         given = f"{name} is not None and " if optional else ""
         rules += [(name, f"{given}({wrong.format(name)})", error, expected) for wrong, error, expected in RULES[name]]
-    tokens = next(name for name in ("x_t", "x_0", "x") if name in arguments)
+    tokens = next((name for name in ("x_t", "x_0", "x") if name in arguments), None)
     scores = next((name for name in ("log_score", "logits", "weight") if name in arguments), None)
     dtype = "dtype" if "dtype" in arguments else f"{scores}.dtype"
-    known = [f"rows = {tokens}.numel()"]
+    if tokens is not None:
+        known = [f"batch = {tokens}.shape", f"rows = {tokens}.numel()"]
+    else:
+        rows = "hidden" if "hidden" in arguments else scores
+        known = [f"batch = {rows}.shape[:-1]", f"rows = {rows}.numel() // (({rows}.shape or (1,))[-1] or 1)"]
     if scores is not None:
         known += [f"shape = {scores}.shape"]
         if "dim" not in arguments:

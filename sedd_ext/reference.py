@@ -7,6 +7,7 @@ vocabulary is float64 for float64 log-scores and float32 for all other dtypes; t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.functional import one_hot
 
 from sedd_ext.process import RankOne
 from sedd_ext.step import GeneralizedMasked, MeanStep, Tweedie
+from sedd_ext.unmask import STATISTICS, Unmasked
 
 __all__ = [
     "generalized_masked_loss",
@@ -26,6 +28,7 @@ __all__ = [
     "score_entropy_loss",
     "transition_column",
     "transition_row",
+    "unmask",
 ]
 
 # --------------------------------------------------------------------------------------------------------- transitions
@@ -399,6 +402,47 @@ def _normalised(weights: Tensor, process: RankOne, denoise: bool) -> Tensor:
             "log_score: expected rows whose probabilities have a finite positive total, got NaN, infinity or 0"
         )
     return weights / total
+
+
+# ------------------------------------------------------------------------------------------------------------ unmasking
+
+
+def unmask(
+    logits: Tensor,
+    *,
+    mask_id: int | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    statistics: Sequence[str] = STATISTICS,
+    generator: torch.Generator | None = None,
+) -> Unmasked:
+    """Tokens drawn from softmax(logits), and statistics of it. See :func:`sedd_ext.unmask`."""
+    logits = logits.to(_compute_dtype(logits))
+    if mask_id is not None:
+        logits = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) == mask_id, -torch.inf)
+    log_probs = logits.log_softmax(-1)
+    argmax = logits.argmax(-1)
+    if not bool(log_probs.gather(-1, argmax[..., None]).isfinite().all()):
+        raise ValueError("logits: expected rows with a softmax, got NaN, +inf or nothing but -inf")
+    token = argmax
+    if temperature > 0:
+        probs = (logits.double() / temperature).softmax(-1)
+        if top_p < 1:
+            ordered = probs.sort(-1, descending=True).values
+            # of equally probable tokens, the first in the order has all more probable ones before it
+            first = torch.searchsorted(-ordered, -probs)
+            before = (ordered.cumsum(-1) - ordered).gather(-1, first)
+            probs = probs.masked_fill(before >= top_p, 0.0)
+        token = _draw(probs, generator)
+    probs = log_probs.exp()
+    two = probs.topk(min(2, probs.shape[-1]), -1).values
+    found = {
+        "log_prob": log_probs.gather(-1, token[..., None]).squeeze(-1),
+        "max_prob": two[..., 0],
+        "margin": two[..., 0] - two[..., 1:].sum(-1),
+        "entropy": -torch.special.xlogy(probs, probs).sum(-1),
+    }
+    return Unmasked(token, argmax, **{name: found[name] for name in statistics})
 
 
 def _uniform(shape: torch.Size, device: torch.device, generator: torch.Generator | None) -> Tensor:

@@ -173,12 +173,13 @@ def to_device(values: Any) -> Any:
     return values if current.device == "cpu" else pytree.tree_map(move, values)
 
 
-def _there_and_back(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _there_and_back(operator: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(operator)
-    def call(*arguments: Any, **options: Any) -> Tensor:
+    def call(*arguments: Any, **options: Any) -> Any:
         if current.device == "cpu":
             return operator(*arguments, **options)
-        return operator(*to_device(arguments), **to_device(options)).cpu()
+        result = operator(*to_device(arguments), **to_device(options))
+        return pytree.tree_map(lambda value: value.cpu() if isinstance(value, Tensor) else value, result)
 
     return call
 
@@ -187,6 +188,7 @@ generalized_masked_loss = _there_and_back(sedd_ext.generalized_masked_loss)
 linear_generalized_masked_loss = _there_and_back(sedd_ext.linear_generalized_masked_loss)
 linear_mean_prediction_loss = _there_and_back(sedd_ext.linear_mean_prediction_loss)
 linear_reverse_sample = _there_and_back(sedd_ext.linear_reverse_sample)
+linear_unmask = _there_and_back(sedd_ext.linear_unmask)
 linear_score_entropy_loss = _there_and_back(sedd_ext.linear_score_entropy_loss)
 mean_prediction_loss = _there_and_back(sedd_ext.mean_prediction_loss)
 reverse_probs = _there_and_back(sedd_ext.reverse_probs)
@@ -195,3 +197,4 @@ sample_transition = _there_and_back(sedd_ext.sample_transition)
 score_entropy_loss = _there_and_back(sedd_ext.score_entropy_loss)
 transition_column = _there_and_back(sedd_ext.transition_column)
 transition_row = _there_and_back(sedd_ext.transition_row)
+unmask = _there_and_back(sedd_ext.unmask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -73,6 +74,8 @@ BEFORE_POWER = {
 LINEAR_POWER = {**HEAD, "power": torch.ones(N), "x_t": TOKENS, "x_0": torch.tensor([0, 3, 35]), "t": NOISE}
 LINEAR_POWER |= {"loss_weight": NOISE, **SPLIT, **COMPUTE, **FLAGS, "grad_power": True}
 
+DRAW = {"row_ids": TOKENS, "mask": N - 1, "temperature": 0.5, "top_p": 0.9, "statistics": True}
+
 # A call of every operator that is right, with its arguments in order
 CALLS: dict[str, dict[str, Any]] = {
     "score_entropy": {**SCORES, **LOSS, **PI, "neg_entropy": PROCESS.neg_entropy},
@@ -114,8 +117,12 @@ CALLS: dict[str, dict[str, Any]] = {
     "reverse_mean_probs": {**SCORES, **MEAN},
     "reverse_mean_sample": {**SCORES, **MEAN, **SEED},
     "linear_reverse_mean_sample": {**HEAD, **MEAN, **SPLIT, **COMPUTE, **SEED},
+    "unmask": {"logits": torch.zeros(3, N), **DRAW, **SEED},
+    "linear_unmask": {**HEAD, **COMPUTE, **DRAW, **SEED},
 }
 WRONG = {
+    "temperature": [-1.0, math.nan, math.inf],
+    "top_p": [0.0, -1.0, 1.5, math.nan],
     "family": ["", "masked", "absorbing"],  # the last one has no vector
     "step": ["", "ancestral"],
     "mean_step": ["", "generalized_masked"],  # the last one has a power
@@ -152,6 +159,7 @@ def wrong_values(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 ALLOWED = {(name, "None") for name in ("bias", "log_score_shift", "loss_weight", "sigma_s", "needs_gradient")}
+ALLOWED |= {("row_ids", "None"), ("statistics", "None")}
 ALLOWED |= {
     *((name, "empty") for name in (*MADE, "power_gradient")),
     *((name, "None") for name in (*FLAGS, "grad_power")),

@@ -11,7 +11,7 @@ namespace {
     KernelTable {                                                                                             \
         #isa, isa::score_entropy, isa::score_entropy_backward, isa::score_entropy_tile, isa::mean_prediction, \
             isa::mean_prediction_backward, isa::reverse_probs, isa::reverse_sample, isa::reverse_tile,        \
-            isa::reverse_mean_probs, isa::reverse_mean_sample, isa::generalized_masked,                       \
+            isa::reverse_mean_probs, isa::reverse_mean_sample, isa::unmask, isa::generalized_masked,          \
             isa::generalized_masked_backward, isa::generalized_masked_power                                   \
     }
 
@@ -135,6 +135,10 @@ Status reverse_mean_choose_cpu(const ReverseMeanParams& p, int threads) {
             if (token < 0) report(status, Fault::total, row);
         }
     });
+}
+
+Status unmask_cpu(const UnmaskParams& p, int threads) {
+    return launch(kernels().unmask(p.dtype, unmask_sums(p)), p, p.width, reverse_mean_scratch(p.width), threads);
 }
 
 Status generalized_masked_cpu(const GeneralizedMaskedParams& p, int threads) {

@@ -6,6 +6,7 @@
 #include "reverse.h"
 #include "reverse_mean.h"
 #include "score_entropy.h"
+#include "unmask.h"
 
 namespace sedd {
 
@@ -25,6 +26,7 @@ struct KernelTable {
     RowKernel<ReverseTileParams> (*reverse_tile)(DType, Family);
     RowKernel<ReverseMeanParams> (*reverse_mean_probs)(DType, Family, bool has_power);
     RowKernel<ReverseMeanParams> (*reverse_mean_sample)(DType, Family, bool has_power);
+    RowKernel<UnmaskParams> (*unmask)(DType, UnmaskSums);
     RowKernel<GeneralizedMaskedParams> (*generalized_masked)(DType);
     RowKernel<GeneralizedMaskedParams> (*generalized_masked_backward)(DType);
     RowKernel<GeneralizedMaskedParams> (*generalized_masked_power)(DType);  // takes blocks of columns
@@ -42,6 +44,7 @@ struct KernelTable {
     RowKernel<ReverseTileParams> reverse_tile(DType, Family);                \
     RowKernel<ReverseMeanParams> reverse_mean_probs(DType, Family, bool);    \
     RowKernel<ReverseMeanParams> reverse_mean_sample(DType, Family, bool);   \
+    RowKernel<UnmaskParams> unmask(DType, UnmaskSums);                       \
     RowKernel<GeneralizedMaskedParams> generalized_masked(DType);            \
     RowKernel<GeneralizedMaskedParams> generalized_masked_backward(DType);   \
     RowKernel<GeneralizedMaskedParams> generalized_masked_power(DType);      \

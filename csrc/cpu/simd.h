@@ -135,6 +135,7 @@ inline VecF min_or_second(VecF a, VecF b) {
     return a < b ? a : b;
 #endif
 }
+inline double min_or_second(double a, double b) { return a < b ? a : b; }
 
 // a if π is not zero, else 0. A token that the process never reaches contributes nothing, whatever its log-score.
 inline VecF where_nonzero(VecF pi, VecF a) { return pi != 0.0f ? a : VecF{}; }

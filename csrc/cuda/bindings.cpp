@@ -13,6 +13,7 @@ int64_t columns(const Params& p) {
 }
 int64_t columns(const ScoreEntropyTileParams& p) { return p.width; }
 int64_t columns(const ReverseTileParams& p) { return p.width; }
+int64_t columns(const UnmaskParams& p) { return p.width; }
 int64_t columns(const MeanPredictionParams& p) { return p.width; }
 int64_t columns(const GeneralizedMaskedParams& p) { return p.width; }
 
@@ -61,6 +62,7 @@ void bind_cuda(py::module_& m) {
     bind(m, "reverse_mean_probs", reverse_mean_probs_cuda, none);
     bind(m, "reverse_mean_sample", reverse_mean_sample_cuda, none);
     bind(m, "reverse_mean_choose", reverse_mean_choose_cuda, none);
+    bind(m, "unmask", unmask_cuda, none);
     bind(m, "generalized_masked", generalized_masked_cuda, generalized_masked_workspace);
     bind(m, "generalized_masked_backward", generalized_masked_backward_cuda, generalized_masked_backward_workspace);
     bind(m, "generalized_masked_power", generalized_masked_power_cuda, generalized_masked_power_workspace);

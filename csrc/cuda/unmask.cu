@@ -1,0 +1,286 @@
+// Tokens and statistics of positions. The warps of a block read a tile of a row once and keep, for each segment, its
+// sums and its two largest logits. The first warp combines them, adds the tile to the state of the row and draws the
+// tile's token, for which it reads one segment again.
+//
+// Bytes per element: 4 (float32) or 2, read once, and 2 KiB of a tile again where the token comes from it. A draw from
+// a nucleus reads the row again, from the L2 cache, once and again after each rejection.
+//
+// Configuration: as in reverse_mean.cu. A block has one row if there is a nucleus, because its warps wait for one
+// another after each draw. Shared memory holds a float64 sum and the numbers of each segment.
+//
+// A row without a softmax gets tokens -1 and numbers NaN.
+#include "unmask.h"
+
+#include "cuda/draw.cuh"
+#include "cuda/softmax.cuh"
+
+namespace sedd {
+namespace {
+
+constexpr int64_t kSharedBytes = 48 << 10;
+
+// The numbers of a segment; the sums are relative to its largest logit.
+template <class Real>
+struct UnmaskSegment {
+    Real top, second, exps, weighted, draws;
+    int argmax;  // an entry of the tile, or -1
+
+    // Takes the largest logits of other entries. Of equal ones, the first is the largest.
+    __device__ __forceinline__ void add_largest(Real l, Real next, int y) {
+        const bool higher = l > top || (l == top && argmax >= 0 && y >= 0 && y < argmax);
+        const Real lower = l > top ? top : l, rest = l > top ? next : second;
+        second = lower > rest ? lower : rest;
+        top = l > top ? l : top;
+        argmax = higher ? y : argmax;
+    }
+};
+
+template <UnmaskSums kSums, class T, class Real = RealOf<T>>
+__device__ __forceinline__ UnmaskSegment<Real> segment_numbers(const T* row, int dim, int segment, int mask,
+                                                               Real factor) {
+    constexpr bool statistics = kSums != UnmaskSums::draws, draws = kSums != UnmaskSums::statistics;
+    constexpr int width = Vector<T>::kWidth;
+    const Real none = Normaliser<Real>::none().top;
+    UnmaskSegment<Real> s{none, none, Real(0), Real(0), Real(0), -1};
+    // exp((l - top) · by), 0 for l = -inf
+    const auto relative = [&](Real l, Real top, Real by) {
+        return l == none ? Real(0) : exponential((l - top) * by);
+    };
+    const auto raise = [&](Real top) {  // makes the sums relative to it
+        if (!(s.top < top)) return;
+        if constexpr (statistics) {
+            const Real scale = relative(s.top, top, Real(1));
+            s.weighted = s.top == none ? Real(0) : (s.weighted + (s.top - top) * s.exps) * scale;
+            s.exps *= scale;
+        }
+        if constexpr (draws) s.draws *= relative(s.top, top, factor);
+    };
+    const auto add = [&](Real l) {
+        if constexpr (statistics) {
+            const Real e = relative(l, s.top, Real(1));
+            s.exps += e;
+            if (l != none) s.weighted += (l - s.top) * e;
+        }
+        if constexpr (draws) s.draws += relative(l, s.top, factor);
+    };
+    visit(
+        row, dim, segment, mask,
+        [&](int y, Real(&l)[width]) {
+            Real higher = none;
+#pragma unroll
+            for (int j = 0; j < width; ++j) higher = l[j] > higher ? l[j] : higher;
+            raise(higher);
+            if (higher > s.second) {  // seldom
+#pragma unroll
+                for (int j = 0; j < width; ++j) s.add_largest(l[j], none, y + j);
+            }
+#pragma unroll
+            for (int j = 0; j < width; ++j) add(l[j]);
+        },
+        [&](int y, Real l) {
+            raise(l);
+            s.add_largest(l, none, y);
+            add(l);
+        });
+    const Real own = s.top;
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+        s.add_largest(__shfl_xor_sync(kAll, s.top, offset), __shfl_xor_sync(kAll, s.second, offset),
+                      __shfl_xor_sync(kAll, s.argmax, offset));
+    }
+    if constexpr (statistics) {
+        const Real scale = relative(own, s.top, Real(1));
+        const Real by = own == none ? Real(0) : own - s.top;
+        s.weighted = warp_sum((s.weighted + by * s.exps) * scale);
+        s.exps = warp_sum(s.exps * scale);
+    }
+    if constexpr (draws) {
+        s.draws = warp_sum(s.draws * relative(own, s.top, factor));
+    } else {
+        s.draws = s.exps;
+    }
+    return s;
+}
+
+// The state of a tile from its segments; makes picks[s] the sums of draws relative to the largest logit. Called by a
+// whole warp; the result is the same on every lane. A lane reads only those picks that it wrote.
+template <class Real>
+__device__ __forceinline__ UnmaskState tile_state(const UnmaskSegment<Real>* segments, int count, double factor,
+                                                  double* picks) {
+    const double none = Normaliser<double>::none().top;
+    UnmaskSegment<double> s{none, none, 0.0, 0.0, 0.0, -1};
+    for (int k = lane_of(); k < count; k += kWarp) {
+        s.add_largest(static_cast<double>(segments[k].top), static_cast<double>(segments[k].second),
+                      segments[k].argmax);
+    }
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+        s.add_largest(__shfl_xor_sync(kAll, s.top, offset), __shfl_xor_sync(kAll, s.second, offset),
+                      __shfl_xor_sync(kAll, s.argmax, offset));
+    }
+    UnmaskState sums = unmask_start();
+    for (int k = lane_of(); k < count; k += kWarp) {
+        const UnmaskSegment<Real>& segment = segments[k];
+        UnmaskState part{0.0,
+                         0.0,
+                         static_cast<double>(segment.exps),
+                         static_cast<double>(segment.weighted),
+                         static_cast<double>(segment.draws),
+                         0.0,
+                         0,
+                         0};
+        unmask_lower(part, static_cast<double>(segment.top) - s.top, factor);
+        sums.exps += part.exps;
+        sums.weighted += part.weighted;
+        sums.draws += picks[k] = part.draws;
+    }
+    return {s.top, s.second, warp_sum(sums.exps), warp_sum(sums.weighted), warp_sum(sums.draws), none, -1, s.argmax};
+}
+
+// exp((l - top) / T) of an entry with l > low; MASK has none.
+template <class Real>
+struct UnmaskTerm {
+    Real top, factor, low;
+    int mask;
+
+    __device__ __forceinline__ Real operator()(int y, Real l) const {
+        return y != mask && l > low ? exponential((l - top) * factor) : Real(0);
+    }
+};
+
+template <class T, class Real = RealOf<T>>
+__device__ __forceinline__ Real segment_above(const T* row, int dim, int segment, const UnmaskTerm<Real>& term) {
+    Real sum = 0;
+    visit(
+        row, dim, segment, term.mask,
+        [&](int y, Real(&l)[Vector<T>::kWidth]) {
+#pragma unroll
+            for (int j = 0; j < Vector<T>::kWidth; ++j) l[j] = term(y + j, l[j]);
+            sum += sum_of(l);
+        },
+        [&](int y, Real l) { sum += term(y, l); });
+    return warp_sum(sum);
+}
+
+// An entry at a point in [0, 1] of the running sum of picks. Called by a whole warp.
+template <class T, class Real = RealOf<T>>
+__device__ __forceinline__ int pick_token(const T* row, int dim, const double* picks, int segments, double point,
+                                          const UnmaskTerm<Real>& term) {
+    const double all = sum_segments(picks, segments);
+    const Pick pick = pick_segment(picks, segments, point * all);
+    return pick_entry(row, dim, pick.segment, -1, term, pick.share);
+}
+
+// Continues the draw of a row that a whole block works on. `y` is the drawn entry, or -1, in all threads or in those of
+// the first warp.
+template <class T>
+__device__ __forceinline__ int draw_nucleus(const UnmaskParams& p, int64_t row, const T* logits, int segments,
+                                            double* picks, UnmaskTerm<RealOf<T>> term, double total, int y) {
+    __shared__ int drawn;
+    const int warp = static_cast<int>(threadIdx.x) / kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
+    const int dim = static_cast<int>(p.width);
+    for (uint64_t draw = 1;; ++draw) {
+        if (threadIdx.x == 0) drawn = y;
+        __syncthreads();  // wait for the drawn entry
+        y = drawn;
+        if (y < 0) return y;
+        term.low = Vector<T>::read(logits + y);
+        for (int s = warp; s < segments; s += warps) {
+            const double above = static_cast<double>(segment_above(logits, dim, s, term));
+            if (lane_of() == 0) picks[s] = above;
+        }
+        __syncthreads();  // wait for the sums
+        const double above = sum_segments(picks, segments);
+        if (!(above >= p.top_p * total)) return y;
+        if (warp == 0) {
+            y = pick_token(logits, dim, picks, segments, unmask_uniform(p, row, draw << 32), term);
+        }
+        __syncthreads();  // wait until nobody reads the sums and the drawn entry
+    }
+}
+
+template <UnmaskSums kSums, class T>
+__global__ void __launch_bounds__(kWarps* kWarp, 3) unmask_kernel(UnmaskParams p, int segments, int row_warps) {
+    using Real = RealOf<T>;
+    SEDD_DYNAMIC_SHARED(double, memory);
+    __shared__ double total, top;
+    const int warp = static_cast<int>(threadIdx.x) / kWarp, slot = warp / row_warps, first = warp % row_warps;
+    const int block_rows = static_cast<int>(blockDim.x) / (kWarp * row_warps);
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * block_rows + slot;
+    const int dim = static_cast<int>(p.width), mask = static_cast<int>(p.mask - p.first);
+    const bool exists = row < p.rows;
+    const T* const logits = static_cast<const T*>(p.logits) + (exists ? row * p.width : 0);
+    double* const picks = memory + slot * segments;
+    UnmaskSegment<Real>* const numbers =
+        reinterpret_cast<UnmaskSegment<Real>*>(memory + block_rows * segments) + slot * segments;
+    const double factor = unmask_factor(p);
+    // Every warp reaches the barrier, whether its row exists or not.
+    if (exists) {
+        for (int s = first; s < segments; s += row_warps) {
+            const UnmaskSegment<Real> segment =
+                segment_numbers<kSums>(logits, dim, s, mask, static_cast<Real>(factor));
+            if (lane_of() == 0) numbers[s] = segment;
+        }
+    }
+    __syncthreads();  // wait for the segments
+    const bool leads = exists && first == 0;
+    UnmaskState state = unmask_start();
+    UnmaskTerm<Real> term{Real(0), static_cast<Real>(factor), Normaliser<Real>::none().top, mask};
+    int y = -1;
+    if (leads) {
+        UnmaskState tile = tile_state(numbers, segments, factor, picks);
+        tile.argmax += tile.argmax >= 0 ? p.first : 0;
+        if (p.first > 0) state = p.states[row];
+        const double point = unmask_add(p, row, state, tile);
+        term.top = static_cast<Real>(tile.top);
+        if (point >= 0.0) y = pick_token(logits, dim, picks, segments, point, term);
+    }
+    if (p.top_p < 1.0) {  // a block has one row
+        if (threadIdx.x == 0) total = state.draws, top = state.top;
+        __syncthreads();  // wait for the total
+        term.top = static_cast<Real>(top);
+        y = draw_nucleus(p, row, logits, segments, picks, term, total, y);
+    }
+    if (!leads || lane_of() != 0) return;
+    if (y >= 0) {
+        state.token = p.first + y;
+        state.logit = static_cast<double>(Vector<T>::read(logits + y));
+    }
+    p.states[row] = state;
+    if (p.first + p.width == p.dim) unmask_finish(p, row, state);
+}
+
+template <UnmaskSums kSums, class T>
+const char* launch_typed(const UnmaskParams& p, const CudaLaunch& launch) {
+    if (const char* why = too_large(p.rows, p.width, p.rows)) return why;
+    const int segments = static_cast<int>(num_segments(p.width, p.dtype));
+    int row_warps = 1;
+    while (row_warps < kWarps && row_warps < segments) row_warps *= 2;
+    const int block_rows = p.top_p < 1.0 ? 1 : kWarps / row_warps;
+    const int64_t shared_bytes =
+        block_rows * segments * static_cast<int64_t>(sizeof(double) + sizeof(UnmaskSegment<RealOf<T>>));
+    if (shared_bytes > kSharedBytes) return "rows too wide for the CUDA kernel that unmasks";
+    SEDD_LAUNCH((unmask_kernel<kSums, T>), blocks_for(p.rows, block_rows), block_rows * row_warps * kWarp,
+                static_cast<size_t>(shared_bytes), stream_of(launch), p, segments, row_warps);
+    return launch_error();
+}
+
+}  // namespace
+
+const char* unmask_cuda(const UnmaskParams& p, const CudaLaunch& launch) {
+    if (p.rows == 0) return nullptr;
+    if (const char* why = use_device(launch.device)) return why;
+    return with_type(p.dtype, [&](auto* type) -> const char* {
+        using T = std::remove_pointer_t<decltype(type)>;
+        switch (unmask_sums(p)) {
+            case UnmaskSums::draws:
+                return launch_typed<UnmaskSums::draws, T>(p, launch);
+            case UnmaskSums::statistics:
+                return launch_typed<UnmaskSums::statistics, T>(p, launch);
+            default:
+                return launch_typed<UnmaskSums::both, T>(p, launch);
+        }
+    });
+}
+
+}  // namespace sedd
