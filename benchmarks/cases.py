@@ -33,6 +33,7 @@ AUTOGRAD, BOTH = "score entropy backward, autograd", "score entropy forward + ba
 COLUMN, ROW, SAMPLE = "transition column", "transition row", "transition sample"
 TWEEDIE, EULER = "tweedie sample", "euler sample"
 MEAN_TWEEDIE, MEAN_EULER = "tweedie sample, mean prediction", "euler sample, mean prediction"
+UNMASK, UNMASK_NUCLEUS = "unmask", "unmask, top_p = 0.9"
 HEADS = (256, 768)  # widths of the hidden states before a fused head
 HEAD_BENCH_ROWS = 512
 HEAD_ROWS = (1024, 4096, 16_384)

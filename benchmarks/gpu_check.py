@@ -31,9 +31,9 @@ from gpu_tables import Record, summary, tables
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
 TESTED = (
-    *("score_entropy", "mean_prediction", "generalized_masked", "reverse", "reverse_mean", "transition"),
+    *("score_entropy", "mean_prediction", "generalized_masked", "reverse", "reverse_mean", "unmask", "transition"),
     *("linear_score_entropy", "linear_mean_prediction", "linear_generalized_masked"),
-    *("linear_reverse", "linear_reverse_mean", "split", "bad_input", "operators"),
+    *("linear_reverse", "linear_reverse_mean", "linear_unmask", "split", "bad_input", "operators"),
 )
 OPERATOR_TESTS = [f"tests/test_{name}.py" for name in (*TESTED, "cuda_kernels")]
 KINDS = ("about", "operators", "accuracy", "tokens", "timings", "models", "launches", "buffers", "counters")

@@ -3,9 +3,9 @@
 Processes: :func:`Absorbing`, :func:`Uniform`, :func:`Hybrid`, :class:`RankOne`. Reverse steps: :class:`Tweedie`,
 :class:`Euler`, :class:`GeneralizedMasked`. Operators: :func:`score_entropy_loss`, :func:`mean_prediction_loss`,
 :func:`generalized_masked_loss`, :func:`transition_column`, :func:`transition_row`, :func:`sample_transition`,
-:func:`reverse_probs`, :func:`reverse_sample`; with the output head fused in, :func:`linear_score_entropy_loss`,
-:func:`linear_mean_prediction_loss`, :func:`linear_generalized_masked_loss`, :func:`linear_reverse_sample`. The same in
-plain PyTorch: :mod:`sedd_ext.reference`.
+:func:`reverse_probs`, :func:`reverse_sample`, :func:`unmask`; with the output head fused in,
+:func:`linear_score_entropy_loss`, :func:`linear_mean_prediction_loss`, :func:`linear_generalized_masked_loss`,
+:func:`linear_reverse_sample`, :func:`linear_unmask`. The same in plain PyTorch: :mod:`sedd_ext.reference`.
 """
 
 import torch  # noqa: F401 - before the kernels: they use the OpenMP runtime that torch loads

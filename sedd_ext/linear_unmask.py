@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sedd_ext._dispatch import DTYPES, check_same_device, draw_seed
 from sedd_ext._operators import define, schema
@@ -52,7 +52,7 @@ def _unmask(*arguments: Any) -> tuple[Tensor, Tensor]:
     width = tile_width(dim, a.hidden.device) if draw.top_p == 1.0 else dim
     kind = "cpu" if a.hidden.device.type == "cpu" else "cuda"
     chunk = max(1, min(ROWS[kind], a.buffer_bytes // (width * a.dtype.itemsize)))
-    hidden = F.pad(a.hidden.reshape(rows, a.hidden.shape[-1]).to(a.dtype), (0, 0, 0, -rows % chunk))
+    hidden = pad(a.hidden.reshape(rows, a.hidden.shape[-1]).to(a.dtype), (0, 0, 0, -rows % chunk))
     buffer = hidden.new_empty(chunk * width)
     results = Results.empty(rows, draw.statistics, a.hidden)
     for first in range(0, dim, width):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
@@ -57,6 +58,10 @@ class Draw(NamedTuple):
     statistics: bool
 
 
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_draw(
     mask_id: object,
     dim: int,
@@ -70,17 +75,13 @@ def check_draw(
     """Checks the options of a draw."""
     if mask_id is not None and (not isinstance(mask_id, int) or isinstance(mask_id, bool) or not 0 <= mask_id < dim):
         raise ValueError(f"mask_id: expected a token in [0, {dim}) or None, got {mask_id!r}")
-    for name, value, fits, wanted in (
-        ("temperature", temperature, lambda v: 0.0 <= v < float("inf"), "a finite number of at least 0"),
-        ("top_p", top_p, lambda v: 0.0 < v <= 1.0, "a number in (0, 1]"),
-    ):
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not fits(value):
-            raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+    if not _is_number(temperature) or not 0.0 <= float(temperature) < math.inf:
+        raise ValueError(f"temperature: expected a finite number of at least 0, got {temperature!r}")
+    if not _is_number(top_p) or not 0.0 < float(top_p) <= 1.0:
+        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
     if isinstance(statistics, str) or not set(statistics) <= set(STATISTICS):
         raise ValueError(f"statistics: expected some of {', '.join(STATISTICS)}, got {statistics!r}")
     ids = None if row_ids is None else check_tokens("row_ids", row_ids, batch, of)
-    assert isinstance(temperature, (int, float))
-    assert isinstance(top_p, (int, float))
     mask = -1 if mask_id is None else mask_id
     return Draw(ids, mask, float(temperature), float(top_p), bool(statistics))
 

@@ -23,7 +23,10 @@ X86 = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
 }
 """As in CMakeLists.txt."""
-KERNELS = ("generalized_masked.cpp", "mean_prediction.cpp", "reverse.cpp", "reverse_mean.cpp", "score_entropy.cpp")
+KERNELS = tuple(
+    f"{name}.cpp"
+    for name in ("generalized_masked", "mean_prediction", "reverse", "reverse_mean", "score_entropy", "unmask")
+)
 
 
 def driver(mutant: tuple[str, Path] | None = None) -> Path:
@@ -90,8 +93,13 @@ def test_no_access_beyond_memory() -> None:
             "for (; y + width <= end; y += width) {\n        Vec l[1], pi[1];\n        write(l, pi);",
             "for (; y < end; y += width) {\n        Vec l[1], pi[1];\n        write(l, pi);",
         ),
+        (
+            "unmask.cpp",
+            "for (; y + kUnroll * width <= end; y += kUnroll * width) {",
+            "for (; y < end; y += kUnroll * width) {",
+        ),
     ],
-    ids=["reverse", "reverse_mean", "score_entropy", "generalized_masked", "mean_prediction"],
+    ids=["reverse", "reverse_mean", "score_entropy", "generalized_masked", "mean_prediction", "unmask"],
 )
 def test_reads_beyond_a_row_are_noticed(name: str, text: str, replacement: str) -> None:
     """A whole vector where a part of one is left, in the baseline's kernels."""

@@ -37,6 +37,18 @@ def test_bert_learns_from_the_first_step(capsys: pytest.CaptureFixture[str], mon
     assert int(written.max()) < 256, "no MASK is left"
 
 
+def test_decoding_with_and_without_logits() -> None:
+    """Without randomness, the same tokens."""
+    pytest.importorskip("transformers")
+    names = runpy.run_path(str(ROOT / "examples" / "decode.py"))
+    model = names["make_model"]()
+    texts = [names["decode"](model, way, 2, 12, 4, temperature=0.0) for way in ("logits", "fused")]
+    assert torch.equal(*texts)
+    assert not bool((texts[0] == names["MASK"]).any())
+    drawn = names["decode"](model, "fused", 2, 12, 4)
+    assert not torch.equal(drawn, texts[0])
+
+
 def snippets(word: str) -> str:
     """The Python of the README's section on trainers, up to the block that contains a word."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

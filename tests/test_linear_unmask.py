@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from backends import Backend, linear_unmask, unmask
+from backends import Backend, linear_unmask, to_device, unmask
 from explicit import chi_square, largest_error, random_log_score, rare_or_not, rare_tokens
 from torch import Tensor
+from waiting import NeverWaits, WaitError
 
 import sedd_ext
-from sedd_ext import Unmasked, reference
+from sedd_ext import Absorbing, Tweedie, Unmasked, reference
 from sedd_ext.unmask import STATISTICS
 
 pytestmark = pytest.mark.operators
@@ -171,6 +172,28 @@ def test_autocast() -> None:
     linear_unmask(hidden, weight, bias)  # a kernel must run in a test of a backend
 
 
+@pytest.mark.operators("emulated", "cuda")
+@pytest.mark.parametrize(("temperature", "top_p"), OPTIONS)
+def test_nobody_waits_for_the_device(temperature: float, top_p: float) -> None:
+    hidden, weight, bias = to_device(random_head(70, 3000, torch.float32))
+    generator = torch.Generator(hidden.device).manual_seed(0)
+    options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "mask_id": 3, "generator": generator}
+    with NeverWaits():
+        sedd_ext.linear_unmask(hidden, weight, bias, **options)
+        sedd_ext.unmask(hidden @ weight.T, **options)
+
+
+def test_waiting_is_noticed() -> None:
+    hidden, weight, bias = random_head(9, 30, torch.float32)
+    x_t = torch.tensor([29, 3] * 4 + [29])
+    linear_unmask(hidden, weight, bias)
+    with NeverWaits(), pytest.raises(WaitError, match="nonzero waits"):
+        sedd_ext.linear_reverse_sample(hidden, weight, bias, x_t, Tweedie(0.5), Absorbing(29))
+    for wait in (lambda: hidden[hidden > 0], lambda: float(hidden[0, 0]), lambda: hidden.to("cpu", copy=True)):
+        with NeverWaits(), pytest.raises(WaitError):
+            wait()
+
+
 def test_the_logits_give_the_same_numbers() -> None:
     """Up to the rounding of products."""
     hidden, weight, bias = random_head(9, 5000, torch.float32)
@@ -178,6 +201,30 @@ def test_the_logits_give_the_same_numbers() -> None:
     assert torch.equal(fused.argmax, plain.argmax)
     for name in ("max_prob", "margin", "entropy"):
         torch.testing.assert_close(getattr(fused, name), getattr(plain, name), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.operators("cpu", "cuda")
+def test_opcheck() -> None:
+    hidden, weight, bias = random_head(6, 27, torch.float32)
+    arguments = (hidden, weight, bias, torch.float32, 1 << 20, torch.arange(6), 3, 0.7, 0.9, True, torch.tensor([3]))
+    torch.library.opcheck(torch.ops.sedd_ext.linear_unmask, to_device(arguments))
+
+
+@pytest.mark.operators("cpu", "cuda")
+def test_compile() -> None:
+    torch.compiler.reset()
+    hidden, weight, bias = random_head(6, 3000, torch.float32)
+
+    def call(hidden: Tensor) -> Unmasked:
+        return linear_unmask(2 * hidden, weight, bias, mask_id=3)
+
+    results = []
+    with torch.random.fork_rng():
+        for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+            torch.manual_seed(5)
+            results.append(function(hidden))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import BACKENDS, Backend, running_on, unmask
+from backends import BACKENDS, Backend, running_on, to_device, unmask
 from explicit import chi_square, largest_error, random_log_score, rare_or_not, rare_tokens
 from hypothesis import given
 from hypothesis import strategies as st
@@ -205,9 +205,7 @@ def test_rare_tokens(temperature: float, dtype: torch.dtype, backend: Backend) -
     assert chi_square(rare_or_not(counts), rare_or_not(probs)) > 1e-4
 
 
-@given(
-    n=st.integers(1, 700), mask=st.integers(-1, 699), top_p=st.floats(1e-6, 1.0), temperature=st.floats(0.0, 50.0)
-)
+@given(n=st.integers(1, 700), mask=st.integers(-1, 699), top_p=st.floats(1e-6, 1.0), temperature=st.floats(0.0, 50.0))
 def test_any_options(n: int, mask: int, top_p: float, temperature: float) -> None:
     mask_id = None if mask < 0 or n == 1 else mask % n
     logits = random_log_score((3, n), torch.float32, seed=n)
@@ -277,6 +275,40 @@ def test_threads_do_not_matter(threads: Any) -> None:
     threads(2)
     for mine, theirs in zip(unmask(logits, generator=seeded()), one, strict=True):
         assert torch.equal(mine, theirs)
+
+
+# ------------------------------------------------------------------------------------------------------------ operators
+
+
+@pytest.mark.operators("cpu", "cuda")
+@pytest.mark.parametrize("statistics", [True, False])
+def test_opcheck(statistics: bool) -> None:
+    logits, ids = random_log_score((2, 3, 27), torch.float32), torch.arange(6).view(2, 3)
+    arguments = (logits, ids, 3, 0.7, 0.9, statistics, torch.tensor([3]))
+    torch.library.opcheck(torch.ops.sedd_ext.unmask, to_device(arguments))
+
+
+@pytest.mark.operators("cpu", "cuda")
+def test_compile() -> None:
+    torch.compiler.reset()
+
+    def call(logits: Tensor) -> Unmasked:
+        return unmask(2 * logits, mask_id=3, top_p=0.9)
+
+    results = []
+    with torch.random.fork_rng():
+        for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+            torch.manual_seed(5)
+            results.append(function(random_log_score((4, 50), torch.float32)))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.operators("cpu")
+def test_meta() -> None:
+    unmask(torch.zeros(3, 7))
+    found = sedd_ext.unmask(torch.zeros(2, 3, 7, device="meta"))
+    assert all(value is not None and value.is_meta and value.shape == (2, 3) for value in found)
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

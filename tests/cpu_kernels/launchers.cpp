@@ -182,6 +182,12 @@ const char* reverse_mean_choose_cuda(const ReverseMeanParams& p, const CudaLaunc
     return nullptr;
 }
 
+const char* unmask_cuda(const UnmaskParams& p, const CudaLaunch& launch) {
+    note(launch);
+    unmask_cpu(p, 1);
+    return nullptr;
+}
+
 const char* generalized_masked_cuda(const GeneralizedMaskedParams& p, const CudaLaunch& launch) {
     note(launch);
     generalized_masked_cpu(p, 1);

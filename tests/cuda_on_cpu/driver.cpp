@@ -24,6 +24,7 @@
 #include "reverse_mean.h"
 #include "score_entropy.h"
 #include "transition.h"
+#include "unmask.h"
 
 extern "C" int cuda_on_cpu_set_schedule(const char* name, unsigned long long seed);
 extern "C" int cuda_on_cpu_launch_device();
@@ -808,6 +809,7 @@ class Driver {
         if (wants("mean_prediction")) run_mean_prediction(p);
         if (wants("reverse")) run_reverse(p);
         if (wants("reverse_mean")) run_reverse_mean(p);
+        if (shape.family == Family::absorbing && wants("unmask")) run_unmask(p);
         if (shape.family == Family::absorbing && wants("generalized_masked")) {
             run_generalized_masked(p, MaskedRows(p, true), "generalized_masked");
             run_generalized_masked(p, MaskedRows(p, false), "generalized_masked of good rows");
@@ -1456,6 +1458,126 @@ class Driver {
         return nullptr;
     }
 
+    void run_unmask(const Problem& p) {
+        constexpr double kDraws[][2] = {{1.0, 1.0}, {0.5, 1.0}, {0.0, 1.0}, {1.5, 0.6}};  // temperature, top_p
+        for (const auto& [temperature, top_p] : kDraws) {
+            for (const bool numbers : {true, false}) {
+                run_unmask(p, temperature, top_p, numbers, {0, p.shape.dim}, "unmask");
+                if (top_p == 1.0) run_unmask(p, temperature, top_p, numbers, cuts(p.shape), "unmask of tiles");
+            }
+        }
+    }
+
+    void run_unmask(const Problem& p, double temperature, double top_p, bool has_numbers, const std::vector<int64_t>& at,
+                    const char* operation) {
+        const Shape& s = p.shape;
+        std::vector<int64_t> argmax(static_cast<size_t>(s.rows));
+        std::vector<sedd::UnmaskNumbers> numbers(static_cast<size_t>(s.rows));
+        const auto launch = [&](void* out, const sedd::CudaLaunch& where) -> const char* {
+            const Array states = garbage(s.rows * static_cast<int64_t>(sizeof(sedd::UnmaskState)));
+            for (size_t i = 0; i + 1 < at.size(); ++i) {
+                const Tile tile(p, at[i], at[i + 1]);
+                const char* error = sedd::unmask_cuda({tile.entries.data(),
+                                                       static_cast<sedd::UnmaskState*>(states.data()),
+                                                       static_cast<int64_t*>(out),
+                                                       argmax.data(),
+                                                       has_numbers ? numbers.data() : nullptr,
+                                                       p.seed.data(),
+                                                       p.row_ids.data(),
+                                                       s.rows,
+                                                       tile.width,
+                                                       tile.first,
+                                                       s.dim,
+                                                       p.mask(),
+                                                       temperature,
+                                                       top_p,
+                                                       s.dtype},
+                                                      where);
+                if (error != nullptr) return error;
+            }
+            return nullptr;
+        };
+        check_tokens(p, operation, 0, launch, [&](int64_t row, int64_t token) {
+            const auto i = static_cast<size_t>(row);
+            const std::string why = why_not_drawn(p, row, token, temperature, top_p, at, argmax[i]);
+            return why.empty() && has_numbers ? why_not_numbers(p, row, token, numbers[i]) : why;
+        });
+    }
+
+    static std::vector<double> logits_of(const Problem& p, int64_t row) {
+        std::vector<double> logits(static_cast<size_t>(p.shape.dim));
+        for (int64_t y = 0; y < p.shape.dim; ++y) {
+            logits[static_cast<size_t>(y)] = y == p.mask() ? -kInfinity : p.log_score[row * p.shape.dim + y];
+        }
+        return logits;
+    }
+
+    // What is wrong with a token, by the row's random numbers: the empty string if nothing is.
+    static std::string why_not_drawn(const Problem& p, int64_t row, int64_t token, double temperature, double top_p,
+                                     const std::vector<int64_t>& at, int64_t argmax) {
+        const std::vector<double> logits = logits_of(p, row);
+        const auto largest = std::max_element(logits.begin(), logits.end());
+        if (argmax != largest - logits.begin()) return "of which the most probable one is " + std::to_string(argmax);
+        if (!p.is_token(token)) return "not one";
+        if (temperature == 0.0) return token == argmax ? "" : "not the most probable one";
+        std::vector<double> weights;
+        for (const double l : logits) weights.push_back(std::exp((l - *largest) / temperature));
+        const double all = std::accumulate(weights.begin(), weights.end(), 0.0), slack = 8.0 * tolerance(p.shape.dtype);
+        if (top_p < 1.0) {
+            double above = 0.0;
+            for (size_t y = 0; y < logits.size(); ++y) {
+                if (logits[y] > logits[static_cast<size_t>(token)]) above += weights[y];
+            }
+            return above < (top_p + slack) * all ? "" : "not in the nucleus";
+        }
+        // a later tile may replace the token
+        std::set<int64_t> may_be;
+        double total = 0.0;
+        for (size_t i = 0; i + 1 < at.size(); ++i) {
+            double sum = 0.0;
+            for (int64_t y = at[i]; y < at[i + 1]; ++y) sum += weights[static_cast<size_t>(y)];
+            total += sum;
+            const sedd::Uniforms u = sedd::row_uniforms(static_cast<uint64_t>(p.seed[0]),
+                                                        static_cast<uint64_t>(p.row_ids[static_cast<size_t>(row)]),
+                                                        static_cast<uint64_t>(at[i]));
+            const double target = u.first * total;
+            if (target > sum + slack * total) continue;
+            if (target < sum - slack * total) may_be.clear();
+            double end = 0.0;
+            for (int64_t y = at[i]; y < at[i + 1]; ++y) {
+                const double weight = weights[static_cast<size_t>(y)], begin = end;
+                end += weight;
+                if (weight > 0.0 && begin - slack * total <= target && target <= end + slack * total) may_be.insert(y);
+            }
+        }
+        return may_be.count(token) != 0 ? "" : "not " + (may_be.empty() ? "one" : std::to_string(*may_be.begin()));
+    }
+
+    static std::string why_not_numbers(const Problem& p, int64_t row, int64_t token, const sedd::UnmaskNumbers& found) {
+        std::vector<double> logits = logits_of(p, row);
+        const double logit = logits[static_cast<size_t>(token)];
+        std::sort(logits.begin(), logits.end(), std::greater<double>());
+        double exps = 0.0, weighted = 0.0;
+        for (const double l : logits) {
+            const double e = std::exp(l - logits[0]);
+            exps += e;
+            if (e > 0.0) weighted += (l - logits[0]) * e;
+        }
+        const double second = logits.size() > 1 ? std::exp(logits[1] - logits[0]) : 0.0;
+        const double right[] = {logit - logits[0] - std::log(exps), 1.0 / exps, (1.0 - second) / exps,
+                                std::log(exps) - weighted / exps};
+        const double value[] = {found.log_prob, found.max_prob, found.margin, found.entropy};
+        for (int i = 0; i < 4; ++i) {
+            if (std::abs(value[i] - right[i]) <= 8.0 * tolerance(p.shape.dtype) * std::max(1.0, std::abs(right[i]))) {
+                continue;
+            }
+            char what[120];
+            std::snprintf(what, sizeof what, "its number %d is %.9g, not %.9g", i, value[i], right[i]);
+            return what;
+        }
+        return "";
+    }
+
     // Tokens of both sweeps, the second one of all rows.
     const char* reverse_tiles(const Problem& p, const sedd::ReverseParams& whole, const std::vector<int64_t>& at,
                               int64_t* out, const sedd::CudaLaunch& where) const {
@@ -1643,6 +1765,13 @@ std::string run_on(const std::string& family, int device) {
                                                 Family::uniform,
                                                 sedd::MeanStep::euler},
                                                where);
+    } else if (family == "unmask") {
+        double state[8];
+        static_assert(sizeof state == sizeof(sedd::UnmaskState), "one row");
+        int64_t argmax = 0;
+        error = sedd::unmask_cuda({log_score.data(), reinterpret_cast<sedd::UnmaskState*>(state), &out, &argmax, nullptr,
+                                   seed.data(), nullptr, 1, 3, 0, 3, -1, 1.0, 1.0, DType::float32},
+                                  where);
     } else if (family == "score_entropy") {
         error = sedd::score_entropy_cuda({log_score.data(), x.data(), x.data(), noise.data(), nullptr, nullptr, nullptr,
                                           &out, -std::log(3.0), 1, 3, DType::float32, Family::uniform},
@@ -1670,7 +1799,8 @@ std::string run_on(const std::string& family, int device) {
 std::string run_on_both(const std::string& only) {
     for (const int device : {1, 0}) {
         for (const char* family :
-             {"generalized_masked", "mean_prediction", "reverse", "reverse_mean", "score_entropy", "transition"}) {
+             {"generalized_masked", "mean_prediction", "reverse", "reverse_mean", "score_entropy", "transition",
+              "unmask"}) {
             const std::string what = only.empty() || only == family ? run_on(family, device) : "";
             if (!what.empty()) return family + (": " + what);
         }

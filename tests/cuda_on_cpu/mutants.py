@@ -28,7 +28,7 @@ else:
 
 Check = Literal["values", "address", "thread"]
 
-FAMILIES = ("generalized_masked", "mean_prediction", "reverse", "reverse_mean", "score_entropy", "transition")
+FAMILIES = ("generalized_masked", "mean_prediction", "reverse", "reverse_mean", "score_entropy", "transition", "unmask")
 """The sources, without .cu."""
 
 CHECKS: dict[Check, tuple[str, ...]] = {
@@ -147,6 +147,76 @@ MEAN: list[tuple[str, str, str, Check]] = [
     ),
 ]
 """Mistakes in reverse_mean.cu: name, text, replacement and the check that notices them."""
+
+UNMASK: list[tuple[str, str, str, Check]] = [
+    (
+        "no barrier before the tile's state",
+        "    __syncthreads();  // wait for the segments\n",
+        "",
+        "values",
+    ),
+    (
+        "no barrier before the nucleus",
+        "        __syncthreads();  // wait for the total\n",
+        "",
+        "values",
+    ),
+    (
+        "no barrier after a nucleus's draw",
+        "        __syncthreads();  // wait for the drawn entry\n",
+        "",
+        "values",
+    ),
+    (
+        "no barrier before a nucleus's sums are read",
+        "        __syncthreads();  // wait for the sums\n",
+        "",
+        "values",
+    ),
+    (
+        "no barrier before a nucleus's sums are written again",
+        "        __syncthreads();  // wait until nobody reads the sums and the drawn entry\n",
+        "",
+        "thread",
+    ),
+    (
+        "a token is drawn from the nucleus without a look",
+        "if (!(above >= p.top_p * total)) return y;",
+        "return y;",
+        "values",
+    ),
+    ("MASK is drawn from", "y != mask && l > low ?", "l > low ?", "values"),
+    (
+        "the second largest logit is that of one vector",
+        "second = lower > rest ? lower : rest;",
+        "second = rest;",
+        "values",
+    ),
+    ("the last of equal logits is the largest", "y < argmax);", "y > argmax);", "values"),
+    (
+        "a segment's sums keep the lane's largest logit",
+        "s.exps = warp_sum(s.exps * scale);",
+        "s.exps = warp_sum(s.exps);",
+        "values",
+    ),
+    (
+        "the entropy forgets the change of the largest logit",
+        "(s.weighted + by * s.exps) * scale",
+        "s.weighted * scale",
+        "values",
+    ),
+    (
+        "draws are not tempered",
+        "if constexpr (draws) s.draws += relative(l, s.top, factor);",
+        "if constexpr (draws) s.draws += relative(l, s.top, Real(1));",
+        "values",
+    ),
+    ("every tile is the first", "if (p.first > 0) state = p.states[row];", "", "values"),
+    ("the token is one of the tile", "state.token = p.first + y;", "state.token = y;", "values"),
+    ("the most probable token is one of the tile", "tile.argmax += tile.argmax >= 0 ? p.first : 0;", "", "values"),
+    ("a row beyond the last one is read", "const bool exists = row < p.rows;", "const bool exists = true;", "address"),
+]
+"""Mistakes in unmask.cu: name, text, replacement and the check that notices them."""
 
 MUTANTS = [
     # ---- Barriers, and what they are for ----
@@ -974,6 +1044,10 @@ MUTANTS = [
     *(
         Mutant(name, "reverse_mean.cu", text, replacement, caught_by, "reverse_mean")
         for name, text, replacement, caught_by in MEAN
+    ),
+    *(
+        Mutant(name, "unmask.cu", text, replacement, caught_by, "unmask")
+        for name, text, replacement, caught_by in UNMASK
     ),
     Mutant(
         "a mean step's draw does not scale its segments",
