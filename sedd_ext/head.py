@@ -239,23 +239,16 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool, unit: Tens
         torch.addmm(total, a, b, out=total)
 
 
-def tile_width(dim: int, device: torch.device) -> int:
-    """The number of entries of the vocabulary of a tile.
-
-    On the CPU a tile has 2,048 entries: the cache then holds a tile of some hundred rows between two matrix products,
-    and a product is faster than over the whole vocabulary. On a GPU, where launches cost more, it has 8,192 entries.
-    """
-    return min(dim, 2048 if device.type == "cpu" else 8192)
-
-
 def tile_shape(
     rows: int, dim: int, dtype: torch.dtype, device: torch.device, buffer_bytes: int, whole_rows: bool = False
 ) -> tuple[int, int]:
     """The number of rows, and of entries of the vocabulary, of a tile.
 
+    On the CPU a tile has 2,048 entries: the cache then holds a tile of some hundred rows between two matrix products,
+    and a product is faster than over the whole vocabulary. On a GPU, where launches cost more, it has 8,192 entries.
     The rows are divided into the fewest equal parts that fit into the buffer.
     """
-    width = dim if whole_rows else tile_width(dim, device)
+    width = dim if whole_rows else min(dim, 2048 if device.type == "cpu" else 8192)
     parts = max(1, -(-rows * width * dtype.itemsize // buffer_bytes))
     return max(1, -(-rows // parts)), width
 

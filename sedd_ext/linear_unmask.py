@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from sedd_ext._dispatch import DTYPES, check_same_device, draw_seed
 from sedd_ext._operators import define, schema
-from sedd_ext.head import BUFFER_BYTES, check_head, product, tile_width
+from sedd_ext.head import BUFFER_BYTES, check_head, product
 from sedd_ext.unmask import STATISTICS, Draw, Results, Unmasked, check_draw, fake_results, raise_bad_row, unmasked
 
 __all__ = ["linear_unmask"]
@@ -41,6 +41,14 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     return fake_results(a.hidden.shape[:-1], draw.statistics, a.hidden)
 
 
+def _tile_shape(dim: int, whole_rows: bool, a: Product) -> tuple[int, int]:
+    """The number of rows, and of entries of the vocabulary, of a tile; they do not depend on the number of rows."""
+    rows = ROWS["cpu" if a.hidden.device.type == "cpu" else "cuda"]
+    entries = a.buffer_bytes // a.dtype.itemsize
+    width = dim if whole_rows else min(dim, max(2048, entries // rows))
+    return max(1, min(rows, entries // width)), width
+
+
 @torch.no_grad()
 def _unmask(*arguments: Any) -> tuple[Tensor, Tensor]:
     a, draw, seed = _split(arguments)
@@ -48,10 +56,7 @@ def _unmask(*arguments: Any) -> tuple[Tensor, Tensor]:
     rows = batch.numel()
     row_ids = torch.arange(rows, device=a.hidden.device) if draw.row_ids is None else draw.row_ids.reshape(-1)
     draw = draw._replace(row_ids=row_ids.contiguous())
-    # a draw from a nucleus needs whole rows
-    width = tile_width(dim, a.hidden.device) if draw.top_p == 1.0 else dim
-    kind = "cpu" if a.hidden.device.type == "cpu" else "cuda"
-    chunk = max(1, min(ROWS[kind], a.buffer_bytes // (width * a.dtype.itemsize)))
+    chunk, width = _tile_shape(dim, draw.top_p < 1.0, a)
     hidden = pad(a.hidden.reshape(rows, a.hidden.shape[-1]).to(a.dtype), (0, 0, 0, -rows % chunk))
     buffer = hidden.new_empty(chunk * width)
     results = Results.empty(rows, draw.statistics, a.hidden)
@@ -110,8 +115,8 @@ def linear_unmask(
         statistics: as for :func:`unmask`.
         row_ids: as for :func:`unmask`.
         generator: random number generator on the tensors' device; torch's default one if None.
-        buffer_bytes: memory for a tile of logits. A tile has at most 2,048 entries of the vocabulary and 64 rows
-            (8,192 and 1,024 on a GPU).
+        buffer_bytes: memory for a tile of logits. A tile has 64 rows (1,024 on a GPU), and as many entries of the
+            vocabulary as fit.
 
     Returns:
         As :func:`unmask`. The tokens are drawn with other random numbers than those of :func:`unmask`.
