@@ -83,6 +83,7 @@ BOUNDS = {
     "reverse_mean.mean_sample_kernel": Bounds(SEGMENTS, 80, shared=4728),
     "reverse_mean.mean_probs_kernel": Bounds((640,), 96, shared=4728),
     "reverse_mean.mean_choose_kernel": Bounds(SEGMENTS, 80),
+    "unmask.unmask_kernel": Bounds(SEGMENTS, 112, shared=11088),
     "transition.entries_kernel<false>": Bounds(SEGMENTS, 64, 1, "only"),
     "transition.entries_kernel<true>": Bounds(SEGMENTS, 64, 1, "only"),
     "transition.numbers_kernel": Bounds(BY_ROW, 64),

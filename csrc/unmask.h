@@ -83,9 +83,12 @@ SEDD_HD UnmaskState unmask_start() {
     return {none, none, 0.0, 0.0, 0.0, none, -1, -1};
 }
 
+// The random number of a tile, in [0, 1). `draw` counts the draws from a nucleus.
 SEDD_HD double unmask_uniform(const UnmaskParams& p, int64_t row, uint64_t draw) {
     const int64_t id = p.row_ids != nullptr ? p.row_ids[row] : row;
-    return row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(id), draw).first;
+    return row_uniforms(static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(id),
+                        static_cast<uint64_t>(p.first) + (draw << 32))
+        .first;
 }
 
 // Makes the sums relative to a logit that is larger by -by ≥ 0.
@@ -97,9 +100,9 @@ SEDD_HD void unmask_lower(UnmaskState& s, double by, double factor) {
     s.draws *= exp(by * factor);
 }
 
-// Adds a tile to the state of a row. Returns where the tile's sum of draws contains the new drawn token, as a share in
-// [0, 1); or -1 if the token stays.
-SEDD_HD double unmask_add(const UnmaskParams& p, int64_t row, UnmaskState& s, UnmaskState tile) {
+// Adds a tile to the state of a row, with the random number of the tile. Returns where the tile's sum of draws contains
+// the new drawn token, as a share in [0, 1); or -1 if the token stays.
+SEDD_HD double unmask_add(const UnmaskParams& p, UnmaskState& s, UnmaskState tile, double uniform) {
     const double factor = unmask_factor(p), before = s.top;
     const bool higher = tile.top > before;
     const double top = higher ? tile.top : before, lower = higher ? before : tile.top;
@@ -113,7 +116,7 @@ SEDD_HD double unmask_add(const UnmaskParams& p, int64_t row, UnmaskState& s, Un
     s.draws += tile.draws;
     if (higher) s.argmax = tile.argmax;
     if (p.temperature == 0.0) return -1.0;
-    const double target = unmask_uniform(p, row, static_cast<uint64_t>(p.first)) * s.draws;
+    const double target = uniform * s.draws;
     return target < tile.draws ? target / tile.draws : -1.0;
 }
 
@@ -132,8 +135,7 @@ SEDD_HD void unmask_finish(const UnmaskParams& p, int64_t row, const UnmaskState
     const double nan = s.exps * 0.0 / 0.0;
     const double log_total = log(s.exps), logit = p.temperature == 0.0 ? s.top : s.logit;
     p.numbers[row] = {valid ? (logit - s.top) - log_total : nan, valid ? 1.0 / s.exps : nan,
-                      valid ? -expm1(s.second - s.top) / s.exps : nan,
-                      valid ? log_total - s.weighted / s.exps : nan};
+                      valid ? -expm1(s.second - s.top) / s.exps : nan, valid ? log_total - s.weighted / s.exps : nan};
 }
 
 Status unmask_cpu(const UnmaskParams& params, int threads);

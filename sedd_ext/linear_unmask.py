@@ -45,7 +45,7 @@ def _tile_shape(dim: int, whole_rows: bool, a: Product) -> tuple[int, int]:
     """The number of rows, and of entries of the vocabulary, of a tile; they do not depend on the number of rows."""
     rows = ROWS["cpu" if a.hidden.device.type == "cpu" else "cuda"]
     entries = a.buffer_bytes // a.dtype.itemsize
-    width = dim if whole_rows else min(dim, max(2048, entries // rows))
+    width = dim if whole_rows else min(dim, max(2048, min(8192, entries // rows)))
     return max(1, min(rows, entries // width)), width
 
 
@@ -115,8 +115,8 @@ def linear_unmask(
         statistics: as for :func:`unmask`.
         row_ids: as for :func:`unmask`.
         generator: random number generator on the tensors' device; torch's default one if None.
-        buffer_bytes: memory for a tile of logits. A tile has 64 rows (1,024 on a GPU), and as many entries of the
-            vocabulary as fit.
+        buffer_bytes: memory for a tile of logits. A tile has 64 rows (1,024 on a GPU) and up to 8,192 entries of the
+            vocabulary, as many as fit.
 
     Returns:
         As :func:`unmask`. The tokens are drawn with other random numbers than those of :func:`unmask`.

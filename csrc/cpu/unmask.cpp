@@ -245,9 +245,8 @@ struct UnmaskBlocks {
         double target = point * all;
         const int64_t k = pick_block(sums, count(), target);
         Real* const block = terms - begin(k);
-        parts(k, [&](int64_t a, int64_t b) {
-            sum_above<true>(logits, a, b, static_cast<Real>(top), factor, low, block);
-        });
+        parts(k,
+              [&](int64_t a, int64_t b) { sum_above<true>(logits, a, b, static_cast<Real>(top), factor, low, block); });
         if (begin(k) <= mask && mask < end(k)) block[mask] = Real(0);
         return begin(k) + entry_at(terms, end(k) - begin(k), target / sums[k]);
     }
@@ -258,7 +257,7 @@ struct UnmaskBlocks {
             const Real low = static_cast<Real>(read_one(logits + y));
             const double above = select(s.top, low);
             if (!(above >= p.top_p * s.draws)) return y;
-            y = pick(unmask_uniform(p, row, draw << 32), above, s.top, low);
+            y = pick(unmask_uniform(p, row, draw), above, s.top, low);
         }
     }
 };
@@ -270,17 +269,13 @@ void unmask_rows(const UnmaskParams& p, int64_t begin, int64_t end, void* scratc
     double* const sums = static_cast<double*>(scratch);
     const bool is_last = p.first + p.width == p.dim;
     for (int64_t i = begin; i < end; ++i) {
-        const UnmaskBlocks<T, kSums> blocks{static_cast<const T*>(p.logits) + i * p.width,
-                                            p.width,
-                                            p.mask - p.first,
-                                            static_cast<Real>(unmask_factor(p)),
-                                            sums,
-                                            sums + count,
+        const UnmaskBlocks<T, kSums> blocks{static_cast<const T*>(p.logits) + i * p.width, p.width, p.mask - p.first,
+                                            static_cast<Real>(unmask_factor(p)),           sums,    sums + count,
                                             reinterpret_cast<Real*>(sums + 2 * count)};
         UnmaskState s = p.first == 0 ? unmask_start() : p.states[i];
         UnmaskState tile = blocks.read();
         tile.argmax += p.first;
-        const double point = unmask_add(p, i, s, tile);
+        const double point = unmask_add(p, s, tile, unmask_uniform(p, i, 0));
         if (point >= 0.0) {
             int64_t y = blocks.pick(point, blocks.rescale(tile.top), tile.top, static_cast<Real>(-__builtin_inf()));
             if (p.top_p < 1.0) y = blocks.nucleus(p, i, s, y);

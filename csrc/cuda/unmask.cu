@@ -43,9 +43,7 @@ __device__ __forceinline__ UnmaskSegment<Real> segment_numbers(const T* row, int
     const Real none = Normaliser<Real>::none().top;
     UnmaskSegment<Real> s{none, none, Real(0), Real(0), Real(0), -1};
     // exp((l - top) · by), 0 for l = -inf
-    const auto relative = [&](Real l, Real top, Real by) {
-        return l == none ? Real(0) : exponential((l - top) * by);
-    };
+    const auto relative = [&](Real l, Real top, Real by) { return l == none ? Real(0) : exponential((l - top) * by); };
     const auto raise = [&](Real top) {  // makes the sums relative to it
         if (!(s.top < top)) return;
         if constexpr (statistics) {
@@ -171,39 +169,12 @@ __device__ __forceinline__ int pick_token(const T* row, int dim, const double* p
     return pick_entry(row, dim, pick.segment, -1, term, pick.share);
 }
 
-// Continues the draw of a row that a whole block works on. `y` is the drawn entry, or -1, in all threads or in those of
-// the first warp.
-template <class T>
-__device__ __forceinline__ int draw_nucleus(const UnmaskParams& p, int64_t row, const T* logits, int segments,
-                                            double* picks, UnmaskTerm<RealOf<T>> term, double total, int y) {
-    __shared__ int drawn;
-    const int warp = static_cast<int>(threadIdx.x) / kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
-    const int dim = static_cast<int>(p.width);
-    for (uint64_t draw = 1;; ++draw) {
-        if (threadIdx.x == 0) drawn = y;
-        __syncthreads();  // wait for the drawn entry
-        y = drawn;
-        if (y < 0) return y;
-        term.low = Vector<T>::read(logits + y);
-        for (int s = warp; s < segments; s += warps) {
-            const double above = static_cast<double>(segment_above(logits, dim, s, term));
-            if (lane_of() == 0) picks[s] = above;
-        }
-        __syncthreads();  // wait for the sums
-        const double above = sum_segments(picks, segments);
-        if (!(above >= p.top_p * total)) return y;
-        if (warp == 0) {
-            y = pick_token(logits, dim, picks, segments, unmask_uniform(p, row, draw << 32), term);
-        }
-        __syncthreads();  // wait until nobody reads the sums and the drawn entry
-    }
-}
-
 template <UnmaskSums kSums, class T>
-__global__ void __launch_bounds__(kWarps* kWarp, 3) unmask_kernel(UnmaskParams p, int segments, int row_warps) {
+__global__ void __launch_bounds__(kWarps* kWarp, 2) unmask_kernel(UnmaskParams p, int segments, int row_warps) {
     using Real = RealOf<T>;
     SEDD_DYNAMIC_SHARED(double, memory);
     __shared__ double total, top;
+    __shared__ int drawn;
     const int warp = static_cast<int>(threadIdx.x) / kWarp, slot = warp / row_warps, first = warp % row_warps;
     const int block_rows = static_cast<int>(blockDim.x) / (kWarp * row_warps);
     const int64_t row = static_cast<int64_t>(blockIdx.x) * block_rows + slot;
@@ -217,31 +188,46 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3) unmask_kernel(UnmaskParams p
     // Every warp reaches the barrier, whether its row exists or not.
     if (exists) {
         for (int s = first; s < segments; s += row_warps) {
-            const UnmaskSegment<Real> segment =
-                segment_numbers<kSums>(logits, dim, s, mask, static_cast<Real>(factor));
+            const UnmaskSegment<Real> segment = segment_numbers<kSums>(logits, dim, s, mask, static_cast<Real>(factor));
             if (lane_of() == 0) numbers[s] = segment;
         }
     }
     __syncthreads();  // wait for the segments
     const bool leads = exists && first == 0;
-    UnmaskState state = unmask_start();
     UnmaskTerm<Real> term{Real(0), static_cast<Real>(factor), Normaliser<Real>::none().top, mask};
     int y = -1;
-    if (leads) {
-        UnmaskState tile = tile_state(numbers, segments, factor, picks);
-        tile.argmax += tile.argmax >= 0 ? p.first : 0;
-        if (p.first > 0) state = p.states[row];
-        const double point = unmask_add(p, row, state, tile);
-        term.top = static_cast<Real>(tile.top);
-        if (point >= 0.0) y = pick_token(logits, dim, picks, segments, point, term);
-    }
-    if (p.top_p < 1.0) {  // a block has one row
-        if (threadIdx.x == 0) total = state.draws, top = state.top;
-        __syncthreads();  // wait for the total
+    for (uint64_t draw = 0;; ++draw) {
+        if (leads) {
+            double point = unmask_uniform(p, row, draw);
+            if (draw == 0) {
+                UnmaskState tile = tile_state(numbers, segments, factor, picks);
+                tile.argmax += tile.argmax >= 0 ? p.first : 0;
+                UnmaskState state = p.first > 0 ? p.states[row] : unmask_start();
+                point = unmask_add(p, state, tile, point);
+                term.top = static_cast<Real>(tile.top);
+                __syncwarp();  // wait until every lane has read the state
+                if (lane_of() == 0) p.states[row] = state;
+                if (threadIdx.x == 0) total = state.draws, top = state.top;
+            }
+            y = point < 0.0 ? -1 : pick_token(logits, dim, picks, segments, point, term);
+        }
+        if (p.top_p == 1.0) break;
+        // All warps of the block, which has one row, add up what is more probable than the drawn token.
+        if (threadIdx.x == 0) drawn = y;
+        __syncthreads();  // wait for the drawn token
+        y = drawn;
+        if (y < 0) break;
         term.top = static_cast<Real>(top);
-        y = draw_nucleus(p, row, logits, segments, picks, term, total, y);
+        term.low = Vector<T>::read(logits + y);
+        for (int s = first; s < segments; s += row_warps) {
+            const double above = static_cast<double>(segment_above(logits, dim, s, term));
+            if (lane_of() == 0) picks[s] = above;
+        }
+        __syncthreads();  // wait for the sums
+        if (!(sum_segments(picks, segments) >= p.top_p * total)) break;
     }
     if (!leads || lane_of() != 0) return;
+    UnmaskState state = p.states[row];
     if (y >= 0) {
         state.token = p.first + y;
         state.logit = static_cast<double>(Vector<T>::read(logits + y));

@@ -1468,8 +1468,8 @@ class Driver {
         }
     }
 
-    void run_unmask(const Problem& p, double temperature, double top_p, bool has_numbers, const std::vector<int64_t>& at,
-                    const char* operation) {
+    void run_unmask(const Problem& p, double temperature, double top_p, bool has_numbers,
+                    const std::vector<int64_t>& at, const char* operation) {
         const Shape& s = p.shape;
         std::vector<int64_t> argmax(static_cast<size_t>(s.rows));
         std::vector<sedd::UnmaskNumbers> numbers(static_cast<size_t>(s.rows));
@@ -1477,22 +1477,11 @@ class Driver {
             const Array states = garbage(s.rows * static_cast<int64_t>(sizeof(sedd::UnmaskState)));
             for (size_t i = 0; i + 1 < at.size(); ++i) {
                 const Tile tile(p, at[i], at[i + 1]);
-                const char* error = sedd::unmask_cuda({tile.entries.data(),
-                                                       static_cast<sedd::UnmaskState*>(states.data()),
-                                                       static_cast<int64_t*>(out),
-                                                       argmax.data(),
-                                                       has_numbers ? numbers.data() : nullptr,
-                                                       p.seed.data(),
-                                                       p.row_ids.data(),
-                                                       s.rows,
-                                                       tile.width,
-                                                       tile.first,
-                                                       s.dim,
-                                                       p.mask(),
-                                                       temperature,
-                                                       top_p,
-                                                       s.dtype},
-                                                      where);
+                const char* error = sedd::unmask_cuda(
+                    {tile.entries.data(), static_cast<sedd::UnmaskState*>(states.data()), static_cast<int64_t*>(out),
+                     argmax.data(), has_numbers ? numbers.data() : nullptr, p.seed.data(), p.row_ids.data(), s.rows,
+                     tile.width, tile.first, s.dim, p.mask(), temperature, top_p, s.dtype},
+                    where);
                 if (error != nullptr) return error;
             }
             return nullptr;
@@ -1769,8 +1758,8 @@ std::string run_on(const std::string& family, int device) {
         double state[8];
         static_assert(sizeof state == sizeof(sedd::UnmaskState), "one row");
         int64_t argmax = 0;
-        error = sedd::unmask_cuda({log_score.data(), reinterpret_cast<sedd::UnmaskState*>(state), &out, &argmax, nullptr,
-                                   seed.data(), nullptr, 1, 3, 0, 3, -1, 1.0, 1.0, DType::float32},
+        error = sedd::unmask_cuda({log_score.data(), reinterpret_cast<sedd::UnmaskState*>(state), &out, &argmax,
+                                   nullptr, seed.data(), nullptr, 1, 3, 0, 3, -1, 1.0, 1.0, DType::float32},
                                   where);
     } else if (family == "score_entropy") {
         error = sedd::score_entropy_cuda({log_score.data(), x.data(), x.data(), noise.data(), nullptr, nullptr, nullptr,
@@ -1798,9 +1787,8 @@ std::string run_on(const std::string& family, int device) {
 // on device 0.
 std::string run_on_both(const std::string& only) {
     for (const int device : {1, 0}) {
-        for (const char* family :
-             {"generalized_masked", "mean_prediction", "reverse", "reverse_mean", "score_entropy", "transition",
-              "unmask"}) {
+        for (const char* family : {"generalized_masked", "mean_prediction", "reverse", "reverse_mean", "score_entropy",
+                                   "transition", "unmask"}) {
             const std::string what = only.empty() || only == family ? run_on(family, device) : "";
             if (!what.empty()) return family + (": " + what);
         }
