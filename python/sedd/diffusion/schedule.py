@@ -56,6 +56,26 @@ class Schedule(ABC):
     def rate(self, t: Tensor) -> Tensor:
         """The noise rate σ(t) = dσ̄/dt, with the arguments, result and errors of :meth:`total`."""
 
+    def moved(self, t: Tensor) -> Tensor:
+        """The probability 1 - α(t) that a token has met noise; arguments, result and errors as of :meth:`total`."""
+        return -torch.expm1(-self.total(t))
+
+    def time(self, moved: Tensor) -> Tensor:
+        """The time at which a token has met noise with a probability: the inverse of :meth:`moved`, by bisection.
+
+        Args:
+            moved: probabilities, float64, any shape.
+
+        Returns:
+            Times in [0, 1], float64, same shape and device: 0 for less noise than at t = 0, 1 for more than at t = 1.
+        """
+        early, late = torch.zeros_like(moved), torch.ones_like(moved)
+        for _ in range(53):
+            t = (early + late) / 2
+            before = self.moved(t) < moved
+            early, late = torch.where(before, t, early), torch.where(before, late, t)
+        return late
+
     @property
     def original(self) -> Schedule:
         """The schedule that an objective has made this one from; the schedule itself otherwise."""
