@@ -61,7 +61,9 @@ class Schedule(ABC):
         return -torch.expm1(-self.total(t))
 
     def time(self, moved: Tensor) -> Tensor:
-        """The time at which a token has met noise with a probability: the inverse of :meth:`moved`, by bisection.
+        """The time at which a token has met noise with a probability: the inverse of :meth:`moved`.
+
+        Found by bisection, unless a subclass has a formula.
 
         Args:
             moved: probabilities, float64, any shape.
@@ -152,6 +154,11 @@ class Geometric(Schedule):
         """σ̄(t) log(σ_max / σ_min), see :meth:`Schedule.rate`."""
         return self.total(t) * math.log(self.sigma_max / self.sigma_min)
 
+    def time(self, moved: Tensor) -> Tensor:
+        """See :meth:`Schedule.time`."""
+        t = torch.log(-torch.log1p(-moved) / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
+        return t.clamp(0, 1)
+
 
 @dataclass(frozen=True)
 class _AlphaSchedule(Schedule):
@@ -173,6 +180,14 @@ class _AlphaSchedule(Schedule):
     @abstractmethod
     def _moved(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """m(t) and m'(t), float64."""
+
+    @abstractmethod
+    def _inverse(self, m: Tensor) -> Tensor:
+        """The t at which m(t) = m, for m in [0, 1], float64."""
+
+    def time(self, moved: Tensor) -> Tensor:
+        """See :meth:`Schedule.time`."""
+        return self._inverse((moved / (1 - self.eps)).clamp(0, 1))
 
     def total(self, t: Tensor) -> Tensor:
         """-log1p(-(1-ε) m(t)), see :meth:`Schedule.total`."""
@@ -198,6 +213,9 @@ class LogLinear(_AlphaSchedule):
     def _moved(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return t, torch.ones_like(t)
 
+    def _inverse(self, m: Tensor) -> Tensor:
+        return m
+
 
 @dataclass(frozen=True)
 class Cosine(_AlphaSchedule):
@@ -212,6 +230,9 @@ class Cosine(_AlphaSchedule):
     def _moved(self, t: Tensor) -> tuple[Tensor, Tensor]:
         angle = math.pi / 2 * t
         return torch.sin(angle), math.pi / 2 * torch.cos(angle)
+
+    def _inverse(self, m: Tensor) -> Tensor:
+        return 2 / math.pi * torch.asin(m)
 
 
 @dataclass(frozen=True)
@@ -234,6 +255,9 @@ class Polynomial(_AlphaSchedule):
 
     def _moved(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return t**self.power, self.power * t ** (self.power - 1)
+
+    def _inverse(self, m: Tensor) -> Tensor:
+        return m ** (1 / self.power)
 
 
 SCHEDULES: dict[str, type[Schedule]] = {
