@@ -697,6 +697,7 @@ def test_samplers_from_words():
     assert make_sampler("semi_autoregressive", 5, words) == expected
     assert make_sampler("semi_autoregressive", 5, {"noise": "2"}).sampler == ConfidenceSampler(5, noise=2.0)
     known = parameters()
-    assert known["gamma"] == "Parameter of the sampler entropy_bounded (default: 0.1)."
-    assert known["sampler"] == "Parameter of the sampler semi_autoregressive (default: confidence)."
+    assert known["gamma"] == "Parameter of entropy_bounded (default: 0.1)."
+    assert known["sampler"] == "Parameter of semi_autoregressive (default: confidence)."
+    assert known["noise"] == "Parameter of confidence, margin, entropy, greedy (default: 0.0)."
     assert "steps" not in known

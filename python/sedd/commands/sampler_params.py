@@ -15,11 +15,16 @@ __all__ = ["make_sampler", "parameters"]
 
 def parameters() -> dict[str, str]:
     """Help for the parameters of all samplers, by name of the parameter."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, list[str]]] = {}  # the samplers that have it, by their default
     for name, kind in SAMPLERS.items():
         for parameter, default in _defaults(kind).items():
-            found.setdefault(parameter, []).append(f"{name} (default: {default})")
-    return {name: f"Parameter of the sampler {' and of '.join(kinds)}." for name, kinds in found.items()}
+            found.setdefault(parameter, {}).setdefault(default, []).append(name)
+    return {
+        parameter: "Parameter of "
+        + "; ".join(f"{', '.join(names)} (default: {default})" for default, names in kinds.items())
+        + "."
+        for parameter, kinds in found.items()
+    }
 
 
 def make_sampler(name: str, steps: int, params: Mapping[str, str]) -> Sampler:

@@ -104,7 +104,7 @@ class AncestralSampler(_Steps):
     :class:`TweedieSampler`; for networks that estimate scores, Tweedie's probability is that of the estimates. Only
     sequences in which a position unmasks go through the network, so a sequence takes at most one call per position.
 
-    Source: MD4 (Shi et al. 2024), algorithm 2.
+    Source: the ancestral sampling of MD4 (Shi et al. 2024).
     """
 
     needs_mask: ClassVar[bool] = True
