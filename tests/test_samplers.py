@@ -11,7 +11,19 @@ from scipy.stats import chisquare, ks_2samp, kstest
 from toy import P_0, VOCABULARY, Enumerated, JointMean, JointScore, TrueScore, diffusion
 
 from sedd.commands.sampler_params import make_sampler, parameters
-from sedd.diffusion import MD4, SAMPLERS, Diffusion, GenMD4, Mean, MeanPrediction, Schedule, Walk, get_schedule, sample
+from sedd.diffusion import (
+    GRIDS,
+    MD4,
+    SAMPLERS,
+    Diffusion,
+    GenMD4,
+    Mean,
+    MeanPrediction,
+    Schedule,
+    Walk,
+    get_schedule,
+    sample,
+)
 from sedd.diffusion.orders import (
     AutoregressiveSampler,
     ConfidenceSampler,
@@ -111,10 +123,9 @@ def test_first_hitting_has_the_law_of_the_text_with_a_call_for_each_position(sch
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_first_hitting_times_are_those_of_the_process(schedule):
     """With n masked positions, (1 - α_s) / (1 - α_t) to the power of n is uniform, and so is the position."""
-    network, seen, length = Exact(joint=torch.full([2] * 4, 1 / 16, dtype=torch.float64)), [], 4
-    network.dim = 3
-    model = Diffusion(network, Absorbing(2), SCHEDULES[schedule], MD4(), Mean())
-    network.noise = lambda sigma: transition(Absorbing(2), sigma, 2)
+    process, seen, length = Absorbing(2), [], 4
+    network = Exact(process, torch.full([2] * length, 1 / 16, dtype=torch.float64))
+    model = model_of(network, SCHEDULES[schedule], process)
     sample(
         model,
         batch=4000,
@@ -377,9 +388,7 @@ def test_a_sequence_does_not_depend_on_the_others():
         for i in range(2):
             one, alone, _ = written(sampler, rows, 1, free=free[i : i + 1])
             assert [step[i] for step in both if step[i]] == [step[0] for step in one]
-            counts = [1 if len(step) == 2 and not step[1 - i] else 2 for step in both if step[i]]
             told = [s[min(i, len(s) - 1)] for s, step in zip(together.sigmas, both, strict=True) if step[i]]
-            assert len(counts) == len(told)
             torch.testing.assert_close(torch.stack(told), torch.cat(alone.sigmas))
 
 
@@ -478,11 +487,9 @@ def test_infilling_keeps_every_given_token_in_every_step_and_leaves_no_mask(samp
     where[GIVEN[given]] = True
     tokens, seen = torch.randint(VOCABULARY, (12,), generator=seeded(5)), []
     schedule = get_schedule("loglinear")
-    model = diffusion(TrueScore(process), process, schedule) if how == "score" else model_of(MeanRows(process))
-    if how == "mean":
-        model = model_of(MeanRows(process), schedule, process)
+    scores, means = diffusion(TrueScore(process), process, schedule), model_of(MeanRows(process), schedule, process)
     filled = sample(
-        model,
+        scores if how == "score" else means,
         batch=3,
         length=12,
         sampler=sampler,
@@ -686,6 +693,15 @@ def test_tokens_with_schedules_of_their_own(sampler):
         assert not bool((tokens == TOKENS).any())
     with pytest.raises(ValueError, match="rate each"):
         sample(model, batch=1, length=3, sampler=SemiAutoregressiveSampler(4, sampler=FirstHittingSampler(1)))
+
+
+def test_a_grid_of_ones_own(monkeypatch):
+    monkeypatch.setitem(GRIDS, "cubic", lambda u: u**3)
+    times = TweedieSampler(4, grid="cubic").times()
+    torch.testing.assert_close(times, torch.tensor([1.0, 0.4219, 0.125, 0.0156, 0.0]).double(), rtol=0, atol=1e-4)
+    steps, _, _ = written(EntropySampler(4, grid="cubic"), torch.rand(10, 4, generator=seeded(2)).double().softmax(1))
+    assert [len(step[0]) for step in steps] == [5, 3, 1, 1]
+    assert torch.equal(texts("tweedie_cosine", batch=50, steps=4), texts(TweedieSampler(4, grid="cosine"), batch=50))
 
 
 def test_samplers_from_words():
