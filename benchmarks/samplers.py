@@ -135,6 +135,8 @@ def main() -> None:
     started, loaded, judge = time.monotonic(), load_model(options.run), load_judge(options.judge)
     if options.json.exists():
         report = read_json(options.json)
+        if (report["run"], report["num"]) != (Path(options.run).name, options.num):
+            parser.error(f"--json: expected results of the same run and --num, got {report['run']}, {report['num']}")
     else:
         blocks = load_text(DataConfig(options.text), loaded.tokenizer, loaded.model.config.length)
         real = measure(torch.cat(list(valid_batches(blocks, options.num, options.num))), loaded, judge, 32, False)
