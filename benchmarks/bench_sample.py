@@ -13,7 +13,8 @@ from memory import measure_memory
 from peers import released_analytic_step
 from torch import Tensor
 
-from sedd.diffusion.samplers import T_END, sample
+from sedd.diffusion.reverse_steps import T_END
+from sedd.diffusion.samplers import sample
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

@@ -26,7 +26,7 @@ from sedd.diffusion import (
 )
 from sedd.diffusion.autoregressive import Reader
 from sedd.diffusion.continuation import greedy_continuation, is_greedy
-from sedd.diffusion.samplers import AutoregressiveSampler
+from sedd.diffusion.orders import AutoregressiveSampler
 from sedd.diffusion.walk import Walk
 from sedd.network import DiffusionTransformer, KeyValueCache, ModelConfig
 from sedd_ext import Absorbing, Uniform
@@ -278,7 +278,7 @@ def test_what_does_not_fit_is_refused() -> None:
                 sample(model, batch=1, length=4, sampler=name)
     usual = Diffusion(network_of(causal=False), Absorbing(N), get_schedule("loglinear"), ScoreEntropy())
     with pytest.raises(
-        ValueError, match="sampler: expected 'tweedie', 'tweedie_cosine', 'euler', 'greedy' for a diffusion model"
+        ValueError, match=r"sampler: expected 'tweedie', 'tweedie_cosine', 'euler', .* for a diffusion model"
     ):
         sample(usual, batch=1, length=4, sampler="autoregressive")
     with pytest.raises(ValueError, match="process: expected absorbing for the objective autoregressive"):

@@ -91,6 +91,8 @@ def test_sample(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert texts("--num", "1", "--steps", "4", "--seed", "1") != three[:1]
     assert len(texts("--length", "24", "--sampler", "euler", "--steps", "2")[0]["tokens"]) == 24
     assert texts("--temperature", "0.7", "--top_p", "0.9") != texts()
+    margin, grid = ["--steps", "4", "--sampler", "margin"], "--sampler_params.grid"
+    assert texts(*margin) == texts(*margin, grid, "uniform") != texts(*margin, grid, "cosine")
 
 
 @pytest.mark.parametrize("template", ["the cat {{5}}", "{{4}} mat", "the {{3}} sat on {{6}}é{{2}}\n", "{{16}}"])
@@ -237,7 +239,29 @@ BAD = [
     ("sample {run} --length 0", "length: expected at least 1, got 0"),
     (
         "sample {run} --sampler magic",
-        "--sampler: expected one of tweedie, tweedie_cosine, euler, greedy, autoregressive; got 'magic'",
+        "--sampler: expected one of tweedie, tweedie_cosine, euler, ancestral, remask, predictor_corrector, first_hit",
+    ),
+    ("sample {run} --sampler_params.gamma 1", "--sampler: expected the name of the sampler that has these parameters"),
+    ("sample {run} --sampler_params.zig 1", "--sampler_params.zig: sedd sample has no such option"),
+    (
+        "sample {run} --sampler tweedie --sampler_params.gamma 1",
+        "sampler_params: sampler 'tweedie' has the parameters denoise, grid; got 'gamma'",
+    ),
+    (
+        "sample {run} --sampler entropy_bounded --sampler_params.gamma much",
+        "--sampler_params.gamma: expected a number, got 'much'",
+    ),
+    (
+        "sample {run} --sampler entropy_bounded --sampler_params.gamma -1",
+        "--sampler_params.gamma: expected a number of at least 0, got -1.0",
+    ),
+    (
+        "sample {run} --sampler semi_autoregressive --sampler_params.sampler magic",
+        "--sampler_params.sampler: expected one of tweedie",
+    ),
+    (
+        "sample {run} --sampler semi_autoregressive --sampler_params.sampler margin --sampler_params.gamma 1",
+        "sampler_params: sampler 'margin' has the parameters grid, noise; got 'gamma'",
     ),
     ("sample {run} --temperature 0", "temperature: expected a positive number, got 0.0"),
     ("sample {run} --top_p 1.5", "top_p: expected a number in (0, 1], got 1.5"),

@@ -22,6 +22,7 @@ import sedd.commands.generative
 from sedd.cli import main
 from sedd.commands.generative import _mauve, diversity
 from sedd.commands.judge import load_judge
+from sedd.diffusion import SAMPLERS
 from sedd.diffusion.schedule import LogLinear
 from sedd.hub import SEDD
 from sedd.network import ModelConfig
@@ -252,7 +253,7 @@ def test_given_tokens_are_kept(model: Path, judge_folder: Path, monkeypatch: pyt
         (["--steps", "[]"], "steps: expected numbers of at least 1, got []"),
         (
             ["--samplers", "magic"],
-            "samplers: expected one of tweedie, tweedie_cosine, euler, greedy, autoregressive; got 'magic'",
+            f"samplers: expected one of {', '.join(SAMPLERS)}; got 'magic'",
         ),
         (["--mauve", "[all]"], "mauve: expected one of unconditional, prefix, infill; got 'all'"),
         (["--mauve", "[prefix]"], "given, compared: expected at most 16, the length of a text, got 50, 100"),
@@ -261,7 +262,7 @@ def test_given_tokens_are_kept(model: Path, judge_folder: Path, monkeypatch: pyt
         (["--num", "0"], "num: expected at least 1, got 0"),
         (
             ["--samplers", "[]"],
-            "samplers: expected at least one of tweedie, tweedie_cosine, euler, greedy, autoregressive; got none",
+            f"samplers: expected at least one of {', '.join(SAMPLERS)}; got none",
         ),
         (["--mauve", "[infill]", "--given", "8", "--compared", "8"], "given: expected fewer than the 8 compared"),
         (["--top_p", "0"], "top_p: expected a number in (0, 1], got 0.0"),

@@ -30,6 +30,7 @@ from sedd.commands.latency import (
     plot_latency,
     write_with_twin,
 )
+from sedd.diffusion import SAMPLERS
 from sedd.diffusion.schedule import LogLinear
 from sedd.hints import pip_install
 from sedd.hub import SEDD
@@ -175,7 +176,7 @@ def test_a_missing_package_is_named_before_anything_is_measured(
         (["--batch_sizes", "[]"], "batch_sizes: expected numbers of at least 1, got []"),
         (
             ["--sampler", "magic"],
-            "sampler: expected one of tweedie, tweedie_cosine, euler, greedy, autoregressive; got 'magic'",
+            f"sampler: expected one of {', '.join(SAMPLERS)}; got 'magic'",
         ),
         (["--repeats", "0"], "repeats: expected at least 1, got 0"),
         (["--plot", "times.foo"], "plot: expected a file name that ends in"),

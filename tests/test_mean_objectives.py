@@ -93,7 +93,7 @@ def test_samples_have_the_right_frequencies(name, sampler):
 
 
 def test_a_schedule_for_each_token_has_no_euler_step():
-    with pytest.raises(ValueError, match="sampler: expected tweedie, tweedie_cosine or greedy for genmd4"):
+    with pytest.raises(ValueError, match=r"sampler: expected tweedie, tweedie_cosine, .* for genmd4"):
         sample(diffusion_of("genmd4"), batch=1, length=4, sampler="euler")
 
 

@@ -25,7 +25,7 @@ PARAMS = {"d3pm": "--objective_params.steps 20 --objective_params.ce_weight 0.1"
 REFUSED = {  # (objective, command): the message
     ("autoregressive", "infill"): "template: expected given tokens at the beginning only",
     ("autoregressive", "convert"): "save_pretrained: expected a diffusion model, got an autoregressive one",
-    ("genmd4", "euler"): "--sampler: expected tweedie, tweedie_cosine or greedy for genmd4",
+    ("genmd4", "euler"): "--sampler: expected tweedie, tweedie_cosine, confidence or another",
     ("autoregressive", "eval latency"): "run: expected a diffusion model",
     ("autoregressive", "euler"): "--sampler: expected 'autoregressive' for an autoregressive model",
     ("autoregressive", "greedy"): "--sampler: expected 'autoregressive' for an autoregressive model",

@@ -68,11 +68,13 @@ from sedd_ext import Tweedie
 class HalfAtATime(Sampler):
     """Denoises half of the open positions of each sequence, over and over; then all that are left."""
 
+    part: int = 2
+
     def __call__(self, walk):
         for i in range(self.steps):
             where = walk.open()
             if i + 1 < self.steps:
-                where = where & (where.cumsum(1) % 2 == 1)
+                where = where & (where.cumsum(1) % self.part == 1)
             t = torch.tensor(1 - i / self.steps, dtype=torch.float64)
             if bool(where.any()):
                 walk.write(where, walk.draw(where, t, Tweedie(float(walk.schedule.total(t))), denoise=True))
@@ -183,7 +185,7 @@ def test_one_of_each_kind(outside: Path, capsys: pytest.CaptureFixture[str]) -> 
 
     forget()
     uses = [word for kind in ("schedule", "objective", "corpus") for word in ("--use", name_of(kind))]
-    sampler = ["--sampler", name_of("sampler"), "--steps", "3", "--json", "texts.json"]
+    sampler = ["--sampler", name_of("sampler"), "--sampler_params.part=3", "--steps", "3", "--json", "texts.json"]
     assert main(["sample", "run", *sampler, *uses]) == 0
     (row,) = json.loads((outside / "texts.json").read_text())
     assert len(row["tokens"]) == 16

@@ -8,7 +8,9 @@ from scipy.stats import chi2_contingency, chisquare
 from torch.profiler import ProfilerActivity, profile
 from toy import P_0, VOCABULARY, TrueScore, diffusion
 
-from sedd.diffusion.samplers import SAMPLERS, GreedySampler, TweedieSampler, sample
+from sedd.diffusion.orders import GreedySampler
+from sedd.diffusion.reverse_steps import TweedieSampler
+from sedd.diffusion.samplers import SAMPLERS, sample
 from sedd.diffusion.schedule import get_schedule
 from sedd.diffusion.walk import Walk
 from sedd.hub import SEDD
@@ -222,7 +224,10 @@ def test_time_conditioning_is_all_that_sigma_does():
         torch.testing.assert_close(model.hidden(x, torch.tensor([0.1])), early)
 
 
-@pytest.mark.parametrize("sampler", [name for name, kind in SAMPLERS.items() if not kind.autoregressive])
+FOR_ALL = [name for name, kind in SAMPLERS.items() if not kind.autoregressive and not kind.needs_mask]
+
+
+@pytest.mark.parametrize("sampler", FOR_ALL)  # test_samplers.py has those for absorbing processes alone
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("given", ["prefix", "suffix", "middle", "spans"])
 def test_infilling_keeps_every_given_token_in_every_step(name, sampler, given):
@@ -385,10 +390,11 @@ TOKENS, WHERE = torch.zeros(3, dtype=torch.int64), torch.tensor([True, False, Fa
         ({"batch": 0}, ValueError, "batch: expected at least 1, got 0"),
         ({"length": 0}, ValueError, "length: .* got 0"),
         ({"steps": 0}, ValueError, "steps: .* got 0"),
+        ({"sampler": TweedieSampler(0)}, ValueError, "steps: .* got 0"),
         (
-            {"sampler": "ancestral"},
+            {"sampler": "magic"},
             ValueError,
-            "sampler: expected one of 'tweedie', 'tweedie_cosine', 'euler', 'greedy', 'autoregressive', got ",
+            "sampler: expected one of 'tweedie', 'tweedie_cosine', 'euler', 'ancestral', .*, 'autoregressive', got ",
         ),
         ({"fixed": (TOKENS[:2], WHERE)}, ValueError, r"fixed: expected the tokens as \[3\] or \[2, 3\], got \[2\]"),
         ({"fixed": (TOKENS, WHERE[None])}, ValueError, r"fixed: expected the positions .* got \[1, 3\]"),

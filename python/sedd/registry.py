@@ -18,7 +18,8 @@ from sedd.data.corpus import CORPORA, Corpus
 from sedd.data.tokenizer import TOKENIZERS, Tokenizer
 from sedd.diffusion.diffusion import Objective
 from sedd.diffusion.objectives import OBJECTIVES
-from sedd.diffusion.samplers import SAMPLERS, Sampler
+from sedd.diffusion.sampler import Sampler
+from sedd.diffusion.samplers import SAMPLERS
 from sedd.diffusion.schedule import SCHEDULES, Schedule
 
 __all__ = ["import_named", "import_outside"]

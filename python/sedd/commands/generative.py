@@ -36,7 +36,7 @@ from sedd.progress import console
 from sedd.runtime import resolve_device
 from sedd.unfinished import identity
 
-__all__ = ["GenerativeOptions", "diversity", "generative", "plot_generative"]
+__all__ = ["GenerativeOptions", "diversity", "generative", "measure", "plot_generative"]
 
 ABOUT = """Measure the quality of samples.
 
@@ -167,7 +167,7 @@ def _mauve(real: Tensor, written: Tensor) -> float:
     return float(statistics.fmean(values))
 
 
-def _measure(tokens: Tensor, loaded: LoadedModel, judge: Judge, batch_size: int, progress: bool) -> dict[str, Any]:
+def measure(tokens: Tensor, loaded: LoadedModel, judge: Judge, batch_size: int, progress: bool) -> dict[str, Any]:
     """Measures of texts [n, L] that do not need real text."""
     if isinstance(judge, RunJudge) and judge.loaded.tokenizer.name == loaded.tokenizer.name:
         nats, counts = judge.read_tokens(tokens.tolist(), batch_size, progress)
@@ -246,7 +246,7 @@ def generative(run: str, options: GenerativeOptions) -> int:
         settings["identity"] = identity(tensors, str(loaded.model.to_config()))
     report: dict[str, Any] = {"settings": settings, "real": None, "rows": _known(options, settings)}
     if real is not None:
-        report["real"] = _measure(real, loaded, judge, options.batch_size, out.is_terminal)
+        report["real"] = measure(real, loaded, judge, options.batch_size, out.is_terminal)
     write = _writer(loaded, length, options, out.is_terminal)
     done = {(row["sampler"], row["steps"]) for row in report["rows"]}
     for sampler in samplers:
@@ -363,7 +363,7 @@ def _row(
     written = write(sampler, steps, None)
     seconds = (time.perf_counter() - started) / options.num
     row: dict[str, Any] = {"sampler": sampler, "steps": steps, "seconds_per_text": seconds}
-    row |= _measure(written, loaded, judge, options.batch_size, False)
+    row |= measure(written, loaded, judge, options.batch_size, False)
     for setting in options.mauve:
         assert real is not None
         length = written.shape[1]

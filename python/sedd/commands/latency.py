@@ -64,7 +64,7 @@ class LatencyOptions:
     length: int | None = None
     """Tokens per text. Default: the length of a training block."""
     sampler: str = "tweedie"
-    """tweedie, tweedie_cosine, euler, greedy, or your own class as module:name."""
+    """A sampler of sedd sample, or your own class as module:name."""
     twin: str | None = None
     """The autoregressive model: a run of sedd train --objective autoregressive. Default: a GPT-2 of the same size with
     random weights."""

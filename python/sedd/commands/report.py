@@ -67,8 +67,8 @@ class ReportOptions:
     """Number of reverse steps, each a frame of the animation. One denoising step follows. An autoregressive model takes
     a step for each token."""
     sampler: str | None = None
-    """tweedie, tweedie_cosine, euler, greedy, autoregressive (for autoregressive models), or your own class as
-    module:name. Default: tweedie; autoregressive for an autoregressive model."""
+    """A sampler of sedd sample, or your own class as module:name. Default: tweedie, or autoregressive for an
+    autoregressive model."""
     length: int | None = None
     """Tokens per text. Default: the length of a training block."""
     seed: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from rich.text import Text
 from torch import Tensor
 
 from sedd.commands.command import RUN, Argument, Command
+from sedd.commands.sampler_params import make_sampler, parameters
 from sedd.data.tokenizer import MASK_TEXT, Tokenizer
+from sedd.diffusion.sampler import Sampler
 from sedd.diffusion.samplers import SAMPLERS, sample
 from sedd.files import write_json
 from sedd.hub.pretrained import LoadedModel, load_model
@@ -36,6 +38,7 @@ examples:
   sedd sample runs/default
   sedd sample runs/default --num 3 --steps 64 --seed 7
   sedd sample runs/default --live
+  sedd sample runs/default --sampler entropy_bounded --sampler_params.gamma 0.3
   sedd sample runs/default/checkpoints/step_00000500 --json texts.json
 """
 
@@ -65,13 +68,17 @@ class SamplingOptions:
     num: int = 1
     """Number of texts."""
     steps: int = 128
-    """Number of reverse steps. More steps take longer and give better text. One denoising step follows. Of no effect
-    for an autoregressive model, which takes a step for each token."""
+    """Number of reverse steps. More steps take longer and give better text. Of no effect for first_hitting,
+    entropy_bounded and autoregressive, which take as many steps as they need."""
     sampler: str | None = None
-    """tweedie (the best independent reverse step), tweedie_cosine (the same, with shorter steps near the noise), euler,
-    greedy (the most probable tokens, at the positions where the model is most certain), autoregressive (from left to
-    right, for autoregressive models only), or your own class as module:name. Default: tweedie; autoregressive for an
-    autoregressive model."""
+    """For any noise: tweedie (the best independent reverse step), tweedie_cosine (the same, with shorter steps near the
+    noise), euler, predictor_corrector, greedy. For absorbing noise: ancestral, remask (unmasked tokens may return to
+    MASK), first_hitting (one position per step), entropy_bounded (as many positions as the entropies allow),
+    confidence, margin, entropy (the positions where the model is most certain), semi_autoregressive (block after
+    block). For autoregressive models: autoregressive. Or your own class as module:name. Default: tweedie;
+    autoregressive for an autoregressive model."""
+    sampler_params: dict[str, str] = field(default_factory=dict)
+    """Parameters of the sampler, for example --sampler entropy_bounded --sampler_params.gamma 0.3."""
     temperature: float = 1.0
     """Below 1, more probable tokens are preferred; above 1, less probable ones. 1 samples the model's distribution."""
     top_p: float = 1.0
@@ -92,6 +99,15 @@ class SamplingOptions:
         if self.sampler is not None:
             check_one_of("sampler", self.sampler, SAMPLERS)
         check_choice(self.temperature, self.top_p)
+        self.chosen()  # mistakes are found before the model is loaded
+
+    def chosen(self) -> Sampler | str | None:
+        """The sampler with its parameters, or its name; None for the default of the model."""
+        if not self.sampler_params:
+            return self.sampler
+        if self.sampler is None:
+            raise ValueError("sampler: expected the name of the sampler that has these parameters, got none")
+        return make_sampler(self.sampler, self.steps, self.sampler_params)
 
 
 @dataclass
@@ -185,7 +201,7 @@ def _generate(loaded: LoadedModel, options: SamplingOptions, live: bool, tokens:
                 batch=min(options.batch_size, options.num - first),
                 length=len(tokens),
                 steps=options.steps,
-                sampler=options.sampler,
+                sampler=options.chosen(),
                 temperature=options.temperature,
                 top_p=options.top_p,
                 generator=generator,
@@ -204,11 +220,13 @@ def _generate(loaded: LoadedModel, options: SamplingOptions, live: bool, tokens:
 
 
 _LIVE = Argument("--live", "Display the first text after each step.", {"action": "store_true"})
-SAMPLE = Command("sample", ABOUT_SAMPLE, write, SampleOptions, arguments=(RUN, _LIVE))
+_KEYS = {"sampler_params": parameters}
+SAMPLE = Command("sample", ABOUT_SAMPLE, write, SampleOptions, arguments=(RUN, _LIVE), keys=_KEYS)
 INFILL = Command(
     "infill",
     ABOUT_INFILL,
     infill,
     SamplingOptions,
     arguments=(RUN, Argument("template", "The text, with {{n}} for n unknown tokens."), _LIVE),
+    keys=_KEYS,
 )

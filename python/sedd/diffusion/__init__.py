@@ -9,13 +9,15 @@ from sedd.diffusion.genmd4 import GenMD4, PerToken
 from sedd.diffusion.likelihood import ElboResult, elbo
 from sedd.diffusion.objectives import OBJECTIVES, get_objective, sample_times
 from sedd.diffusion.position_loss import GIDD, MD4, UDLM, MeanPrediction, ScoreEntropy
-from sedd.diffusion.samplers import SAMPLERS, Sampler, sample
+from sedd.diffusion.sampler import GRIDS, Sampler
+from sedd.diffusion.samplers import SAMPLERS, sample
 from sedd.diffusion.schedule import SCHEDULES, Schedule, get_schedule
-from sedd.diffusion.walk import Walk
+from sedd.diffusion.walk import Unmasked, Walk
 
 __all__ = [
     "D3PM",
     "GIDD",
+    "GRIDS",
     "MD4",
     "OBJECTIVES",
     "SAMPLERS",
@@ -39,6 +41,7 @@ __all__ = [
     "Score",
     "ScoreEntropy",
     "TauLDR",
+    "Unmasked",
     "Walk",
     "continuation_bound",
     "elbo",

@@ -11,7 +11,7 @@ from torch import Tensor
 from sedd.diffusion.autoregressive import Reader
 from sedd.diffusion.diffusion import Diffusion
 from sedd.diffusion.likelihood import closed_terms, with_onset
-from sedd.diffusion.samplers import GreedySampler
+from sedd.diffusion.orders import GreedySampler
 from sedd.diffusion.walk import Walk
 
 __all__ = ["continuation_bound", "greedy_continuation", "is_greedy", "seed_of"]

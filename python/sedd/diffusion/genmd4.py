@@ -67,8 +67,8 @@ class PerToken(nn.Module, Schedule):
             ValueError: always.
         """
         raise ValueError(
-            "sampler: expected tweedie, tweedie_cosine or greedy for genmd4, whose tokens have no common noise rate, "
-            "got euler"
+            "sampler: expected tweedie, tweedie_cosine, confidence or another that needs no common noise rate for "
+            "genmd4, whose tokens have a rate each"
         )
 
     def token_total(self, t: Tensor, x_0: Tensor) -> Tensor:

@@ -2,207 +2,52 @@
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sedd.diffusion.autoregressive import Reader
 from sedd.diffusion.diffusion import Diffusion
-from sedd.diffusion.schedule import Schedule
-from sedd.diffusion.walk import AnyStep, Walk
+from sedd.diffusion.orders import (
+    AutoregressiveSampler,
+    ConfidenceSampler,
+    EntropyBoundedSampler,
+    EntropySampler,
+    FirstHittingSampler,
+    GreedySampler,
+    MarginSampler,
+    SemiAutoregressiveSampler,
+)
+from sedd.diffusion.reverse_steps import (
+    AncestralSampler,
+    CosineTweedieSampler,
+    EulerSampler,
+    PredictorCorrectorSampler,
+    RemaskSampler,
+    TweedieSampler,
+)
+from sedd.diffusion.sampler import Sampler
+from sedd.diffusion.walk import Walk
 from sedd.progress import track
-from sedd_ext import Euler, RankOne
+from sedd_ext import RankOne
 
-__all__ = [
-    "SAMPLERS",
-    "AutoregressiveSampler",
-    "CosineTweedieSampler",
-    "EulerSampler",
-    "GreedySampler",
-    "Sampler",
-    "TweedieSampler",
-    "find_sampler",
-    "sample",
-]
-
-T_END = 1e-5
-"""Time at which the reverse steps end and the denoising step starts, as in the released code."""
-
-
-@dataclass(frozen=True)
-class Sampler(ABC):
-    """Moves sequences from noise to text. A subclass decides on positions, times and steps.
-
-    Attributes:
-        steps: number of reverse steps, at least 1. More steps take longer and give better samples.
-        autoregressive: whether it is for autoregressive models, and not for diffusion models.
-    """
-
-    steps: int
-    autoregressive: ClassVar[bool] = False
-
-    @abstractmethod
-    def __call__(self, walk: Walk) -> Iterator[Tensor]:
-        """Yields the tokens [B, L] after each step."""
-
-    def check(self, diffusion: Diffusion) -> None:  # noqa: B027 - any model, unless a subclass says otherwise
-        """Raises a ValueError if the sampler does not suit the model."""
-
-    def count(self, walk: Walk) -> int:
-        """Number of steps that the walk takes, for progress."""
-        return self.steps
-
-
-@dataclass(frozen=True)
-class _Steps(Sampler):
-    """Reverse steps from t = 1 to t = 1e-5 at all open positions, of equal size, then a denoising Tweedie step.
-
-    Attributes:
-        steps: number of reverse steps.
-        denoise: take the denoising step. Without it, absorbing processes may leave MASK tokens.
-    """
-
-    denoise: bool = True
-
-    @abstractmethod
-    def reverse_step(self, schedule: Schedule, t: Tensor, t_next: Tensor) -> AnyStep | None:
-        """The step from t to the earlier time t_next, both float64 scalars. None if there is nothing to do."""
-
-    def times(self) -> Tensor:
-        """The times between the steps, from 1 to 1e-5, float64."""
-        return torch.linspace(1.0, T_END, self.steps + 1, dtype=torch.float64)
-
-    def count(self, walk: Walk) -> int:
-        return self.steps + int(self.denoise)
-
-    def __call__(self, walk: Walk) -> Iterator[Tensor]:
-        times = self.times()
-        for t, t_next in pairwise(times):
-            step = self.reverse_step(walk.schedule, t, t_next)
-            if step is not None:
-                walk.step(t, step)
-            yield walk.tokens
-        if self.denoise:
-            step = walk.schedule.reverse_step(times[-1], None)
-            if step is not None:
-                walk.step(times[-1], step, denoise=True)
-            yield walk.tokens
-
-
-class TweedieSampler(_Steps):
-    """Tweedie τ-leaping: the best step that moves positions independently. Source: SEDD, equation 19."""
-
-    def reverse_step(self, schedule: Schedule, t: Tensor, t_next: Tensor) -> AnyStep | None:
-        """Δ = σ̄(t) - σ̄(t_next)."""
-        return schedule.reverse_step(t, t_next)
-
-
-class CosineTweedieSampler(TweedieSampler):
-    """Tweedie steps between the times cos(π/2 (1 - i/T)): short ones near t = 1, where most tokens are noise.
-
-    Source: the cosine grid of MD4 (Shi et al. 2024).
-    """
-
-    def times(self) -> Tensor:
-        """See :meth:`_Steps.times`."""
-        times = torch.sin(math.pi / 2 * torch.linspace(1.0, 0.0, self.steps + 1, dtype=torch.float64))
-        return times.clamp(min=T_END)
-
-
-class EulerSampler(_Steps):
-    """Euler's method. Source: SEDD, equation 17."""
-
-    def check(self, diffusion: Diffusion) -> None:
-        """The schedule must have one rate for all tokens."""
-        diffusion.schedule.rate(torch.ones(()))
-
-    def reverse_step(self, schedule: Schedule, t: Tensor, t_next: Tensor) -> Euler:
-        """Δt σ(t)."""
-        return Euler(float((t - t_next) * schedule.rate(t)))
-
-
-@dataclass(frozen=True)
-class GreedySampler(Sampler):
-    """Greedy decoding: each step fixes the most probable token at the positions where the model is surest.
-
-    Every step computes the distribution of the clean token at all positions. n positions in k steps are fixed n/k at a
-    time, at the times 1, 1 - 1/k, ..., 1/k; there are at most n steps. This suits absorbing noise. Where noise looks
-    like text, a model near t = 1 takes given tokens for noise too.
-
-    Source: Deschenaux & Gulcehre 2024, appendix A.2, for greedy decoding; they do not define the order, which is ours.
-    """
-
-    def count(self, walk: Walk) -> int:
-        """At most one step for each free position."""
-        return min(self.steps, int(walk.free.sum(1).max()))
-
-    def __call__(self, walk: Walk) -> Iterator[Tensor]:
-        """See :meth:`Sampler.__call__`."""
-        steps, where = self.count(walk), walk.free
-        size = where.sum(1)  # of each sequence
-        for i in range(steps):
-            t = 1 - i / steps
-            step = walk.schedule.reverse_step(torch.tensor(t, dtype=torch.float64), None)
-            assert step is not None
-            best, token = walk.probs(where, t, step, denoise=True).max(-1)
-            surest = torch.full(where.shape, -1.0, dtype=best.dtype, device=best.device).masked_scatter(where, best)
-            surest = torch.where(walk.free, surest, -1.0)
-            rank = surest.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            wanted = size * (i + 1) // steps - size * i // steps
-            fixed = walk.free & (rank < wanted[:, None])
-            tokens = torch.zeros_like(walk.tokens).masked_scatter(where, token)
-            walk.write(fixed, tokens[fixed])
-            walk.free = walk.free & ~fixed
-            yield walk.tokens
-
-
-@dataclass(frozen=True)
-class AutoregressiveSampler(Sampler):
-    """Writes from left to right, each token from its distribution given those before it. For autoregressive models.
-
-    Attributes:
-        steps: of no effect: there is a step for each token.
-        cached: keep the keys and values of what has been read.
-    """
-
-    cached: bool = True
-    autoregressive: ClassVar[bool] = True
-
-    def count(self, walk: Walk) -> int:
-        """A step for each position after the shortest given beginning.
-
-        Raises:
-            ValueError: a token after a free position is given.
-        """
-        if bool((walk.free[:, :-1] & ~walk.free[:, 1:]).any()):
-            raise ValueError(
-                "fixed: expected given tokens at the beginning only, got some after a gap; an autoregressive model "
-                "cannot fill gaps, it continues a text"
-            )
-        return int(walk.free.sum(1).max())
-
-    def __call__(self, walk: Walk) -> Iterator[Tensor]:
-        """See :meth:`Sampler.__call__`."""
-        length = walk.tokens.shape[1]
-        reader = Reader(walk.diffusion, length, cached=self.cached)
-        for position in range(length - self.count(walk), length):
-            where = walk.free & (torch.arange(length, device=walk.free.device) == position)
-            walk.write(where, walk.choose(reader.logits(walk.tokens, position)[where.any(1)]))
-            yield walk.tokens
-
+__all__ = ["SAMPLERS", "find_sampler", "sample"]
 
 SAMPLERS: dict[str, type[Sampler]] = {
     "tweedie": TweedieSampler,
     "tweedie_cosine": CosineTweedieSampler,
     "euler": EulerSampler,
+    "ancestral": AncestralSampler,
+    "remask": RemaskSampler,
+    "predictor_corrector": PredictorCorrectorSampler,
+    "first_hitting": FirstHittingSampler,
+    "entropy_bounded": EntropyBoundedSampler,
+    "confidence": ConfidenceSampler,
+    "margin": MarginSampler,
+    "entropy": EntropySampler,
     "greedy": GreedySampler,
+    "semi_autoregressive": SemiAutoregressiveSampler,
     "autoregressive": AutoregressiveSampler,
 }
 """All samplers by name. To add one, write a subclass of :class:`Sampler` and name it here."""
@@ -223,7 +68,8 @@ def find_sampler(diffusion: Diffusion, sampler: str | Sampler | None, steps: int
     if found.autoregressive != autoregressive:
         known = ", ".join(repr(name) for name, kind in SAMPLERS.items() if kind.autoregressive == autoregressive)
         kind = "an autoregressive model" if autoregressive else "a diffusion model"
-        raise ValueError(f"sampler: expected {known} for {kind}, got {sampler!r}")
+        given = next((name for name, kind in SAMPLERS.items() if kind is type(found)), type(found).__name__)
+        raise ValueError(f"sampler: expected {known} for {kind}, got {given!r}")
     found.check(diffusion)
     return found
 
@@ -265,7 +111,7 @@ def sample(
         device: where to sample; the model's device if None.
         fixed: infilling: tokens ([L] or [B, L], int64) and where they are given ([L] or [B, L], bool). They keep their
             places in every step and in the result; the tokens elsewhere are ignored.
-        on_step: called after each step with the number of steps done, their number in all, and the tokens so far
+        on_step: called after each step with the number of steps done, the most that there can be, and the tokens so far
             [B, L].
         progress: show a progress bar.
         autocast_dtype: run the network under autocast in this dtype, e.g. torch.bfloat16.
@@ -282,10 +128,10 @@ def sample(
 
     Source: SEDD (Lou, Meng & Ermon 2024), algorithms 2 and 3.
     """
-    for name, value in (("batch", batch), ("length", length), ("steps", steps)):
+    sampler = find_sampler(diffusion, sampler, steps)
+    for name, value in (("batch", batch), ("length", length), ("steps", sampler.steps)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    sampler = find_sampler(diffusion, sampler, steps)
     process = diffusion.process
     device = torch.device(device) if device is not None else diffusion.device
     x = process.sample_limit((batch, length), generator=generator, device=device)
@@ -313,7 +159,10 @@ def sample(
         steps_taken = sampler(walk)
         for i in track(range(total), "sampling", progress):
             with torch.no_grad():
-                x = next(steps_taken)
+                taken = next(steps_taken, None)
+            if taken is None:  # fewer steps were enough
+                break
+            x = taken
             if on_step is not None:
                 on_step(i + 1, total, x.clone())
     return x

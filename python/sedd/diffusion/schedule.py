@@ -56,6 +56,28 @@ class Schedule(ABC):
     def rate(self, t: Tensor) -> Tensor:
         """The noise rate σ(t) = dσ̄/dt, with the arguments, result and errors of :meth:`total`."""
 
+    def moved(self, t: Tensor) -> Tensor:
+        """The probability 1 - α(t) that a token has met noise; arguments, result and errors as of :meth:`total`."""
+        return -torch.expm1(-self.total(t))
+
+    def time(self, moved: Tensor) -> Tensor:
+        """The time at which a token has met noise with a probability: the inverse of :meth:`moved`.
+
+        Found by bisection, unless a subclass has a formula.
+
+        Args:
+            moved: probabilities, float64, any shape.
+
+        Returns:
+            Times in [0, 1], float64, same shape and device: 0 for less noise than at t = 0, 1 for more than at t = 1.
+        """
+        early, late = torch.zeros_like(moved), torch.ones_like(moved)
+        for _ in range(53):
+            t = (early + late) / 2
+            before = self.moved(t) < moved
+            early, late = torch.where(before, t, early), torch.where(before, late, t)
+        return late
+
     @property
     def original(self) -> Schedule:
         """The schedule that an objective has made this one from; the schedule itself otherwise."""
@@ -132,6 +154,11 @@ class Geometric(Schedule):
         """σ̄(t) log(σ_max / σ_min), see :meth:`Schedule.rate`."""
         return self.total(t) * math.log(self.sigma_max / self.sigma_min)
 
+    def time(self, moved: Tensor) -> Tensor:
+        """See :meth:`Schedule.time`."""
+        t = torch.log(-torch.log1p(-moved) / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
+        return t.clamp(0, 1)
+
 
 @dataclass(frozen=True)
 class _AlphaSchedule(Schedule):
@@ -153,6 +180,14 @@ class _AlphaSchedule(Schedule):
     @abstractmethod
     def _moved(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """m(t) and m'(t), float64."""
+
+    @abstractmethod
+    def _inverse(self, m: Tensor) -> Tensor:
+        """The t at which m(t) = m, for m in [0, 1], float64."""
+
+    def time(self, moved: Tensor) -> Tensor:
+        """See :meth:`Schedule.time`."""
+        return self._inverse((moved / (1 - self.eps)).clamp(0, 1))
 
     def total(self, t: Tensor) -> Tensor:
         """-log1p(-(1-ε) m(t)), see :meth:`Schedule.total`."""
@@ -178,6 +213,9 @@ class LogLinear(_AlphaSchedule):
     def _moved(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return t, torch.ones_like(t)
 
+    def _inverse(self, m: Tensor) -> Tensor:
+        return m
+
 
 @dataclass(frozen=True)
 class Cosine(_AlphaSchedule):
@@ -192,6 +230,9 @@ class Cosine(_AlphaSchedule):
     def _moved(self, t: Tensor) -> tuple[Tensor, Tensor]:
         angle = math.pi / 2 * t
         return torch.sin(angle), math.pi / 2 * torch.cos(angle)
+
+    def _inverse(self, m: Tensor) -> Tensor:
+        return 2 / math.pi * torch.asin(m)
 
 
 @dataclass(frozen=True)
@@ -214,6 +255,9 @@ class Polynomial(_AlphaSchedule):
 
     def _moved(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return t**self.power, self.power * t ** (self.power - 1)
+
+    def _inverse(self, m: Tensor) -> Tensor:
+        return m ** (1 / self.power)
 
 
 SCHEDULES: dict[str, type[Schedule]] = {

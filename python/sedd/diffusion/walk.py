@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from sedd.diffusion.diffusion import Diffusion
 from sedd.diffusion.schedule import Schedule
-from sedd_ext import Euler, GeneralizedMasked, RankOne, Tweedie, linear_reverse_sample, reverse_probs, reverse_sample
+from sedd_ext import (
+    Absorbing,
+    Euler,
+    GeneralizedMasked,
+    RankOne,
+    Tweedie,
+    linear_reverse_sample,
+    reverse_probs,
+    reverse_sample,
+    sample_transition,
+)
 
-__all__ = ["AnyStep", "Walk"]
+__all__ = ["AnyStep", "Unmasked", "Walk"]
 
 AnyStep = Tweedie | Euler | GeneralizedMasked
 """A reverse step."""
+
+
+class Unmasked(NamedTuple):
+    """What the model says of the clean tokens at R positions. Each field is a tensor [R].
+
+    Attributes:
+        token: drawn with the walk's temperature and top_p, int64.
+        argmax: the most probable token, int64.
+        log_prob: log-probability of ``token``, in nats. This and the fields below are those of the distribution without
+            temperature and top_p, in float32 or float64.
+        max_prob: the largest probability.
+        margin: the largest probability minus the second largest.
+        entropy: in nats.
+    """
+
+    token: Tensor
+    argmax: Tensor
+    log_prob: Tensor
+    max_prob: Tensor
+    margin: Tensor
+    entropy: Tensor
 
 
 class Walk:
@@ -103,15 +135,46 @@ class Walk:
         step = self._per_position(step, where)
         return reverse_probs(log_score, x_t, step, self.process, denoise=denoise, **options)
 
+    @torch.no_grad()
+    def unmask(self, where: Tensor, t: Tensor | float) -> Unmasked:
+        """Draws clean tokens at positions, without writing them, and measures how sure the model is of each.
+
+        Args:
+            where: R positions [B, L], bool.
+            t: time of the sequences, one number or [B].
+        """
+        hidden, x_t, options = self._hidden(where, t)
+        logits = self.diffusion.network.head(hidden)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if self.process.family != "absorbing":  # the scores depend on the token at the position
+            step = Tweedie(self.schedule.total(torch.as_tensor(t, dtype=torch.float64)).to(logits.device))
+            probs = reverse_probs(logits, x_t, self._per_position(step, where), self.process, denoise=True, **options)
+            logits = F.pad(probs.log(), (0, 1))  # a place for the MASK that choose() leaves out
+        token, log_p = self.choose(logits), logits[:, :-1].log_softmax(1)
+        p = log_p.exp()
+        most = p.topk(min(2, p.shape[1])).values
+        return Unmasked(
+            token,
+            log_p.argmax(1),
+            log_p.gather(1, token[:, None]).squeeze(1),
+            most[:, 0],
+            most[:, 0] - most[:, 1:].sum(1),
+            torch.special.entr(p).sum(1),
+        )
+
     def choose(self, logits: Tensor) -> Tensor:
-        """Draws tokens [R] other than MASK from softmax(logits [R, N]), with the walk's temperature and top_p."""
+        """Draws tokens [R] from softmax(logits [R, n]) without the last one, with the walk's temperature and top_p."""
         # a step of an absorbing process from MASK, in which the scores of the other tokens are exp(logit)
-        mask_id = self.process.dim - 1
+        mask_id = logits.shape[1] - 1
         x_t = torch.full(logits.shape[:1], mask_id, device=logits.device)
         largest = logits[:, :mask_id].amax(1)
         return reverse_sample(
-            logits, x_t, Tweedie(1.0), self.process, log_score_shift=largest, denoise=True, **self._options
+            logits, x_t, Tweedie(1.0), Absorbing(mask_id), log_score_shift=largest, denoise=True, **self._options
         )
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Random numbers in [0, 1), float64."""
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64, device=self.tokens.device)
 
     def write(self, where: Tensor, tokens: Tensor) -> None:
         """Puts tokens [R] at the positions ``where`` [B, L]."""
@@ -132,6 +195,16 @@ class Walk:
         where = self.open()
         if bool(where.any()):
             self.write(where, self.draw(where, t, step, denoise=denoise))
+
+    def fill(self, where: Tensor, t: Tensor | float) -> None:
+        """Draws clean tokens at the positions ``where`` [B, L] and writes them; calls nothing if there are none."""
+        if bool(where.any()):
+            self.write(where, self.unmask(where, t).token)
+
+    def noise(self, dsigma: float) -> None:
+        """Adds noise Δσ̄ at all free positions."""
+        noised = sample_transition(self.tokens, dsigma, self.process, generator=self.generator)
+        self.tokens = torch.where(self.free, noised, self.tokens)
 
     def _per_position(self, step: AnyStep, where: Tensor) -> AnyStep:
         """A step whose noise is one number, or one for each of the R positions."""
