@@ -42,10 +42,11 @@ class Unmasked(NamedTuple):
 
     token: Tensor
     argmax: Tensor
-    log_prob: Tensor | None = None
-    max_prob: Tensor | None = None
-    margin: Tensor | None = None
-    entropy: Tensor | None = None
+    # who asks for one need not check that it is there
+    log_prob: Tensor = None  # type: ignore[assignment]
+    max_prob: Tensor = None  # type: ignore[assignment]
+    margin: Tensor = None  # type: ignore[assignment]
+    entropy: Tensor = None  # type: ignore[assignment]
 
 
 class Draw(NamedTuple):

@@ -88,7 +88,7 @@ def test_odd_rows(dtype: torch.dtype) -> None:
     ties[:, [5, 17, 600, 1002]] = 30.0
     found = check(ties, None)
     assert found.argmax.tolist() == [5] * 7
-    assert torch.equal(found.margin, torch.zeros(7, dtype=found.margin.dtype))  # type: ignore[union-attr]
+    assert torch.equal(found.margin, torch.zeros(7, dtype=found.margin.dtype))
     peak = base.clone()
     peak[:, 777] = 80.0
     assert check(peak, None).token.tolist() == [777] * 7
@@ -239,12 +239,10 @@ def test_a_row_does_not_depend_on_the_others(temperature: float, top_p: float) -
     for rows in ([3], [39, 0, 17], list(range(10, 30))):
         part = unmask(logits[rows].clone(), row_ids=ids[rows], generator=seeded(), **options)
         for mine, theirs in zip(part, whole, strict=True):
-            assert mine is not None
-            assert theirs is not None
             assert torch.equal(mine, theirs[rows])
     other = unmask(logits, row_ids=ids + 1, generator=seeded(), **options)
     assert not torch.equal(other.token, whole.token)
-    assert torch.equal(other.entropy, whole.entropy)  # type: ignore[arg-type]
+    assert torch.equal(other.entropy, whole.entropy)
 
 
 def test_row_ids_are_indices_unless_given() -> None:

@@ -12,7 +12,7 @@ from sedd.diffusion.position_loss import GIDD, MD4, UDLM, MeanPrediction, ScoreE
 from sedd.diffusion.sampler import GRIDS, Sampler
 from sedd.diffusion.samplers import SAMPLERS, sample
 from sedd.diffusion.schedule import SCHEDULES, Schedule, get_schedule
-from sedd.diffusion.walk import Unmasked, Walk
+from sedd.diffusion.walk import Walk
 
 __all__ = [
     "D3PM",
@@ -41,7 +41,6 @@ __all__ = [
     "Score",
     "ScoreEntropy",
     "TauLDR",
-    "Unmasked",
     "Walk",
     "continuation_bound",
     "elbo",

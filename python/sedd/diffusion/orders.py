@@ -14,7 +14,8 @@ from torch import Tensor
 from sedd.diffusion.autoregressive import Reader
 from sedd.diffusion.diffusion import Diffusion
 from sedd.diffusion.sampler import GRIDS, Sampler, check_grid, expect
-from sedd.diffusion.walk import Unmasked, Walk
+from sedd.diffusion.walk import Walk
+from sedd_ext import Unmasked
 
 __all__ = [
     "AutoregressiveSampler",

@@ -2,51 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from sedd.diffusion.diffusion import Diffusion
 from sedd.diffusion.schedule import Schedule
 from sedd_ext import (
-    Absorbing,
     Euler,
     GeneralizedMasked,
     RankOne,
     Tweedie,
+    Unmasked,
     linear_reverse_sample,
+    linear_unmask,
     reverse_probs,
     reverse_sample,
     sample_transition,
+    unmask,
 )
 
-__all__ = ["AnyStep", "Unmasked", "Walk"]
+__all__ = ["AnyStep", "Walk"]
 
 AnyStep = Tweedie | Euler | GeneralizedMasked
 """A reverse step."""
-
-
-class Unmasked(NamedTuple):
-    """What the model says of the clean tokens at R positions. Each field is a tensor [R].
-
-    Attributes:
-        token: drawn with the walk's temperature and top_p, int64.
-        argmax: the most probable token, int64.
-        log_prob: log-probability of ``token``, in nats. This and the fields below are those of the distribution without
-            temperature and top_p, in float32 or float64.
-        max_prob: the largest probability.
-        margin: the largest probability minus the second largest.
-        entropy: in nats.
-    """
-
-    token: Tensor
-    argmax: Tensor
-    log_prob: Tensor
-    max_prob: Tensor
-    margin: Tensor
-    entropy: Tensor
 
 
 class Walk:
@@ -144,33 +124,21 @@ class Walk:
             t: time of the sequences, one number or [B].
         """
         hidden, x_t, options = self._hidden(where, t)
-        logits = self.diffusion.network.head(hidden)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        row_ids = where.reshape(-1).nonzero()[:, 0]  # a position has the same numbers whatever the other sequences do
+        draw: dict[str, Any] = {"row_ids": row_ids, "mask_id": self.process.mask_id, **self._options}
         if self.process.family != "absorbing":  # the scores depend on the token at the position
-            step = Tweedie(self.schedule.total(torch.as_tensor(t, dtype=torch.float64)).to(logits.device))
+            step = Tweedie(self.schedule.total(torch.as_tensor(t, dtype=torch.float64)).to(hidden.device))
+            logits = self.diffusion.network.head(hidden)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
             probs = reverse_probs(logits, x_t, self._per_position(step, where), self.process, denoise=True, **options)
-            logits = F.pad(probs.log(), (0, 1))  # a place for the MASK that choose() leaves out
-        token, log_p = self.choose(logits), logits[:, :-1].log_softmax(1)
-        p = log_p.exp()
-        most = p.topk(min(2, p.shape[1])).values
-        return Unmasked(
-            token,
-            log_p.argmax(1),
-            log_p.gather(1, token[:, None]).squeeze(1),
-            most[:, 0],
-            most[:, 0] - most[:, 1:].sum(1),
-            torch.special.entr(p).sum(1),
-        )
+            return unmask(probs.log(), **draw)
+        if self._head is not None:
+            return linear_unmask(hidden, *self._head, **draw)
+        return unmask(self.diffusion.network.head(hidden), **draw)
 
     def choose(self, logits: Tensor) -> Tensor:
         """Draws tokens [R] from softmax(logits [R, n]) without the last one, with the walk's temperature and top_p."""
-        # a step of an absorbing process from MASK, in which the scores of the other tokens are exp(logit)
-        mask_id = logits.shape[1] - 1
-        x_t = torch.full(logits.shape[:1], mask_id, device=logits.device)
-        largest = logits[:, :mask_id].amax(1)
-        return reverse_sample(
-            logits, x_t, Tweedie(1.0), Absorbing(mask_id), log_score_shift=largest, denoise=True, **self._options
-        )
+        return unmask(logits, mask_id=logits.shape[1] - 1, statistics=(), **self._options).token
 
     def uniform(self, *shape: int) -> Tensor:
         """Random numbers in [0, 1), float64."""
