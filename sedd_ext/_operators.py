@@ -64,6 +64,11 @@ RULES: dict[str, list[Rule]] = {
         ("{0}.dtype not in DTYPES", TypeError, _ANY_FLOAT),
         ("{0}.numel() != rows", ValueError, "{rows} numbers, one a token"),
     ],
+    "gradient": [
+        ("{0}.dtype is not log_score.dtype or {0}.shape != log_score.shape", ValueError, "log_score's dtype and shape"),
+        ("not {0}.is_contiguous()", ValueError, "a contiguous tensor"),
+    ],
+    "factor": [("{0}.dtype is not float64 or {0}.numel() != 1", ValueError, "one number of float64")],
     "weight": [
         ("{0}.dtype not in DTYPES", TypeError, _ANY_FLOAT),
         ("{0}.dim() != 2", ValueError, "shape [N, d]"),
@@ -111,6 +116,7 @@ RULES: dict[str, list[Rule]] = {
     "cumulative": [_vector("float64")],
     "forbidden": [("not -1 <= {0} < dim", ValueError, "a token in [0, {dim}), or -1 for none")],
     "buffer_bytes": [("{0} < 1", ValueError, "a positive number")],
+    "capacity": [("{0} is not None and {0} < 0", ValueError, "at least 0, or None")],
     "row_ids": _numbers("int64"),
     "temperature": [("not 0.0 <= {0} < inf", ValueError, "a finite number of at least 0")],
     "top_p": [("not 0.0 < {0} <= 1.0", ValueError, "a number in (0, 1]")],
@@ -142,7 +148,7 @@ def checked(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     The rules are compiled into one Python function, as in dataclasses. It takes about a microsecond, which is the time
     to read the attributes of the tensors; a loop over the rules would take twice as long.
     """
-    arguments = dict(reversed(pair) for pair in re.findall(r"(\w+\??) (\w+)[,)]", schema.split("->")[0]))
+    arguments = dict(reversed(pair) for pair in re.findall(r"(\w+\??)(?:\(a!\))? (\w+)[,)]", schema.split("->")[0]))
     rules = []
     for name in (name for name in RULES if name in arguments):
         optional = arguments[name] == "Tensor?" and name not in ("stationary", "cumulative")
@@ -213,6 +219,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
     torch.dtype: "ScalarType",
+    int | None: "int?",
     **{kind: kind.__name__ for kind in (str, float, int, bool)},
 }
 

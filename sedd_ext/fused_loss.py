@@ -44,6 +44,16 @@ def empty_results(a: Any, names: Sequence[str] = ("hidden", "weight", "bias")) -
     return a.hidden.new_empty(a.x_t.shape, dtype=compute_dtype(a.dtype)), *gradients
 
 
+def row_weights(
+    reduction: str, loss_weight: Tensor | float | None, batch: torch.Size, device: torch.device
+) -> Tensor | None:
+    """The factor of the loss of each position, [*B], float64, or None for 1: that of the caller, and that of a mean."""
+    if reduction == "mean":
+        scale = 1.0 / max(1, batch.numel())
+        loss_weight = scale if loss_weight is None else loss_weight * scale
+    return None if loss_weight is None else per_row("loss_weight", loss_weight, batch, device)
+
+
 def shared_arguments(
     reduction: str, loss_weight: Tensor | float | None, batch: torch.Size, device: torch.device, **parts: Tensor | None
 ) -> dict[str, Any]:
@@ -56,12 +66,9 @@ def shared_arguments(
         device: the device of the loss.
         **parts: the tensors that may need a gradient.
     """
-    if reduction == "mean":
-        scale = 1.0 / max(1, batch.numel())
-        loss_weight = scale if loss_weight is None else loss_weight * scale
     enabled = torch.is_grad_enabled()
     return {
-        "loss_weight": None if loss_weight is None else per_row("loss_weight", loss_weight, batch, device),
+        "loss_weight": row_weights(reduction, loss_weight, batch, device),
         **{f"grad_{name}": enabled and part is not None and part.requires_grad for name, part in parts.items()},
     }
 

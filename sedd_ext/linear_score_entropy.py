@@ -109,6 +109,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
             shift=v.shift,
             stationary=stationary,
             grad_loss=weights,
+            gradient=None if weights is None else tile.log_score,
             sweeps=sweeps[tile.rows],
             out=losses[tile.rows],
             begin=a.first,

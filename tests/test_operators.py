@@ -80,6 +80,16 @@ DRAW = {"row_ids": TOKENS, "mask": N - 1, "temperature": 0.5, "top_p": 0.9, "sta
 CALLS: dict[str, dict[str, Any]] = {
     "score_entropy": {**SCORES, **LOSS, **PI, "neg_entropy": PROCESS.neg_entropy},
     "score_entropy_backward": {"grad_loss": torch.ones(3), **SCORES, **LOSS, **PI, "neg_entropy": PROCESS.neg_entropy},
+    "score_entropy_sweep": {"loss_weight": NOISE, **SCORES, **LOSS, **PI, "neg_entropy": PROCESS.neg_entropy},
+    "score_entropy_rescale": {
+        "gradient": torch.zeros(3, N),
+        "factor": torch.ones(1, dtype=torch.float64),
+        "loss_weight": NOISE,
+        **SCORES,
+        **LOSS,
+        **PI,
+        "neg_entropy": PROCESS.neg_entropy,
+    },
     "mean_prediction": {**MEAN_LOSS, "needs_gradient": True},
     "mean_prediction_backward": {
         "grad_loss": torch.ones(3),
@@ -203,7 +213,9 @@ def test_vectors_need_not_be_contiguous() -> None:
         strided = {
             name: torch.stack([value, value.flip(0)], -1)[..., 0] if isinstance(value, Tensor) else value
             for name, value in arguments.items()
+            if name != "gradient"  # is written
         }
+        strided = {name: strided.get(name, value) for name, value in arguments.items()}
         strided |= {name: NOISE[:1].expand(3) for name, value in arguments.items() if value is NOISE}
         for one, other in zip(
             *(torch.utils._pytree.tree_leaves(call(operator, a)) for a in (arguments, strided)), strict=True
