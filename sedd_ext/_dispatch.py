@@ -109,8 +109,11 @@ def per_row(name: str, value: object, batch: torch.Size, device: torch.device) -
         raise ValueError(f"{name}: expected no requires_grad, since it gets no gradient; detach() it")
     if value.device != device and (value.dim() > 0 or value.is_meta):
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
+    value = value.double() if value.device == device else value.to(device=device, dtype=torch.float64)
+    if value.shape == batch:  # expand takes 2 µs
+        return value.contiguous()
     try:
-        rows = value.to(device=device, dtype=torch.float64).expand(batch)
+        rows = value.expand(batch)
     except RuntimeError as error:
         raise ValueError(
             f"{name}: expected a shape that broadcasts to {list(batch)}, got {list(value.shape)}"

@@ -229,13 +229,17 @@ def schema(arguments: type) -> str:
     return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(arguments).items())
 
 
-def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Registers an operator.
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers an operator, ``torch.ops.sedd_ext.NAME``.
 
     Args:
         schema: in torch's language; the names of the arguments select the checks (:data:`RULES`).
         implementation: for all devices that have kernels.
         fake: computes the shapes and dtypes of the results.
+
+    Returns:
+        A function that calls the operator, in eager mode without torch's dispatcher, which takes 4 µs. For operators
+        without a gradient.
     """
     name = schema.split("(", 1)[0]
     names = re.findall(r"(\w+)[,)]", schema.split("->")[0])
@@ -250,7 +254,27 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
         return call
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, checked(schema, implementation), "CPU")
+    on_cpu = checked(schema, implementation)
+    LIBRARY.impl(name, on_cpu, "CPU")
     for device in CUDA:
         LIBRARY.impl(name, on_any_device(implementation), device.upper())
     torch.library.register_fake(f"sedd_ext::{name}", on_any_device(fake), lib=LIBRARY)
+    operator = getattr(torch.ops.sedd_ext, name)
+
+    def call(*arguments: Any) -> Any:
+        return on_cpu(*arguments) if _is_plain(arguments) else operator(*arguments)
+
+    return call
+
+
+def _is_plain(arguments: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher would do nothing but call the CPU's implementation."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(value) is Tensor and value.is_cpu for value in arguments if isinstance(value, Tensor))
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not torch._C._autograd._profiler_enabled()
+    )

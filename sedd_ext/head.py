@@ -24,6 +24,7 @@ from sedd_ext.split import Share, Sums, check_split
 
 __all__: list[str] = []
 
+_TORCH = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
 BUFFER_BYTES = 1 << 26
 """The default memory for a tile of log-scores, 64 MiB."""
 
@@ -228,7 +229,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool, unit: Tens
 
     ``unit`` multiplies the product.
     """
-    if total.dtype != a.dtype:
+    if total.dtype != a.dtype and unit is None and _multiplies_into_float32(a):
+        # neither rounds the product to 16 bits nor stores it
+        if is_first:
+            torch.mm(a, b, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif total.dtype != a.dtype:
         product = torch.mm(a, b)
         if unit is not None:
             product = product.to(total.dtype) * unit
@@ -237,6 +244,11 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool, unit: Tens
         torch.mm(a, b, out=total)
     else:
         torch.addmm(total, a, b, out=total)
+
+
+def _multiplies_into_float32(a: Tensor) -> bool:
+    """Whether torch can add a product of 16-bit numbers to one of float32: on CUDA devices, from torch 2.10 on."""
+    return a.is_cuda and torch.version.cuda is not None and _TORCH >= (2, 10)
 
 
 def tile_shape(

@@ -181,6 +181,27 @@ BREAKS = [
         "_launch_backward(gradient, loss_weight * factor, None, Arguments(*arguments))",
         "tests/test_score_entropy.py -k one_sweep_reads_and_writes_once",
     ),
+    *(
+        Break(
+            f"the dispatcher is left out although {what}",
+            "sedd_ext/_operators.py",
+            f"        and {condition}\n",
+            "",
+            "tests/test_operators.py -k calls_without_the_dispatcher",
+        )
+        for what, condition in (
+            ("a mode looks at the call", "torch._C._len_torch_dispatch_stack() == 0"),
+            ("a transform is in force", "torch._C._functorch.peek_interpreter_stack() is None"),
+            ("a profiler looks at the call", "not torch._C._autograd._profiler_enabled()"),
+        )
+    ),
+    Break(
+        "a product into float32 replaces the sum",
+        "sedd_ext/head.py",
+        "torch.addmm(total, a, b, out_dtype=total.dtype, out=total)",
+        "torch.mm(a, b, out_dtype=total.dtype, out=total)",
+        "tests/test_linear_score_entropy.py -k products_into_float32",
+    ),
     Break(
         "the gradient of the sweep is handed out twice",
         "sedd_ext/score_entropy.py",

@@ -12,8 +12,19 @@ import pytest
 import torch
 from backends import to_device
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sedd_ext import _C, Hybrid, Tweedie, reverse_probs, score_entropy_loss
+from sedd_ext import (
+    _C,
+    Hybrid,
+    Tweedie,
+    _operators,
+    reverse_probs,
+    sample_transition,
+    score_entropy_loss,
+    transition_column,
+)
 
 pytestmark = pytest.mark.operators
 
@@ -221,6 +232,41 @@ def test_vectors_need_not_be_contiguous() -> None:
             *(torch.utils._pytree.tree_leaves(call(operator, a)) for a in (arguments, strided)), strict=True
         ):
             torch.testing.assert_close(one, other)
+
+
+class Noted(TorchDispatchMode):
+    """Notes the names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.operators("cpu")
+def test_calls_without_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's dispatcher is left out only where it would do nothing: without a mode, a profiler or a transform."""
+    plain = sample_transition(TOKENS, NOISE, PROCESS, generator=torch.Generator().manual_seed(0))
+    seen = []
+    real = _operators._is_plain
+    monkeypatch.setattr(_operators, "_is_plain", lambda arguments: seen.append(real(arguments)))
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(sample_transition(TOKENS, NOISE, PROCESS, generator=generator), plain)
+    assert seen == [True]
+    monkeypatch.undo()
+    with Noted() as noted:
+        sample_transition(TOKENS, NOISE, PROCESS)
+    assert "sample_transition.default" in noted.names
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert isinstance(sample_transition(fake.from_tensor(TOKENS), 0.5, PROCESS), FakeTensor)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        sample_transition(TOKENS, NOISE, PROCESS)
+    assert "sedd_ext::sample_transition" in {event.key for event in profile.key_averages()}
+    each = torch.func.vmap(lambda x: transition_column(x, 0.5, PROCESS))(TOKENS)  # torch's loop over a batch
+    assert torch.equal(each, transition_column(TOKENS, 0.5, PROCESS))
 
 
 class Program(nn.Module):
