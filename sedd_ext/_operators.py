@@ -111,6 +111,7 @@ RULES: dict[str, list[Rule]] = {
     "cumulative": [_vector("float64")],
     "forbidden": [("not -1 <= {0} < dim", ValueError, "a token in [0, {dim}), or -1 for none")],
     "buffer_bytes": [("{0} < 1", ValueError, "a positive number")],
+    "capacity": [("{0} is not None and {0} < 0", ValueError, "at least 0, or None")],
     "row_ids": _numbers("int64"),
     "temperature": [("not 0.0 <= {0} < inf", ValueError, "a finite number of at least 0")],
     "top_p": [("not 0.0 < {0} <= 1.0", ValueError, "a number in (0, 1]")],
@@ -213,6 +214,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
     torch.dtype: "ScalarType",
+    int | None: "int?",
     **{kind: kind.__name__ for kind in (str, float, int, bool)},
 }
 
