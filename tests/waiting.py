@@ -8,6 +8,7 @@ without waiting is known: shapes, but no number.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -80,7 +81,7 @@ class NeverWaits(TorchDispatchMode):
 
     Args:
         device: the device that nobody waits for, where not all tensors are on it. Those of the CPU may then be read,
-            and no tensor may be copied between the two.
+            and no tensor may be copied between the two, but for one from pinned memory (``non_blocking``).
     """
 
     def __init__(self, device: str | None = None) -> None:
@@ -111,6 +112,7 @@ class NeverWaits(TorchDispatchMode):
         else:
             to = kwargs.get("device")
             moved = name == "_to_copy" and to is not None and (torch.device(to).type == self.device) != here[0]
+            moved = moved and not (kwargs.get("non_blocking") and not here[0])  # from pinned memory
             moved = moved or (name == "copy_" and here[0] != here[1])
             moved = moved or any(isinstance(index, Tensor) and index.device.type != self.device for index in indices)
         return name in WAITS or by_mask or moved
@@ -126,12 +128,15 @@ class _Absent(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
-        if any(isinstance(value, FakeTensor) for value in pytree.tree_leaves((args, kwargs))) or (
-            device is not None and torch.device(device).type == ABSENT
-        ):
-            with self.shapes:
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
+        if device is not None and torch.device(device).type == ABSENT:
+            args = pytree.tree_map_only(Tensor, self._shape_of, args)
+        elif not any(isinstance(value, FakeTensor) for value in pytree.tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        with self.shapes:
+            return func(*args, **kwargs)
+
+    def _shape_of(self, tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else self.shapes.from_tensor(tensor)
 
 
 class _Module(_DummyBackendModule):
@@ -179,6 +184,7 @@ def absent_gpu(*, capturing: bool = False) -> Iterator[list[str]]:
         mock.patch.dict(_dispatch.LAUNCHERS, cuda=launch),
         mock.patch.object(_dispatch, "check_device", return_value=None),
         mock.patch.object(head, "check_device", return_value=None),
+        mock.patch.object(sys.modules["sedd_ext.unmask"], "check_device", return_value=None),
         mock.patch.object(RankOne, "_copy", vector),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=capturing),
         torch.autograd.set_multithreading_enabled(False),
