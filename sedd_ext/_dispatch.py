@@ -126,6 +126,14 @@ def stationary_for(process: RankOne, dtype: torch.dtype, device: torch.device) -
     return process._copy("stationary", compute_dtype(dtype), device) if process.family == "rank_one" else None
 
 
+def may_wait(tensor: Tensor, capacity: int | None) -> bool:
+    """Whether an operator may read numbers of the tensor: always on the CPU, and on a GPU only without a capacity.
+
+    There it waits until the numbers are computed, which nothing may do while the current stream is being captured.
+    """
+    return tensor.is_cpu or (capacity is None and not torch.cuda.is_current_stream_capturing())
+
+
 def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
     """63 random bits from the generator, int64 [1]. They seed the random numbers of all rows."""
     if generator is not None and not isinstance(generator, torch.Generator):

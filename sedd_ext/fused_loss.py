@@ -14,25 +14,24 @@ import torch
 from torch import Tensor
 
 from sedd_ext._autograd import gradient_function
-from sedd_ext._dispatch import compute_dtype, per_row
+from sedd_ext._dispatch import compute_dtype, may_wait, per_row
 from sedd_ext._operators import define, schema
 
 __all__: list[str] = []
 
 
-def common_gradient(grad_loss: Tensor) -> Tensor | None:
-    """The upstream gradient, if it is the same number for all rows, which is the usual case; else None.
+def common_gradient(grad_loss: Tensor, capacity: int | None) -> Tensor | None:
+    """The upstream gradient, if it is known to be the same number for all rows, which is the usual case; else None.
 
-    The gradient of a sum has stride 0, which shows this without a read. Comparing numbers waits for the device.
+    The gradient of a sum has stride 0, which shows this without a read. Other numbers are compared if the operator may
+    wait for the device; computing the gradients again is always correct.
     """
     if grad_loss.numel() == 0:
         return grad_loss.new_ones(())
     first = grad_loss[(0,) * grad_loss.dim()]
     if all(stride == 0 or size == 1 for stride, size in zip(grad_loss.stride(), grad_loss.shape, strict=True)):
         return first
-    if grad_loss.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None  # a capture cannot wait; computing the gradients again is always correct
-    return first if bool((grad_loss == first).all()) else None
+    return first if may_wait(grad_loss, capacity) and bool((grad_loss == first).all()) else None
 
 
 def empty_results(a: Any, names: Sequence[str] = ("hidden", "weight", "bias")) -> tuple[Tensor, ...]:
@@ -79,8 +78,8 @@ class FusedLoss:
     Args:
         name: the name of the operator.
         arguments: the NamedTuple of its arguments: first the tensors, among them ``hidden``, ``weight``, ``bias``,
-            ``x_t`` and ``loss_weight``, then options, among them ``dtype`` and for each of ``names`` a bool
-            ``grad_NAME``, whether its gradient is needed.
+            ``x_t`` and ``loss_weight``, then options, among them ``dtype``, ``capacity`` and for each of ``names`` a
+            bool ``grad_NAME``, whether its gradient is needed.
         forward: computes the loss and the gradients, see :func:`empty_results`.
         names: the arguments that get a gradient; the first is ``hidden``.
     """
@@ -122,7 +121,7 @@ class FusedLoss:
             factors = grad_loss.unsqueeze(-1).to(gradients[0].dtype)
             hidden = gradients[0] * factors if a.grad_hidden else gradients[0].clone()
             return hidden, *map(torch.clone, gradients[1:])
-        factor = common_gradient(grad_loss)
+        factor = common_gradient(grad_loss, a.capacity)
         if factor is not None:
             return tuple(gradient * factor.to(gradient.dtype) for gradient in gradients)
         loss_weight = grad_loss.double() if a.loss_weight is None else a.loss_weight * grad_loss

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sedd_ext import _C
-from sedd_ext._dispatch import DTYPES, check_device, compute_dtype, fresh, kind_of, raise_fault
+from sedd_ext._dispatch import DTYPES, check_device, compute_dtype, fresh, kind_of, may_wait, raise_fault
 from sedd_ext.split import Share, Sums, check_split
 
 __all__: list[str] = []
@@ -32,8 +32,9 @@ BUFFER_BYTES = 1 << 26
 class Rows:
     """The rows that go through the head: those with π_x > 0, and bad ones, which the kernel reports.
 
-    Waits for the device unless the process is uniform, because the shape of a matrix product depends on the number of
-    rows.
+    The shape of a matrix product depends on the number of rows. Without a capacity they are counted, which waits for
+    the device unless the process is uniform. With a capacity there are always as many rows: first those that need the
+    head, in order, then others, whose loss and gradient are 0, and whose token stays.
 
     Args:
         x_t: the tokens [*B].
@@ -42,37 +43,102 @@ class Rows:
         family: the family of the process.
         dim: N.
         others: more tensors of tokens [*B] that must be valid.
+        capacity: the most rows; None to count them, or for all rows while the current stream is being captured.
 
     Attributes:
         index: the indices of these rows in the flattened batch, or None for all rows.
+        needed: which of these rows need the head [R], bool, or None if all of them do.
+        left_out: the rows of the flattened batch that need the head but exceed the capacity, bool, or None for none.
+        may_wait: see :func:`sedd_ext._dispatch.may_wait`.
+
+    Raises:
+        ValueError: on the CPU, more rows need the head than ``capacity``.
     """
 
     def __init__(
-        self, x_t: Tensor, noise: Tensor, stationary: Tensor | None, family: str, dim: int, *others: Tensor
+        self,
+        x_t: Tensor,
+        noise: Tensor,
+        stationary: Tensor | None,
+        family: str,
+        dim: int,
+        *others: Tensor,
+        capacity: int | None = None,
     ) -> None:
         self.batch_dims, self.dim = x_t.dim(), dim
         self.index: Tensor | None = None
-        if family == "uniform":
-            return
+        self.needed: Tensor | None = None
+        self.left_out: Tensor | None = None
+        self.may_wait = may_wait(x_t, capacity)
         x = x_t.reshape(-1)
-        good = is_token(x, dim) & is_noise(noise.reshape(-1))
-        for tokens in others:
-            good = good & is_token(tokens.reshape(-1), dim)
-        moves = x == dim - 1 if stationary is None else stationary[x.clamp(0, dim - 1)] > 0
-        index = (moves | ~good).nonzero().squeeze(1)
-        self.index = None if index.numel() == x.numel() else index
+        if capacity is None and not self.may_wait:
+            capacity = x.numel()
+        if family == "uniform" and (capacity is None or capacity >= x.numel()):
+            return
+        if family == "uniform":
+            needs = torch.ones_like(x, dtype=torch.bool)
+        else:
+            good = is_token(x, dim) & is_noise(noise.reshape(-1))
+            for tokens in others:
+                good = good & is_token(tokens.reshape(-1), dim)
+            moves = x == dim - 1 if stationary is None else stationary[x.clamp(0, dim - 1)] > 0
+            needs = moves | ~good
+        if capacity is None:
+            index = needs.nonzero().squeeze(1)
+            self.index = None if index.numel() == x.numel() else index
+        elif capacity >= x.numel():
+            self.needed = needs
+        else:
+            self._fill(needs, capacity)
+
+    def _fill(self, needs: Tensor, capacity: int) -> None:
+        """Selects ``capacity`` rows without waiting for the device."""
+        if self.may_wait:  # on the CPU
+            count = int(needs.sum())
+            if count > capacity:
+                raise ValueError(f"capacity: expected at least {count} for the positions that need it, got {capacity}")
+        else:
+            self.left_out = needs & (needs.cumsum(0) > capacity)
+        self.index = needs.argsort(descending=True, stable=True)[:capacity]
+        self.needed = needs[self.index]
+
+    def indices(self, x_t: Tensor) -> Tensor:
+        """The indices of these rows in the flattened batch [R]."""
+        return torch.arange(x_t.numel(), device=x_t.device) if self.index is None else self.index
 
     def select(self, values: Tensor) -> Tensor:
         """The values [*B, ...] of these rows, [R, ...]."""
         values = values.reshape(-1, *values.shape[self.batch_dims :])
         return values.contiguous() if self.index is None else values[self.index]
 
+    def select_or_zero(self, values: Tensor) -> Tensor:
+        """The values [*B, ...] of these rows, [R, ...], but 0 for rows that do not need the head.
+
+        Whatever the states of these rows are, they then do not change a gradient or its unit.
+        """
+        values = self.select(values)
+        if self.needed is None:
+            return values
+        return values.masked_fill(~self.needed.view(-1, *[1] * (values.dim() - 1)), 0)
+
     def restore(self, values: Tensor, out: Tensor) -> Tensor:
-        """The values [R, ...] as [*B, ...], with 0 for all other rows. May write them to ``out``, of that shape."""
+        """The values [R, ...] as [*B, ...], with 0 for all other rows, and NaN for those that are left out.
+
+        May write them to ``out``, of that shape.
+        """
         if self.index is None:
             return values.view(out.shape)
-        out.zero_().view(-1, *values.shape[1:])[self.index] = values
+        rows = out.zero_().view(-1, *values.shape[1:])
+        rows[self.index] = values
+        if self.left_out is not None:
+            rows.masked_fill_(self.left_out.view(-1, *[1] * (rows.dim() - 1)), torch.nan)
         return out
+
+    def restore_tokens(self, tokens: Tensor, out: Tensor) -> None:
+        """Writes the tokens of these rows [R] to ``out``, those of the flattened batch, and -1 for rows left out."""
+        out[self.indices(out)] = tokens
+        if self.left_out is not None:
+            out.masked_fill_(self.left_out, -1)
 
     def raise_fault(
         self,
@@ -313,6 +379,7 @@ def check_head(
     dim: int | None,
     buffer_bytes: object,
     group: object = None,
+    capacity: object = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype, Share]:
     """Checks the arguments of the head.
 
@@ -323,6 +390,7 @@ def check_head(
         dim: N; None for the number of rows of the weight.
         buffer_bytes: memory for a tile.
         group: the processes over which the vocabulary is split, or None, see :mod:`sedd_ext.split`.
+        capacity: the most rows that go through the head, or None.
 
     Returns:
         ``hidden``; this process's rows of ``weight`` and ``bias``; the dtype of the matrix products: autocast's if it
@@ -347,6 +415,8 @@ def check_head(
         raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
     if not isinstance(buffer_bytes, int) or isinstance(buffer_bytes, bool) or buffer_bytes < 1:
         raise ValueError(f"buffer_bytes: expected a positive int, got {buffer_bytes!r}")
+    if capacity is not None and (not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 0):
+        raise ValueError(f"capacity: expected an int of at least 0, or None, got {capacity!r}")
     dtype, device = weight.dtype, hidden.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
         return hidden, weight, bias, torch.get_autocast_dtype(device), share

@@ -48,6 +48,7 @@ class Arguments(NamedTuple):
     group: str
     dtype: torch.dtype
     buffer_bytes: int
+    capacity: int | None
     grad_hidden: bool
     grad_weight: bool
     grad_bias: bool
@@ -78,9 +79,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     a = Arguments(*arguments)
     loss, hidden_gradient, weight_gradient, bias_gradient = empty_results(a)
     dim, stationary = a.dim, contiguous(a.stationary)
-    rows = Rows(a.x_t, a.sigma, stationary, a.family, dim, a.x_0)
+    rows = Rows(a.x_t, a.sigma, stationary, a.family, dim, a.x_0, capacity=a.capacity)
     most = most_rows(a.weight.shape[0], dim, a.group)
-    hidden = rows.select(a.hidden).to(a.dtype)
+    hidden = rows.select_or_zero(a.hidden).to(a.dtype)
     head = Head(hidden, a.weight, a.bias, a.buffer_bytes, first=a.first, most=most)
     sums = Sums(a.group)
     gradients = Gradients(head, weight_gradient, bias_gradient, a.grad_hidden, sums)
@@ -90,7 +91,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         rows.select(a.x_0),
         sigma,
         None if a.log_score_shift is None else rows.select(a.log_score_shift),
-        torch.ones_like(sigma) if a.loss_weight is None else rows.select(a.loss_weight),
+        rows.select_or_zero(torch.ones_like(a.sigma) if a.loss_weight is None else a.loss_weight),
     )
     losses = loss.new_zeros(sigma.shape[0])
     sweeps = sigma.new_empty(sigma.shape[0], _C.score_entropy_sweep_numbers)
@@ -183,19 +184,21 @@ def linear_score_entropy_loss(
     loss_weight: Tensor | float | None = None,
     reduction: Literal["none", "mean", "sum"] = "none",
     buffer_bytes: int = BUFFER_BYTES,
+    capacity: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
     """The output head and score entropy in one operator: ``score_entropy_loss(F.linear(hidden, weight, bias), ...)``.
 
     The log-scores exist only tile by tile, in a buffer of fixed size. Apart from the gradients of hidden, weight and
     bias, the memory does not grow with rows × N. Rows with π_{x_t} = 0 (unmasked tokens of absorbing diffusion) skip
-    the head. On a GPU, the call waits until the other rows are counted.
+    the head. On a GPU, the call waits until the other rows are counted, unless there is a ``capacity``.
 
     The forward pass also computes the gradients, tile by tile, under the assumption that the upstream gradient is the
     same number for every position, as for sums and means. If the backward pass receives different numbers, it computes
     the gradients again, which costs one more matrix product. So pass known weights of positions as ``loss_weight``.
     With ``reduction="mean"``, with ``"sum"`` and with ``loss.sum()``, the backward pass knows that the numbers are the
-    same. With ``loss.mean()`` it compares them, which waits for a GPU, unless the head is frozen.
+    same. With ``loss.mean()`` it compares them, which waits for a GPU, unless the head is frozen; with a ``capacity``
+    it computes the gradients again.
 
     Under autocast the matrix products use its dtype. Sums, and gradients over tiles and rows, are accumulated in
     float32 (float64 for float64).
@@ -215,6 +218,10 @@ def linear_score_entropy_loss(
         reduction: ``"none"`` gives [*B]; ``"mean"`` and ``"sum"`` give a scalar over all positions.
         buffer_bytes: memory for a tile of log-scores. A tile has 2,048 entries of the vocabulary (8,192 on a GPU) and
             as many rows as fit.
+        capacity: the most positions that go through the head, so that a GPU need not count those that need it. These
+            come first, in order, and others fill up. If more need the head, the call raises on the CPU, and on a GPU
+            the loss of those left out is NaN. None: they are counted; or, while a CUDA graph is captured, all positions
+            go through the head.
         group: processes over which the vocabulary is split. Process r of P passes the rows ``weight.chunk(P)[r]`` and
             ``bias.chunk(P)[r]`` and gets their gradients; all other arguments, the loss and its gradient must be the
             same in all of them. The processes exchange one float64 for each position that needs the head, and the
@@ -234,7 +241,7 @@ def linear_score_entropy_loss(
     Source: SEDD (Lou, Meng & Ermon 2024), Theorem 3.6, in closed form for any rank-one process.
     """
     process = check_process(process)
-    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, process.dim, buffer_bytes, group)
+    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, process.dim, buffer_bytes, group, capacity)
     batch, device = hidden.shape[:-1], hidden.device
     x_t, x_0 = check_tokens("x_t", x_t, batch, "hidden"), check_tokens("x_0", x_0, batch, "hidden")
     check_reduction(reduction)
@@ -252,6 +259,7 @@ def linear_score_entropy_loss(
         **share._asdict(),
         dtype=dtype,
         buffer_bytes=buffer_bytes,
+        capacity=capacity,
         **shared_arguments(reduction, loss_weight, batch, device, hidden=hidden, weight=weight, bias=bias),
     )
     loss = _loss(*arguments)

@@ -273,7 +273,7 @@ def test_a_frozen_head_does_not_look_either(launches: list[tuple[int, bool]], mo
     launches.clear()
     hidden = head.hidden.clone().requires_grad_()
     loss = linear_score_entropy_loss(hidden, head.weight, head.bias, *rows, process)
-    monkeypatch.setattr(fused_loss, "common_gradient", lambda _: pytest.fail("looked"))
+    monkeypatch.setattr(fused_loss, "common_gradient", lambda *_: pytest.fail("looked"))
     (gradient,) = torch.autograd.grad(loss, hidden, upstream)
     torch.testing.assert_close(gradient, exact[1])
     assert len(launches) == 1
@@ -452,8 +452,9 @@ def test_data_parallel(tmp_path: Path) -> None:
 
 
 @pytest.mark.operators("cpu", "cuda")
+@pytest.mark.parametrize("capacity", [None, 14])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(process_of: Process, dtype: torch.dtype) -> None:
+def test_opcheck(process_of: Process, dtype: torch.dtype, capacity: int | None) -> None:
     process, rows = process_of(27), random_rows(process_of(27), 14)
     head = random_head(14, 27, dtype)
     arguments = (
@@ -469,6 +470,7 @@ def test_opcheck(process_of: Process, dtype: torch.dtype) -> None:
         "",
         dtype,
         1 << 20,
+        capacity,
     )
     for flags in ((True, True, True), (True, False, False), (False, False, False)):
         torch.library.opcheck(torch.ops.sedd_ext.linear_score_entropy, to_device((*arguments, *flags)))

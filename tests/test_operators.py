@@ -38,10 +38,11 @@ LOSS = {"x_t": TOKENS, "x_0": TOKENS.flip(0), "sigma": NOISE, **SHIFT}
 SCORES = {"log_score": torch.zeros(3, N)}
 STEP = {"step": "tweedie", "forbidden": N - 1}
 COMPUTE = {"dtype": torch.float32, "buffer_bytes": 1 << 20}
+CAPACITY = {"capacity": 3}
 SPLIT = {"dim": N, "first": 0, "group": ""}
 FLAGS = {"grad_hidden": True, "grad_weight": True, "grad_bias": True}
 LINEAR = {**HEAD, **LOSS, "loss_weight": NOISE, **PI, "neg_entropy": PROCESS.neg_entropy}
-LINEAR |= {**SPLIT, **COMPUTE, **FLAGS}
+LINEAR |= {**SPLIT, **COMPUTE, **CAPACITY, **FLAGS}
 MADE = {f"{name}_gradient": torch.zeros_like(value) for name, value in HEAD.items()}
 COLUMN = {"sigma": NOISE, **PI, "dim": N, "dtype": torch.float32}
 
@@ -68,7 +69,7 @@ MEAN_LOSS = {
     "mask": N - 1,
 }
 LINEAR_MEAN = {**HEAD, **{k: v for k, v in MEAN_LOSS.items() if k not in ("logits", *PI, "mask")}, "loss_weight": NOISE}
-LINEAR_MEAN |= {**PI, "mask": N - 1, **SPLIT, **COMPUTE, **FLAGS}
+LINEAR_MEAN |= {**PI, "mask": N - 1, **SPLIT, **COMPUTE, **CAPACITY, **FLAGS}
 
 POWER = {
     "logits": torch.zeros(3, N),
@@ -83,7 +84,7 @@ BEFORE_POWER = {
 }
 
 LINEAR_POWER = {**HEAD, "power": torch.ones(N), "x_t": TOKENS, "x_0": torch.tensor([0, 3, 35]), "t": NOISE}
-LINEAR_POWER |= {"loss_weight": NOISE, **SPLIT, **COMPUTE, **FLAGS, "grad_power": True}
+LINEAR_POWER |= {"loss_weight": NOISE, **SPLIT, **COMPUTE, **CAPACITY, **FLAGS, "grad_power": True}
 
 DRAW = {"row_ids": TOKENS, "mask": N - 1, "temperature": 0.5, "top_p": 0.9, "statistics": True}
 
@@ -134,10 +135,21 @@ CALLS: dict[str, dict[str, Any]] = {
     },
     "linear_score_entropy": LINEAR,
     "linear_score_entropy_backward": {"grad_loss": torch.tensor([1.0, 2.0, 3.0]), **MADE, **LINEAR},
-    "linear_reverse_sample": {**HEAD, "x_t": TOKENS, "noise": NOISE, **SHIFT, **PI, **STEP, **SPLIT, **COMPUTE, **SEED},
+    "linear_reverse_sample": {
+        **HEAD,
+        "x_t": TOKENS,
+        "noise": NOISE,
+        **SHIFT,
+        **PI,
+        **STEP,
+        **SPLIT,
+        **COMPUTE,
+        **CAPACITY,
+        **SEED,
+    },
     "reverse_mean_probs": {**SCORES, **MEAN},
     "reverse_mean_sample": {**SCORES, **MEAN, **SEED},
-    "linear_reverse_mean_sample": {**HEAD, **MEAN, **SPLIT, **COMPUTE, **SEED},
+    "linear_reverse_mean_sample": {**HEAD, **MEAN, **SPLIT, **COMPUTE, **CAPACITY, **SEED},
     "unmask": {"logits": torch.zeros(3, N), **DRAW, **SEED},
     "linear_unmask": {**HEAD, **COMPUTE, **DRAW, **SEED},
 }
@@ -153,6 +165,7 @@ WRONG = {
     "dim": [0, -1, N + 1, 2**40],
     "dtype": [torch.int64, torch.complex64],
     "buffer_bytes": [0, -1],
+    "capacity": [-1, -3, -(2**40)],
     "first_row": [-1],
     "first": [-1, 1],
 }
@@ -180,7 +193,7 @@ def wrong_values(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 ALLOWED = {(name, "None") for name in ("bias", "log_score_shift", "loss_weight", "sigma_s", "needs_gradient")}
-ALLOWED |= {("row_ids", "None"), ("statistics", "None")}
+ALLOWED |= {("row_ids", "None"), ("statistics", "None"), ("capacity", "None")}
 ALLOWED |= {
     *((name, "empty") for name in (*MADE, "power_gradient")),
     *((name, "None") for name in (*FLAGS, "grad_power")),
