@@ -946,7 +946,7 @@ def test_the_first_of_equal_logits_of_two_processes() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.01, 1.0, 100.0])
 def test_large_logits_of_split_unmasking(temperature: float) -> None:
     """Processes whose largest logits differ by more than a float's range; one has none but -inf."""
-    bias = torch.tensor([-800.0, 1, 2, 700, 701, 702, 0, 0, 0])
+    bias = torch.tensor([-1800.0, -999, -998, -300, -299, -298, 0, 0, 0])
     bias[6:] = -torch.inf
     head = Head(torch.ones(300, 1), torch.zeros(9, 1), bias)
     found, one = (unmask_together(3, head, temperature=temperature), linear_unmask(*head, temperature=temperature))
