@@ -165,7 +165,7 @@ def linear_unmask(
         row_ids: as for :func:`unmask`.
         generator: random number generator on the tensors' device; torch's default one if None.
         buffer_bytes: memory for a tile of logits. A tile has 64 rows (1,024 on a GPU) and up to 8,192 entries of the
-            vocabulary, as many as fit.
+            vocabulary, as many as fit; of rows, a multiple of four, or one.
         dim: N; None for the number of rows of ``weight``. Needed with a ``group``, unless ``weight`` is a DTensor.
         group: processes over which the vocabulary is split. Process r of P passes the rows ``weight.chunk(P)[r]`` and
             ``bias.chunk(P)[r]``; all other arguments and the generator's state must be the same in all of them. All

@@ -921,6 +921,13 @@ BREAKS = [
         "tests/test_split.py -k 'test_unmasking' --backend cpu",
     ),
     Break(
+        "split unmasking: the group of a DTensor is not used",
+        "sedd_ext/split.py",
+        "        group = own\n",
+        "",
+        "tests/test_parallel.py -k samples_of",
+    ),
+    Break(
         "unmasking: a matrix product has any number of rows",
         "sedd_ext/linear_unmask.py",
         " // 4 * 4), width",
@@ -959,7 +966,7 @@ BREAKS = [
         "unmasking: results are looked at while they are traced",
         "sedd_ext/unmask.py",
         "    tokens, numbers = results\n",
-        "    tokens, numbers = results\n    assert int(tokens.sum()) > -9\n",
+        "    tokens, numbers = results\n    if bool((tokens < -1).any()):\n        return results\n",
         "tests/test_unmask.py -k compile --backend cpu",
     ),
     Break(
@@ -988,7 +995,7 @@ BREAKS = [
         "python/sedd/diffusion/walk.py",
         "self.unmask(where, t, statistics=()).token",
         "self.unmask(where, t).token",
-        "tests/test_samplers.py -k filling",
+        "tests/test_samplers.py -k no_statistics",
     ),
     Break(
         "a sampler for MASK tokens takes any process",
