@@ -970,10 +970,11 @@ BREAKS = [
         "tests/test_unmask.py -k compile --backend cpu",
     ),
     Break(
-        "unmasking: the random numbers of a row are those of its place in a thread",
-        "csrc/cpu/unmask.cpp",
-        "unmask_uniform(p, i, 0)",
-        "unmask_uniform(p, i - begin, 0)",
+        "unmasking: threads share their memory",
+        "csrc/cpu/parallel.h",
+        "const std::unique_ptr<char[]> memory(scratch_bytes > 0 ? new char[scratch_bytes + 64] : nullptr);\n"
+        "            char* scratch = memory.get();",
+        "static char memory[1 << 20];\n            char* scratch = memory;",
         "tests/test_unmask.py -k threads --backend cpu",
     ),
     Break(
