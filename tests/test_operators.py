@@ -151,7 +151,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "reverse_mean_sample": {**SCORES, **MEAN, **SEED},
     "linear_reverse_mean_sample": {**HEAD, **MEAN, **SPLIT, **COMPUTE, **CAPACITY, **SEED},
     "unmask": {"logits": torch.zeros(3, N), **DRAW, **SEED},
-    "linear_unmask": {**HEAD, **COMPUTE, **DRAW, **SEED},
+    "linear_unmask": {**HEAD, **COMPUTE, **SPLIT, **DRAW, **SEED},
 }
 WRONG = {
     "temperature": [-1.0, math.nan, math.inf],

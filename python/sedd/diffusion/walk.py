@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from sedd_ext import (
     sample_transition,
     unmask,
 )
+from sedd_ext.unmask import STATISTICS
 
 __all__ = ["AnyStep", "Walk"]
 
@@ -131,17 +133,19 @@ class Walk:
         return reverse_probs(log_score, x_t, step, self.process, denoise=denoise, **options)
 
     @torch.no_grad()
-    def unmask(self, where: Tensor, t: Tensor | float) -> Unmasked:
+    def unmask(self, where: Tensor, t: Tensor | float, *, statistics: Sequence[str] = STATISTICS) -> Unmasked:
         """Draws clean tokens at positions, without writing them, and measures how sure the model is of each.
 
         Args:
             where: R positions [B, L], bool.
             t: time of the sequences, one number or [B].
+            statistics: see :func:`sedd_ext.unmask`.
         """
         rows = self.positions(where)
         hidden, x_t, options = self._hidden(where, rows, t)
         # a position has the same numbers whatever the other sequences do
-        draw: dict[str, Any] = {"row_ids": rows, "mask_id": self.process.mask_id, **self._options}
+        draw: dict[str, Any] = {"row_ids": rows, "mask_id": self.process.mask_id, "statistics": statistics}
+        draw.update(self._options)
         if self.process.family != "absorbing":  # the scores depend on the token at the position
             step = Tweedie(self._here(self.schedule.total(torch.as_tensor(t, dtype=torch.float64))))
             logits = self.diffusion.network.head(hidden)
@@ -184,7 +188,7 @@ class Walk:
     def fill(self, where: Tensor, t: Tensor | float) -> None:
         """Draws clean tokens at the positions ``where`` [B, L] and writes them; calls nothing if there are none."""
         if self._any(where):
-            self.write(where, self.unmask(where, t).token)
+            self.write(where, self.unmask(where, t, statistics=()).token)
 
     def noise(self, dsigma: float) -> None:
         """Adds noise Δσ̄ at all free positions."""
