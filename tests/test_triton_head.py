@@ -242,9 +242,10 @@ def test_the_cpu_alone() -> None:
 def parts(head: Head, rows: Rows) -> list[list[Tensor]]:
     """What each of two processes that share a vocabulary contributes, and the whole."""
     process, made = PROCESSES["hybrid"](len(head.weight)), []
+    stationary = process.stationary.float().to(head.hidden.device)
     assert head.bias is not None
     for share in (slice(0, 60), slice(60, None), slice(None)):
-        arguments = (head.hidden, head.weight[share], head.bias[share], *rows, None, None, process.stationary.float())
+        arguments = (head.hidden, head.weight[share], head.bias[share], *rows, None, None, stationary)
         options = (process.family, process.neg_entropy, process.dim, share.start or 0, "", torch.float32, 1 << 20)
         made.append(triton_head._forward(*arguments, *options, True, True, True))
     return made
