@@ -243,16 +243,19 @@ def parts(head: Head, rows: Rows) -> list[list[Tensor]]:
     """What each of two processes that share a vocabulary contributes, and the whole."""
     process, made = PROCESSES["hybrid"](len(head.weight)), []
     stationary = process.stationary.float().to(head.hidden.device)
+    shift = torch.full_like(rows.sigma, 0.7)
     assert head.bias is not None
     for share in (slice(0, 60), slice(60, None), slice(None)):
-        arguments = (head.hidden, head.weight[share], head.bias[share], *rows, None, None, stationary)
+        arguments = (head.hidden, head.weight[share], head.bias[share], *rows, shift, None, stationary)
         options = (process.family, process.neg_entropy, process.dim, share.start or 0, "", torch.float32, 1 << 20)
         made.append(triton_head._forward(*arguments, *options, True, True, True))
     return made
 
 
 def test_a_split_vocabulary(there: Call) -> None:
-    first, second, whole = there(parts, random_head(20, 101, torch.float32), random_rows(PROCESSES["hybrid"](101), 20))
+    rows = random_rows(PROCESSES["hybrid"](101), 20)
+    rows.x_0[:4] = torch.arange(60, 64)  # in the last block of the first, but not in its part of the vocabulary
+    first, second, whole = there(parts, random_head(20, 101, torch.float32), rows)
     for i in (0, 1):
         torch.testing.assert_close(first[i] + second[i], whole[i])
     for i in (2, 3):
