@@ -141,33 +141,34 @@ def tile_epilogue(tile: Tile, given: dict[str, Any]) -> Status:
     b = BLOCKS[tile.log_score.dtype]
     grid = triton.cdiv(rows, b.rows), triton.cdiv(width, b.entries)
     count = 1 if given["family"] == FAMILIES["absorbing"] else 2
-    sums = torch.empty(count, grid[1], rows, device=sweeps.device)
-    tile_kernel[grid](
-        tile.hidden,
-        tile.weight.contiguous(),
-        tile.bias if tile.bias is None else tile.bias.contiguous(),
-        given["x_t"],
-        given["x_0"],
-        given["shift"],
-        given["stationary"],
-        given["grad_loss"],
-        sweeps,
-        sums,
-        tile.log_score,
-        rows,
-        width,
-        tile.hidden.shape[1],
-        tile.first,
-        given["dim"],
-        sweeps.shape[1],
-        given["family"] == FAMILIES["uniform"],
-        b.rows,
-        b.entries,
-        b.depth,
-        num_warps=b.warps,
-        num_stages=b.stages,
-        maxnreg=b.registers,
-    )
+    sums = sweeps.new_empty(count, grid[1], rows, dtype=torch.float32)
+    with torch.cuda.device_of(sweeps):  # Triton launches on the current device
+        tile_kernel[grid](
+            tile.hidden,
+            tile.weight.contiguous(),
+            tile.bias if tile.bias is None else tile.bias.contiguous(),
+            given["x_t"],
+            given["x_0"],
+            given["shift"],
+            given["stationary"],
+            given["grad_loss"],
+            sweeps,
+            sums,
+            tile.log_score,
+            rows,
+            width,
+            tile.hidden.shape[1],
+            tile.first,
+            given["dim"],
+            sweeps.shape[1],
+            given["family"] == FAMILIES["uniform"],
+            b.rows,
+            b.entries,
+            b.depth,
+            num_warps=b.warps,
+            num_stages=b.stages,
+            maxnreg=b.registers,
+        )
     sweeps[:, 4 : 4 + count] += sums.sum(1, dtype=torch.float64).T
     return 0, -1
 
