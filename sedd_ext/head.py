@@ -160,6 +160,7 @@ class Tile(NamedTuple):
         log_score: [r, v]; a kernel may overwrite it with its gradient.
         hidden: the hidden states of the rows [r, d].
         weight: the weights of the entries [v, d], in the dtype of the products.
+        bias: the biases of the entries [v], likewise, or None.
         rows: the slice of the rows.
         entries: the slice of the head's weight.
         first: the first entry of the tile, as a token.
@@ -170,6 +171,7 @@ class Tile(NamedTuple):
     log_score: Tensor
     hidden: Tensor
     weight: Tensor
+    bias: Tensor | None
     rows: slice
     entries: slice
     first: int
@@ -213,10 +215,13 @@ class Head(NamedTuple):
     most: int | None = None
     on_grid: bool = False
 
-    def tiles(self) -> Iterator[Tile]:
+    def tiles(self, computed: bool = True) -> Iterator[Tile]:
         """Computes the log-scores, tile by tile: the first entries of all rows, then the next entries of all rows.
 
         A tile must be used before the next one is computed.
+
+        Args:
+            computed: False if the caller computes the product itself; the memory of a tile has no values then.
         """
         dtype, rows, count, device = self.hidden.dtype, self.hidden.shape[0], self.weight.shape[0], self.hidden.device
         chunk, width = tile_shape(rows, self.most or count, dtype, device, self.buffer_bytes, self.whole_rows)
@@ -228,9 +233,9 @@ class Head(NamedTuple):
             for begin in range(0, rows, chunk):
                 at = slice(begin, begin + chunk)
                 hidden = self.hidden[at]
-                log_score = product(hidden, weight, bias, buffer)
+                log_score = product(hidden, weight, bias, buffer) if computed else _room(hidden, weight, buffer)
                 last = begin + chunk >= rows, start + width >= count
-                yield Tile(log_score, hidden, weight, at, entries, self.first + entries.start, *last)
+                yield Tile(log_score, hidden, weight, bias, at, entries, self.first + entries.start, *last)
 
 
 class Gradients:
@@ -333,11 +338,15 @@ def tile_shape(
 
 def product(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
     """The log-scores hidden · weightᵀ + bias [rows, entries], in the memory of the buffer."""
-    shape = hidden.shape[0], weight.shape[0]
-    out = buffer[: shape[0] * shape[1]].view(shape)
+    out = _room(hidden, weight, buffer)
     if bias is None:
         return torch.mm(hidden, weight.T, out=out)
     return torch.addmm(bias, hidden, weight.T, out=out)
+
+
+def _room(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    shape = hidden.shape[0], weight.shape[0]
+    return buffer[: shape[0] * shape[1]].view(shape)
 
 
 def float16_unit(bound: Tensor, tile: Tile) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from sedd_ext import _C
 from sedd_ext._dispatch import (
     FAMILIES,
+    Status,
     check_process,
     check_reduction,
     check_tokens,
@@ -74,8 +76,12 @@ class _RowValues(NamedTuple):
         return _RowValues(x_t[rows], x_0[rows], sigma[rows], None if shift is None else shift[rows], loss_weight[rows])
 
 
+Epilogue = Callable[[Tile, dict[str, Any]], Status]
+"""Computes a tile's product and what the kernel does with it, see :mod:`sedd_ext.triton_head`."""
+
+
 @torch.no_grad()
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+def _forward(*arguments: Any, epilogue: Epilogue | None = None) -> tuple[Tensor, ...]:
     a = Arguments(*arguments)
     loss, hidden_gradient, weight_gradient, bias_gradient = empty_results(a)
     dim, stationary = a.dim, contiguous(a.stationary)
@@ -95,38 +101,37 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     )
     losses = loss.new_zeros(sigma.shape[0])
     sweeps = sigma.new_empty(sigma.shape[0], _C.score_entropy_sweep_numbers)
-    for tile in head.tiles():
+    for tile in head.tiles(computed=epilogue is None):
         v = values.of(tile.rows)
         weights, unit = (v.loss_weight if any(a.wanted) else None), None
         if weights is not None and a.dtype == torch.float16:
             unit = _unit(tile, v, stationary, a.family, dim)
             weights = weights / unit
-        fault, row = launch(
-            "score_entropy_tile",
-            **tile.arguments(dim),
-            x_t=v.x_t,
-            x_0=v.x_0,
-            sigma=v.sigma,
-            shift=v.shift,
-            stationary=stationary,
-            grad_loss=weights,
-            gradient=None if weights is None else tile.log_score,
-            sweeps=sweeps[tile.rows],
-            out=losses[tile.rows],
-            begin=a.first,
-            neg_entropy=a.neg_entropy,
-            family=FAMILIES[a.family],
-        )
+        given = tile.arguments(dim) | {
+            "x_t": v.x_t,
+            "x_0": v.x_0,
+            "sigma": v.sigma,
+            "shift": v.shift,
+            "stationary": stationary,
+            "grad_loss": weights,
+            "gradient": None if weights is None else tile.log_score,
+            "sweeps": sweeps[tile.rows],
+            "out": losses[tile.rows],
+            "begin": a.first,
+            "neg_entropy": a.neg_entropy,
+            "family": FAMILIES[a.family],
+        }
+        fault, row = launch("score_entropy_tile", **given) if epilogue is None else epilogue(tile, given)
         if fault:
             status = fault, tile.rows.start + row
             rows.raise_fault(status, {"x_t": a.x_t, "x_0": a.x_0}, ("sigma", a.sigma))
-        if a.group and tile.is_last and tile.is_last_chunk:
+        if (a.group or epilogue is not None) and tile.is_last and tile.is_last_chunk:
             parts = _parts(sweeps, a)
             sums.start(parts)
         if any(a.wanted):
             gradients.add(tile, unit)
     sums.wait()
-    if a.group and len(losses):
+    if (a.group or epilogue is not None) and len(losses):
         losses = parts.to(losses.dtype)
     if a.loss_weight is not None:
         losses *= values.loss_weight.to(losses.dtype)
