@@ -8,7 +8,7 @@ Exit status: 0, 1 where a rule is violated or a file does not compile, 2 where a
 What is counted is a path of a warp through the control-flow graph: the one with the most work (exponentials, then
 128-bit accesses), and of those the shortest; inner loops without 128-bit accesses, which take single elements, are left
 out. In a kernel of one segment a warp the path leads from its first instruction to its last; in those of reverse steps
-once through each loop over the segments.
+and unmasking once through each loop over the segments. What is read to draw an entry is in no such loop and left out.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ BEGIN, END = "<!-- cuda-check -->", "<!-- /cuda-check -->"
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG"]
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 PROCESSES = ["absorbing", "uniform", "vector"]
+SUMS = ["draws", "statistics", "both"]  # of unmasking
 VECTORS = 4  # of 16 bytes, that a lane has in a segment
 ROWS, N = 8192, 50_258
 SHOWN = 90  # the architecture whose counts are in the table
@@ -47,11 +48,16 @@ class Bounds:
     registers: int  # of a thread, at most
     paths: int = 0  # main loops
     writes: str = ""  # in the last one: "element", "real" (the compute type) or "only" (elements, and nothing is read)
-    rescales: int = 0  # exponentials of a vector beside its elements', where a sum is relative to the largest so far
+    # Exponentials of an element, and those beside them: where a sum is relative to the largest logit so far, one for
+    # each vector and one for the lane's sum. A pair for each main loop, or (1, 0) for all.
+    exps: tuple[tuple[int, int], ...] = ()
+    double: int = 0  # double-precision instructions, at most, of a row's numbers, which nvcc puts among the first loads
+    either: bool = False  # the main loops are alternatives, of which nvcc puts any first: they are sorted by length
     shared: int = 0  # dynamic shared memory, at most, for N = 50,258, or a tile of 8,192
 
 
 SEGMENTS, WHOLE_ROWS, BY_ROW = (256,), (768,), (128,)
+RELATIVE = ((1, VECTORS + 1),)
 BOUNDS = {
     "score_entropy.sums_kernel": Bounds(SEGMENTS, 64, 1),
     "score_entropy.loss_kernel": Bounds(BY_ROW, 64),
@@ -61,7 +67,7 @@ BOUNDS = {
     "score_entropy.tile_kernel<false>": Bounds(SEGMENTS, 64, 1),
     "score_entropy.tile_numbers_kernel": Bounds(BY_ROW, 64),
     "score_entropy.tile_loss_kernel": Bounds(BY_ROW, 64),
-    "generalized_masked.sums_kernel": Bounds(SEGMENTS, 64, 1, rescales=1),
+    "generalized_masked.sums_kernel": Bounds(SEGMENTS, 64, 1, exps=RELATIVE),
     "generalized_masked.loss_kernel": Bounds(BY_ROW, 64),
     "generalized_masked.numbers_kernel": Bounds(BY_ROW, 64),
     "generalized_masked.gradient_kernel": Bounds(SEGMENTS, 64, 1, "element"),
@@ -71,19 +77,23 @@ BOUNDS = {
     "reverse.sample_kernel<absorbing>": Bounds(SEGMENTS, 80, 1, shared=1576),
     "reverse.sample_kernel": Bounds(SEGMENTS, 80, 2, shared=1576),  # scores; the second sweep: weights
     "reverse.probs_kernel": Bounds(WHOLE_ROWS, 80, 3, "real", shared=1576),  # scores, weights, probabilities
-    "reverse.tile_kernel": Bounds(SEGMENTS, 80, 2, shared=264),  # the first sweep: scores; the second: weights
+    "reverse.tile_kernel": Bounds(SEGMENTS, 80, 2, shared=264, either=True),  # first sweep: scores; second: weights
     "reverse.choose_kernel": Bounds(SEGMENTS, 96),
-    # the main loops of the kernels of a softmax are not counted: they have two, or a branch in them
-    "mean_prediction.others_kernel": Bounds(SEGMENTS, 80),
+    "mean_prediction.others_kernel": Bounds(SEGMENTS, 80, 1, exps=RELATIVE),
     "mean_prediction.row_kernel": Bounds(BY_ROW, 96),
-    "mean_prediction.sums_kernel<true>": Bounds(SEGMENTS, 88),  # float64; the others have at most 80
-    "mean_prediction.sums_kernel<false>": Bounds(SEGMENTS, 80),
+    "mean_prediction.sums_kernel<true>": Bounds(SEGMENTS, 88, 1, double=8),  # float64; the others have at most 80
+    "mean_prediction.sums_kernel<false>": Bounds(SEGMENTS, 80, 1, double=8),
     "mean_prediction.loss_kernel": Bounds(BY_ROW, 96),
-    "mean_prediction.gradient_kernel": Bounds(SEGMENTS, 80),
-    "reverse_mean.mean_sample_kernel": Bounds(SEGMENTS, 80, shared=4728),
-    "reverse_mean.mean_probs_kernel": Bounds((640,), 96, shared=4728),
+    "mean_prediction.gradient_kernel": Bounds(SEGMENTS, 80, 1, "element", double=8),
+    "reverse_mean.mean_sample_kernel<false>": Bounds(SEGMENTS, 80, 1, exps=RELATIVE, shared=4728),
+    "reverse_mean.mean_sample_kernel<true>": Bounds(SEGMENTS, 80, 1, exps=((2, 5),), shared=4728),  # v_y is an expm1
+    "reverse_mean.mean_probs_kernel<false>": Bounds((640,), 96, 2, "real", exps=(*RELATIVE, (1, 0)), shared=4728),
+    "reverse_mean.mean_probs_kernel<true>": Bounds((640,), 96, 2, "real", exps=((2, 5), (2, 0)), shared=4728),
     "reverse_mean.mean_choose_kernel": Bounds(SEGMENTS, 80),
-    "unmask.unmask_kernel": Bounds(SEGMENTS, 112, shared=11088),
+    # the first loop: all logits; the second: those above the drawn one
+    "unmask.unmask_kernel<draws>": Bounds(SEGMENTS, 112, 2, exps=(*RELATIVE, (1, 0)), shared=11088),
+    "unmask.unmask_kernel<statistics>": Bounds(SEGMENTS, 112, 2, exps=(*RELATIVE, (1, 0)), shared=11088),
+    "unmask.unmask_kernel<both>": Bounds(SEGMENTS, 112, 2, exps=((2, 10), (1, 0)), shared=11088),
     "transition.entries_kernel<false>": Bounds(SEGMENTS, 64, 1, "only"),
     "transition.entries_kernel<true>": Bounds(SEGMENTS, 64, 1, "only"),
     "transition.numbers_kernel": Bounds(BY_ROW, 64),
@@ -110,6 +120,21 @@ OPERATIONS: dict[str, list[tuple[str, list[str], tuple[int, ...]]]] = {
         ("linear reverse sample tile", PROCESSES, (0,)),
         ("linear reverse sample tile, second sweep", PROCESSES[1:], (1,)),
     ],
+    # Where a kernel of a softmax is named for absorbing processes only, it is the same for all.
+    "mean_prediction.others_kernel": [("mean prediction, forward", PROCESSES[:1], (0,))],
+    "mean_prediction.sums_kernel<true>": [("mean prediction, second pass, with gradient", PROCESSES[1:], (0,))],
+    "mean_prediction.sums_kernel<false>": [("mean prediction, second pass, loss alone", PROCESSES[1:], (0,))],
+    "mean_prediction.gradient_kernel": [("mean prediction, backward", PROCESSES, (0,))],
+    "reverse_mean.mean_sample_kernel<false>": [("reverse mean sample", PROCESSES[:1], (0,))],
+    "reverse_mean.mean_sample_kernel<true>": [("reverse mean sample, with powers", PROCESSES[:1], (0,))],
+    "reverse_mean.mean_probs_kernel<false>": [("reverse mean probabilities", PROCESSES, (0, 1))],
+    "reverse_mean.mean_probs_kernel<true>": [("reverse mean probabilities, with powers", PROCESSES[:1], (0, 1))],
+    "unmask.unmask_kernel<draws>": [
+        ("unmask", ["any other"], (0,)),
+        ("unmask, second pass of a nucleus", ["any other"], (1,)),
+    ],
+    "unmask.unmask_kernel<statistics>": [("unmask, with statistics", ["any other"], (0,))],
+    "unmask.unmask_kernel<both>": [("unmask, with statistics and temperature", ["any other"], (0,))],
     "transition.entries_kernel<false>": [("transition row or column", ["any other"], (0,))],
     "transition.entries_kernel<true>": [("transition row or column", ["vector"], (0,))],
 }
@@ -204,9 +229,10 @@ def demangle(mangled: str) -> tuple[str, list[str]] | None:
     match = re.search(r"\d([a-z][a-z_]*_kernel)(?:I(.*?)EEv|E)", mangled)
     if match is None:
         return None
-    names = {"0": "false", "1": "true", "4Half": "float16", "8BFloat16": "bfloat16", "f": "float32", "d": "float64"}
-    tokens = re.findall(r"Lb([01])E|LNS_6FamilyE(\d)E|NS_(4Half|8BFloat16)E|([fd])", f"{match[2] or ''}E")
-    return match[1], [PROCESSES[int(p)] if p else names[flag or struct or letter] for flag, p, struct, letter in tokens]
+    names = {"4Half": "float16", "8BFloat16": "bfloat16", "f": "float32", "d": "float64"}
+    tokens = re.findall(r"(Lb|LNS_6FamilyE|LNS_10UnmaskSumsE)(\d)E|NS_(4Half|8BFloat16)E|([fd])", f"{match[2] or ''}E")
+    enums = {"Lb": ["false", "true"], "LNS_6FamilyE": PROCESSES, "LNS_10UnmaskSumsE": SUMS}
+    return match[1], [enums[of][int(at)] if of else names[struct or letter] for of, at, struct, letter in tokens]
 
 
 # ----------------------------------------------------------------------------------------------------- paths of a warp
@@ -289,15 +315,20 @@ class Graph:
         kinds = {node: {i.kind for i in self.blocks[node]} for node in reached}
         access = "load" if any("load" in found for found in kinds.values()) else "store"
         wide = {node for node in reached if access in kinds[node]}
-        parts = self.loops(reached)
-        loops = sorted((part for part in parts if part & wide), key=min)
+
+        def main_loops(nodes: set[int]) -> Iterator[tuple[int, set[int]]]:
+            """The innermost loops, with the block that each begins with."""
+            for loop in self.loops(nodes):
+                if loop & wide:
+                    head = min(to for node in reached - loop for to in loop.intersection(self.after[node]))
+                    yield from list(main_loops(loop - {head})) or [(head, loop)]
+
         paths = []
-        for loop in loops:
-            head = min(to for node in reached - loop for to in loop.intersection(self.after[node]))
+        for head, loop in sorted(main_loops(reached), key=lambda found: min(found[1])):
             nodes = loop.difference(*(part for part in self.loops(loop - {head}) if not part & wide))
             paths.append(self.best(head, nodes, {node for node in loop if head in self.after[node]}))
-        if wide.difference(*loops):
-            nodes = reached.difference(*(part for part in parts if not part & wide))
+        if wide and not paths:
+            nodes = reached.difference(*self.loops(reached))
             paths.append(self.best(self.entry, nodes, self.ends("EXIT")))
         return paths
 
@@ -354,7 +385,7 @@ class Kernel:
     @property
     def key(self) -> str:
         """Its line in BOUNDS."""
-        return next((key for key in (f"{self.name}<{a}>" for a in self.arguments[:1]) if key in BOUNDS), self.name)
+        return next((key for key in (f"{self.name}<{a}>" for a in self.arguments) if key in BOUNDS), self.name)
 
     @property
     def dtype(self) -> str:
@@ -376,6 +407,8 @@ def kernels_of(stem: str, arch: int, log: str, sass: str) -> list[Kernel]:
         if code and kernel.key in BOUNDS and BOUNDS[kernel.key].paths:
             elements = VECTORS * 16 // SIZES[kernel.dtype]
             kernel.paths = [Counts.of(path, elements) for path in Graph(code).main_paths()]
+            if BOUNDS[kernel.key].either:
+                kernel.paths.sort(key=lambda path: path.total)
         found.append(kernel)
     return found
 
@@ -407,9 +440,10 @@ def violations(kernel: Kernel) -> Iterator[str]:
             if path.count("store") < stores:
                 yield f"main loop {at}: {path.count('store')} 128-bit stores, {stores} wanted"
         if kernel.dtype != "float64":
-            if reads and path.count("exp") != path.elements + bounds.rescales * VECTORS:
+            each, more = bounds.exps[at - 1] if at <= len(bounds.exps) else (1, 0)
+            if reads and path.count("exp") != each * path.elements + more:
                 yield f"main loop {at}: {path.count('exp')} MUFU.EX2 for {path.elements} elements"
-            if path.double:
+            if path.double > bounds.double:
                 yield f"main loop {at}: {path.double} double-precision instructions"
 
 

@@ -135,6 +135,7 @@ def test_machine_code(check: Any) -> None:
         ),
         ("_ZN1x815entries_kernelILb0EdEEvNS_16TransitionParamsE", ("entries_kernel", ["false", "float64"])),
         ("_ZN1x7013sample_kernelENS_16TransitionParamsE", ("sample_kernel", [])),
+        ("_ZN1x813unmask_kernelILNS_10UnmaskSumsE2ENS_4HalfEEEvNS_1PEii", ("unmask_kernel", ["both", "float16"])),
         ("_ZN1x11exponentialEd", None),
     ],
 )
@@ -148,6 +149,11 @@ def test_names(check: Any, mangled: str, expected: Any) -> None:
         ("score_entropy", "_ZN1x811tile_kernelILb1ELNS_6FamilyE0EfEEvNS_1PE", "score_entropy.tile_kernel<true>"),
         ("score_entropy", "_ZN1x819tile_numbers_kernelILNS_6FamilyE0EfEEvNS_1PE", "score_entropy.tile_numbers_kernel"),
         ("reverse", "_ZN1x811tile_kernelILNS_6FamilyE2ENS_4HalfEEEvNS_1PEii", "reverse.tile_kernel"),
+        (
+            "reverse_mean",
+            "_ZN1x818mean_sample_kernelILNS_6FamilyE0EfLb1EEEvNS_1PEii",
+            "reverse_mean.mean_sample_kernel<true>",
+        ),
     ],
 )
 def test_kernels_of_one_name_have_their_own_bounds(check: Any, stem: str, mangled: str, key: str) -> None:
@@ -208,6 +214,29 @@ def test_path_once_through_a_loop(check: Any) -> None:
     assert path[-1].guard == "@!P6"
 
 
+LOOP = [*whole_vectors(), "@!P6 BRA head"]
+
+
+def test_loads_of_a_draw_are_in_no_main_loop(check: Any) -> None:
+    """The path leads through the innermost loop with 128-bit loads, not through what surrounds or follows it."""
+    nested = ["outer:", "LDG.E.128 R4, desc[UR4][R2.64]", "head:", *LOOP, "BAR.SYNC 0x0", "@!P5 BRA outer"]
+    for lines in (nested, ["head:", *LOOP, "LDG.E.128 R4, desc[UR4][R2.64]"]):
+        (path,) = check.Graph(
+            check.parse_sass(assemble(SUMS, ["S2R R23, SR_TID.X", *lines, "EXIT"]))[SUMS]
+        ).main_paths()
+        assert len(path) == 4 + 4 * 9 + 1
+
+
+def test_alternatives_are_sorted_by_length(check: Any) -> None:
+    mangled = SUMS.replace("11sums_kernel", "11tile_kernel")
+    weights = ["weights:", "FADD R1, R2, R3", *whole_vectors(), "@!P6 BRA weights", "EXIT"]
+    scores = ["scores:", *(line.replace("vector", "other") for line in whole_vectors()), "@!P6 BRA scores", "EXIT"]
+    log = PTXAS.replace("_ZN4sedd1cu13sample_kernelENS_16TransitionParamsE", mangled)
+    (*_, kernel) = check.kernels_of("reverse", 90, log, assemble(mangled, ["@P0 BRA scores", *weights, *scores]))
+    assert kernel.key == "reverse.tile_kernel"
+    assert [path.total for path in kernel.paths] == [41, 42]
+
+
 # ---- the rules
 
 
@@ -230,6 +259,24 @@ def changed(lines: list[str], old: str, new: str, count: int = 1) -> list[str]:
 )
 def test_rules_of_the_machine_code(check: Any, lines: list[str], expected: str) -> None:
     assert expected in list(check.violations(sums_kernel(check, lines)))
+
+
+@pytest.mark.parametrize(("more", "expected"), [(5, []), (4, ["main loop 1: 20 MUFU.EX2 for 16 elements"])])
+def test_exponentials_beside_those_of_the_elements(check: Any, more: int, expected: list[str]) -> None:
+    """A sum relative to the largest logit is rescaled once a vector, and once for the sum of all lanes."""
+    mangled = SUMS.replace("11sums_kernel", "13others_kernel")
+    log = PTXAS.replace("_ZN4sedd1cu13sample_kernelENS_16TransitionParamsE", mangled)
+    sass = assemble(mangled, [*whole_vectors(), *["MUFU.EX2 R4, R5"] * more, "EXIT"])
+    assert list(check.violations(check.kernels_of("mean_prediction", 90, log, sass)[-1])) == expected
+
+
+@pytest.mark.parametrize(("count", "expected"), [(8, []), (9, ["main loop 1: 9 double-precision instructions"])])
+def test_numbers_of_a_row_among_the_loads(check: Any, count: int, expected: list[str]) -> None:
+    mangled = GRADIENT.replace("score_entropy", "mean_prediction")
+    log = PTXAS.replace("_ZN4sedd1cu13sample_kernelENS_16TransitionParamsE", mangled)
+    load, *rest = whole_vectors("STG.E.128 desc[UR4][R28.64], R{}")
+    sass = assemble(mangled, [load, *["DMUL R40, R42, R44"] * count, *rest, "EXIT"])
+    assert list(check.violations(check.kernels_of("mean_prediction", 90, log, sass)[-1])) == expected
 
 
 @pytest.mark.parametrize("store", ["STG.E desc[UR4][R28.64], R{}", "STG.E.128 desc[UR4][R28.64], R{}"])

@@ -60,49 +60,51 @@ __device__ __forceinline__ Pick pick_segment(const Real* sums, int segments, dou
 }
 
 // The entry of a segment at the given share of its weights, or -1 if all weights are 0. weights(y, l) is the weight of
-// entry y, whose value is l; x has none. Called by a whole warp.
+// entry y, whose value is l; x has none. Called by a whole warp. Waits for memory twice: for the four vectors of each
+// lane, whose sums select a vector, and for the entries of this vector, one per lane.
 template <class T, class Weights, class Real = RealOf<T>>
 __device__ __forceinline__ int pick_entry(const T* row, int dim, int segment, int x, const Weights& weights,
                                           double share) {
-    constexpr int width = Vector<T>::kWidth;
-    const auto weight = [&](int y) {
-        return y >= 0 && y < dim && y != x ? weights(y, Vector<T>::read(row + y)) : Real(0);
-    };
+    constexpr int width = Vector<T>::kWidth, stride = kWarp * width;
     const int first = first_entry(row, segment);
-    const auto vector = [&](int i) {
-        double sum = 0.0;
-#pragma unroll 1
-        for (int j = 0; j < width; ++j) sum += static_cast<double>(weight(first + i * kWarp * width + j));
-        return sum;
-    };
-    double total = 0.0;
-#pragma unroll 1
-    for (int i = 0; i < kWarpVectors; ++i) total += vector(i);
-    double target = share * warp_sum(total);
-    int entry = -1;
-#pragma unroll 1
-    for (int i = 0; i < kWarpVectors; ++i) {
-        const double sum = vector(i);
-        const Walk w = walk(sum, target);
-        // Keeps the last entry with a weight above 0, in case rounding moves the target beyond the end.
-        const int lane = w.lane >= 0 ? w.lane : last_lane(sum);
-        if (lane >= 0) {
-            double rest = w.lane >= 0 ? w.target : sum;
-            int found = 0;
-#pragma unroll 1
-            for (int j = 0; j < width; ++j) {  // only the result of `lane` is used
-                const double value = static_cast<double>(weight(first + i * kWarp * width + j));
-                if (!(value > 0.0)) continue;
-                found = j;
-                if (rest < value) break;
-                rest -= value;
-            }
-            entry = __shfl_sync(kAll, first + i * kWarp * width + found, lane);
-            if (w.lane >= 0) return entry;
+    double sums[kWarpVectors]{};
+    const auto add = [&](int y, double value) {
+#pragma unroll
+        for (int i = 0; i < kWarpVectors; ++i) {  // no index into registers
+            if (y >= first + i * stride && y < first + i * stride + width) sums[i] += value;
         }
+    };
+    visit<true>(
+        row, dim, segment, x,
+        [&](int y, Real(&l)[width]) {
+            double sum = 0.0;
+#pragma unroll
+            for (int j = 0; j < width; ++j) sum += static_cast<double>(weights(y + j, l[j]));
+            add(y, sum);
+        },
+        [&](int y, Real l) { add(y, static_cast<double>(weights(y, l))); });
+    double target = share * warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    int begin = 0;
+    double rest = -1.0;
+#pragma unroll
+    for (int i = 0; i < kWarpVectors; ++i) {
+        const Walk w = walk(sums[i], target);
+        // Keeps the last vector with a weight above 0, in case rounding moves the target beyond the end.
+        const int lane = w.lane >= 0 ? w.lane : last_lane(sums[i]);
+        if (lane >= 0) {
+            begin = first + (lane - lane_of()) * width + i * stride;
+            rest = w.lane >= 0 ? w.target : INFINITY;
+        }
+        if (w.lane >= 0) break;
         target = w.target;
     }
-    return entry;
+    if (rest < 0.0) return -1;
+    const int y = begin + lane_of();
+    const bool has = lane_of() < width && y >= 0 && y < dim && y != x;
+    const double value = has ? static_cast<double>(weights(y, Vector<T>::read(row + y))) : 0.0;
+    const Walk w = walk(value, rest);
+    const int lane = w.lane >= 0 ? w.lane : last_lane(value);
+    return lane >= 0 ? begin + lane : -1;
 }
 
 }  // namespace

@@ -41,14 +41,15 @@ __device__ __forceinline__ const Real* slice_power(const GeneralizedMaskedParams
 }
 
 // The sums of entries that have been added: Σ e^{l_k} = total · e^top and Σ w_k e^{l_k} = dot · e^top.
-template <class Real>
+template <class T>
 struct WeightedSums {
+    using Real = RealOf<T>;
     Real top, total, dot;
 
-    static __device__ __forceinline__ WeightedSums none() { return {Normaliser<Real>::none().top, Real(0), Real(0)}; }
+    static __device__ __forceinline__ WeightedSums none() { return {Normaliser<T>::none().top, Real(0), Real(0)}; }
 
     __device__ __forceinline__ void raise(Real higher) {
-        const Real scale = Normaliser<Real>::relative(top, higher);
+        const Real scale = Normaliser<T>::relative(top, higher);
         total *= scale;
         dot *= scale;
         top = higher;
@@ -61,7 +62,7 @@ struct WeightedSums {
         for (int j = 0; j < kWidth; ++j) higher = l[j] > higher ? l[j] : higher;
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
-            terms[j] = Normaliser<Real>::relative(l[j], higher);
+            terms[j] = Normaliser<T>::relative(l[j], higher);
             weighted[j] = terms[j] * power[j];
         }
         raise(higher);
@@ -71,22 +72,22 @@ struct WeightedSums {
 
     __device__ __forceinline__ void add(Real l, Real power) {
         raise(l > top ? l : top);
-        const Real term = Normaliser<Real>::relative(l, top);
+        const Real term = Normaliser<T>::relative(l, top);
         total += term;
         dot += term * power;
     }
 
     __device__ __forceinline__ void add(const WeightedSums& other) {
         raise(other.top > top ? other.top : top);
-        const Real scale = Normaliser<Real>::relative(other.top, top);
+        const Real scale = Normaliser<T>::relative(other.top, top);
         total += other.total * scale;
         dot += other.dot * scale;
     }
 };
 
 // The sums of all lanes, the same on every lane. Called by a whole warp.
-template <class Real>
-__device__ __forceinline__ WeightedSums<Real> warp_sums(WeightedSums<Real> sums) {
+template <class T, class Real = RealOf<T>>
+__device__ __forceinline__ WeightedSums<T> warp_sums(WeightedSums<T> sums) {
     Real top = sums.top;
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
@@ -100,14 +101,14 @@ __device__ __forceinline__ WeightedSums<Real> warp_sums(WeightedSums<Real> sums)
 // segments[row, segment] = the sums over the segment, without v and MASK.
 template <class T>
 __global__ void __launch_bounds__(kWarps* kWarp)
-    sums_kernel(GeneralizedMaskedParams p, RowSplit split, WeightedSums<RealOf<T>>* segments) {
+    sums_kernel(GeneralizedMaskedParams p, RowSplit split, WeightedSums<T>* segments) {
     using Real = RealOf<T>;
     constexpr int width = Vector<T>::kWidth;
     const Place place = place_of(split);
     if (place.row >= p.rows || place.segment >= split.segments || !is_masked(p, place.row)) return;
     if (!valid_token(p.x_0[place.row], p.dim)) return;
     const Real* power = slice_power<Real>(p);
-    WeightedSums<Real> sums = WeightedSums<Real>::none();
+    WeightedSums<T> sums = WeightedSums<T>::none();
     visit(
         row_logits<T>(p, place.row), static_cast<int>(generalized_masked_tokens(p)), place.segment,
         static_cast<int>(p.x_0[place.row] - p.first), [&](int y, Real(&l)[width]) { sums.add(l, power + y); },
@@ -120,7 +121,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 // that reads the sums of the row.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads)
-    loss_kernel(GeneralizedMaskedParams p, int count, const WeightedSums<RealOf<T>>* segments) {
+    loss_kernel(GeneralizedMaskedParams p, int count, const WeightedSums<T>* segments) {
     using Real = RealOf<T>;
     const int64_t row = (static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x) / kWarp;
     if (row >= p.rows) return;
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(kRowThreads)
     }
     WeightedSums<double> sums = WeightedSums<double>::none();
     for (int s = lane_of(); s < count; s += kWarp) {
-        const WeightedSums<Real> segment = segments[row * count + s];
+        const WeightedSums<T> segment = segments[row * count + s];
         sums.add(WeightedSums<double>{static_cast<double>(segment.top), static_cast<double>(segment.total),
                                       static_cast<double>(segment.dot)});
     }
@@ -212,7 +213,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
         return;
     }
     const Real* power = slice_power<Real>(p);
-    const auto gradient = [&](int y, Real l) { return n.factor * exponential(l - n.top) * (power[y] + n.lift); };
+    const auto gradient = [&](int y, Real l) { return n.factor * exponential_of<T>(l - n.top) * (power[y] + n.lift); };
     const auto special = [&](int y, Real g) { return y == n.v ? n.at_v : g; };
     // MASK's entry is not visited, so that any warp may write it
     if (count < all && place.segment == 0 && lane_of() == 0) V::write(out + count, Real(0));
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(kColumnThreads)
             sum += n.power_at_v;
         } else {
             const Real l = Vector<T>::read(row_logits<T>(p, row) + column);
-            sum += n.factor * exponential(l - n.top);
+            sum += n.factor * exponential_of<T>(l - n.top);
         }
     }
     sums[chunk * p.width + column] = sum;
@@ -290,7 +291,7 @@ const char* launch_forward(const GeneralizedMaskedParams& p, const CudaLaunch& l
     const RowSplit split = split_rows(p.width, p.dtype);
     const int64_t blocks = split_blocks(split, p.rows);
     if (const char* why = too_large(p.rows * kWarp, p.dim, blocks)) return why;
-    auto* segments = static_cast<WeightedSums<RealOf<T>>*>(launch.workspace);
+    auto* segments = static_cast<WeightedSums<T>*>(launch.workspace);
     if (p.stage != Stage::loss) {
         SEDD_LAUNCH((sums_kernel<T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, split, segments);
     }

@@ -81,11 +81,11 @@ __device__ __forceinline__ void visit_others(const T* row, int dim, int segment,
 
 template <Family P, class T>
 __global__ void __launch_bounds__(kWarps* kWarp)
-    others_kernel(MeanPredictionParams p, RowSplit split, Normaliser<RealOf<T>>* normalisers) {
+    others_kernel(MeanPredictionParams p, RowSplit split, Normaliser<T>* normalisers) {
     using Real = RealOf<T>;
     const Place place = place_of(split);
     if (place.row >= p.rows || place.segment >= split.segments || !is_live<P, Real>(p, place.row)) return;
-    Normaliser<Real> sum = Normaliser<Real>::none();
+    Normaliser<T> sum = Normaliser<T>::none();
     visit_others(
         slice_of<T>(p, place.row), static_cast<int>(p.width), place.segment, Special(p, place.row),
         [&](int, Real(&l)[Vector<T>::kWidth]) { sum.add(l); }, [&](int, Real l) { sum.add(l); });
@@ -111,8 +111,7 @@ __device__ __forceinline__ void finish_row(const MeanPredictionParams& p, int64_
 // One warp per row. `segments` is 0 in a stage that reads the logits of the row.
 template <Family P, class T>
 __global__ void __launch_bounds__(kRowThreads)
-    row_kernel(MeanPredictionParams p, int segments, const Normaliser<RealOf<T>>* normalisers,
-               MeanPredictionRow* rows) {
+    row_kernel(MeanPredictionParams p, int segments, const Normaliser<T>* normalisers, MeanPredictionRow* rows) {
     using Real = RealOf<T>;
     const int64_t row = (static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x) / kWarp;
     if (row >= p.rows) return;
@@ -154,21 +153,22 @@ __global__ void __launch_bounds__(kRowThreads)
 }
 
 // The numbers of a row in the compute type. For a uniform π, excess, keep and rate include it.
-template <Family P, class Real>
+template <Family P, class T, class Real = RealOf<T>>
 struct LaneNumbers {
-    Real top, log_total, a, excess, keep, rate;
+    Real top, a, excess, keep, rate;
+    Shifted<T> normalised;  // of l - top: exp(l - top - log_total)
 
     template <class Numbers>
-    __device__ __forceinline__ LaneNumbers(const Numbers& n, double row_rate, int64_t dim) {
+    __device__ __forceinline__ LaneNumbers(const Numbers& n, double row_rate, int64_t dim)
+        : normalised(static_cast<Real>(n.log_total)) {
         const double pi = P == Family::uniform ? 1.0 / static_cast<double>(dim) : 1.0;
         top = static_cast<Real>(n.top);
-        log_total = static_cast<Real>(n.log_total);
         a = static_cast<Real>(n.a);
         excess = static_cast<Real>(n.excess * pi);
         keep = static_cast<Real>(n.keep * pi);
         rate = static_cast<Real>(row_rate * pi);
     }
-    __device__ __forceinline__ Real mean(Real l) const { return exponential((l - top) - log_total); }
+    __device__ __forceinline__ Real mean(Real l) const { return normalised(l - top); }
 };
 
 // h(r) = r - log(1 + r), given u = 1 + r: near 0 as r²/2 - r³ p(r), with the coefficients of Cephes' logf.
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, sizeof(RealOf<T>) == 8 ? 2 : 3)
     if (place.row >= p.rows || place.segment >= split.segments || !is_live<P, Real>(p, place.row)) return;
     const Real* stationary = slice_stationary<P, Real>(p);
     const Special special(p, place.row);
-    const LaneNumbers<P, Real> n(rows[place.row], rows[place.row].rate, p.dim);
+    const LaneNumbers<P, T> n(rows[place.row], rows[place.row].rate, p.dim);
     SegmentSums<Real> sum{0, 0, 0};
     // Replaces the logit by the entropy of the entry.
     const auto add = [&](int y, Real l, Real& entropy, Real& pi_ratio, Real& mu_ratio) {
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) gradient_kernel(MeanPredictionP
     const Special special(p, place.row);
     const MeanPredictionGradient g = p.numbers[place.row];
     const double upstream = static_cast<double>(static_cast<const Real*>(p.grad_loss)[place.row]);
-    const LaneNumbers<P, Real> n(g, 0.0, p.dim);
+    const LaneNumbers<P, T> n(g, 0.0, p.dim);
     const Real base = static_cast<Real>(g.base), at_x = static_cast<Real>(upstream * g.at_x),
                at_x_0 = static_cast<Real>(upstream * g.at_x_0),
                scale = static_cast<Real>(upstream * g.scale * (P == Family::absorbing ? g.a - g.base : 1.0));
@@ -334,7 +334,7 @@ const char* launch_forward(const MeanPredictionParams& p, const CudaLaunch& laun
     if (const char* why = too_large(p.rows * kWarp, p.dim, blocks)) return why;
     const bool reads_logits = p.stage == Stage::whole || p.stage == Stage::logits;
     auto* rows = static_cast<MeanPredictionRow*>(launch.workspace);
-    auto* normalisers = reinterpret_cast<Normaliser<Real>*>(rows + p.rows);
+    auto* normalisers = reinterpret_cast<Normaliser<T>*>(rows + p.rows);
     auto* sums = reinterpret_cast<SegmentSums<Real>*>(normalisers + partials);
     const unsigned row_blocks = blocks_for(p.rows * kWarp, kRowThreads);
     if (reads_logits) {

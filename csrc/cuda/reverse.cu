@@ -79,20 +79,20 @@ __global__ void __launch_bounds__(kWarps* kWarp) sums_kernel(ReverseParams p, Ro
     if (reverse_fault(p, place.row) != Fault::none || row_pi<Real>(p, place.row) == 0.0) return;
     const T* row = static_cast<const T*>(p.log_score) + place.row * p.dim;
     const Real sum = segment_scores(row, static_cast<int>(p.dim), place.segment, static_cast<int>(p.x_t[place.row]),
-                                    row_shift<Real>(p, place.row));
+                                    Shifted<T>(row_shift<Real>(p, place.row)));
     if (lane_of() == 0) sums[place.row * split.segments + place.segment] = sum;
 }
 
 // w_y of one row for y ≠ x. The drain is 0 if the weights are the scores.
-template <Family P, class Real>
+template <Family P, class T, class Real = RealOf<T>>
 struct Weights {
     const Real* stationary;
-    Real shift;
+    Shifted<T> score;
     Drain<Real> drain;
     int forbidden;
 
     __device__ __forceinline__ Real operator()(int y, Real l) const {
-        const Real s = exponential(l - shift);
+        const Real s = score(l);
         if constexpr (P == Family::absorbing) return s;
         const Real w = drained(s, drain, P == Family::rank_one ? stationary[y] : Real(1));
         return w > Real(0) && y != forbidden ? w : Real(0);
@@ -102,7 +102,7 @@ struct Weights {
 // Σ w_y over a segment, without y = x; the same number on every lane.
 template <Family P, class T, class Real = RealOf<T>>
 __device__ __forceinline__ Real segment_weights(const T* row, int dim, int segment, int x,
-                                                const Weights<P, Real>& weights) {
+                                                const Weights<P, T>& weights) {
     Real sum = 0;
     visit(
         row, dim, segment, x,
@@ -132,7 +132,7 @@ struct Scale {
 // Writes the probabilities of a segment.
 template <Family P, class T, class Real = RealOf<T>>
 __device__ __forceinline__ void write_probs(Real* out, const T* row, int dim, int segment, int x, Real self,
-                                            const Weights<P, Real>& weights, const Scale<Real>& scale) {
+                                            const Weights<P, T>& weights, const Scale<Real>& scale) {
     constexpr int width = Vector<T>::kWidth, out_width = Vector<Real>::kWidth;
     const auto prob = [&](int y, Real l) { return scale(weights(y, l)); };
     visit(
@@ -178,13 +178,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     const T* log_score = static_cast<const T*>(p.log_score) + (moves ? task.row * p.dim : 0);
     Real* sums = all_sums + task.slot * segments;
     RowState& state = states[task.slot];
-    Weights<P, Real> weights{static_cast<const Real*>(p.stationary), task.shift, {}, static_cast<int>(p.forbidden)};
+    Weights<P, T> weights{
+        static_cast<const Real*>(p.stationary), Shifted<T>(task.shift), {}, static_cast<int>(p.forbidden)};
 
     if (moves) {
         if (task.leads() && first_lane) state.numbers = reverse_row(p.step, p.noise[task.row], task.pi_x);
         for (int s = task.first_segment; s < segments; s += row_warps) {
             const Real sum = few_sums != nullptr ? few_sums[task.row * segments + s]
-                                                 : segment_scores(log_score, dim, s, x, weights.shift);
+                                                 : segment_scores(log_score, dim, s, x, weights.score);
             if (first_lane) sums[s] = sum;
         }
     }
@@ -252,13 +253,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
     const Real* stationary = static_cast<const Real*>(p.stationary);
     Real* sums = all_sums + task.slot * segments;
     SampleState& state = states[task.slot];
-    Weights<P, Real> weights{stationary, task.shift, {}, -1};
+    Weights<P, T> weights{stationary, Shifted<T>(task.shift), {}, -1};
 
     if (moves) {
         if (task.leads() && first_lane) state.numbers = reverse_row(p.step, p.noise[task.row], task.pi_x);
         for (int s = task.first_segment; s < segments; s += row_warps) {
             const Real sum = few_sums != nullptr ? few_sums[task.row * segments + s]
-                                                 : segment_scores(log_score, dim, s, x, weights.shift);
+                                                 : segment_scores(log_score, dim, s, x, weights.score);
             if (first_lane) sums[s] = sum;
         }
     }
@@ -285,7 +286,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
         if (P != Family::absorbing && clamped) {
             bool refused = false;
             if (y >= 0 && y != x) {
-                const double score = static_cast<double>(exponential(Vector<T>::read(log_score + y) - task.shift));
+                const double score = static_cast<double>(weights.score(Vector<T>::read(log_score + y)));
                 const Drain<double> drain = converted<double>(reverse_drain<Real>(p, state.numbers, others));
                 refused =
                     !(u.second * score < reverse_weight(p, score, drain, stationary_at(P, stationary, p.dim, y), y));
@@ -326,14 +327,14 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3) tile_kernel(ReverseTileParam
     const int width = static_cast<int>(p.width), skip = 0 <= x_here && x_here < p.width ? static_cast<int>(x_here) : -1;
     const T* log_score = static_cast<const T*>(p.log_score) + (task.moves() ? task.row * p.width : 0);
     const Real* stationary = static_cast<const Real*>(p.stationary);
-    Weights<P, Real> weights{P == Family::rank_one ? stationary + p.first : nullptr,
-                             task.shift,
-                             {},
-                             p.sweep != 0 ? static_cast<int>(p.forbidden - p.first) : -1};
+    Weights<P, T> weights{P == Family::rank_one ? stationary + p.first : nullptr,
+                          Shifted<T>(task.shift),
+                          {},
+                          p.sweep != 0 ? static_cast<int>(p.forbidden - p.first) : -1};
     if (task.moves()) {
         if (p.sweep == 0) {
             for (int s = task.first_segment; s < segments; s += row_warps) {
-                const Real sum = segment_scores(log_score, width, s, skip, weights.shift);
+                const Real sum = segment_scores(log_score, width, s, skip, weights.score);
                 if (first_lane) sums[s] = sum;
             }
         } else {
@@ -367,7 +368,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3) tile_kernel(ReverseTileParam
         const int entry = pick_entry(log_score, width, pick.segment, skip, weights, pick.share);
         if (entry >= 0) {
             draw.token = p.first + entry;
-            draw.score = static_cast<double>(exponential(Vector<T>::read(log_score + entry) - weights.shift));
+            draw.score = static_cast<double>(weights.score(Vector<T>::read(log_score + entry)));
         }
     }
     __syncwarp();  // wait until every lane has read the state

@@ -24,7 +24,7 @@ constexpr int kMaxWarps = 20;  // per block, for 96 registers per thread; 24 war
 constexpr int64_t kSharedBytes = 48 << 10;
 
 // exp(l - top) [v_y] of an entry; MASK has none.
-template <bool kPower, class Real>
+template <bool kPower, class T, class Real = RealOf<T>>
 struct Term {
     const Real* power;
     Real log_ratio, top;
@@ -37,7 +37,7 @@ struct Term {
     }
     __device__ __forceinline__ Real operator()(int y, Real l) const {
         if (y == mask) return Real(0);
-        const Real e = Normaliser<Real>::relative(l, top);
+        const Real e = Normaliser<T>::relative(l, top);
         if constexpr (kPower) return e * factor(y);
         return e;
     }
@@ -51,12 +51,12 @@ struct SegmentSums {
 
 template <bool kPower, class T, class Real = RealOf<T>>
 __device__ __forceinline__ SegmentSums<Real> segment_sums(const T* row, int dim, int segment, int x,
-                                                          const Term<kPower, Real>& term) {
+                                                          const Term<kPower, T>& term) {
     constexpr int width = Vector<T>::kWidth;
-    const Real none = Normaliser<Real>::none().top;
+    const Real none = Normaliser<T>::none().top;
     SegmentSums<Real> sums{none, Real(0), Real(0)};
     const auto raise = [&](Real higher) {
-        const Real scale = Normaliser<Real>::relative(sums.top, higher);
+        const Real scale = Normaliser<T>::relative(sums.top, higher);
         sums.exps *= scale;
         if constexpr (kPower) sums.weighted *= scale;
         sums.top = higher;
@@ -72,7 +72,7 @@ __device__ __forceinline__ SegmentSums<Real> segment_sums(const T* row, int dim,
             }
             raise(higher);
 #pragma unroll
-            for (int j = 0; j < width; ++j) l[j] = Normaliser<Real>::relative(l[j], higher);
+            for (int j = 0; j < width; ++j) l[j] = Normaliser<T>::relative(l[j], higher);
             sums.exps += sum_of(l);
             if constexpr (kPower) {
 #pragma unroll
@@ -82,12 +82,12 @@ __device__ __forceinline__ SegmentSums<Real> segment_sums(const T* row, int dim,
         [&](int y, Real l) {
             if (y == x) return;
             raise(l > sums.top ? l : sums.top);
-            const Real e = Normaliser<Real>::relative(l, sums.top);
+            const Real e = Normaliser<T>::relative(l, sums.top);
             sums.exps += e;
             if constexpr (kPower) sums.weighted += e * term.factor(y);
         });
-    const Normaliser<Real> all = warp_normaliser(Normaliser<Real>{sums.top, sums.exps});
-    const Real scale = Normaliser<Real>::relative(sums.top, all.top);
+    const Normaliser<T> all = warp_normaliser(Normaliser<T>{sums.top, sums.exps});
+    const Real scale = Normaliser<T>::relative(sums.top, all.top);
     return {all.top, all.total, kPower ? warp_sum(sums.weighted * scale) : Real(0)};
 }
 
@@ -145,7 +145,7 @@ struct Task {
         return exists && !fault && token != p.forbidden ? token : -1;
     }
     template <bool kPower>
-    __device__ __forceinline__ Term<kPower, Real> term(const ReverseMeanParams& p) const {
+    __device__ __forceinline__ Term<kPower, T> term(const ReverseMeanParams& p) const {
         return {kPower ? static_cast<const Real*>(p.power) + p.first : nullptr,
                 kPower && token >= 0 ? static_cast<Real>(p.noise[row]) : Real(0), Real(0),
                 static_cast<int>(p.mask - p.first)};
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     const Task<T> task(p, row_warps);
     const Shared<Real> shared(memory, task.slot, static_cast<int>(blockDim.x) / (kWarp * row_warps), segments);
     MeanState& state = states[task.slot];
-    Term<kPower, Real> term = task.template term<kPower>(p);
+    Term<kPower, T> term = task.template term<kPower>(p);
     const int dim = task.dim, x = task.x;
     if (task.moves()) {
         for (int s = task.first_segment; s < segments; s += row_warps) {
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
     // Every warp reaches the barrier, whether its row exists and moves or not.
     const Task<T> task(p, row_warps);
     const Shared<Real> shared(memory, task.slot, static_cast<int>(blockDim.x) / (kWarp * row_warps), segments);
-    Term<kPower, Real> term = task.template term<kPower>(p);
+    Term<kPower, T> term = task.template term<kPower>(p);
     if (task.moves()) {
         for (int s = task.first_segment; s < segments; s += row_warps) {
             const SegmentSums<Real> sums = segment_sums(task.logits, task.dim, s, task.x, term);
@@ -261,22 +261,15 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
     int64_t token = p.targets != nullptr ? 0 : task.stays_at(p);
     if (task.moves()) {
         const SegmentSums<double> sums = row_sums<kPower>(shared.sums, segments, shared.picks);
-        // The entry of μ at a point in [0, 1] of the running sum.
-        const auto draw = [&](double point) -> int64_t {
-            const double all = sum_segments(shared.picks, segments);
-            const Pick pick = pick_segment(shared.picks, segments, point * all);
-            term.top = shared.sums[pick.segment].top;
-            return p.first + pick_entry(task.logits, task.dim, pick.segment, task.x, term, pick.share);
-        };
         if (p.sums != nullptr) {
             const bool is_here = 0 <= task.x && task.x < task.dim;
             const double logit_x = is_here ? static_cast<double>(Vector<T>::read(task.logits + task.x)) : 0.0;
             if (lane_of() == 0) p.sums[task.row] = {sums.top, sums.exps, sums.weighted, logit_x};
             return;
         }
+        double point = -1.0;  // in [0, 1] of the running sum of μ, if the token comes from there
         if (p.targets != nullptr) {
-            const double target = p.targets[task.row];
-            if (target >= 0.0) token = draw(target);
+            point = p.targets[task.row];
         } else {
             const MeanMasses masses = task.masses(p, sums);
             token = -1;
@@ -285,8 +278,14 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3)
                 const MeanPart part = mean_part(masses, u.first);
                 if (part == MeanPart::x) token = task.token;
                 if (part == MeanPart::pi) token = draw_stationary_without(p, excluded_tokens(p, task.token), u.second);
-                if (part == MeanPart::mu) token = draw(u.second);
+                if (part == MeanPart::mu) point = u.second;
             }
+        }
+        if (point >= 0.0) {
+            const double all = sum_segments(shared.picks, segments);
+            const Pick pick = pick_segment(shared.picks, segments, point * all);
+            term.top = shared.sums[pick.segment].top;
+            token = p.first + pick_entry(task.logits, task.dim, pick.segment, task.x, term, pick.share);
         }
     }
     if (lane_of() == 0) static_cast<int64_t*>(p.out)[task.row] = token;

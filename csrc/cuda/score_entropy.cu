@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     const Real* stationary = static_cast<const Real*>(p.stationary);
     const int x = static_cast<int>(p.x_t[place.row]);
     const Real shift = shift_of<Real>(p.shift, place.row);
+    const Shifted<T> exp_of(shift);
     Real score = 0, dot = 0;
     visit(
         row, static_cast<int>(p.dim), place.segment, x,
@@ -59,25 +60,22 @@ __global__ void __launch_bounds__(kWarps* kWarp)
             Real terms[width];
 #pragma unroll
             for (int j = 0; j < width; ++j) {
-                l[j] -= shift;
+                terms[j] = l[j] - shift;
                 if constexpr (P == Family::rank_one) {
                     const Real pi = stationary[y + j];
-                    terms[j] = pi != Real(0) ? pi * l[j] : Real(0);  // avoids 0 · ∞
-                } else {
-                    terms[j] = l[j];
+                    terms[j] = pi != Real(0) ? pi * terms[j] : Real(0);  // avoids 0 · ∞
                 }
-                l[j] = exponential(l[j]);
+                l[j] = exp_of(l[j]);
             }
             score += sum_of(l);
             if constexpr (P != Family::absorbing) dot += sum_of(terms);
         },
         [&](int y, Real l) {
-            l -= shift;
-            score += exponential(l);
-            if constexpr (P == Family::uniform) dot += l;
+            score += exp_of(l);
+            if constexpr (P == Family::uniform) dot += l - shift;
             if constexpr (P == Family::rank_one) {
                 const Real pi = stationary[y];
-                if (pi != Real(0)) dot += pi * l;
+                if (pi != Real(0)) dot += pi * (l - shift);
             }
         });
     score = warp_sum(score);
@@ -179,9 +177,9 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     const int x = fault ? -1 : static_cast<int>(p.x_t[place.row]),
               x_0 = fault ? -1 : static_cast<int>(p.x_0[place.row]);
     const GradientNumbers<Real> n = numbers[place.row];
-    const Real shift = shift_of<Real>(p.shift, place.row);
+    const Shifted<T> exp_of(shift_of<Real>(p.shift, place.row));
     const auto gradient = [&](int y, Real l) {
-        const Real s = n.factor * exponential(l - shift);
+        const Real s = n.factor * exp_of(l);
         if constexpr (P == Family::absorbing) return s;
         if constexpr (P == Family::uniform) return s - n.offset;
         if constexpr (P == Family::rank_one) return s - n.offset * stationary[y];
@@ -265,20 +263,20 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     const Real* stationary = P == Family::rank_one ? static_cast<const Real*>(p.stationary) + p.first : nullptr;
     const int x = in_tile(p, p.x_t[place.row]), x_0 = kGradient ? in_tile(p, p.x_0[place.row]) : -1;
     const Real shift = shift_of<Real>(p.shift, place.row);
+    const Shifted<T> exp_of(shift);
     GradientNumbers<Real> n{};
     if constexpr (kGradient) n = numbers[place.row];
     Real score = 0, dot = 0;
     // Computes the terms of an entry for the sums, and returns its gradient.
     const auto term = [&](int y, Real l, Real& s, Real& d) {
-        l -= shift;
-        s = exponential(l);
-        d = l;
+        s = exp_of(l);
+        d = l - shift;
         const Real gradient = n.factor * s;
         if constexpr (P == Family::absorbing) return gradient;
         if constexpr (P == Family::uniform) return gradient - n.offset;
         if constexpr (P == Family::rank_one) {
             const Real pi = stationary[y];
-            d = pi != Real(0) ? pi * l : Real(0);  // avoids 0 · ∞
+            d = pi != Real(0) ? pi * d : Real(0);  // avoids 0 · ∞
             return gradient - n.offset * pi;
         }
     };

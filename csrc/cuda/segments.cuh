@@ -143,8 +143,9 @@ __device__ __forceinline__ int first_entry(const T* row, int segment) {
 }
 
 // Calls whole(y, values) for every vector of the lane that lies in the row and does not contain entry `skip`, and
-// one(y, value) for the other entries of the lane in the row, except `skip`.
-template <class T, class Whole, class One>
+// one(y, value) for the other entries of the lane in the row, except `skip`. kClear is for a call after a loop with
+// such calls: without it, nvcc keeps the vectors of the loop, 16 registers, in case this call loads none.
+template <bool kClear = false, class T, class Whole, class One>
 __device__ __forceinline__ void visit(const T* row, int dim, int segment, int skip, Whole whole, One one) {
     using V = Vector<T>;
     constexpr int width = V::kWidth, stride = kWarp * width;
@@ -153,6 +154,10 @@ __device__ __forceinline__ void visit(const T* row, int dim, int segment, int sk
         return y >= 0 && y + width <= dim && static_cast<unsigned>(skip - y) >= static_cast<unsigned>(width);
     };
     uint4 raw[kWarpVectors];
+    if constexpr (kClear) {
+#pragma unroll
+        for (uint4& vector : raw) vector = make_uint4(0, 0, 0, 0);
+    }
 #pragma unroll
     for (int i = 0; i < kWarpVectors; ++i) {
         if (is_whole(first + i * stride)) raw[i] = *reinterpret_cast<const uint4*>(row + first + i * stride);
@@ -238,16 +243,16 @@ __device__ __forceinline__ Real sum_of(const Real (&v)[kWidth]) {
 
 // Σ s_y over a segment, without y = skip; the same number on every lane.
 template <class T, class Real = RealOf<T>>
-__device__ __forceinline__ Real segment_scores(const T* row, int dim, int segment, int skip, Real shift) {
+__device__ __forceinline__ Real segment_scores(const T* row, int dim, int segment, int skip, const Shifted<T>& score) {
     Real sum = 0;
     visit(
         row, dim, segment, skip,
         [&](int, Real(&l)[Vector<T>::kWidth]) {
 #pragma unroll
-            for (Real& value : l) value = exponential(value - shift);
+            for (Real& value : l) value = score(value);
             sum += sum_of(l);
         },
-        [&](int, Real l) { sum += exponential(l - shift); });
+        [&](int, Real l) { sum += score(l); });
     return warp_sum(sum);
 }
 

@@ -7,16 +7,18 @@
 namespace sedd {
 namespace {
 
-// Σ exp(l_y) = total · exp(top)
-template <class Real>
+// Σ exp(l_y) = total · exp(top), of logits of type T
+template <class T>
 struct Normaliser {
+    using Real = RealOf<T>;
     Real top, total;
 
     static __device__ __forceinline__ Normaliser none() { return {-bit_cast<float>(0x7f800000u), Real(0)}; }
 
-    // exp(l - top) for l ≤ top; 0 if both are -inf.
-    static __device__ __forceinline__ Real relative(Real l, Real top) {
-        return l == Real(-bit_cast<float>(0x7f800000u)) ? Real(0) : exponential(l - top);
+    // exp((l - top) · by) for l ≤ top; 0 for l = -inf, even if top is -inf too. What is compared with -inf is `top`,
+    // which the logits of a vector have in common.
+    static __device__ __forceinline__ Real relative(Real l, Real top, Real by = Real(1)) {
+        return exponential_of<T>(l - (top == none().top ? Real(0) : top), by);
     }
 
     __device__ __forceinline__ void add(Real l) {
@@ -49,20 +51,20 @@ struct Normaliser {
 };
 
 // The normaliser of all lanes, the same on every lane. Called by a whole warp.
-template <class Real>
-__device__ __forceinline__ Normaliser<Real> warp_normaliser(Normaliser<Real> n) {
+template <class T, class Real = RealOf<T>>
+__device__ __forceinline__ Normaliser<T> warp_normaliser(Normaliser<T> n) {
     Real top = n.top;
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
         const Real other = __shfl_xor_sync(kAll, top, offset);
         top = other > top ? other : top;
     }
-    return {top, warp_sum(n.total * Normaliser<Real>::relative(n.top, top))};
+    return {top, warp_sum(n.total * Normaliser<T>::relative(n.top, top))};
 }
 
 // The normaliser of a row from those of its segments, in float64; the same on every lane. Called by a whole warp.
-template <class Real>
-__device__ __forceinline__ Normaliser<double> row_normaliser(const Normaliser<Real>* segments, int count) {
+template <class T>
+__device__ __forceinline__ Normaliser<double> row_normaliser(const Normaliser<T>* segments, int count) {
     Normaliser<double> n = Normaliser<double>::none();
     for (int s = lane_of(); s < count; s += kWarp) {
         n.add(Normaliser<double>{static_cast<double>(segments[s].top), static_cast<double>(segments[s].total)});

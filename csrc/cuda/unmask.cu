@@ -41,26 +41,24 @@ __device__ __forceinline__ UnmaskSegment<Real> segment_numbers(const T* row, int
                                                                Real factor) {
     constexpr bool statistics = kSums != UnmaskSums::draws, draws = kSums != UnmaskSums::statistics;
     constexpr int width = Vector<T>::kWidth;
-    const Real none = Normaliser<Real>::none().top;
+    const Real none = Normaliser<T>::none().top;
     UnmaskSegment<Real> s{none, none, Real(0), Real(0), Real(0), -1};
-    // exp((l - top) · by), 0 for l = -inf
-    const auto relative = [&](Real l, Real top, Real by) { return l == none ? Real(0) : exponential((l - top) * by); };
     const auto raise = [&](Real top) {  // makes the sums relative to it
         if (!(s.top < top)) return;
         if constexpr (statistics) {
-            const Real scale = relative(s.top, top, Real(1));
+            const Real scale = Normaliser<T>::relative(s.top, top);
             s.weighted = s.top == none ? Real(0) : (s.weighted + (s.top - top) * s.exps) * scale;
             s.exps *= scale;
         }
-        if constexpr (draws) s.draws *= relative(s.top, top, factor);
+        if constexpr (draws) s.draws *= Normaliser<T>::relative(s.top, top, factor);
     };
     const auto add = [&](Real l) {
         if constexpr (statistics) {
-            const Real e = relative(l, s.top, Real(1));
+            const Real e = Normaliser<T>::relative(l, s.top);
             s.exps += e;
             if (l != none) s.weighted += (l - s.top) * e;
         }
-        if constexpr (draws) s.draws += relative(l, s.top, factor);
+        if constexpr (draws) s.draws += Normaliser<T>::relative(l, s.top, factor);
     };
     visit(
         row, dim, segment, mask,
@@ -88,13 +86,13 @@ __device__ __forceinline__ UnmaskSegment<Real> segment_numbers(const T* row, int
                       __shfl_xor_sync(kAll, s.argmax, offset));
     }
     if constexpr (statistics) {
-        const Real scale = relative(own, s.top, Real(1));
+        const Real scale = Normaliser<T>::relative(own, s.top);
         const Real by = own == none ? Real(0) : own - s.top;
         s.weighted = warp_sum((s.weighted + by * s.exps) * scale);
         s.exps = warp_sum(s.exps * scale);
     }
     if constexpr (draws) {
-        s.draws = warp_sum(s.draws * relative(own, s.top, factor));
+        s.draws = warp_sum(s.draws * Normaliser<T>::relative(own, s.top, factor));
     } else {
         s.draws = s.exps;
     }
@@ -137,18 +135,18 @@ __device__ __forceinline__ UnmaskState tile_state(const UnmaskSegment<Real>* seg
 }
 
 // exp((l - top) / T) of an entry with l > low; MASK has none.
-template <class Real>
+template <class T, class Real = RealOf<T>>
 struct UnmaskTerm {
     Real top, factor, low;
     int mask;
 
     __device__ __forceinline__ Real operator()(int y, Real l) const {
-        return y != mask && l > low ? exponential((l - top) * factor) : Real(0);
+        return y != mask && l > low ? exponential_of<T>(l - top, factor) : Real(0);
     }
 };
 
 template <class T, class Real = RealOf<T>>
-__device__ __forceinline__ Real segment_above(const T* row, int dim, int segment, const UnmaskTerm<Real>& term) {
+__device__ __forceinline__ Real segment_above(const T* row, int dim, int segment, const UnmaskTerm<T>& term) {
     Real sum = 0;
     visit(
         row, dim, segment, term.mask,
@@ -164,7 +162,7 @@ __device__ __forceinline__ Real segment_above(const T* row, int dim, int segment
 // An entry at a point in [0, 1] of the running sum of picks. Called by a whole warp.
 template <class T, class Real = RealOf<T>>
 __device__ __forceinline__ int pick_token(const T* row, int dim, const double* picks, int segments, double point,
-                                          const UnmaskTerm<Real>& term) {
+                                          const UnmaskTerm<T>& term) {
     const double all = sum_segments(picks, segments);
     const Pick pick = pick_segment(picks, segments, point * all);
     return pick_entry(row, dim, pick.segment, -1, term, pick.share);
@@ -195,7 +193,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) unmask_kernel(UnmaskParams p
     }
     __syncthreads();  // wait for the segments
     const bool leads = exists && first == 0;
-    UnmaskTerm<Real> term{Real(0), static_cast<Real>(factor), Normaliser<Real>::none().top, mask};
+    UnmaskTerm<T> term{Real(0), static_cast<Real>(factor), Normaliser<T>::none().top, mask};
     int y = -1;
     for (uint64_t draw = 0;; ++draw) {
         if (leads) {

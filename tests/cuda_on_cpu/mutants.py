@@ -85,7 +85,7 @@ MEAN: list[tuple[str, str, str, Check]] = [
         "draw_stationary_without(p, excluded_tokens(p, task.token), u.first)",
         "values",
     ),
-    ("a draw from μ by the first number", "token = draw(u.second);", "token = draw(u.first);", "values"),
+    ("a draw from μ by the first number", "point = u.second;", "point = u.first;", "values"),
     ("a mean step returns MASK", "if (y == forbidden) return Real(0);", "", "values"),
     ("shared memory for a mean row", "return block_rows * segments *", "return segments *", "address"),
     ("every lane writes a segment's sums", "if (lane_of() == 0) state = {", "state = {", "thread"),
@@ -107,7 +107,7 @@ MEAN: list[tuple[str, str, str, Check]] = [
         "static_cast<const Real*>(p.power)",
         "values",
     ),
-    ("a part's entry is counted from its own start", "return p.first + pick_entry(", "return pick_entry(", "values"),
+    ("a part's entry is counted from its own start", "token = p.first + pick_entry(", "token = pick_entry(", "values"),
     (
         "a part's rows are as wide as the vocabulary",
         "pi_x > 0.0 ? row * p.width : 0",
@@ -128,8 +128,8 @@ MEAN: list[tuple[str, str, str, Check]] = [
     ),
     (
         "every process draws",
-        "if (target >= 0.0) token = draw(target);",
-        "token = draw(target >= 0.0 ? target : 0.0);",
+        "point = p.targets[task.row];",
+        "point = p.targets[task.row] >= 0.0 ? p.targets[task.row] : 0.0;",
         "values",
     ),
     (
@@ -195,8 +195,8 @@ UNMASK: list[tuple[str, str, str, Check]] = [
     ),
     (
         "draws are not tempered",
-        "if constexpr (draws) s.draws += relative(l, s.top, factor);",
-        "if constexpr (draws) s.draws += relative(l, s.top, Real(1));",
+        "s.draws += Normaliser<T>::relative(l, s.top, factor);",
+        "s.draws += Normaliser<T>::relative(l, s.top);",
         "values",
     ),
     (
@@ -438,8 +438,49 @@ MUTANTS = [
     Mutant(
         "the draw stays in its first vectors",
         "draw.cuh",
-        "return entry;\n        }\n        target = w.target;",
-        "return entry;\n        }",
+        "if (w.lane >= 0) break;\n        target = w.target;",
+        "if (w.lane >= 0) break;",
+    ),
+    Mutant("the draw goes on behind its vector", "draw.cuh", "        if (w.lane >= 0) break;\n", ""),
+    Mutant(
+        "the draw looks for its entry in the first lane's vector",
+        "draw.cuh",
+        "(lane - lane_of()) * width + i",
+        "-lane_of() * width + i",
+    ),
+    Mutant("the draw looks for its entry in the first vector", "draw.cuh", "* width + i * stride;", "* width;"),
+    Mutant("a vector has the weight of its last single entry", "draw.cuh", "sums[i] += value;", "sums[i] = value;"),
+    Mutant("x among the entries of the drawn vector", "draw.cuh", "y < dim && y != x;", "y < dim;"),
+    Mutant(
+        "a vector that rounding leaves behind has no entry", "draw.cuh", "w.lane >= 0 ? w.target : INFINITY", "w.target"
+    ),
+    Mutant(
+        "16-bit scores are powers of another base",
+        "vectors.cuh",
+        "kLog2e = 0x1.715476p0f",
+        "kLog2e = 0x1.7154p0f",
+        family="score_entropy",
+    ),
+    Mutant(
+        "the shift of 16-bit scores is in powers of 2",
+        "vectors.cuh",
+        "-value * Real(kLog2e) : value",
+        "-value : value",
+        family="score_entropy",
+    ),
+    Mutant(
+        "16-bit logits are not tempered",
+        "vectors.cuh",
+        "exponential2(x * (by * kLog2e))",
+        "exponential2(x * kLog2e)",
+        family="unmask",
+    ),
+    Mutant(
+        "logits of -inf have a weight of NaN",
+        "softmax.cuh",
+        "l - (top == none().top ? Real(0) : top)",
+        "l - top",
+        family="mean_prediction",
     ),
     Mutant(
         "unmoved rows without their last segment", "reverse.cu", "Vector<Real>::kWidth + 2;", "Vector<Real>::kWidth;"
@@ -629,7 +670,7 @@ MUTANTS = [
     Mutant(
         "the drawn entry's score is not shifted",
         "reverse.cu",
-        "exponential(Vector<T>::read(log_score + entry) - weights.shift)",
+        "weights.score(Vector<T>::read(log_score + entry))",
         "exponential(Vector<T>::read(log_score + entry))",
     ),
     Mutant(
@@ -922,7 +963,7 @@ MUTANTS = [
     Mutant(
         "a segment's normaliser ignores its largest logit",
         "softmax.cuh",
-        "return {top, warp_sum(n.total * Normaliser<Real>::relative(n.top, top))};",
+        "return {top, warp_sum(n.total * Normaliser<T>::relative(n.top, top))};",
         "return {top, warp_sum(n.total)};",
         family="mean_prediction",
     ),

@@ -11,7 +11,8 @@
 //
 // It cannot show: memory that becomes visible late or in another order, as threads run on one processor in turn; races
 // between blocks, which follow each other; a thread that waits for another in a loop, which here never ends; the
-// rounding of the fast hardware functions (__expf is expf); and speed.
+// rounding of the fast hardware functions (__expf is expf; SEDD_EXP2 errs as much as the hardware may, but not where);
+// and speed.
 #pragma once
 
 #include <math.h>  // exp(float) and the like in the global namespace, as in CUDA
@@ -37,6 +38,8 @@ constexpr int warpSize = cuda_on_cpu::kWarpSize;
 #define SEDD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     cuda_on_cpu::launch(#kernel, kernel, grid, block, shared_bytes, stream, ##__VA_ARGS__)
 #define SEDD_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(cuda_on_cpu::Device::shared())
+
+#define SEDD_EXP2(result, x) ((result) = cuda_on_cpu::ex2_approx_ftz(x))
 
 #pragma GCC visibility push(hidden)
 namespace cuda_on_cpu {
@@ -83,6 +86,19 @@ T update(T* address, Next next) {
         value = next(old);
     } while (!__atomic_compare_exchange(address, &old, &value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
     return old;
+}
+
+// PTX's ex2.approx.ftz.f32: subnormal arguments and results count as 0, 2^0 is 1, and all other results have an error
+// of up to two units in the last place, here one that depends on the bits of x.
+inline float ex2_approx_ftz(float x) {
+    if (std::isnan(x)) return bits_of<float>(0x7FFFFFFFu);
+    if (std::fabs(x) < 0x1p-126f) return 1.0f;
+    if (x >= 128.0f) return HUGE_VALF;
+    if (x < -126.0f) return 0.0f;
+    const unsigned exact = bits_of<unsigned>(static_cast<float>(std::exp2(static_cast<double>(x))));
+    const unsigned error = bits_of<unsigned>(x) * 2654435769u >> 30;
+    const unsigned result = exact + error - (error < 2 ? 2 : 1);  // -2, -1, +1 or +2 units
+    return result < 0x00800000u ? 0.0f : bits_of<float>(result > 0x7F800000u ? 0x7F800000u : result);
 }
 
 // T, but never deduced: arguments are converted to it.

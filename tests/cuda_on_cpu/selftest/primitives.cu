@@ -6,6 +6,8 @@
 #include <cstring>
 #include <thread>
 
+#include "cuda/vectors.cuh"
+
 namespace {
 
 constexpr unsigned kAll = 0xffffffffu;
@@ -386,6 +388,32 @@ CASE(numbers) {
     bool right[10] = {};
     RUN(numbers_kernel, 1, 1, 0, nullptr, right);
     for (const bool is : right) CHECK(is);
+}
+
+__global__ void exp2_kernel(const float* x, float* result) { result[threadIdx.x] = sedd::exponential2(x[threadIdx.x]); }
+
+CASE(powers_of_two) {
+    constexpr int n = 1024;
+    const float infinity = HUGE_VALF, tiny = 0x1p-126f;
+    std::vector<float> x = {NAN,        infinity, -infinity, 0.0f,    -0.0f, 0x1p-140f,
+                            -0x1p-140f, 128.0f,   3e38f,     -127.0f, -3e38f};
+    const std::vector<float> special = {NAN, infinity, 0.0f, 1.0f, 1.0f, 1.0f, 1.0f, infinity, infinity, 0.0f, 0.0f};
+    while (x.size() < n) x.push_back(-125.9f + 253.8f * static_cast<float>(x.size()) / n);
+    std::vector<float> result(n);
+    RUN(exp2_kernel, 1, n, 0, nullptr, x.data(), result.data());
+    for (size_t i = 0; i < special.size(); ++i) {
+        CHECK(std::isnan(special[i]) ? std::isnan(result[i]) : result[i] == special[i]);
+    }
+    double largest = 0.0;
+    for (size_t i = special.size(); i < n; ++i) {
+        const double exact = std::exp2(static_cast<double>(x[i]));
+        CHECK(result[i] >= tiny && result[i] < infinity);
+        largest = std::max(largest, std::fabs(result[i] - exact) / std::exp2(std::floor(x[i]) - 23.0));
+    }
+    CHECK(largest > 0.0 && largest <= 2.5);  // units in the last place
+#if !defined(__CUDACC__)
+    CHECK(largest > 1.5);  // the emulation errs as much as the hardware may
+#endif
 }
 
 CASE(vectors) {
