@@ -13,7 +13,7 @@ from sedd_ext import _C
 from sedd_ext._dispatch import DTYPES, STAGES, check_reduction, check_tokens, launch, per_row
 from sedd_ext.fused_loss import FusedLoss, empty_results, shared_arguments
 from sedd_ext.generalized_masked import NUMBERS, check_power, check_power_values, raise_row_fault
-from sedd_ext.head import BUFFER_BYTES, Gradients, Head, Rows, Tile, check_head, float16_unit
+from sedd_ext.head import Gradients, Head, Rows, Tile, buffer_size, check_head, float16_unit
 from sedd_ext.split import Sums, gather, most_rows
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def linear_generalized_masked_loss(
     *,
     loss_weight: Tensor | float | None = None,
     reduction: Literal["none", "mean", "sum"] = "none",
-    buffer_bytes: int = BUFFER_BYTES,
+    buffer_bytes: int | None = None,
     capacity: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
@@ -212,7 +212,7 @@ def linear_generalized_masked_loss(
         loss_weight: a factor for the loss of each position; a number or a floating-point tensor that broadcasts to
             [*B].
         reduction: ``"none"`` gives [*B]; ``"mean"`` and ``"sum"`` give a scalar over all positions.
-        buffer_bytes: memory for the logits of a tile, which has as many rows as fit, but at least one.
+        buffer_bytes: memory for the logits of a tile, which has as many rows as fit, but at least one; None for 64 MiB.
         capacity: the most positions that go through the head, so that a GPU need not count those that need it. These
             come first, in order, and others fill up. If more need the head, the call raises on the CPU, and on a GPU
             the loss of those left out is NaN. None: they are counted; or, while a CUDA graph is captured, all positions
@@ -237,7 +237,8 @@ def linear_generalized_masked_loss(
     Source: see :func:`generalized_masked_loss`.
     """
     dim = power.numel() if group is not None and isinstance(power, Tensor) else None
-    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, dim, buffer_bytes, group, capacity)
+    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, dim, group, capacity)
+    buffer_bytes = buffer_size(buffer_bytes, hidden.device, True)
     batch, device = hidden.shape[:-1], hidden.device
     x_t, x_0 = check_tokens("x_t", x_t, batch, "hidden"), check_tokens("x_0", x_0, batch, "hidden")
     check_reduction(reduction)

@@ -12,7 +12,7 @@ from torch import Tensor
 from sedd_ext import _C
 from sedd_ext._dispatch import check_process, check_reduction, check_tokens, contiguous, per_row, stationary_for
 from sedd_ext.fused_loss import FusedLoss, empty_results, shared_arguments
-from sedd_ext.head import BUFFER_BYTES, Gradients, Head, Rows, check_head, float16_unit
+from sedd_ext.head import Gradients, Head, Rows, buffer_size, check_head, float16_unit
 from sedd_ext.mean_prediction import launch_mean_prediction
 from sedd_ext.process import RankOne
 from sedd_ext.split import Sums, gather, most_rows
@@ -138,7 +138,7 @@ def linear_mean_prediction_loss(
     sigma_s: Tensor | float | None = None,
     loss_weight: Tensor | float | None = None,
     reduction: Literal["none", "mean", "sum"] = "none",
-    buffer_bytes: int = BUFFER_BYTES,
+    buffer_bytes: int | None = None,
     capacity: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
@@ -163,7 +163,7 @@ def linear_mean_prediction_loss(
         sigma_s: as for :func:`mean_prediction_loss`.
         loss_weight: as for :func:`mean_prediction_loss`.
         reduction: ``"none"`` gives [*B]; ``"mean"`` and ``"sum"`` give a scalar over all positions.
-        buffer_bytes: memory for logits: as many rows as fit, but at least one.
+        buffer_bytes: memory for logits, as many rows as fit, but at least one; None for 64 MiB.
         capacity: the most positions that go through the head, so that a GPU need not count those that need it. These
             come first, in order, and others fill up. If more need the head, the call raises on the CPU, and on a GPU
             the loss of those left out is NaN. None: they are counted; or, while a CUDA graph is captured, all positions
@@ -180,13 +180,14 @@ def linear_mean_prediction_loss(
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: as :func:`mean_prediction_loss`, or ``buffer_bytes`` is not a positive int, or the weight does not
-            have the rows that ``group`` asks for.
+        ValueError: as :func:`mean_prediction_loss`, or ``buffer_bytes`` is neither None nor a positive int, or the
+            weight does not have the rows that ``group`` asks for.
 
     Source: see :func:`mean_prediction_loss`.
     """
     process = check_process(process)
-    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, process.dim, buffer_bytes, group, capacity)
+    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, process.dim, group, capacity)
+    buffer_bytes = buffer_size(buffer_bytes, hidden.device, True)
     batch, device = hidden.shape[:-1], hidden.device
     x_t, x_0 = check_tokens("x_t", x_t, batch, "hidden"), check_tokens("x_0", x_0, batch, "hidden")
     check_reduction(reduction)

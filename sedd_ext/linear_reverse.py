@@ -24,7 +24,7 @@ from sedd_ext._dispatch import (
     stationary_for,
 )
 from sedd_ext._operators import define, schema
-from sedd_ext.head import BUFFER_BYTES, Head, Rows, check_head, product, tile_shape
+from sedd_ext.head import Head, Rows, buffer_size, check_head, product, tile_shape
 from sedd_ext.linear_reverse_mean import Output, Product, sample_tempered
 from sedd_ext.process import RankOne
 from sedd_ext.reverse import check_tempering, draw_tempered
@@ -287,7 +287,7 @@ def linear_reverse_sample(
     temperature: float = 1.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
-    buffer_bytes: int = BUFFER_BYTES,
+    buffer_bytes: int | None = None,
     capacity: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
@@ -315,9 +315,9 @@ def linear_reverse_sample(
         temperature: as for :func:`reverse_sample`.
         top_p: as for :func:`reverse_sample`.
         generator: random number generator on the tensors' device; torch's default one if None.
-        buffer_bytes: memory for a tile of log-scores. A tile has 2,048 entries of the vocabulary (8,192 on a GPU) and
-            as many rows as fit. With a ``temperature`` or ``top_p`` other than 1, or a mean prediction, a tile has
-            whole rows.
+        buffer_bytes: memory for a tile of log-scores; None for 64 MiB (32 MiB on a GPU). A tile has 2,048 entries of
+            the vocabulary (8,192 on a GPU) and as many rows as fit. With a ``temperature`` or ``top_p`` other than 1,
+            or a mean prediction, a tile has whole rows, and the default is 64 MiB.
         capacity: the most positions that go through the head, so that a GPU need not count those that need it, or the
             rejected ones: all take the second pass. Positions that need the head come first, in order, and others fill
             up. If more need the head, the call raises on the CPU, and on a GPU the token of those left out is -1. None:
@@ -342,7 +342,7 @@ def linear_reverse_sample(
     Source: SEDD (Lou, Meng & Ermon 2024), Algorithm 2 with eq. 17 (Euler) or eq. 19 (Tweedie).
     """
     process = check_process(process)
-    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, process.dim, buffer_bytes, group, capacity)
+    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, process.dim, group, capacity)
     batch, device = hidden.shape[:-1], hidden.device
     x_t = check_tokens("x_t", x_t, batch, "hidden")
     check_same_device(hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}), x_t=x_t)
@@ -350,6 +350,7 @@ def linear_reverse_sample(
     if tempered and share.group:
         name, value = ("temperature", temperature) if temperature != 1.0 else ("top_p", top_p)
         raise ValueError(f"{name}: expected 1 with a group, got {value}")
+    buffer_bytes = buffer_size(buffer_bytes, device, tempered or parameterization == "mean")
     if parameterization == "mean":
         numbers = mean_numbers(x_t, step, process, sigma, log_score_shift, denoise, dtype)
         head = Output(hidden.detach(), weight.detach(), None if bias is None else bias.detach())

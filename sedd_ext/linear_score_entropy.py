@@ -21,7 +21,7 @@ from sedd_ext._dispatch import (
     stationary_for,
 )
 from sedd_ext.fused_loss import FusedLoss, empty_results, shared_arguments
-from sedd_ext.head import BUFFER_BYTES, Gradients, Head, Rows, Tile, check_head, float16_unit
+from sedd_ext.head import Gradients, Head, Rows, Tile, buffer_size, check_head, float16_unit
 from sedd_ext.process import RankOne
 from sedd_ext.split import Sums, most_rows
 
@@ -188,7 +188,7 @@ def linear_score_entropy_loss(
     log_score_shift: Tensor | float | None = None,
     loss_weight: Tensor | float | None = None,
     reduction: Literal["none", "mean", "sum"] = "none",
-    buffer_bytes: int = BUFFER_BYTES,
+    buffer_bytes: int | None = None,
     capacity: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
@@ -221,8 +221,8 @@ def linear_score_entropy_loss(
         loss_weight: a factor for the loss of each position, for example the noise rate σ(t); a number or a floating-
             point tensor that broadcasts to [*B].
         reduction: ``"none"`` gives [*B]; ``"mean"`` and ``"sum"`` give a scalar over all positions.
-        buffer_bytes: memory for a tile of log-scores. A tile has 2,048 entries of the vocabulary (8,192 on a GPU) and
-            as many rows as fit.
+        buffer_bytes: memory for a tile of log-scores; None for 64 MiB (32 MiB on a GPU). A tile has 2,048 entries of
+            the vocabulary (8,192 on a GPU) and as many rows as fit.
         capacity: the most positions that go through the head, so that a GPU need not count those that need it. These
             come first, in order, and others fill up. If more need the head, the call raises on the CPU, and on a GPU
             the loss of those left out is NaN. None: they are counted; or, while a CUDA graph is captured, all positions
@@ -240,13 +240,14 @@ def linear_score_entropy_loss(
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a shape does not fit, a token lies outside [0, N), σ̄ is NaN, infinite or not above 0, an argument
-            that gets no gradient requires one, ``reduction`` is unknown, ``buffer_bytes`` is not a positive int, or the
-            weight does not have the rows that ``group`` asks for.
+            that gets no gradient requires one, ``reduction`` is unknown, ``buffer_bytes`` is neither None nor a
+            positive int, or the weight does not have the rows that ``group`` asks for.
 
     Source: SEDD (Lou, Meng & Ermon 2024), Theorem 3.6, in closed form for any rank-one process.
     """
     process = check_process(process)
-    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, process.dim, buffer_bytes, group, capacity)
+    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, process.dim, group, capacity)
+    buffer_bytes = buffer_size(buffer_bytes, hidden.device, False)
     batch, device = hidden.shape[:-1], hidden.device
     x_t, x_0 = check_tokens("x_t", x_t, batch, "hidden"), check_tokens("x_0", x_0, batch, "hidden")
     check_reduction(reduction)

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from sedd_ext._dispatch import DTYPES, check_same_device, draw_seed
 from sedd_ext._operators import define, schema
-from sedd_ext.head import BUFFER_BYTES, check_head, product
+from sedd_ext.head import buffer_size, check_head, product
 from sedd_ext.split import Share, gather
 from sedd_ext.unmask import STATISTICS, Draw, Results, Unmasked, check_draw, fake_results, raise_bad_row, unmasked
 
@@ -143,7 +143,7 @@ def linear_unmask(
     statistics: Sequence[str] = STATISTICS,
     row_ids: Tensor | None = None,
     generator: torch.Generator | None = None,
-    buffer_bytes: int = BUFFER_BYTES,
+    buffer_bytes: int | None = None,
     dim: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Unmasked:
@@ -164,8 +164,9 @@ def linear_unmask(
         statistics: as for :func:`unmask`.
         row_ids: as for :func:`unmask`.
         generator: random number generator on the tensors' device; torch's default one if None.
-        buffer_bytes: memory for a tile of logits. A tile has 64 rows (1,024 on a GPU) and up to 8,192 entries of the
-            vocabulary, as many as fit; of rows, a multiple of four, or one.
+        buffer_bytes: memory for a tile of logits; None for 64 MiB (32 MiB on a GPU). A tile has 64 rows (1,024 on a
+            GPU) and up to 8,192 entries of the vocabulary, as many as fit; of rows, a multiple of four, or one. With
+            ``top_p`` below 1, a tile has whole rows, and the default is 64 MiB.
         dim: N; None for the number of rows of ``weight``. Needed with a ``group``, unless ``weight`` is a DTensor.
         group: processes over which the vocabulary is split. Process r of P passes the rows ``weight.chunk(P)[r]`` and
             ``bias.chunk(P)[r]``; all other arguments and the generator's state must be the same in all of them. All
@@ -187,7 +188,8 @@ def linear_unmask(
         raise ValueError(f"dim: expected a positive int or None, got {dim!r}")
     if dim is None and group is not None and type(weight) in (Tensor, nn.Parameter):
         raise ValueError("dim: expected the number of tokens, of which a process of a group has a part, got None")
-    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, dim, buffer_bytes, group)
+    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, dim, group)
+    buffer_bytes = buffer_size(buffer_bytes, hidden.device, top_p < 1.0)
     check_same_device(hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}))
     draw = check_draw(mask_id, share.dim, temperature, top_p, statistics, row_ids, hidden.shape[:-1], "hidden")
     head = Product(hidden, weight, bias, dtype, buffer_bytes)
