@@ -70,15 +70,13 @@ def _unmask(*arguments: Any) -> tuple[Tensor, Tensor]:
     buffer = hidden.new_empty(chunk * width)
     results = Results.empty(rows, draw.statistics, a.hidden)
 
-    def launch(logits: Tensor, at: slice, width: int, first: int, dim: int) -> None:
-        count = at.stop - at.start
-        tile = {"logits": logits, "rows": count, "width": width, "first": first, "dim": dim, "dtype": DTYPES[a.dtype]}
-        bad = results.launch(draw, seed, at, **tile)
+    def launch(logits: Tensor, at: slice, **tile: int) -> None:
+        bad = results.launch(draw, seed, at, logits=logits, rows=at.stop - at.start, dtype=DTYPES[a.dtype], **tile)
         if bad >= 0:
             raise_bad_row("hidden", bad, batch)
 
     everything, nothing = slice(0, rows), hidden.new_empty(0)
-    if share.group:  # the first tile of a process need not be that of the rows, nor the last one
+    if share.group:  # the tiles of a process need not have the first or the last entries of the rows
         launch(nothing, everything, width=0, first=0, dim=share.dim)
     for start in range(0, count, width):
         weight = a.weight[start : start + width].to(a.dtype)
@@ -86,8 +84,9 @@ def _unmask(*arguments: Any) -> tuple[Tensor, Tensor]:
         for begin in range(0, rows, chunk):
             at = slice(begin, min(begin + chunk, rows))
             logits = product(hidden[begin : begin + chunk], weight, bias, buffer)
-            end = -1 if share.group else share.dim
-            launch(logits, at, width=len(weight), first=share.first + start, dim=end)
+            # with a group, no tile is the last
+            dim = -1 if share.group else share.dim
+            launch(logits, at, width=len(weight), first=share.first + start, dim=dim)
     if share.group:
         results.states.copy_(_merged(gather(results.states, share.group), draw, seed))
         launch(nothing, everything, width=0, first=share.dim, dim=share.dim)

@@ -1182,15 +1182,15 @@ BREAKS = [
     Break(
         "split unmasking: the first tile of a process adds to garbage",
         "sedd_ext/linear_unmask.py",
-        "    if share.group:  # the first",
-        "    if False:  # the first",
+        "    if share.group:  # the tiles",
+        "    if False:  # the tiles",
         "tests/test_split.py -k 'unmasking' --backend cpu",
     ),
     Break(
         "split unmasking: the last part ends the rows",
         "sedd_ext/linear_unmask.py",
-        "end = -1 if share.group else share.dim",
-        "end = share.dim",
+        "dim = -1 if share.group else share.dim",
+        "dim = share.dim",
         "tests/test_split.py -k 'unmasking' --backend cpu",
     ),
     Break(
