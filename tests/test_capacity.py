@@ -125,13 +125,14 @@ def test_rows_that_fill_up_do_not_set_the_unit_of_float16(name: str) -> None:
 
 
 @of_processes(LOSSES, "name")
-def test_positions_beyond_the_capacity(name: str, kind: str) -> None:
+def test_positions_beyond_the_capacity(name: str, kind: str, backend: Backend) -> None:
     process = PROCESSES[kind](N)
     leaves, options = inputs(name, process)
     needed = needs_head(process, options["x_t"])
     count = int(needed.sum())
-    with pytest.raises(ValueError, match=rf"^capacity: expected at least {count} for .*, got {count - 1}$"):
-        results(name, leaves, torch.ones(BATCH), **options, capacity=count - 1)
+    if backend.device == "cpu":
+        with pytest.raises(ValueError, match=rf"^capacity: expected at least {count} for .*, got {count - 1}$"):
+            results(name, leaves, torch.ones(BATCH), **options, capacity=count - 1)
     wanted = results(name, leaves, torch.ones(BATCH), **options)
     left_out = needed & (needed.flatten().cumsum(0).view(BATCH) > count - 2)
     assert int(left_out.sum()) == 2
@@ -272,14 +273,15 @@ def test_rejected_draws(sweeps: list[tuple[int, int]]) -> None:
 
 
 @pytest.mark.parametrize("step_name", STEPS)
-def test_samples_beyond_the_capacity(step_name: str) -> None:
+def test_samples_beyond_the_capacity(step_name: str, backend: Backend) -> None:
     process = Absorbing(N - 1)
     leaves, x_t = sample_inputs(process)
     step, options = STEPS[step_name]
     needed = needs_head(process, x_t)
     count = int(needed.sum())
-    with pytest.raises(ValueError, match=rf"^capacity: expected at least {count} .*, got 3$"):
-        linear_reverse_sample(*leaves, x_t, step, process, capacity=3, **options)
+    if backend.device == "cpu":
+        with pytest.raises(ValueError, match=rf"^capacity: expected at least {count} .*, got 3$"):
+            linear_reverse_sample(*leaves, x_t, step, process, capacity=3, **options)
     wanted = linear_reverse_sample(*leaves, x_t, step, process, generator=seeded(), **options)
     with as_on_a_gpu():
         found = linear_reverse_sample(*leaves, x_t, step, process, generator=seeded(), capacity=count - 2, **options)
@@ -287,10 +289,11 @@ def test_samples_beyond_the_capacity(step_name: str) -> None:
     assert torch.equal(found, torch.where(left_out, -1, wanted))
 
 
-def test_all_of_uniform_noise_needs_the_head() -> None:
+def test_all_of_uniform_noise_needs_the_head(backend: Backend) -> None:
     leaves, x_t = sample_inputs(Uniform(N))
-    with pytest.raises(ValueError, match=r"^capacity: expected at least 200 .*, got 100$"):
-        linear_reverse_sample(*leaves, x_t, Euler(0.3), Uniform(N), capacity=100)
+    if backend.device == "cpu":
+        with pytest.raises(ValueError, match=r"^capacity: expected at least 200 .*, got 100$"):
+            linear_reverse_sample(*leaves, x_t, Euler(0.3), Uniform(N), capacity=100)
     with as_on_a_gpu():
         found = linear_reverse_sample(*leaves, x_t, Euler(0.3), Uniform(N), capacity=100)
     assert ((found == -1) == (torch.arange(200) >= 100)).all()
