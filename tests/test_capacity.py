@@ -17,6 +17,7 @@ from backends import (
     linear_score_entropy_loss,
 )
 from explicit import PROCESSES, random_log_score, random_rows
+from split import groups, in_threads
 from torch import Tensor
 from waiting import ABSENT, NeverWaits, WaitError, absent_gpu, as_on_a_gpu, needs_no_cuda
 
@@ -378,3 +379,44 @@ def test_counting_waits(name: str) -> None:
         given, here = [absent(leaf) for leaf in leaves], {key: absent(value) for key, value in options.items()}
         with NeverWaits(ABSENT), pytest.raises(WaitError, match=r"^nonzero waits for the device$"):
             call(operator, given, **here)
+
+
+# ---- a vocabulary that is split ----
+
+
+@of_processes(LOSSES, "name", ("absorbing", "hybrid"))
+def test_split_losses(name: str, kind: str) -> None:
+    """Rows that fill up take part in no sum over the processes."""
+    process = PROCESSES[kind](N)
+    leaves, options = inputs(name, process)
+    leaves[0][~needs_head(process, options["x_t"])] = torch.nan
+    upstream = torch.linspace(-1.0, 2.0, 14).view(BATCH)
+    wanted = results(name, leaves, upstream, **options)
+    with groups(2) as group:
+
+        def work(rank: int) -> list[Tensor]:
+            own = [leaves[0], *(leaf.chunk(2)[rank] for leaf in leaves[1:3]), *leaves[3:]]
+            return results(name, own, upstream, **options, capacity=14, group=group[rank])
+
+        found = in_threads(2, work)
+    parts = [torch.cat(part) for part in zip(*(one[2:4] for one in found), strict=True)]
+    for one in found:
+        for value, other in zip([*one[:2], *parts, *one[4:]], wanted, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-11, atol=1e-13)
+
+
+@either_path
+@of_processes(["tweedie", "mean tweedie", "generalized"], "step_name", ("absorbing", "hybrid"))
+def test_split_samples(step_name: str, kind: str, path: Callable[[], Any]) -> None:
+    process, (step, options) = PROCESSES[kind](N), STEPS[step_name]
+    leaves, x_t = sample_inputs(process)
+    wanted = linear_reverse_sample(*leaves, x_t, step, process, generator=seeded(), **options)
+    with groups(2) as group, path():
+
+        def work(rank: int) -> Tensor:
+            own = [leaves[0], *(leaf.chunk(2)[rank] for leaf in leaves[1:])]
+            given: dict[str, Any] = {"generator": seeded(), "capacity": 200, "group": group[rank], **options}
+            return linear_reverse_sample(*own, x_t, step, process, **given)
+
+        for found in in_threads(2, work):
+            assert torch.equal(found, wanted)
