@@ -34,6 +34,7 @@ TESTED = (
     *("score_entropy", "mean_prediction", "generalized_masked", "reverse", "reverse_mean", "unmask", "transition"),
     *("linear_score_entropy", "linear_mean_prediction", "linear_generalized_masked"),
     *("linear_reverse", "linear_reverse_mean", "linear_unmask", "split", "bad_input", "operators"),
+    *("capacity", "graphs"),
 )
 OPERATOR_TESTS = [f"tests/test_{name}.py" for name in (*TESTED, "cuda_kernels")]
 KINDS = ("about", "operators", "accuracy", "tokens", "timings", "models", "launches", "buffers", "counters")

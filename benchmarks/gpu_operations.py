@@ -41,7 +41,7 @@ class Operation:
     limit: Limit
     dense: Function | None = None  # what torch.compile gets; absorbing and uniform only
     unfused: Function | None = None  # the rival of an operator that has the head in it, in place of the reference
-    waits: bool = False  # for the device, to learn a shape: no CUDA graph can hold that
+    waits: bool = False  # for the device, to learn a shape; a CUDA graph has another one, and so other bits
     triton: bool = False  # sedd_ext.triton_head is another rival
     only: str = ""  # the only process it is for, if not all of them
 

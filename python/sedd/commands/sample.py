@@ -84,9 +84,9 @@ class SamplingOptions:
     top_p: float = 1.0
     """Sample only from the fewest, most probable tokens with this total probability."""
     whole_batch: bool = False
-    """All tokens go through the whole network in every step, so that a GPU never waits for the CPU. Faster for a few
-    short texts on a GPU, slower otherwise. The texts are the same, but for rounding, unless --temperature or --top_p is
-    given."""
+    """All tokens go through the whole network in every step, so that no step waits for a GPU to count those that are
+    left. It may be faster for a few short texts on a GPU, and is slower otherwise. Most samplers write the same texts,
+    but for rounding."""
     compile: bool = False
     """Compile the network with torch.compile. Faster for many texts."""
     seed: int = 0

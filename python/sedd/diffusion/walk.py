@@ -196,15 +196,18 @@ class Walk:
         self.tokens = torch.where(self.free, noised, self.tokens)
 
     def _any(self, where: Tensor) -> bool:
-        """Whether there may be such a position. If there is none, the seed of a draw is drawn all the same, so that
-        the random numbers of later steps do not depend on ``whole_batch``."""
+        """Whether there may be such a position.
+
+        If there is none, the seed of a draw is drawn all the same, so that later random numbers do not depend on
+        ``whole_batch``.
+        """
         if self.whole_batch or bool(where.any()):
             return True
         torch.randint(2**63 - 1, (1,), generator=self.generator, device=self.tokens.device)
         return False
 
     def _here(self, values: Tensor) -> Tensor:
-        """The values on the device of the tokens. A GPU does not wait for one number."""
+        """The values on the device of the tokens, without waiting for a copy if it is one number."""
         device = self.tokens.device
         if values.is_cpu and device.type != "cpu" and values.numel() == 1:
             return torch.full(values.shape, float(values), dtype=values.dtype, device=device)
