@@ -59,7 +59,7 @@ def tile_kernel(  # type: ignore[no-untyped-def]
     stationary,  # [dim] for a vector π, else None
     grad_loss,  # [rows] float64, or None: no gradient
     sweeps,  # [rows, sweep_numbers] float64: the kernel reads the numbers of the rows and writes ℓ_{x0}
-    sums,  # [1 or 2, blocks of entries, rows]: receives Σ s_y and, unless absorbing, Σ π_y ℓ_y over y ≠ x of each block
+    sums,  # [1 or 2, blocks of entries, rows]: receives Σ s_y and, unless absorbing, Σ π_y ℓ_y (Σ ℓ_y for a constant π)
     gradient,  # [rows, width]: receives the gradient
     rows,
     width,
