@@ -59,14 +59,14 @@ def tile_kernel(  # type: ignore[no-untyped-def]
     stationary,  # [dim] for a vector π, else None
     grad_loss,  # [rows] float64, or None: no gradient
     sweeps,  # [rows, sweep_numbers] float64: the kernel reads the numbers of the rows and writes ℓ_{x0}
-    sums,  # [1 or 2, blocks of entries, rows]: receives Σ s_y and, unless absorbing, Σ π_y ℓ_y over y ≠ x of each block
+    sums,  # [1 or 2, blocks of entries, rows]: receives Σ s_y and, unless absorbing, Σ π_y ℓ_y (Σ ℓ_y for a constant π)
     gradient,  # [rows, width]: receives the gradient
     rows,
     width,
-    d,
     first,
     dim,
     sweep_numbers,
+    D: tl.constexpr,
     IS_UNIFORM: tl.constexpr,
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -78,10 +78,10 @@ def tile_kernel(  # type: ignore[no-untyped-def]
     k = tl.arange(0, DEPTH)
     is_row, is_entry = row < rows, entry < width
     log_score = tl.zeros((ROWS, ENTRIES), tl.float32)
-    for start in range(0, d, DEPTH):
-        is_k = start + k < d
-        a = tl.load(hidden + row[:, None] * d + (start + k)[None, :], is_row[:, None] & is_k[None, :], 0.0)
-        b = tl.load(weight + entry[None, :] * d + (start + k)[:, None], is_entry[None, :] & is_k[:, None], 0.0)
+    for start in range(0, D, DEPTH):
+        is_k = start + k < D
+        a = tl.load(hidden + row[:, None] * D + (start + k)[None, :], is_row[:, None] & is_k[None, :], 0.0)
+        b = tl.load(weight + entry[None, :] * D + (start + k)[:, None], is_entry[None, :] & is_k[:, None], 0.0)
         log_score = tl.dot(a, b, log_score, input_precision="tf32x3")  # products of float32 keep their digits
     if bias is not None:
         log_score += tl.load(bias + entry, is_entry, 0.0).to(tl.float32)[None, :]
@@ -157,10 +157,10 @@ def tile_epilogue(tile: Tile, given: dict[str, Any]) -> Status:
             tile.log_score,
             rows,
             width,
-            tile.hidden.shape[1],
             tile.first,
             given["dim"],
             sweeps.shape[1],
+            tile.hidden.shape[1],
             given["family"] == FAMILIES["uniform"],
             b.rows,
             b.entries,

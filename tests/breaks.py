@@ -1826,8 +1826,8 @@ BREAKS = [
     Break(
         "epilogue: what is beyond d counts",
         "sedd_ext/triton_head.py",
-        "is_k = start + k < d",
-        "is_k = start + k < d + 1",
+        "is_k = start + k < D",
+        "is_k = start + k < D + 1",
         "tests/test_triton_head.py -k losses",
     ),
     Break(
