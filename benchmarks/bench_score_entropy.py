@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sedd_ext import RankOne, score_entropy_loss
 from sedd_ext._dispatch import stationary_for
-from sedd_ext.score_entropy import _launch
+from sedd_ext.score_entropy import Arguments, _launch_backward
 
 
 def _bytes(case: Case, passes: int) -> int:
@@ -79,12 +79,17 @@ def backward(case: Case) -> Run:
     out = _buffer(case.rows, case.n, case.dtype)
     if case.contestant == "limit":
         return lambda: out.copy_(i.log_score)
-    grad_loss, sigma = torch.ones(case.rows), i.sigma.double()
-    stationary = stationary_for(i.process, i.log_score.dtype, out.device)
-    family, entropy = i.process.family, i.process.neg_entropy
-    return lambda: _launch(
-        "score_entropy_backward", grad_loss, out, i.log_score, i.x_t, i.x_0, sigma, None, stationary, family, entropy
+    arguments = Arguments(
+        log_score=i.log_score,
+        x_t=i.x_t,
+        x_0=i.x_0,
+        sigma=i.sigma.double(),
+        log_score_shift=None,
+        stationary=stationary_for(i.process, i.log_score.dtype, out.device),
+        family=i.process.family,
+        neg_entropy=i.process.neg_entropy,
     )
+    return lambda: _launch_backward(out, torch.ones(case.rows), None, arguments)
 
 
 def backward_autograd(case: Case) -> Run:
@@ -99,9 +104,10 @@ def backward_autograd(case: Case) -> Run:
 def both(case: Case) -> Run:
     x = case.inputs.log_score.detach().requires_grad_()
     if case.contestant == "limit":
-        read, write = plain_read(x.detach()), x.detach().clone
-        return lambda: (read(), write())
-    loss = _loss(case)
+        return x.detach().clone
+    loss, i = _loss(case), case.inputs
+    if case.contestant == "kernel":  # one sweep
+        return lambda: torch.autograd.grad(score_entropy_loss(x, i.x_t, i.x_0, i.sigma, i.process, reduction="sum"), x)
     return lambda: torch.autograd.grad(loss(x).sum(), x)
 
 

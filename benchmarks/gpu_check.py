@@ -78,6 +78,7 @@ class Plans:
             Step("two GPUs", 0.12, self._processes(), wrong="largest relative difference"),
             Step("models", 0.12, self._body("models")),
             Step("timings", 0.18, self._body("timings")),
+            self._epilogue(),
             self._sanitizer("memcheck", 0.1),
             self._sanitizer("racecheck", 0.08),
             Step("compiled models", 0.12, self._body("compiled_models")),
@@ -119,6 +120,12 @@ class Plans:
 
     def _processes(self) -> Callable[[float], Sequence[str]]:
         return lambda until: [sys.executable, str(HERE / "gpu_processes.py"), "--device", self.device]
+
+    def _epilogue(self) -> Step:
+        """The tests of a prototype, which decide nothing about the operators."""
+        why = "needs a GPU" if self.device == "cpu" else "" if _has("triton") else "needs the package triton"
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-k", "not machine", "tests/test_triton_head.py"]
+        return Step("triton epilogue", 0.08, lambda until: command, skip=why)
 
     def _sanitizer(self, tool: str, share: float) -> Step:
         found = beside_nvcc("compute-sanitizer") if self.device == "cuda" else None

@@ -42,6 +42,7 @@ class Operation:
     dense: Function | None = None  # what torch.compile gets; absorbing and uniform only
     unfused: Function | None = None  # the rival of an operator that has the head in it, in place of the reference
     waits: bool = False  # for the device, to learn a shape: no CUDA graph can hold that
+    triton: bool = False  # sedd_ext.triton_head is another rival
     only: str = ""  # the only process it is for, if not all of them
 
     def suits(self, case: Case) -> bool:
@@ -61,8 +62,17 @@ class Operation:
         if name == "unfused":
             assert self.unfused is not None
             return functools.partial(self.call, self.unfused, case.inputs)
+        if name == "triton":
+            return functools.partial(_with_epilogue, self.call, getattr(sedd_ext, self.function), case.inputs)
         module = {"kernel": sedd_ext, "eager": reference}[name]
         return functools.partial(self.call, getattr(module, self.function), case.inputs)
+
+
+def _with_epilogue(call: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    from sedd_ext.triton_head import epilogue
+
+    with epilogue():
+        return call(*arguments)
 
 
 def _copy(i: Inputs, dtype: torch.dtype) -> Run:
@@ -213,6 +223,7 @@ OPERATIONS = (
         PRODUCTS,
         unfused=_unfused_loss,
         waits=True,
+        triton=True,
     ),
     Operation(
         "linear mean prediction forward + backward",

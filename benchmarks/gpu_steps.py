@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,8 @@ def timings(device: Device, quick: bool) -> Iterator[Record]:
         case = Case(process, n, rows, dtype, "kernel", smoke=quick, device=device.name)
         for operation in OPERATIONS:
             if operation.suits(case):
-                yield _race(device, operation, case, ("kernel", operation.rival, "limit"))
+                triton = ("triton",) if operation.triton and device.name == "cuda" and find_spec("triton") else ()
+                yield _race(device, operation, case, ("kernel", operation.rival, *triton, "limit"))
 
 
 def compile_timings(device: Device, quick: bool) -> Iterator[Record]:

@@ -39,9 +39,11 @@ def _timings(timings: list[Record]) -> str:
         spent = duration(line["seconds"]["kernel"][0]) if "seconds" in line else "failed"
         speed = [f"{rates[who]:.3g}" if who in rates else "-" for who in ("kernel", "limit")]
         share = f"{ratios['limit']:.0%}" if "limit" in ratios else "-"
-        factors = [f"{ratios[rival]:.3g}" if rival in ratios else "-" for rival in ("eager", "compile", "unfused")]
+        factors = [
+            f"{ratios[rival]:.3g}" if rival in ratios else "-" for rival in ("eager", "compile", "unfused", "triton")
+        ]
         rows.append((operation, process, dtype, f"{count:,} x {n:,}", spent, *speed, share, *factors))
-    return _table((*head, "x unfused"), rows)
+    return _table((*head, "x unfused", "x triton"), rows)
 
 
 def _models(records: list[Record]) -> str:

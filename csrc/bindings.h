@@ -43,17 +43,17 @@ constexpr Field<Struct, Value> field(const char* name, Value Struct::* member) {
 constexpr auto fields_of(const ScoreEntropyParams*) {
     using Struct = ScoreEntropyParams;
     return std::make_tuple(SEDD_FIELD(log_score), SEDD_FIELD(x_t), SEDD_FIELD(x_0), SEDD_FIELD(sigma),
-                           SEDD_FIELD(shift), SEDD_FIELD(stationary), SEDD_FIELD(grad_loss), SEDD_FIELD(out),
-                           SEDD_FIELD(neg_entropy), SEDD_FIELD(rows), SEDD_FIELD(dim), SEDD_FIELD(dtype),
-                           SEDD_FIELD(family));
+                           SEDD_FIELD(shift), SEDD_FIELD(stationary), SEDD_FIELD(grad_loss), SEDD_FIELD(unless_one),
+                           SEDD_FIELD(out), SEDD_FIELD(neg_entropy), SEDD_FIELD(rows), SEDD_FIELD(dim),
+                           SEDD_FIELD(dtype), SEDD_FIELD(family));
 }
 
 constexpr auto fields_of(const ScoreEntropyTileParams*) {
     using Struct = ScoreEntropyTileParams;
     return std::make_tuple(SEDD_FIELD(log_score), SEDD_FIELD(x_t), SEDD_FIELD(x_0), SEDD_FIELD(sigma),
-                           SEDD_FIELD(shift), SEDD_FIELD(stationary), SEDD_FIELD(grad_loss), SEDD_FIELD(sweeps),
-                           SEDD_FIELD(out), SEDD_FIELD(neg_entropy), SEDD_FIELD(rows), SEDD_FIELD(width),
-                           SEDD_FIELD(first), SEDD_FIELD(begin), SEDD_FIELD(dim), SEDD_FIELD(dtype),
+                           SEDD_FIELD(shift), SEDD_FIELD(stationary), SEDD_FIELD(grad_loss), SEDD_FIELD(gradient),
+                           SEDD_FIELD(sweeps), SEDD_FIELD(out), SEDD_FIELD(neg_entropy), SEDD_FIELD(rows),
+                           SEDD_FIELD(width), SEDD_FIELD(first), SEDD_FIELD(begin), SEDD_FIELD(dim), SEDD_FIELD(dtype),
                            SEDD_FIELD(family));
 }
 

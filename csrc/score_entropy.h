@@ -14,15 +14,16 @@
 namespace sedd {
 
 struct ScoreEntropyParams {
-    const void* log_score;   // [rows, dim] of dtype, contiguous
-    const int64_t* x_t;      // [rows]
-    const int64_t* x_0;      // [rows]
-    const double* sigma;     // [rows] total noise
-    const double* shift;     // [rows] subtracted from the row's log-scores, or null
-    const void* stationary;  // [dim] of the compute type, for a vector π; else null
-    const void* grad_loss;   // [rows] of the compute type; backward only
-    void* out;               // forward: loss [rows] of the compute type; backward: gradient [rows, dim] of dtype
-    double neg_entropy;      // H = Σ π log π
+    const void* log_score;     // [rows, dim] of dtype, contiguous
+    const int64_t* x_t;        // [rows]
+    const int64_t* x_0;        // [rows]
+    const double* sigma;       // [rows] total noise
+    const double* shift;       // [rows] subtracted from the row's log-scores, or null
+    const void* stationary;    // [dim] of the compute type, for a vector π; else null
+    const void* grad_loss;     // [rows] of the compute type; backward only
+    const double* unless_one;  // [1] or null; backward only: if it is 1, out holds the gradient already and is kept
+    void* out;                 // forward: loss [rows] of the compute type; backward: gradient [rows, dim] of dtype
+    double neg_entropy;        // H = Σ π log π
     int64_t rows;
     int64_t dim;
     DType dtype;
@@ -74,11 +75,12 @@ SEDD_HD ScoreEntropyGradient score_entropy_gradient(const ScoreEntropyRow& row, 
             grad_loss * (row.weight * exp(log_score_x_0) - row.slope * pi_x0 - row.pull)};
 }
 
-// ---- rows in tiles of the vocabulary, from left to right, as the fused head computes them ----
+// ---- loss and gradient in one sweep, over whole rows or over tiles of the vocabulary from left to right ----
 //
-// The gradient needs no normaliser. So one sweep adds up the loss and overwrites each tile with its gradient. If the
-// vocabulary is split over processes, the sweep of each process begins and ends with its own entries. The loss is then
-// computed from the sweeps of all of them, whose members linear_score_entropy.py reads in this order.
+// The gradient needs no normaliser. So one sweep adds up the loss and writes the gradient; the fused head overwrites
+// each tile with it. If the vocabulary is split over processes, the sweep of each process begins and ends with its own
+// entries. The loss is then computed from the sweeps of all of them, whose members linear_score_entropy.py reads in
+// this order.
 
 // The state of a row between two tiles.
 struct ScoreEntropySweep {
@@ -89,13 +91,14 @@ struct ScoreEntropySweep {
 };
 
 struct ScoreEntropyTileParams {
-    void* log_score;            // [rows, width] of dtype, contiguous: entries [first, first + width) of every row
+    const void* log_score;      // [rows, width] of dtype, contiguous: entries [first, first + width) of every row
     const int64_t* x_t;         // [rows]
     const int64_t* x_0;         // [rows]
     const double* sigma;        // [rows]
     const double* shift;        // [rows] or null
     const void* stationary;     // [dim] of the compute type, for a vector π; else null
-    const double* grad_loss;    // [rows]: the kernel overwrites the log-scores with the gradient; or null: loss only
+    const double* grad_loss;    // [rows], or null without a gradient
+    void* gradient;             // [rows, width] of dtype, may be log_score; or null for the loss alone
     ScoreEntropySweep* sweeps;  // [rows] state between tiles; the first tile, which starts at begin, initialises it
     void* out;                  // loss [rows] of the compute type; written by the last tile, which ends at dim
     double neg_entropy;

@@ -109,8 +109,11 @@ def per_row(name: str, value: object, batch: torch.Size, device: torch.device) -
         raise ValueError(f"{name}: expected no requires_grad, since it gets no gradient; detach() it")
     if value.device != device and (value.dim() > 0 or value.is_meta):
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
+    value = value.double() if value.device == device else value.to(device=device, dtype=torch.float64)
+    if value.shape == batch:  # expand takes 2 µs
+        return value.contiguous()
     try:
-        rows = value.to(device=device, dtype=torch.float64).expand(batch)
+        rows = value.expand(batch)
     except RuntimeError as error:
         raise ValueError(
             f"{name}: expected a shape that broadcasts to {list(batch)}, got {list(value.shape)}"
@@ -121,6 +124,14 @@ def per_row(name: str, value: object, batch: torch.Size, device: torch.device) -
 def stationary_for(process: RankOne, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """π for the kernels: a vector of the compute dtype, or None if the family alone determines it."""
     return process._copy("stationary", compute_dtype(dtype), device) if process.family == "rank_one" else None
+
+
+def may_wait(tensor: Tensor, capacity: int | None) -> bool:
+    """Whether an operator may read numbers of the tensor: always on the CPU, and on a GPU only without a capacity.
+
+    There it waits until the numbers are computed, which nothing may do while the current stream is being captured.
+    """
+    return tensor.is_cpu or (capacity is None and not torch.cuda.is_current_stream_capturing())
 
 
 def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:

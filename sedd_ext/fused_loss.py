@@ -14,25 +14,24 @@ import torch
 from torch import Tensor
 
 from sedd_ext._autograd import gradient_function
-from sedd_ext._dispatch import compute_dtype, per_row
+from sedd_ext._dispatch import compute_dtype, may_wait, per_row
 from sedd_ext._operators import define, schema
 
 __all__: list[str] = []
 
 
-def common_gradient(grad_loss: Tensor) -> Tensor | None:
-    """The upstream gradient, if it is the same number for all rows, which is the usual case; else None.
+def common_gradient(grad_loss: Tensor, capacity: int | None) -> Tensor | None:
+    """The upstream gradient, if it is known to be the same number for all rows, which is the usual case; else None.
 
-    The gradient of a sum has stride 0, which shows this without a read. Comparing numbers waits for the device.
+    The gradient of a sum has stride 0, which shows this without a read. Other numbers are compared if the operator may
+    wait for the device; computing the gradients again is always correct.
     """
     if grad_loss.numel() == 0:
         return grad_loss.new_ones(())
     first = grad_loss[(0,) * grad_loss.dim()]
     if all(stride == 0 or size == 1 for stride, size in zip(grad_loss.stride(), grad_loss.shape, strict=True)):
         return first
-    if grad_loss.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None  # a capture cannot wait; computing the gradients again is always correct
-    return first if bool((grad_loss == first).all()) else None
+    return first if may_wait(grad_loss, capacity) and bool((grad_loss == first).all()) else None
 
 
 def empty_results(a: Any, names: Sequence[str] = ("hidden", "weight", "bias")) -> tuple[Tensor, ...]:
@@ -42,6 +41,16 @@ def empty_results(a: Any, names: Sequence[str] = ("hidden", "weight", "bias")) -
         value = a.weight[:, 0] if name == "bias" and a.bias is None else getattr(a, name)
         gradients.append(value.new_empty(value.shape if getattr(a, f"grad_{name}") else (0,)))
     return a.hidden.new_empty(a.x_t.shape, dtype=compute_dtype(a.dtype)), *gradients
+
+
+def row_weights(
+    reduction: str, loss_weight: Tensor | float | None, batch: torch.Size, device: torch.device
+) -> Tensor | None:
+    """The factor of the loss of each position, [*B], float64, or None for 1: that of the caller, and that of a mean."""
+    if reduction == "mean":
+        scale = 1.0 / max(1, batch.numel())
+        loss_weight = scale if loss_weight is None else loss_weight * scale
+    return None if loss_weight is None else per_row("loss_weight", loss_weight, batch, device)
 
 
 def shared_arguments(
@@ -56,12 +65,9 @@ def shared_arguments(
         device: the device of the loss.
         **parts: the tensors that may need a gradient.
     """
-    if reduction == "mean":
-        scale = 1.0 / max(1, batch.numel())
-        loss_weight = scale if loss_weight is None else loss_weight * scale
     enabled = torch.is_grad_enabled()
     return {
-        "loss_weight": None if loss_weight is None else per_row("loss_weight", loss_weight, batch, device),
+        "loss_weight": row_weights(reduction, loss_weight, batch, device),
         **{f"grad_{name}": enabled and part is not None and part.requires_grad for name, part in parts.items()},
     }
 
@@ -72,8 +78,8 @@ class FusedLoss:
     Args:
         name: the name of the operator.
         arguments: the NamedTuple of its arguments: first the tensors, among them ``hidden``, ``weight``, ``bias``,
-            ``x_t`` and ``loss_weight``, then options, among them ``dtype`` and for each of ``names`` a bool
-            ``grad_NAME``, whether its gradient is needed.
+            ``x_t`` and ``loss_weight``, then options, among them ``dtype``, ``capacity`` and for each of ``names`` a
+            bool ``grad_NAME``, whether its gradient is needed.
         forward: computes the loss and the gradients, see :func:`empty_results`.
         names: the arguments that get a gradient; the first is ``hidden``.
     """
@@ -115,7 +121,7 @@ class FusedLoss:
             factors = grad_loss.unsqueeze(-1).to(gradients[0].dtype)
             hidden = gradients[0] * factors if a.grad_hidden else gradients[0].clone()
             return hidden, *map(torch.clone, gradients[1:])
-        factor = common_gradient(grad_loss)
+        factor = common_gradient(grad_loss, a.capacity)
         if factor is not None:
             return tuple(gradient * factor.to(gradient.dtype) for gradient in gradients)
         loss_weight = grad_loss.double() if a.loss_weight is None else a.loss_weight * grad_loss

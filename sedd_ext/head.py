@@ -19,20 +19,33 @@ import torch
 from torch import Tensor
 
 from sedd_ext import _C
-from sedd_ext._dispatch import DTYPES, check_device, compute_dtype, fresh, kind_of, raise_fault
+from sedd_ext._dispatch import DTYPES, check_device, compute_dtype, fresh, kind_of, may_wait, raise_fault
 from sedd_ext.split import Share, Sums, check_split
 
 __all__: list[str] = []
 
-BUFFER_BYTES = 1 << 26
-"""The default memory for a tile of log-scores, 64 MiB."""
+_TORCH = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
+
+
+def buffer_size(buffer_bytes: object, device: torch.device, whole_rows: bool) -> int:
+    """The memory for a tile: what the caller asks for, or a default.
+
+    64 MiB by default. On a GPU, a tile with a part of the vocabulary gets 32 MiB, so that it stays in the L2 cache from
+    one product to the next. Smaller tiles would take less time than the launches of their kernels.
+    """
+    if buffer_bytes is None:
+        return 1 << 26 if whole_rows or device.type == "cpu" else 1 << 25
+    if not isinstance(buffer_bytes, int) or isinstance(buffer_bytes, bool) or buffer_bytes < 1:
+        raise ValueError(f"buffer_bytes: expected a positive int or None, got {buffer_bytes!r}")
+    return buffer_bytes
 
 
 class Rows:
     """The rows that go through the head: those with π_x > 0, and bad ones, which the kernel reports.
 
-    Waits for the device unless the process is uniform, because the shape of a matrix product depends on the number of
-    rows.
+    The shape of a matrix product depends on the number of rows. Without a capacity they are counted, which waits for
+    the device unless the process is uniform. With a capacity there are always as many rows: first those that need the
+    head, in order, then others, whose loss and gradient are 0, and whose token stays.
 
     Args:
         x_t: the tokens [*B].
@@ -41,37 +54,102 @@ class Rows:
         family: the family of the process.
         dim: N.
         others: more tensors of tokens [*B] that must be valid.
+        capacity: the most rows; None to count them, or for all rows while the current stream is being captured.
 
     Attributes:
         index: the indices of these rows in the flattened batch, or None for all rows.
+        needed: which of these rows need the head [R], bool, or None if all of them do.
+        left_out: the rows of the flattened batch that need the head but exceed the capacity, bool, or None for none.
+        may_wait: see :func:`sedd_ext._dispatch.may_wait`.
+
+    Raises:
+        ValueError: on the CPU, more rows need the head than ``capacity``.
     """
 
     def __init__(
-        self, x_t: Tensor, noise: Tensor, stationary: Tensor | None, family: str, dim: int, *others: Tensor
+        self,
+        x_t: Tensor,
+        noise: Tensor,
+        stationary: Tensor | None,
+        family: str,
+        dim: int,
+        *others: Tensor,
+        capacity: int | None = None,
     ) -> None:
         self.batch_dims, self.dim = x_t.dim(), dim
         self.index: Tensor | None = None
-        if family == "uniform":
-            return
+        self.needed: Tensor | None = None
+        self.left_out: Tensor | None = None
+        self.may_wait = may_wait(x_t, capacity)
         x = x_t.reshape(-1)
-        good = is_token(x, dim) & is_noise(noise.reshape(-1))
-        for tokens in others:
-            good = good & is_token(tokens.reshape(-1), dim)
-        moves = x == dim - 1 if stationary is None else stationary[x.clamp(0, dim - 1)] > 0
-        index = (moves | ~good).nonzero().squeeze(1)
-        self.index = None if index.numel() == x.numel() else index
+        if capacity is None and not self.may_wait:
+            capacity = x.numel()
+        if family == "uniform" and (capacity is None or capacity >= x.numel()):
+            return
+        if family == "uniform":
+            needs = torch.ones_like(x, dtype=torch.bool)
+        else:
+            good = is_token(x, dim) & is_noise(noise.reshape(-1))
+            for tokens in others:
+                good = good & is_token(tokens.reshape(-1), dim)
+            moves = x == dim - 1 if stationary is None else stationary[x.clamp(0, dim - 1)] > 0
+            needs = moves | ~good
+        if capacity is None:
+            index = needs.nonzero().squeeze(1)
+            self.index = None if index.numel() == x.numel() else index
+        elif capacity >= x.numel():
+            self.needed = needs
+        else:
+            self._fill(needs, capacity)
+
+    def _fill(self, needs: Tensor, capacity: int) -> None:
+        """Selects ``capacity`` rows without waiting for the device."""
+        if self.may_wait:  # on the CPU
+            count = int(needs.sum())
+            if count > capacity:
+                raise ValueError(f"capacity: expected at least {count} for the positions that need it, got {capacity}")
+        else:
+            self.left_out = needs & (needs.cumsum(0) > capacity)
+        self.index = needs.argsort(descending=True, stable=True)[:capacity]
+        self.needed = needs[self.index]
+
+    def indices(self, x_t: Tensor) -> Tensor:
+        """The indices of these rows in the flattened batch [R]."""
+        return torch.arange(x_t.numel(), device=x_t.device) if self.index is None else self.index
 
     def select(self, values: Tensor) -> Tensor:
         """The values [*B, ...] of these rows, [R, ...]."""
         values = values.reshape(-1, *values.shape[self.batch_dims :])
         return values.contiguous() if self.index is None else values[self.index]
 
+    def select_or_zero(self, values: Tensor) -> Tensor:
+        """The values [*B, ...] of these rows, [R, ...], but 0 for rows that do not need the head.
+
+        Whatever the states of these rows are, they then do not change a gradient or its unit.
+        """
+        values = self.select(values)
+        if self.needed is None:
+            return values
+        return values.masked_fill(~self.needed.view(-1, *[1] * (values.dim() - 1)), 0)
+
     def restore(self, values: Tensor, out: Tensor) -> Tensor:
-        """The values [R, ...] as [*B, ...], with 0 for all other rows. May write them to ``out``, of that shape."""
+        """The values [R, ...] as [*B, ...], with 0 for all other rows, and NaN for those that are left out.
+
+        May write them to ``out``, of that shape.
+        """
         if self.index is None:
             return values.view(out.shape)
-        out.zero_().view(-1, *values.shape[1:])[self.index] = values
+        rows = out.zero_().view(-1, *values.shape[1:])
+        rows[self.index] = values
+        if self.left_out is not None:
+            rows.masked_fill_(self.left_out.view(-1, *[1] * (rows.dim() - 1)), torch.nan)
         return out
+
+    def restore_tokens(self, tokens: Tensor, out: Tensor) -> None:
+        """Writes the tokens of these rows [R] to ``out``, those of the flattened batch, and -1 for rows left out."""
+        out[self.indices(out)] = tokens
+        if self.left_out is not None:
+            out.masked_fill_(self.left_out, -1)
 
     def raise_fault(
         self,
@@ -93,6 +171,7 @@ class Tile(NamedTuple):
         log_score: [r, v]; a kernel may overwrite it with its gradient.
         hidden: the hidden states of the rows [r, d].
         weight: the weights of the entries [v, d], in the dtype of the products.
+        bias: the biases of the entries [v], likewise, or None.
         rows: the slice of the rows.
         entries: the slice of the head's weight.
         first: the first entry of the tile, as a token.
@@ -103,6 +182,7 @@ class Tile(NamedTuple):
     log_score: Tensor
     hidden: Tensor
     weight: Tensor
+    bias: Tensor | None
     rows: slice
     entries: slice
     first: int
@@ -146,10 +226,13 @@ class Head(NamedTuple):
     most: int | None = None
     on_grid: bool = False
 
-    def tiles(self) -> Iterator[Tile]:
+    def tiles(self, computed: bool = True) -> Iterator[Tile]:
         """Computes the log-scores, tile by tile: the first entries of all rows, then the next entries of all rows.
 
         A tile must be used before the next one is computed.
+
+        Args:
+            computed: False if the caller computes the product itself; the memory of a tile has no values then.
         """
         dtype, rows, count, device = self.hidden.dtype, self.hidden.shape[0], self.weight.shape[0], self.hidden.device
         chunk, width = tile_shape(rows, self.most or count, dtype, device, self.buffer_bytes, self.whole_rows)
@@ -161,9 +244,9 @@ class Head(NamedTuple):
             for begin in range(0, rows, chunk):
                 at = slice(begin, begin + chunk)
                 hidden = self.hidden[at]
-                log_score = product(hidden, weight, bias, buffer)
+                log_score = product(hidden, weight, bias, buffer) if computed else _room(hidden, weight, buffer)
                 last = begin + chunk >= rows, start + width >= count
-                yield Tile(log_score, hidden, weight, at, entries, self.first + entries.start, *last)
+                yield Tile(log_score, hidden, weight, bias, at, entries, self.first + entries.start, *last)
 
 
 class Gradients:
@@ -228,7 +311,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool, unit: Tens
 
     ``unit`` multiplies the product.
     """
-    if total.dtype != a.dtype:
+    if total.dtype != a.dtype and unit is None and _multiplies_into_float32(a):
+        # neither rounds the product to 16 bits nor stores it
+        if is_first:
+            torch.mm(a, b, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif total.dtype != a.dtype:
         product = torch.mm(a, b)
         if unit is not None:
             product = product.to(total.dtype) * unit
@@ -237,6 +326,11 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool, unit: Tens
         torch.mm(a, b, out=total)
     else:
         torch.addmm(total, a, b, out=total)
+
+
+def _multiplies_into_float32(a: Tensor) -> bool:
+    """Whether torch can add a product of 16-bit numbers to one of float32: on CUDA devices, from torch 2.10 on."""
+    return a.is_cuda and torch.version.cuda is not None and _TORCH >= (2, 10)
 
 
 def tile_shape(
@@ -255,11 +349,15 @@ def tile_shape(
 
 def product(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
     """The log-scores hidden · weightᵀ + bias [rows, entries], in the memory of the buffer."""
-    shape = hidden.shape[0], weight.shape[0]
-    out = buffer[: shape[0] * shape[1]].view(shape)
+    out = _room(hidden, weight, buffer)
     if bias is None:
         return torch.mm(hidden, weight.T, out=out)
     return torch.addmm(bias, hidden, weight.T, out=out)
+
+
+def _room(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    shape = hidden.shape[0], weight.shape[0]
+    return buffer[: shape[0] * shape[1]].view(shape)
 
 
 def float16_unit(bound: Tensor, tile: Tile) -> Tensor:
@@ -299,8 +397,8 @@ def check_head(
     weight: object,
     bias: object,
     dim: int | None,
-    buffer_bytes: object,
     group: object = None,
+    capacity: object = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype, Share]:
     """Checks the arguments of the head.
 
@@ -309,8 +407,8 @@ def check_head(
         weight: the weight.
         bias: the bias, or None.
         dim: N; None for the number of rows of the weight.
-        buffer_bytes: memory for a tile.
         group: the processes over which the vocabulary is split, or None, see :mod:`sedd_ext.split`.
+        capacity: the most rows that go through the head, or None.
 
     Returns:
         ``hidden``; this process's rows of ``weight`` and ``bias``; the dtype of the matrix products: autocast's if it
@@ -333,8 +431,8 @@ def check_head(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
-    if not isinstance(buffer_bytes, int) or isinstance(buffer_bytes, bool) or buffer_bytes < 1:
-        raise ValueError(f"buffer_bytes: expected a positive int, got {buffer_bytes!r}")
+    if capacity is not None and (not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 0):
+        raise ValueError(f"capacity: expected an int of at least 0, or None, got {capacity!r}")
     dtype, device = weight.dtype, hidden.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
         return hidden, weight, bias, torch.get_autocast_dtype(device), share

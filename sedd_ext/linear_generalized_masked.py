@@ -13,7 +13,7 @@ from sedd_ext import _C
 from sedd_ext._dispatch import DTYPES, STAGES, check_reduction, check_tokens, launch, per_row
 from sedd_ext.fused_loss import FusedLoss, empty_results, shared_arguments
 from sedd_ext.generalized_masked import NUMBERS, check_power, check_power_values, raise_row_fault
-from sedd_ext.head import BUFFER_BYTES, Gradients, Head, Rows, Tile, check_head, float16_unit
+from sedd_ext.head import Gradients, Head, Rows, Tile, buffer_size, check_head, float16_unit
 from sedd_ext.split import Sums, gather, most_rows
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Arguments(NamedTuple):
     group: str
     dtype: torch.dtype
     buffer_bytes: int
+    capacity: int | None
     grad_hidden: bool
     grad_weight: bool
     grad_bias: bool
@@ -104,14 +105,15 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     loss, hidden_gradient, weight_gradient, bias_gradient, power_gradient = empty_results(a, _DIFFERENTIABLE)
     dim, power = a.dim, a.power.contiguous()
     # a time above 1 is bad, so its row goes through the head too, and the kernel reports it
-    rows = Rows(a.x_t, torch.where(a.t <= 1, a.t, torch.nan), None, "absorbing", dim, a.x_0)
+    noise = torch.where(a.t <= 1, a.t, torch.nan)
+    rows = Rows(a.x_t, noise, None, "absorbing", dim, a.x_0, capacity=a.capacity)
     most = most_rows(a.weight.shape[0], dim, a.group)
-    hidden = rows.select(a.hidden).to(a.dtype)
+    hidden = rows.select_or_zero(a.hidden).to(a.dtype)
     head = Head(hidden, a.weight, a.bias, a.buffer_bytes, whole_rows=True, first=a.first, most=most)
     sums = Sums(a.group)
     gradients = Gradients(head, weight_gradient, bias_gradient, a.grad_hidden, sums)
     t = rows.select(a.t)
-    loss_weight = torch.ones_like(t) if a.loss_weight is None else rows.select(a.loss_weight)
+    loss_weight = rows.select_or_zero(torch.ones_like(a.t) if a.loss_weight is None else a.loss_weight)
     values = _RowValues(rows.select(a.x_t), rows.select(a.x_0), t, loss_weight)
     losses, numbers = loss.new_zeros(t.shape[0]), t.new_empty(t.shape[0], NUMBERS)
     in_power = t.new_zeros(dim if a.grad_power else 0)
@@ -179,20 +181,22 @@ def linear_generalized_masked_loss(
     *,
     loss_weight: Tensor | float | None = None,
     reduction: Literal["none", "mean", "sum"] = "none",
-    buffer_bytes: int = BUFFER_BYTES,
+    buffer_bytes: int | None = None,
+    capacity: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
     """The output head and the loss of generalised masked diffusion in one operator.
 
     The same as ``generalized_masked_loss(F.linear(hidden, weight, bias), x_t, x_0, t, power)``, but the logits exist
     only for some rows at a time, in a buffer of fixed size. Apart from the gradients, the memory does not grow with
-    rows × N. Only masked rows go through the head. On a GPU, the call waits until they are counted.
+    rows × N. Only masked rows go through the head. On a GPU, the call waits until they are counted,
+    unless there is a ``capacity``.
 
     The forward pass also computes the gradients, under the assumption that the upstream gradient is the same number for
     every position, as for sums and means. If the backward pass receives different numbers, it computes the gradients
     again, which costs one more matrix product. So pass known weights of positions as ``loss_weight``. With
     ``reduction="mean"``, with ``"sum"`` and with ``loss.sum()``, the backward pass knows that the numbers are the same.
-    With ``loss.mean()`` it compares them, which waits for a GPU.
+    With ``loss.mean()`` it compares them, which waits for a GPU; with a ``capacity`` it computes the gradients again.
 
     Under autocast the matrix products use its dtype. Sums, and gradients over tiles and rows, are accumulated in
     float32 (float64 for float64).
@@ -208,7 +212,11 @@ def linear_generalized_masked_loss(
         loss_weight: a factor for the loss of each position; a number or a floating-point tensor that broadcasts to
             [*B].
         reduction: ``"none"`` gives [*B]; ``"mean"`` and ``"sum"`` give a scalar over all positions.
-        buffer_bytes: memory for the logits of a tile, which has as many rows as fit, but at least one.
+        buffer_bytes: memory for the logits of a tile, which has as many rows as fit, but at least one; None for 64 MiB.
+        capacity: the most positions that go through the head, so that a GPU need not count those that need it. These
+            come first, in order, and others fill up. If more need the head, the call raises on the CPU, and on a GPU
+            the loss of those left out is NaN. None: they are counted; or, while a CUDA graph is captured, all positions
+            go through the head.
         group: processes over which the vocabulary is split. Process r of P passes the rows ``weight.chunk(P)[r]`` and
             ``bias.chunk(P)[r]`` and gets their gradients; all other arguments, the loss, its gradient and that of
             ``power`` are the same in all of them. For each masked position, the processes exchange four float64 and the
@@ -229,7 +237,8 @@ def linear_generalized_masked_loss(
     Source: see :func:`generalized_masked_loss`.
     """
     dim = power.numel() if group is not None and isinstance(power, Tensor) else None
-    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, dim, buffer_bytes, group)
+    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, dim, group, capacity)
+    buffer_bytes = buffer_size(buffer_bytes, hidden.device, True)
     batch, device = hidden.shape[:-1], hidden.device
     x_t, x_0 = check_tokens("x_t", x_t, batch, "hidden"), check_tokens("x_0", x_0, batch, "hidden")
     check_reduction(reduction)
@@ -245,6 +254,7 @@ def linear_generalized_masked_loss(
         **share._asdict(),
         dtype=dtype,
         buffer_bytes=buffer_bytes,
+        capacity=capacity,
         **shared_arguments(reduction, loss_weight, batch, device, hidden=hidden, weight=weight, bias=bias, power=power),
     )
     loss = _loss(*arguments)

@@ -12,7 +12,7 @@ from torch import Tensor
 from sedd_ext import _C
 from sedd_ext._dispatch import check_process, check_reduction, check_tokens, contiguous, per_row, stationary_for
 from sedd_ext.fused_loss import FusedLoss, empty_results, shared_arguments
-from sedd_ext.head import BUFFER_BYTES, Gradients, Head, Rows, check_head, float16_unit
+from sedd_ext.head import Gradients, Head, Rows, buffer_size, check_head, float16_unit
 from sedd_ext.mean_prediction import launch_mean_prediction
 from sedd_ext.process import RankOne
 from sedd_ext.split import Sums, gather, most_rows
@@ -42,6 +42,7 @@ class Arguments(NamedTuple):
     group: str
     dtype: torch.dtype
     buffer_bytes: int
+    capacity: int | None
     grad_hidden: bool
     grad_weight: bool
     grad_bias: bool
@@ -53,15 +54,15 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     a = Arguments(*arguments)
     loss, hidden_gradient, weight_gradient, bias_gradient = empty_results(a)
     stationary, needs_gradient = contiguous(a.stationary), a.grad_hidden or a.grad_weight or a.grad_bias
-    rows = Rows(a.x_t, a.sigma, stationary, a.family, a.dim, a.x_0)
+    rows = Rows(a.x_t, a.sigma, stationary, a.family, a.dim, a.x_0, capacity=a.capacity)
     most = most_rows(a.weight.shape[0], a.dim, a.group)
-    hidden = rows.select(a.hidden).to(a.dtype)
+    hidden = rows.select_or_zero(a.hidden).to(a.dtype)
     head = Head(hidden, a.weight, a.bias, a.buffer_bytes, whole_rows=True, first=a.first, most=most)
     sums = Sums(a.group)
     gradients = Gradients(head, weight_gradient, bias_gradient, a.grad_hidden, sums)
     x_t, x_0, sigma = rows.select(a.x_t), rows.select(a.x_0), rows.select(a.sigma)
     sigma_s = None if a.sigma_s is None else rows.select(a.sigma_s)
-    weights = torch.ones_like(sigma) if a.loss_weight is None else rows.select(a.loss_weight)
+    weights = rows.select_or_zero(torch.ones_like(a.sigma) if a.loss_weight is None else a.loss_weight)
     losses = loss.new_zeros(sigma.shape[0])
     for tile in head.tiles():
         at = tile.rows
@@ -137,14 +138,15 @@ def linear_mean_prediction_loss(
     sigma_s: Tensor | float | None = None,
     loss_weight: Tensor | float | None = None,
     reduction: Literal["none", "mean", "sum"] = "none",
-    buffer_bytes: int = BUFFER_BYTES,
+    buffer_bytes: int | None = None,
+    capacity: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
     """The output head and the loss in one operator: ``mean_prediction_loss(F.linear(hidden, weight, bias), ...)``.
 
     The logits exist only for some rows at a time, in a buffer of fixed size. Apart from the gradients of hidden, weight
     and bias, the memory does not grow with rows × N. Rows with π_{x_t} = 0 (unmasked tokens of absorbing diffusion)
-    skip the head. On a GPU, the call waits until the other rows are counted.
+    skip the head. On a GPU, the call waits until the other rows are counted, unless there is a ``capacity``.
 
     The gradients are computed in the forward pass, for an upstream gradient of 1. The backward pass scales them. If the
     upstream gradient differs from row to row, the backward pass computes them again. So for a mean, use
@@ -161,7 +163,11 @@ def linear_mean_prediction_loss(
         sigma_s: as for :func:`mean_prediction_loss`.
         loss_weight: as for :func:`mean_prediction_loss`.
         reduction: ``"none"`` gives [*B]; ``"mean"`` and ``"sum"`` give a scalar over all positions.
-        buffer_bytes: memory for logits: as many rows as fit, but at least one.
+        buffer_bytes: memory for logits, as many rows as fit, but at least one; None for 64 MiB.
+        capacity: the most positions that go through the head, so that a GPU need not count those that need it. These
+            come first, in order, and others fill up. If more need the head, the call raises on the CPU, and on a GPU
+            the loss of those left out is NaN. None: they are counted; or, while a CUDA graph is captured, all positions
+            go through the head.
         group: processes over which the vocabulary is split. Process r of P passes the rows ``weight.chunk(P)[r]`` and
             ``bias.chunk(P)[r]`` and gets their gradients; all other arguments, the loss and its gradient must be the
             same in all of them. For each position that needs the head, the processes exchange four float64, then three
@@ -174,13 +180,14 @@ def linear_mean_prediction_loss(
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: as :func:`mean_prediction_loss`, or ``buffer_bytes`` is not a positive int, or the weight does not
-            have the rows that ``group`` asks for.
+        ValueError: as :func:`mean_prediction_loss`, or ``buffer_bytes`` is neither None nor a positive int, or the
+            weight does not have the rows that ``group`` asks for.
 
     Source: see :func:`mean_prediction_loss`.
     """
     process = check_process(process)
-    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, process.dim, buffer_bytes, group)
+    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, process.dim, group, capacity)
+    buffer_bytes = buffer_size(buffer_bytes, hidden.device, True)
     batch, device = hidden.shape[:-1], hidden.device
     x_t, x_0 = check_tokens("x_t", x_t, batch, "hidden"), check_tokens("x_0", x_0, batch, "hidden")
     check_reduction(reduction)
@@ -198,6 +205,7 @@ def linear_mean_prediction_loss(
         **share._asdict(),
         dtype=dtype,
         buffer_bytes=buffer_bytes,
+        capacity=capacity,
         **shared_arguments(reduction, loss_weight, batch, device, hidden=hidden, weight=weight, bias=bias),
     )
     loss = _loss(*arguments)

@@ -24,7 +24,7 @@ from sedd_ext._dispatch import (
     stationary_for,
 )
 from sedd_ext._operators import define, schema
-from sedd_ext.head import BUFFER_BYTES, Head, Rows, check_head, product, tile_shape
+from sedd_ext.head import Head, Rows, buffer_size, check_head, product, tile_shape
 from sedd_ext.linear_reverse_mean import Output, Product, sample_tempered
 from sedd_ext.process import RankOne
 from sedd_ext.reverse import check_tempering, draw_tempered
@@ -56,6 +56,7 @@ class Arguments(NamedTuple):
     group: str
     dtype: torch.dtype
     buffer_bytes: int
+    capacity: int | None
 
     @property
     def may_reject(self) -> bool:
@@ -73,15 +74,20 @@ def _sample(*arguments: Any) -> Tensor:
     a = Arguments(*others)
     a = a._replace(stationary=contiguous(a.stationary))
     out = a.x_t.reshape(-1).clone()
-    rows = _live_rows(a)
+    live = _live_rows(a)
+    rows = live.indices(a.x_t)
     draws = a.noise.new_empty(rows.shape[0], _C.reverse_draw_numbers)
     sweep_over = _sweep_split if a.group else _sweep
     drawn = sweep_over(a, rows, draws, seed, 0)
     if a.may_reject:
-        again = (drawn == _C.sweep_again).nonzero().squeeze(1)
-        if len(again):
-            drawn[again] = sweep_over(a, rows[again], draws[again], seed, 1)
-    out[rows] = drawn
+        rejected = drawn == _C.sweep_again
+        if live.may_wait:
+            again = rejected.nonzero().squeeze(1)
+            if len(again):
+                drawn[again] = sweep_over(a, rows[again], draws[again], seed, 1)
+        else:
+            drawn = torch.where(rejected, sweep_over(a, rows, draws, seed, 1), drawn)
+    live.restore_tokens(drawn, out)
     return out.view(a.x_t.shape)
 
 
@@ -206,10 +212,9 @@ def _tiles_between(begin: int, end: int, width: int) -> int:
     return (end - 1) // width - begin // width + 1
 
 
-def _live_rows(a: Arguments) -> Tensor:
-    """Indices of the rows that go through the head, in the flattened batch."""
-    index = Rows(a.x_t, a.noise, a.stationary, a.family, a.dim).index
-    return torch.arange(a.x_t.numel(), device=a.x_t.device) if index is None else index
+def _live_rows(a: Arguments) -> Rows:
+    """The rows that go through the head."""
+    return Rows(a.x_t, a.noise, a.stationary, a.family, a.dim, capacity=a.capacity)
 
 
 define(f"linear_reverse_sample({schema(Arguments)}, Tensor seed) -> Tensor", _sample, _fake)
@@ -225,14 +230,19 @@ def _sample_tempered(a: Arguments, temperature: float, top_p: float, generator: 
     uniforms = torch.rand(2, len(out), dtype=torch.float64, device=out.device, generator=generator)
     w, b = a.weight.to(a.dtype), None if a.bias is None else a.bias.to(a.dtype)
     # 16 bytes per entry: log-scores, probabilities, and the probabilities in float64
-    for at in _live_rows(a).split(max(1, a.buffer_bytes // (dim * 16))):
+    live = _live_rows(a)
+    rows = live.indices(out)
+    drawn = torch.empty_like(rows)
+    chunk = max(1, a.buffer_bytes // (dim * 16))
+    for at, here in zip(rows.split(chunk), drawn.split(chunk), strict=True):
         x = out[at]
         log_score = product(hidden[at].to(a.dtype), w, b, w.new_empty(len(at) * dim))
         shift = None if shifts is None else shifts[at]
         probs = torch.ops.sedd_ext.reverse_probs(
             log_score, x, noise[at], shift, a.stationary, a.family, a.step, a.forbidden
         )
-        out[at] = draw_tempered(probs, x, temperature, top_p, uniforms[:, at])
+        here.copy_(draw_tempered(probs, x, temperature, top_p, uniforms[:, at]))
+    live.restore_tokens(drawn, out)
     return out.view(a.x_t.shape)
 
 
@@ -277,7 +287,8 @@ def linear_reverse_sample(
     temperature: float = 1.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
-    buffer_bytes: int = BUFFER_BYTES,
+    buffer_bytes: int | None = None,
+    capacity: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
     """The output head and :func:`reverse_sample` in one operator: hidden states in, tokens out, no tensor [*B, N].
@@ -304,9 +315,13 @@ def linear_reverse_sample(
         temperature: as for :func:`reverse_sample`.
         top_p: as for :func:`reverse_sample`.
         generator: random number generator on the tensors' device; torch's default one if None.
-        buffer_bytes: memory for a tile of log-scores. A tile has 2,048 entries of the vocabulary (8,192 on a GPU) and
-            as many rows as fit. With a ``temperature`` or ``top_p`` other than 1, or a mean prediction, a tile has
-            whole rows.
+        buffer_bytes: memory for a tile of log-scores; None for 64 MiB (32 MiB on a GPU). A tile has 2,048 entries of
+            the vocabulary (8,192 on a GPU) and as many rows as fit. With a ``temperature`` or ``top_p`` other than 1,
+            or a mean prediction, a tile has whole rows, and the default is 64 MiB.
+        capacity: the most positions that go through the head, so that a GPU need not count those that need it, or the
+            rejected ones: all take the second pass. Positions that need the head come first, in order, and others fill
+            up. If more need the head, the call raises on the CPU, and on a GPU the token of those left out is -1. None:
+            they are counted; or, while a CUDA graph is captured, all positions go through the head.
         group: processes over which the vocabulary is split. Process r of P passes the rows ``weight.chunk(P)[r]`` and
             ``bias.chunk(P)[r]``; all other arguments and the generator's state must be the same in all of them. All
             get the tokens that one process draws, but for the rounding of sums. For each position that needs the head,
@@ -327,7 +342,7 @@ def linear_reverse_sample(
     Source: SEDD (Lou, Meng & Ermon 2024), Algorithm 2 with eq. 17 (Euler) or eq. 19 (Tweedie).
     """
     process = check_process(process)
-    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, process.dim, buffer_bytes, group)
+    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, process.dim, group, capacity)
     batch, device = hidden.shape[:-1], hidden.device
     x_t = check_tokens("x_t", x_t, batch, "hidden")
     check_same_device(hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}), x_t=x_t)
@@ -335,10 +350,11 @@ def linear_reverse_sample(
     if tempered and share.group:
         name, value = ("temperature", temperature) if temperature != 1.0 else ("top_p", top_p)
         raise ValueError(f"{name}: expected 1 with a group, got {value}")
+    buffer_bytes = buffer_size(buffer_bytes, device, tempered or parameterization == "mean")
     if parameterization == "mean":
         numbers = mean_numbers(x_t, step, process, sigma, log_score_shift, denoise, dtype)
         head = Output(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
-        return _sample_mean(head, numbers, share, Product(dtype, buffer_bytes), temperature, top_p, generator)
+        return _sample_mean(head, numbers, share, Product(dtype, buffer_bytes, capacity), temperature, top_p, generator)
     check_score(parameterization, sigma)
     step = check_step(step)
     arguments = Arguments(
@@ -355,6 +371,7 @@ def linear_reverse_sample(
         **share._asdict(),
         dtype=dtype,
         buffer_bytes=buffer_bytes,
+        capacity=capacity,
     )
     if device.type == "meta":
         return x_t.new_empty(x_t.shape)

@@ -35,6 +35,7 @@ class Product(NamedTuple):
 
     dtype: torch.dtype
     buffer_bytes: int
+    capacity: int | None
 
 
 def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor, *_: Any) -> Tensor:
@@ -45,17 +46,18 @@ def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, x_t: Tensor, *_: 
 def _sample(*arguments: Any) -> Tensor:
     middle, end = len(Output._fields), len(Output._fields) + len(Numbers._fields)
     head, numbers, rest = Output(*arguments[:middle]), Numbers(*arguments[middle:end]), arguments[end:]
-    share, (dtype, buffer_bytes, seed) = Share(*rest[:3]), rest[3:]
+    share, (dtype, buffer_bytes, capacity, seed) = Share(*rest[:3]), rest[3:]
     check_numbers(numbers)
     out = numbers.x_t.reshape(-1).clone()
-    rows, most = live_rows(numbers, share.dim), most_rows(head.weight.shape[0], share.dim, share.group)
+    live, most = live_rows(numbers, share.dim, capacity), most_rows(head.weight.shape[0], share.dim, share.group)
+    rows = live.indices(out)
     hidden = head.hidden.reshape(-1, head.hidden.shape[-1])[rows].to(dtype)
     drawn = torch.empty_like(rows)
     draw = _draw_split if share.group else _draw
     tiles = Head(hidden, head.weight, head.bias, buffer_bytes, whole_rows=True, first=share.first, most=most).tiles()
     for tile in tiles:
         draw(drawn[tile.rows], tile.log_score, numbers, share, seed, rows[tile.rows])
-    out[rows] = drawn
+    live.restore_tokens(drawn, out)
     return out.view(numbers.x_t.shape)
 
 
@@ -90,14 +92,14 @@ def _draw_split(drawn: Tensor, logits: Tensor, numbers: Numbers, share: Share, s
     drawn += own
 
 
-def live_rows(numbers: Numbers, dim: int) -> Tensor:
-    """Indices of the rows that go through the head, in the flattened batch: those that may move, and bad ones."""
+def live_rows(numbers: Numbers, dim: int, capacity: int | None) -> Rows:
+    """The rows that go through the head: those that may move, and bad ones."""
     noise = numbers.noise if numbers.sigma is None else numbers.sigma
     good = noise < 0 if numbers.sigma is None else is_noise(numbers.noise) & is_noise(numbers.sigma)
     if numbers.mean_step == "tweedie":
         good = good & (numbers.noise <= noise)  # the kernel looks at those that are longer by rounding
-    index = Rows(numbers.x_t, torch.where(good, 1.0, torch.nan), numbers.stationary, numbers.family, dim).index
-    return torch.arange(numbers.x_t.numel(), device=numbers.x_t.device) if index is None else index
+    marked = torch.where(good, 1.0, torch.nan)
+    return Rows(numbers.x_t, marked, numbers.stationary, numbers.family, dim, capacity=capacity)
 
 
 def select(numbers: Numbers, rows: Tensor) -> Numbers:
@@ -137,8 +139,13 @@ def sample_tempered(
     uniforms = torch.rand(2, len(out), dtype=torch.float64, device=out.device, generator=generator)
     w, b = head.weight.to(products.dtype), None if head.bias is None else head.bias.to(products.dtype)
     # 16 bytes per entry: logits, probabilities, and the probabilities in float64
-    for at in live_rows(numbers, dim).split(max(1, products.buffer_bytes // (dim * 16))):
+    live = live_rows(numbers, dim, products.capacity)
+    rows = live.indices(out)
+    drawn = torch.empty_like(rows)
+    chunk = max(1, products.buffer_bytes // (dim * 16))
+    for at, here in zip(rows.split(chunk), drawn.split(chunk), strict=True):
         logits = product(hidden[at].to(products.dtype), w, b, w.new_empty(len(at) * dim))
         probs = torch.ops.sedd_ext.reverse_mean_probs(logits, *select(numbers, at))
-        out[at] = draw(probs, out[at], uniforms[:, at])
+        here.copy_(draw(probs, out[at], uniforms[:, at]))
+    live.restore_tokens(drawn, out)
     return out.view(numbers.x_t.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from sedd_ext import _C
 from sedd_ext._dispatch import (
     FAMILIES,
+    Status,
     check_process,
     check_reduction,
     check_tokens,
@@ -19,7 +21,7 @@ from sedd_ext._dispatch import (
     stationary_for,
 )
 from sedd_ext.fused_loss import FusedLoss, empty_results, shared_arguments
-from sedd_ext.head import BUFFER_BYTES, Gradients, Head, Rows, Tile, check_head, float16_unit
+from sedd_ext.head import Gradients, Head, Rows, Tile, buffer_size, check_head, float16_unit
 from sedd_ext.process import RankOne
 from sedd_ext.split import Sums, most_rows
 
@@ -48,6 +50,7 @@ class Arguments(NamedTuple):
     group: str
     dtype: torch.dtype
     buffer_bytes: int
+    capacity: int | None
     grad_hidden: bool
     grad_weight: bool
     grad_bias: bool
@@ -73,14 +76,18 @@ class _RowValues(NamedTuple):
         return _RowValues(x_t[rows], x_0[rows], sigma[rows], None if shift is None else shift[rows], loss_weight[rows])
 
 
+Epilogue = Callable[[Tile, dict[str, Any]], Status]
+"""Computes a tile's product and what the kernel does with it, see :mod:`sedd_ext.triton_head`."""
+
+
 @torch.no_grad()
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+def _forward(*arguments: Any, epilogue: Epilogue | None = None) -> tuple[Tensor, ...]:
     a = Arguments(*arguments)
     loss, hidden_gradient, weight_gradient, bias_gradient = empty_results(a)
     dim, stationary = a.dim, contiguous(a.stationary)
-    rows = Rows(a.x_t, a.sigma, stationary, a.family, dim, a.x_0)
+    rows = Rows(a.x_t, a.sigma, stationary, a.family, dim, a.x_0, capacity=a.capacity)
     most = most_rows(a.weight.shape[0], dim, a.group)
-    hidden = rows.select(a.hidden).to(a.dtype)
+    hidden = rows.select_or_zero(a.hidden).to(a.dtype)
     head = Head(hidden, a.weight, a.bias, a.buffer_bytes, first=a.first, most=most)
     sums = Sums(a.group)
     gradients = Gradients(head, weight_gradient, bias_gradient, a.grad_hidden, sums)
@@ -90,41 +97,41 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         rows.select(a.x_0),
         sigma,
         None if a.log_score_shift is None else rows.select(a.log_score_shift),
-        torch.ones_like(sigma) if a.loss_weight is None else rows.select(a.loss_weight),
+        rows.select_or_zero(torch.ones_like(a.sigma) if a.loss_weight is None else a.loss_weight),
     )
     losses = loss.new_zeros(sigma.shape[0])
     sweeps = sigma.new_empty(sigma.shape[0], _C.score_entropy_sweep_numbers)
-    for tile in head.tiles():
+    for tile in head.tiles(computed=epilogue is None):
         v = values.of(tile.rows)
         weights, unit = (v.loss_weight if any(a.wanted) else None), None
         if weights is not None and a.dtype == torch.float16:
             unit = _unit(tile, v, stationary, a.family, dim)
             weights = weights / unit
-        fault, row = launch(
-            "score_entropy_tile",
-            **tile.arguments(dim),
-            x_t=v.x_t,
-            x_0=v.x_0,
-            sigma=v.sigma,
-            shift=v.shift,
-            stationary=stationary,
-            grad_loss=weights,
-            sweeps=sweeps[tile.rows],
-            out=losses[tile.rows],
-            begin=a.first,
-            neg_entropy=a.neg_entropy,
-            family=FAMILIES[a.family],
-        )
+        given = tile.arguments(dim) | {
+            "x_t": v.x_t,
+            "x_0": v.x_0,
+            "sigma": v.sigma,
+            "shift": v.shift,
+            "stationary": stationary,
+            "grad_loss": weights,
+            "gradient": None if weights is None else tile.log_score,
+            "sweeps": sweeps[tile.rows],
+            "out": losses[tile.rows],
+            "begin": a.first,
+            "neg_entropy": a.neg_entropy,
+            "family": FAMILIES[a.family],
+        }
+        fault, row = launch("score_entropy_tile", **given) if epilogue is None else epilogue(tile, given)
         if fault:
             status = fault, tile.rows.start + row
             rows.raise_fault(status, {"x_t": a.x_t, "x_0": a.x_0}, ("sigma", a.sigma))
-        if a.group and tile.is_last and tile.is_last_chunk:
+        if (a.group or epilogue is not None) and tile.is_last and tile.is_last_chunk:
             parts = _parts(sweeps, a)
             sums.start(parts)
         if any(a.wanted):
             gradients.add(tile, unit)
     sums.wait()
-    if a.group and len(losses):
+    if (a.group or epilogue is not None) and len(losses):
         losses = parts.to(losses.dtype)
     if a.loss_weight is not None:
         losses *= values.loss_weight.to(losses.dtype)
@@ -181,20 +188,22 @@ def linear_score_entropy_loss(
     log_score_shift: Tensor | float | None = None,
     loss_weight: Tensor | float | None = None,
     reduction: Literal["none", "mean", "sum"] = "none",
-    buffer_bytes: int = BUFFER_BYTES,
+    buffer_bytes: int | None = None,
+    capacity: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
     """The output head and score entropy in one operator: ``score_entropy_loss(F.linear(hidden, weight, bias), ...)``.
 
     The log-scores exist only tile by tile, in a buffer of fixed size. Apart from the gradients of hidden, weight and
     bias, the memory does not grow with rows × N. Rows with π_{x_t} = 0 (unmasked tokens of absorbing diffusion) skip
-    the head. On a GPU, the call waits until the other rows are counted.
+    the head. On a GPU, the call waits until the other rows are counted, unless there is a ``capacity``.
 
     The forward pass also computes the gradients, tile by tile, under the assumption that the upstream gradient is the
     same number for every position, as for sums and means. If the backward pass receives different numbers, it computes
     the gradients again, which costs one more matrix product. So pass known weights of positions as ``loss_weight``.
     With ``reduction="mean"``, with ``"sum"`` and with ``loss.sum()``, the backward pass knows that the numbers are the
-    same. With ``loss.mean()`` it compares them, which waits for a GPU, unless the head is frozen.
+    same. With ``loss.mean()`` it compares them, which waits for a GPU, unless the head is frozen; with a ``capacity``
+    it computes the gradients again.
 
     Under autocast the matrix products use its dtype. Sums, and gradients over tiles and rows, are accumulated in
     float32 (float64 for float64).
@@ -212,8 +221,12 @@ def linear_score_entropy_loss(
         loss_weight: a factor for the loss of each position, for example the noise rate σ(t); a number or a floating-
             point tensor that broadcasts to [*B].
         reduction: ``"none"`` gives [*B]; ``"mean"`` and ``"sum"`` give a scalar over all positions.
-        buffer_bytes: memory for a tile of log-scores. A tile has 2,048 entries of the vocabulary (8,192 on a GPU) and
-            as many rows as fit.
+        buffer_bytes: memory for a tile of log-scores; None for 64 MiB (32 MiB on a GPU). A tile has 2,048 entries of
+            the vocabulary (8,192 on a GPU) and as many rows as fit.
+        capacity: the most positions that go through the head, so that a GPU need not count those that need it. These
+            come first, in order, and others fill up. If more need the head, the call raises on the CPU, and on a GPU
+            the loss of those left out is NaN. None: they are counted; or, while a CUDA graph is captured, all positions
+            go through the head.
         group: processes over which the vocabulary is split. Process r of P passes the rows ``weight.chunk(P)[r]`` and
             ``bias.chunk(P)[r]`` and gets their gradients; all other arguments, the loss and its gradient must be the
             same in all of them. The processes exchange one float64 for each position that needs the head, and the
@@ -227,13 +240,14 @@ def linear_score_entropy_loss(
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a shape does not fit, a token lies outside [0, N), σ̄ is NaN, infinite or not above 0, an argument
-            that gets no gradient requires one, ``reduction`` is unknown, ``buffer_bytes`` is not a positive int, or the
-            weight does not have the rows that ``group`` asks for.
+            that gets no gradient requires one, ``reduction`` is unknown, ``buffer_bytes`` is neither None nor a
+            positive int, or the weight does not have the rows that ``group`` asks for.
 
     Source: SEDD (Lou, Meng & Ermon 2024), Theorem 3.6, in closed form for any rank-one process.
     """
     process = check_process(process)
-    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, process.dim, buffer_bytes, group)
+    hidden, weight, bias, dtype, share = check_head(hidden, weight, bias, process.dim, group, capacity)
+    buffer_bytes = buffer_size(buffer_bytes, hidden.device, False)
     batch, device = hidden.shape[:-1], hidden.device
     x_t, x_0 = check_tokens("x_t", x_t, batch, "hidden"), check_tokens("x_0", x_0, batch, "hidden")
     check_reduction(reduction)
@@ -251,6 +265,7 @@ def linear_score_entropy_loss(
         **share._asdict(),
         dtype=dtype,
         buffer_bytes=buffer_bytes,
+        capacity=capacity,
         **shared_arguments(reduction, loss_weight, batch, device, hidden=hidden, weight=weight, bias=bias),
     )
     loss = _loss(*arguments)

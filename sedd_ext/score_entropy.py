@@ -1,12 +1,13 @@
-"""Diffusion-weighted denoising score entropy: forward and backward take one pass over the vocabulary each."""
+"""Diffusion-weighted denoising score entropy: one pass over the vocabulary for the loss, the gradient, or both."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sedd_ext import _C
 from sedd_ext._autograd import gradient_function
 from sedd_ext._dispatch import (
     DTYPES,
@@ -24,72 +25,114 @@ from sedd_ext._dispatch import (
     raise_fault,
     stationary_for,
 )
-from sedd_ext._operators import define
+from sedd_ext._operators import define, schema
+from sedd_ext.fused_loss import row_weights
 from sedd_ext.process import RankOne
 
 __all__ = ["score_entropy_loss"]
 
-_ARGUMENTS = (
-    "Tensor log_score, Tensor x_t, Tensor x_0, Tensor sigma, Tensor? log_score_shift, Tensor? stationary, "
-    "str family, float neg_entropy"
-)
+
+class Arguments(NamedTuple):
+    """The arguments of the operators."""
+
+    log_score: Tensor
+    x_t: Tensor
+    x_0: Tensor
+    sigma: Tensor
+    log_score_shift: Tensor | None
+    stationary: Tensor | None
+    family: str
+    neg_entropy: float
 
 
-def _launch(
-    kernel: str,
-    grad_loss: Tensor | None,
-    out: Tensor,
-    log_score: Tensor,
-    x_t: Tensor,
-    x_0: Tensor,
-    sigma: Tensor,
-    log_score_shift: Tensor | None,
-    stationary: Tensor | None,
-    family: str,
-    neg_entropy: float,
-) -> Tensor:
+def _launch(kernel: str, out: Tensor, a: Arguments, **others: Any) -> Tensor:
     status = launch(
         kernel,
-        log_score=log_score.contiguous(),
-        x_t=x_t.contiguous(),
-        x_0=x_0.contiguous(),
-        sigma=sigma.contiguous(),
-        shift=contiguous(log_score_shift),
-        stationary=contiguous(stationary),
-        grad_loss=grad_loss,
+        log_score=a.log_score.contiguous(),
+        x_t=a.x_t.contiguous(),
+        x_0=a.x_0.contiguous(),
+        sigma=a.sigma.contiguous(),
+        shift=contiguous(a.log_score_shift),
+        stationary=contiguous(a.stationary),
         out=out,
-        neg_entropy=neg_entropy,
-        rows=x_t.numel(),
-        dim=log_score.size(-1),
-        dtype=DTYPES[log_score.dtype],
-        family=FAMILIES[family],
+        neg_entropy=a.neg_entropy,
+        rows=a.x_t.numel(),
+        dim=a.log_score.size(-1),
+        dtype=DTYPES[a.log_score.dtype],
+        family=FAMILIES[a.family],
+        **others,
     )
     if status[0]:
-        raise_fault(status, {"x_t": x_t, "x_0": x_0}, log_score.size(-1), ("sigma", sigma))
+        raise_fault(status, {"x_t": a.x_t, "x_0": a.x_0}, a.log_score.size(-1), ("sigma", a.sigma))
     return out
 
 
-def _fake(log_score: Tensor, x_t: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x_t, dtype=compute_dtype(log_score.dtype), memory_format=torch.contiguous_format)
+def _loss(a: Arguments) -> Tensor:
+    dtype = compute_dtype(a.log_score.dtype)
+    return torch.empty_like(a.x_t, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _forward(log_score: Tensor, x_t: Tensor, *rest: Any) -> Tensor:
-    return _launch("score_entropy", None, _fake(log_score, x_t), log_score, x_t, *rest)
+def _gradient(a: Arguments) -> Tensor:
+    return empty_beside(a.log_score, a.log_score.dtype)
 
 
-def _backward_fake(grad_loss: Tensor, log_score: Tensor, *_: Any) -> Tensor:
-    return empty_beside(log_score, log_score.dtype)
+def _forward(*arguments: Any) -> Tensor:
+    a = Arguments(*arguments)
+    return _launch("score_entropy", _loss(a), a, grad_loss=None, unless_one=None)
 
 
-def _backward(grad_loss: Tensor, log_score: Tensor, *rest: Any) -> Tensor:
-    out = fresh(_backward_fake(grad_loss, log_score))
+def _launch_backward(out: Tensor, grad_loss: Tensor, factor: Tensor | None, a: Arguments) -> Tensor:
     # .sum().backward() passes a gradient of stride 0
-    grad_loss = grad_loss.to(compute_dtype(log_score.dtype)).contiguous()
-    return _launch("score_entropy_backward", grad_loss, out, log_score, *rest)
+    grad_loss = grad_loss.to(compute_dtype(a.log_score.dtype)).contiguous()
+    return _launch("score_entropy_backward", out, a, grad_loss=grad_loss, unless_one=factor)
 
 
-define(f"score_entropy({_ARGUMENTS}) -> Tensor", _forward, _fake)
-define(f"score_entropy_backward(Tensor grad_loss, {_ARGUMENTS}) -> Tensor", _backward, _backward_fake)
+def _backward(grad_loss: Tensor, *arguments: Any) -> Tensor:
+    a = Arguments(*arguments)
+    return _launch_backward(fresh(_gradient(a)), grad_loss, None, a)
+
+
+def _sweep(loss_weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    a = Arguments(*arguments)
+    gradient = fresh(_gradient(a))
+    # rounded as in the backward pass, which gives the same bits
+    grad_loss = loss_weight.to(compute_dtype(a.log_score.dtype)).double().contiguous()
+    loss = _launch(
+        "score_entropy_tile",
+        _loss(a),
+        a,
+        grad_loss=grad_loss,
+        gradient=gradient,
+        sweeps=a.sigma.new_empty(a.x_t.numel(), _C.score_entropy_sweep_numbers),
+        width=a.log_score.size(-1),
+        first=0,
+        begin=0,
+    )
+    return loss, gradient
+
+
+def _rescale(gradient: Tensor, factor: Tensor, loss_weight: Tensor, *arguments: Any) -> None:
+    _launch_backward(gradient, loss_weight * factor, factor, Arguments(*arguments))
+
+
+_ARGUMENTS = schema(Arguments)
+define(f"score_entropy({_ARGUMENTS}) -> Tensor", _forward, lambda *a: _loss(Arguments(*a)))
+define(
+    f"score_entropy_backward(Tensor grad_loss, {_ARGUMENTS}) -> Tensor",
+    _backward,
+    lambda _, *a: _gradient(Arguments(*a)),
+)
+# the loss, and the gradient of loss_weight · loss, which rescale multiplies by a factor that is not 1
+define(
+    f"score_entropy_sweep(Tensor loss_weight, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    _sweep,
+    lambda _, *a: (_loss(Arguments(*a)), _gradient(Arguments(*a))),
+)
+define(
+    f"score_entropy_rescale(Tensor(a!) gradient, Tensor factor, Tensor loss_weight, {_ARGUMENTS}) -> ()",
+    _rescale,
+    lambda *_: None,
+)
 
 
 _Gradient = gradient_function(
@@ -97,32 +140,55 @@ _Gradient = gradient_function(
 )
 
 
+def _rescaled(gradient: Tensor, *others: Any) -> Tensor:
+    torch.ops.sedd_ext.score_entropy_rescale(gradient, *others)
+    return gradient
+
+
+_Rescaled = gradient_function("score_entropy_loss", _rescaled)
+
+
 class _ScoreEntropy(torch.autograd.Function):
     """Saves only the inputs. The backward pass computes the gradient from the log-scores, in one read and one write."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        log_score: Tensor,
-        x_t: Tensor,
-        x_0: Tensor,
-        sigma: Tensor,
-        log_score_shift: Tensor | None,
-        stationary: Tensor | None,
-        family: str,
-        neg_entropy: float,
-    ) -> Tensor:
-        ctx.save_for_backward(log_score, x_t, x_0, sigma, log_score_shift, stationary)
-        ctx.family, ctx.neg_entropy = family, neg_entropy
-        result: Tensor = torch.ops.sedd_ext.score_entropy(
-            log_score, x_t, x_0, sigma, log_score_shift, stationary, family, neg_entropy
-        )
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, ctx.family, ctx.neg_entropy = arguments
+        ctx.save_for_backward(*tensors)
+        result: Tensor = torch.ops.sedd_ext.score_entropy(*arguments)
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad = _Gradient.apply(grad_loss, *ctx.saved_tensors, ctx.family, ctx.neg_entropy)
-        return grad, None, None, None, None, None, None, None
+        return grad, *[None] * 7
+
+
+class _WeightedSum(torch.autograd.Function):
+    """Σ loss_weight · loss, with the gradient from the same sweep.
+
+    If the factor that autograd passes to the backward pass is not 1, or in a second backward pass, the gradient is
+    computed from the log-scores again. On a GPU, the kernel compares the factor, so that nothing waits for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss_weight: Tensor, *arguments: Any) -> Tensor:
+        *tensors, ctx.family, ctx.neg_entropy = arguments
+        ctx.save_for_backward(loss_weight, *tensors)
+        loss, ctx.gradient = torch.ops.sedd_ext.score_entropy_sweep(loss_weight, *arguments)
+        result: Tensor = (loss * loss_weight.to(loss.dtype)).sum()
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        loss_weight, *tensors = ctx.saved_tensors
+        arguments = *tensors, ctx.family, ctx.neg_entropy
+        gradient, ctx.gradient = ctx.gradient, None  # handed out once, as the caller may change it
+        if gradient is None:
+            grad = _Gradient.apply(factor * loss_weight, *arguments)
+        else:
+            grad = _Rescaled.apply(gradient, factor.double(), loss_weight, *arguments)
+        return None, grad, *[None] * 7
 
 
 def score_entropy_loss(
@@ -133,6 +199,7 @@ def score_entropy_loss(
     process: RankOne,
     *,
     log_score_shift: Tensor | float | None = None,
+    loss_weight: Tensor | float | None = None,
     reduction: Literal["none", "mean", "sum"] = "none",
 ) -> Tensor:
     """Diffusion-weighted denoising score entropy of every position, without the factor σ(t).
@@ -145,6 +212,11 @@ def score_entropy_loss(
     multiply the sum over a sequence by the noise rate σ(t). Positions with π_{x_t} = 0 (unmasked tokens of absorbing
     diffusion) have loss 0 and gradient 0, and are not read. NaN and infinities propagate as in ordinary arithmetic.
 
+    With ``reduction="sum"`` or ``"mean"``, the sweep over the vocabulary that computes the loss also writes its
+    gradient. Forward and backward then read the log-scores once and write the gradient once, if the backward pass
+    starts from this loss. If it starts from a multiple of the loss, the gradient is computed again: pass the factor as
+    ``loss_weight``. With ``"none"``, for float16, and under torch.compile, the gradient takes a sweep of its own.
+
     Args:
         log_score: log s_y, [*B, N], float32, bfloat16, float16 or float64. The entry y = x_t is ignored.
         x_t: noised tokens, [*B], int64, in [0, N).
@@ -153,6 +225,8 @@ def score_entropy_loss(
         process: the process; ``process.dim`` is N.
         log_score_shift: subtracted from every log-score of its row inside the kernel; a number or a floating-point
             tensor that broadcasts to [*B]. Absorbing models pass their σ-scaling, log expm1(σ̄) + log(N - 1).
+        loss_weight: a factor for the loss of each position, such as the noise rate σ(t); a number or a floating-point
+            tensor that broadcasts to [*B].
         reduction: ``"none"`` gives [*B]; ``"mean"`` and ``"sum"`` give a scalar over all positions.
 
     Returns:
@@ -161,8 +235,8 @@ def score_entropy_loss(
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: a shape does not fit, a token lies outside [0, N), σ̄ is NaN, infinite or not above 0, ``sigma`` or
-            ``log_score_shift`` requires a gradient, or ``reduction`` is unknown.
+        ValueError: a shape does not fit, a token lies outside [0, N), σ̄ is NaN, infinite or not above 0, ``sigma``,
+            ``log_score_shift`` or ``loss_weight`` requires a gradient, or ``reduction`` is unknown.
 
     Source: SEDD (Lou, Meng & Ermon 2024), Theorem 3.6, in closed form for any rank-one process.
     """
@@ -172,16 +246,28 @@ def score_entropy_loss(
     x_t, x_0 = check_tokens("x_t", x_t, batch), check_tokens("x_0", x_0, batch)
     check_reduction(reduction)
     device = log_score.device
-    loss: Tensor = _ScoreEntropy.apply(  # type: ignore[no-untyped-call]
-        log_score,
-        x_t,
-        x_0,
-        per_row("sigma", sigma, batch, device),
-        None if log_score_shift is None else per_row("log_score_shift", log_score_shift, batch, device),
-        stationary_for(process, log_score.dtype, device),
-        process.family,
-        process.neg_entropy,
+    arguments = Arguments(
+        log_score=log_score,
+        x_t=x_t,
+        x_0=x_0,
+        sigma=per_row("sigma", sigma, batch, device),
+        log_score_shift=None if log_score_shift is None else per_row("log_score_shift", log_score_shift, batch, device),
+        stationary=stationary_for(process, log_score.dtype, device),
+        family=process.family,
+        neg_entropy=process.neg_entropy,
     )
-    if reduction == "mean":
-        return loss.mean()
-    return loss.sum() if reduction == "sum" else loss
+    weight = row_weights(reduction, loss_weight, batch, device)
+    if (
+        reduction != "none"
+        and log_score.requires_grad
+        and torch.is_grad_enabled()
+        and log_score.dtype != torch.float16  # small gradients would be lost before they are scaled
+        and not torch.compiler.is_compiling()
+    ):
+        weight = torch.ones_like(arguments.sigma) if weight is None else weight
+        result: Tensor = _WeightedSum.apply(weight, *arguments)  # type: ignore[no-untyped-call]
+        return result
+    loss: Tensor = _ScoreEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
+    if weight is not None:
+        loss = loss * weight.to(loss.dtype)
+    return loss if reduction == "none" else loss.sum()

@@ -86,17 +86,17 @@ def _sample(
     return _launch("sample_transition", "x_0", out, x_0, sigma, None, cumulative, seed, family, dim, first_row)
 
 
-define(
+_column_operator = define(
     "transition_column(Tensor x_0, Tensor sigma, Tensor? stationary, str family, int dim, ScalarType dtype) -> Tensor",
     _column,
     _fake,
 )
-define(
+_row_operator = define(
     "transition_row(Tensor x, Tensor sigma, Tensor? stationary, str family, int dim, ScalarType dtype) -> Tensor",
     _row,
     _fake,
 )
-define(
+_sample_operator = define(
     "sample_transition(Tensor x_0, Tensor sigma, Tensor? cumulative, str family, int dim, Tensor seed, int first_row)"
     " -> Tensor",
     _sample,
@@ -129,7 +129,7 @@ def transition_column(x_0: Tensor, sigma: Tensor | float, process: RankOne) -> T
 
     Source: SEDD (Lou, Meng & Ermon 2024), section 3.3, in closed form for any rank-one process.
     """
-    return _probabilities(torch.ops.sedd_ext.transition_column, "x_0", x_0, sigma, process)
+    return _probabilities(_column_operator, "x_0", x_0, sigma, process)
 
 
 def transition_row(x: Tensor, sigma: Tensor | float, process: RankOne) -> Tensor:
@@ -149,7 +149,7 @@ def transition_row(x: Tensor, sigma: Tensor | float, process: RankOne) -> Tensor
 
     Source: SEDD (Lou, Meng & Ermon 2024), section 3.3, in closed form for any rank-one process.
     """
-    return _probabilities(torch.ops.sedd_ext.transition_row, "x", x, sigma, process)
+    return _probabilities(_row_operator, "x", x, sigma, process)
 
 
 def sample_transition(
@@ -190,7 +190,5 @@ def sample_transition(
     vector = process.family == "rank_one"
     cumulative = process._copy("cumulative", torch.float64, x_0.device) if vector else None
     seed = draw_seed(generator, x_0.device)
-    result: Tensor = torch.ops.sedd_ext.sample_transition(
-        x_0, rows, cumulative, process.family, process.dim, seed, first_row
-    )
+    result: Tensor = _sample_operator(x_0, rows, cumulative, process.family, process.dim, seed, first_row)
     return result

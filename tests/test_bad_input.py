@@ -110,6 +110,12 @@ WRONG = {
         (torch.zeros(8), ValueError, r"\[8\]"),
     ],
     "buffer_bytes": [(0, ValueError, r"\b0"), (2.5, ValueError, r"2\.5")],
+    "capacity": [
+        (-1, ValueError, "-1"),
+        (2.0, ValueError, r"2\.0"),
+        (True, ValueError, "True"),
+        (0, ValueError, r"\b0"),
+    ],
     "temperature": WRONG_OPTION,
     "top_p": [*WRONG_OPTION, (1.5, ValueError, r"1\.5")],
     "loss_weight": WRONG_SHIFT,
@@ -132,8 +138,16 @@ OPTIONS = {
     "sample_transition": ["generator"],
     "reverse_probs": ["dsigma", "log_score_shift"],
     "reverse_sample": ["dsigma", "log_score_shift", "generator", "temperature", "top_p"],
-    "linear_score_entropy_loss": ["log_score_shift", "loss_weight", "reduction", "buffer_bytes"],
-    "linear_reverse_sample": ["dsigma", "log_score_shift", "generator", "temperature", "top_p", "buffer_bytes"],
+    "linear_score_entropy_loss": ["log_score_shift", "loss_weight", "reduction", "buffer_bytes", "capacity"],
+    "linear_reverse_sample": [
+        "dsigma",
+        "log_score_shift",
+        "generator",
+        "temperature",
+        "top_p",
+        "buffer_bytes",
+        "capacity",
+    ],
 }
 
 

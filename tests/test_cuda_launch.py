@@ -12,7 +12,7 @@ import torch
 
 from sedd_ext import _dispatch
 from sedd_ext.reverse import _probs_fake
-from sedd_ext.score_entropy import _backward_fake
+from sedd_ext.score_entropy import Arguments, _gradient
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -50,7 +50,8 @@ def test_outputs_start_where_vectors_can_be_written(dtype: torch.dtype) -> None:
     for offset in range(17):
         log_score = memory[offset : offset + 15].view(3, 5)
         first = -offset % (16 // dtype.itemsize)
-        for out in (_backward_fake(memory, log_score), _probs_fake(log_score)):
+        arguments = Arguments(log_score, *[memory] * 3, None, None, "uniform", 0.0)
+        for out in (_gradient(arguments), _probs_fake(log_score)):
             assert out.shape == log_score.shape
             assert out.is_contiguous()
             assert (out.storage_offset() + first) * out.dtype.itemsize % 16 == 0

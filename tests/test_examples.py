@@ -47,6 +47,15 @@ def test_decoding_with_and_without_logits() -> None:
     assert not bool((texts[0] == names["MASK"]).any())
     drawn = names["decode"](model, "fused", 2, 12, 4)
     assert not torch.equal(drawn, texts[0])
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter *= 20.0  # positions differ
+        x = torch.arange(24).view(2, 12).masked_fill(torch.arange(12) % 2 == 0, names["MASK"])
+        (token, confidence), (other, other_confidence) = (way(model, x, 0.0) for way in names["PREDICTIONS"].values())
+    masked = x == names["MASK"]
+    assert len(token[masked].unique()) > 5
+    assert torch.equal(token[masked], other[masked])
+    torch.testing.assert_close(confidence[masked].float(), other_confidence[masked], rtol=1e-4, atol=0)
 
 
 def snippets(word: str) -> str:

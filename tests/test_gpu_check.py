@@ -11,6 +11,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,9 +70,10 @@ def test_rehearsal(tmp_path: Path, bare: dict[str, str]) -> None:
     assert (out / "gpu-check.txt").read_text(encoding="utf-8") in run.stdout
 
     steps = {step["name"]: step for step in report["steps"]}
-    assert {name for name, step in steps.items() if step["outcome"] == "skipped"} == SANITIZERS
-    assert all(steps[name]["why"] == "needs a GPU" for name in SANITIZERS)
-    done = steps.keys() - SANITIZERS
+    skipped = {*SANITIZERS, "triton epilogue"}
+    assert {name for name, step in steps.items() if step["outcome"] == "skipped"} == skipped
+    assert all(steps[name]["why"] == "needs a GPU" for name in skipped)
+    done = steps.keys() - skipped
     measured = {"models", "timings", "compiled models", "torch.compile", "two GPUs"}
     assert {"about", "operators", "operator tests", "accuracy", "tokens"} | measured == done
     assert {steps[name]["outcome"] for name in done} == {"ok"}
@@ -302,6 +305,39 @@ def test_the_sanitizer_is_looked_for_beside_nvcc(
         assert command[3:5] == ["--kernel-name", "kernel_substring=sedd"]
         assert command[-6:] == [str(BENCHMARKS / "gpu_steps.py"), "launches", "--device", "cuda", "--until", str(1e9)]
         assert bool(step.environment) == (step.name in ("memcheck", "initcheck"))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_triton_epilogue_is_timed_where_it_runs(
+    modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    timed, entered = {}, []
+
+    def race(device: Any, operation: Any, case: Any, contestants: Any) -> None:
+        timed[operation.name] = operation, contestants
+
+    @contextmanager
+    def epilogue() -> Iterator[None]:
+        entered.append("in")
+        yield
+        entered.append("out")
+
+    monkeypatch.setattr(modules.gpu_steps, "_race", race)
+    monkeypatch.setattr(modules.gpu_steps, "find_spec", lambda name: there or None)
+    monkeypatch.setattr(modules.gpu_check, "_has", lambda module: there)
+    monkeypatch.setitem(sys.modules, "sedd_ext.triton_head", SimpleNamespace(epilogue=epilogue))
+    list(modules.gpu_steps.timings(SimpleNamespace(name="cuda", shapes=((4, 27),)), False))
+    with_it = [name for name, (_, contestants) in timed.items() if "triton" in contestants]
+    assert with_it == (["linear score entropy forward + backward"] if there else [])
+    for name in with_it:
+        case = modules.gpu_steps.Case("absorbing", 27, 4, "float32", "kernel")
+        operation = timed[name][0]
+        assert torch.equal(operation.contestant("triton", case)(), operation.contestant("kernel", case)())
+        assert entered == ["in", "out"]
+    (step,) = (s for s in modules.gpu_check.Plans("cuda", False, False).check() if s.name == "triton epilogue")
+    assert step.skip == ("" if there else "needs the package triton")
+    assert "tests/test_triton_head.py" in step.command(0.0)
+    assert not step.required
 
 
 def test_no_gpu(tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def test_a_frozen_head_does_not_look(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = results(plain, head, *rows, upstream=upstream)
     hidden = head.hidden.clone().requires_grad_()
     loss = linear_generalized_masked_loss(hidden, head.weight, head.bias, *rows, head.power)
-    monkeypatch.setattr(machinery, "common_gradient", lambda _: pytest.fail("looked"))
+    monkeypatch.setattr(machinery, "common_gradient", lambda *_: pytest.fail("looked"))
     torch.testing.assert_close(torch.autograd.grad(loss, hidden, upstream)[0], exact[1])
 
 
@@ -358,10 +358,11 @@ def test_compile(compiler: str) -> None:
 
 
 @pytest.mark.operators("cpu", "cuda")
+@pytest.mark.parametrize("capacity", [None, 14])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype: torch.dtype) -> None:
+def test_opcheck(dtype: torch.dtype, capacity: int | None) -> None:
     head, rows = random_head(14, 27, dtype), random_rows(14, 27)
-    arguments = (*head, *rows, torch.rand(14).double(), 27, 0, "", dtype, 1 << 20)
+    arguments = (*head, *rows, torch.rand(14).double(), 27, 0, "", dtype, 1 << 20, capacity)
     for flags in ((True,) * 4, (True, False, False, False), (False, False, False, True)):
         torch.library.opcheck(torch.ops.sedd_ext.linear_generalized_masked, to_device((*arguments, *flags)))
     gradients = [torch.zeros_like(v) for v in head if v is not None]

@@ -207,12 +207,13 @@ def backend_device() -> str:
 
 
 @pytest.mark.operators("cpu", "cuda")
-def test_opcheck(process_of: Process) -> None:
+@pytest.mark.parametrize("capacity", [None, 8])
+def test_opcheck(process_of: Process, capacity: int | None) -> None:
     process, rows, head = process_of(27), clean_rows(process_of(27), 8), random_head(8, 27, torch.float32)
     stationary = process.stationary.float() if process.family == "rank_one" else None
     mask = -1 if process.mask_id is None else process.mask_id
     arguments = (*head, *rows, 0.5 * rows.sigma, torch.rand(8).double(), stationary, process.family, mask)
-    arguments = (*arguments, 27, 0, "", torch.float32, 1 << 20)
+    arguments = (*arguments, 27, 0, "", torch.float32, 1 << 20, capacity)
     for flags in ((True, True, True), (False, False, False)):
         torch.library.opcheck(torch.ops.sedd_ext.linear_mean_prediction, to_device((*arguments, *flags)))
     gradients = [torch.zeros_like(v) for v in head if v is not None]

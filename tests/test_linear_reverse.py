@@ -319,8 +319,9 @@ def test_denoising_with_nothing_left_is_refused(backend: Backend, process: RankO
 
 
 @pytest.mark.operators("cpu", "cuda")
+@pytest.mark.parametrize("capacity", [None, 24])
 @pytest.mark.parametrize("kind", ["tweedie", "euler"])
-def test_opcheck(process_of: Process, kind: str) -> None:
+def test_opcheck(process_of: Process, kind: str, capacity: int | None) -> None:
     process = process_of(27)
     rows = random_rows(process, 24)
     _, weight, bias = random_head(27, torch.float32)
@@ -340,6 +341,7 @@ def test_opcheck(process_of: Process, kind: str) -> None:
         "",
         torch.float32,
         1 << 20,
+        capacity,
         torch.tensor([3]),
     )
     torch.library.opcheck(torch.ops.sedd_ext.linear_reverse_sample, to_device(arguments))

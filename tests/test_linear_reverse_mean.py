@@ -197,8 +197,9 @@ def test_meta_tensors(option: dict[str, float]) -> None:
 
 
 @pytest.mark.operators("cpu", "cuda")
+@pytest.mark.parametrize("capacity", [None, 24])
 @pytest.mark.parametrize("kind", [*STEPS, "generalized"])
-def test_opcheck(process_of: Process, kind: str) -> None:
+def test_opcheck(process_of: Process, kind: str, capacity: int | None) -> None:
     process = process_of(27)
     rows, head = random_rows(process, 24), random_head(27, torch.float32)
     step, sigma = STEPS.get(kind, Tweedie)(rows.sigma), rows.sigma
@@ -206,7 +207,7 @@ def test_opcheck(process_of: Process, kind: str) -> None:
         process, step, sigma = Absorbing(26), GeneralizedMasked(0.2, 0.9, torch.ones(27)), None
     numbers = mean_numbers(rows.x_t, step, process, sigma, None, True, torch.float32)
     hidden = random_log_score((24, 4), torch.float32)
-    arguments = (hidden, *head, *numbers, 27, 0, "", torch.float32, 1 << 20, torch.tensor([3]))
+    arguments = (hidden, *head, *numbers, 27, 0, "", torch.float32, 1 << 20, capacity, torch.tensor([3]))
     torch.library.opcheck(torch.ops.sedd_ext.linear_reverse_mean_sample, to_device(arguments))
 
 

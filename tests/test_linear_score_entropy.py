@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -272,10 +273,45 @@ def test_a_frozen_head_does_not_look_either(launches: list[tuple[int, bool]], mo
     launches.clear()
     hidden = head.hidden.clone().requires_grad_()
     loss = linear_score_entropy_loss(hidden, head.weight, head.bias, *rows, process)
-    monkeypatch.setattr(fused_loss, "common_gradient", lambda _: pytest.fail("looked"))
+    monkeypatch.setattr(fused_loss, "common_gradient", lambda *_: pytest.fail("looked"))
     (gradient,) = torch.autograd.grad(loss, hidden, upstream)
     torch.testing.assert_close(gradient, exact[1])
     assert len(launches) == 1
+
+
+@pytest.mark.operators("cpu")
+def test_products_into_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch multiplies 16-bit numbers into float32, as on a GPU, no product is rounded before it is added."""
+    process, rows = Uniform(5000), random_rows(Uniform(5000), 40)
+    head = random_head(40, 5000, torch.bfloat16)
+    mm, addmm, seen = torch.mm, torch.addmm, []
+
+    def into(out: Tensor, start: Tensor | float, a: Tensor, b: Tensor) -> Tensor:
+        seen.append(type(start))
+        return out.copy_(start + mm(a.double(), b.double()))
+
+    def multiplied(a: Tensor, b: Tensor, *, out: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        return mm(a, b, out=out) if out_dtype is None else into(out, 0.0, a, b)
+
+    def added(c: Tensor, a: Tensor, b: Tensor, *, out: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        return addmm(c, a, b, out=out) if out_dtype is None else into(out, c.clone(), a, b)
+
+    upstream = torch.ones(40)
+    exact = results(plain, Head(*(v.double() for v in head)), *rows, process, upstream=upstream.double())
+    rounded = results(linear_score_entropy_loss, head, *rows, process, upstream=upstream)
+    monkeypatch.setattr("sedd_ext.head._multiplies_into_float32", lambda a: a.dtype == torch.bfloat16)
+    monkeypatch.setattr(torch, "mm", multiplied)
+    monkeypatch.setattr(torch, "addmm", added)
+    whole = results(
+        functools.partial(linear_score_entropy_loss, buffer_bytes=2048 * 2 * 20),  # two parts of the rows
+        head,
+        *rows,
+        process,
+        upstream=upstream,
+    )
+    assert {float, Tensor} == set(seen)
+    for once, often, true in zip(whole[1:], rounded[1:], exact[1:], strict=True):
+        assert distance(once, true) <= distance(often, true)
 
 
 # --------------------------------------------------------------------------------------------------------- manners
@@ -416,8 +452,9 @@ def test_data_parallel(tmp_path: Path) -> None:
 
 
 @pytest.mark.operators("cpu", "cuda")
+@pytest.mark.parametrize("capacity", [None, 14])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(process_of: Process, dtype: torch.dtype) -> None:
+def test_opcheck(process_of: Process, dtype: torch.dtype, capacity: int | None) -> None:
     process, rows = process_of(27), random_rows(process_of(27), 14)
     head = random_head(14, 27, dtype)
     arguments = (
@@ -433,6 +470,7 @@ def test_opcheck(process_of: Process, dtype: torch.dtype) -> None:
         "",
         dtype,
         1 << 20,
+        capacity,
     )
     for flags in ((True, True, True), (True, False, False), (False, False, False)):
         torch.library.opcheck(torch.ops.sedd_ext.linear_score_entropy, to_device((*arguments, *flags)))

@@ -140,6 +140,20 @@ def test_a_row_does_not_depend_on_its_batch(
         same(part, whole, rows)
 
 
+@pytest.mark.operators("cpu", "cuda")
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float64, 22), (torch.float32, 2)], ids=str)
+def test_a_buffer_with_room_for_an_odd_number_of_rows(dtype: torch.dtype, rows: int) -> None:
+    """The last rows of a matrix product may be added up in another order than the others."""
+    hidden, weight, bias = random_head(130, 715, dtype, width=6)
+    ids, buffer_bytes = torch.arange(130), rows * 715 * dtype.itemsize
+    for top_p in (1.0, 0.5):
+        options: dict[str, Any] = {"top_p": top_p, "buffer_bytes": buffer_bytes}
+        whole = linear_unmask(hidden, weight, bias, row_ids=ids, generator=seeded(), **options)
+        for at in ([129], list(range(7, 80)), list(range(129, -1, -1))):
+            part = linear_unmask(hidden[at], weight, bias, row_ids=ids[at], generator=seeded(), **options)
+            same(part, whole, at)
+
+
 def test_shapes_and_row_ids() -> None:
     hidden, weight, bias = random_head(6, 3000, torch.float32)
     flat = linear_unmask(hidden, weight, bias, generator=seeded())
@@ -209,8 +223,8 @@ def test_the_logits_give_the_same_numbers() -> None:
 
 @pytest.mark.operators("cpu", "cuda")
 def test_opcheck() -> None:
-    hidden, weight, bias = random_head(6, 27, torch.float32)
-    arguments = (hidden, weight, bias, torch.float32, 1 << 20, torch.arange(6), 3, 0.7, 0.9, True, torch.tensor([3]))
+    head = random_head(6, 27, torch.float32)
+    arguments = (*head, torch.float32, 1 << 20, 27, 0, "", torch.arange(6), 3, 0.7, 0.9, True, torch.tensor([3]))
     torch.library.opcheck(torch.ops.sedd_ext.linear_unmask, to_device(arguments))
 
 

@@ -12,8 +12,19 @@ import pytest
 import torch
 from backends import to_device
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sedd_ext import _C, Hybrid, Tweedie, reverse_probs, score_entropy_loss
+from sedd_ext import (
+    _C,
+    Hybrid,
+    Tweedie,
+    _operators,
+    reverse_probs,
+    sample_transition,
+    score_entropy_loss,
+    transition_column,
+)
 
 pytestmark = pytest.mark.operators
 
@@ -27,10 +38,11 @@ LOSS = {"x_t": TOKENS, "x_0": TOKENS.flip(0), "sigma": NOISE, **SHIFT}
 SCORES = {"log_score": torch.zeros(3, N)}
 STEP = {"step": "tweedie", "forbidden": N - 1}
 COMPUTE = {"dtype": torch.float32, "buffer_bytes": 1 << 20}
+CAPACITY = {"capacity": 3}
 SPLIT = {"dim": N, "first": 0, "group": ""}
 FLAGS = {"grad_hidden": True, "grad_weight": True, "grad_bias": True}
 LINEAR = {**HEAD, **LOSS, "loss_weight": NOISE, **PI, "neg_entropy": PROCESS.neg_entropy}
-LINEAR |= {**SPLIT, **COMPUTE, **FLAGS}
+LINEAR |= {**SPLIT, **COMPUTE, **CAPACITY, **FLAGS}
 MADE = {f"{name}_gradient": torch.zeros_like(value) for name, value in HEAD.items()}
 COLUMN = {"sigma": NOISE, **PI, "dim": N, "dtype": torch.float32}
 
@@ -57,7 +69,7 @@ MEAN_LOSS = {
     "mask": N - 1,
 }
 LINEAR_MEAN = {**HEAD, **{k: v for k, v in MEAN_LOSS.items() if k not in ("logits", *PI, "mask")}, "loss_weight": NOISE}
-LINEAR_MEAN |= {**PI, "mask": N - 1, **SPLIT, **COMPUTE, **FLAGS}
+LINEAR_MEAN |= {**PI, "mask": N - 1, **SPLIT, **COMPUTE, **CAPACITY, **FLAGS}
 
 POWER = {
     "logits": torch.zeros(3, N),
@@ -72,7 +84,7 @@ BEFORE_POWER = {
 }
 
 LINEAR_POWER = {**HEAD, "power": torch.ones(N), "x_t": TOKENS, "x_0": torch.tensor([0, 3, 35]), "t": NOISE}
-LINEAR_POWER |= {"loss_weight": NOISE, **SPLIT, **COMPUTE, **FLAGS, "grad_power": True}
+LINEAR_POWER |= {"loss_weight": NOISE, **SPLIT, **COMPUTE, **CAPACITY, **FLAGS, "grad_power": True}
 
 DRAW = {"row_ids": TOKENS, "mask": N - 1, "temperature": 0.5, "top_p": 0.9, "statistics": True}
 
@@ -80,6 +92,16 @@ DRAW = {"row_ids": TOKENS, "mask": N - 1, "temperature": 0.5, "top_p": 0.9, "sta
 CALLS: dict[str, dict[str, Any]] = {
     "score_entropy": {**SCORES, **LOSS, **PI, "neg_entropy": PROCESS.neg_entropy},
     "score_entropy_backward": {"grad_loss": torch.ones(3), **SCORES, **LOSS, **PI, "neg_entropy": PROCESS.neg_entropy},
+    "score_entropy_sweep": {"loss_weight": NOISE, **SCORES, **LOSS, **PI, "neg_entropy": PROCESS.neg_entropy},
+    "score_entropy_rescale": {
+        "gradient": torch.zeros(3, N),
+        "factor": torch.ones(1, dtype=torch.float64),
+        "loss_weight": NOISE,
+        **SCORES,
+        **LOSS,
+        **PI,
+        "neg_entropy": PROCESS.neg_entropy,
+    },
     "mean_prediction": {**MEAN_LOSS, "needs_gradient": True},
     "mean_prediction_backward": {
         "grad_loss": torch.ones(3),
@@ -113,12 +135,23 @@ CALLS: dict[str, dict[str, Any]] = {
     },
     "linear_score_entropy": LINEAR,
     "linear_score_entropy_backward": {"grad_loss": torch.tensor([1.0, 2.0, 3.0]), **MADE, **LINEAR},
-    "linear_reverse_sample": {**HEAD, "x_t": TOKENS, "noise": NOISE, **SHIFT, **PI, **STEP, **SPLIT, **COMPUTE, **SEED},
+    "linear_reverse_sample": {
+        **HEAD,
+        "x_t": TOKENS,
+        "noise": NOISE,
+        **SHIFT,
+        **PI,
+        **STEP,
+        **SPLIT,
+        **COMPUTE,
+        **CAPACITY,
+        **SEED,
+    },
     "reverse_mean_probs": {**SCORES, **MEAN},
     "reverse_mean_sample": {**SCORES, **MEAN, **SEED},
-    "linear_reverse_mean_sample": {**HEAD, **MEAN, **SPLIT, **COMPUTE, **SEED},
+    "linear_reverse_mean_sample": {**HEAD, **MEAN, **SPLIT, **COMPUTE, **CAPACITY, **SEED},
     "unmask": {"logits": torch.zeros(3, N), **DRAW, **SEED},
-    "linear_unmask": {**HEAD, **COMPUTE, **DRAW, **SEED},
+    "linear_unmask": {**HEAD, **COMPUTE, **SPLIT, **DRAW, **SEED},
 }
 WRONG = {
     "temperature": [-1.0, math.nan, math.inf],
@@ -132,6 +165,7 @@ WRONG = {
     "dim": [0, -1, N + 1, 2**40],
     "dtype": [torch.int64, torch.complex64],
     "buffer_bytes": [0, -1],
+    "capacity": [-1, -3, -(2**40)],
     "first_row": [-1],
     "first": [-1, 1],
 }
@@ -159,7 +193,7 @@ def wrong_values(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 ALLOWED = {(name, "None") for name in ("bias", "log_score_shift", "loss_weight", "sigma_s", "needs_gradient")}
-ALLOWED |= {("row_ids", "None"), ("statistics", "None")}
+ALLOWED |= {("row_ids", "None"), ("statistics", "None"), ("capacity", "None")}
 ALLOWED |= {
     *((name, "empty") for name in (*MADE, "power_gradient")),
     *((name, "None") for name in (*FLAGS, "grad_power")),
@@ -203,12 +237,49 @@ def test_vectors_need_not_be_contiguous() -> None:
         strided = {
             name: torch.stack([value, value.flip(0)], -1)[..., 0] if isinstance(value, Tensor) else value
             for name, value in arguments.items()
+            if name != "gradient"  # is written
         }
+        strided = {name: strided.get(name, value) for name, value in arguments.items()}
         strided |= {name: NOISE[:1].expand(3) for name, value in arguments.items() if value is NOISE}
         for one, other in zip(
             *(torch.utils._pytree.tree_leaves(call(operator, a)) for a in (arguments, strided)), strict=True
         ):
             torch.testing.assert_close(one, other)
+
+
+class Noted(TorchDispatchMode):
+    """Notes the names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.operators("cpu")
+def test_calls_without_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's dispatcher is left out only where it would do nothing: without a mode, a profiler or a transform."""
+    plain = sample_transition(TOKENS, NOISE, PROCESS, generator=torch.Generator().manual_seed(0))
+    seen = []
+    real = _operators._is_plain
+    monkeypatch.setattr(_operators, "_is_plain", lambda arguments: seen.append(real(arguments)))
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(sample_transition(TOKENS, NOISE, PROCESS, generator=generator), plain)
+    assert seen == [True]
+    monkeypatch.undo()
+    with Noted() as noted:
+        sample_transition(TOKENS, NOISE, PROCESS)
+    assert "sample_transition.default" in noted.names
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert isinstance(sample_transition(fake.from_tensor(TOKENS), 0.5, PROCESS), FakeTensor)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        sample_transition(TOKENS, NOISE, PROCESS)
+    assert "sedd_ext::sample_transition" in {event.key for event in profile.key_averages()}
+    each = torch.func.vmap(lambda x: transition_column(x, 0.5, PROCESS))(TOKENS)  # torch's loop over a batch
+    assert torch.equal(each, transition_column(TOKENS, 0.5, PROCESS))
 
 
 class Program(nn.Module):

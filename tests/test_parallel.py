@@ -159,6 +159,18 @@ def test_every_objective_for_200_steps(source: Path, tmp_path: Path) -> None:
         assert largest[name] < (1e-2 if objective in ("udlm", "concrete_score") else 2e-4), name
 
 
+def test_samples_of_a_split_vocabulary() -> None:
+    """By samplers that unmask: the same in both processes, and without randomness those of one process."""
+    done = torchrun(2, str(WORKER.with_name("parallel_samples.py")))
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == 2
+    for alone, greedy, drawn in lines:
+        assert greedy == [alone, alone]
+        assert drawn[0] == drawn[1] != alone
+        assert 21 <= max(map(max, drawn[0])) < 40, "a token of the second process, and no MASK"
+
+
 def test_embedding_and_head_are_gathered_once_a_step(source: Path, tmp_path: Path) -> None:
     """Two blocks, gathered for each forward and each backward pass, and once all the rest; gradients go out once."""
     assert counts(2, source, tmp_path, "fsdp 1 1", "fsdp 3 1", "ddp 3 1") == [

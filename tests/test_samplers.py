@@ -24,6 +24,7 @@ from sedd.diffusion import (
     get_schedule,
     sample,
 )
+from sedd.diffusion import walk as walk_module
 from sedd.diffusion.orders import (
     AutoregressiveSampler,
     ConfidenceSampler,
@@ -40,7 +41,7 @@ from sedd.diffusion.reverse_steps import (
     RemaskSampler,
     TweedieSampler,
 )
-from sedd_ext import Absorbing, Hybrid, Uniform
+from sedd_ext import Absorbing, Hybrid, Uniform, unmask
 
 TOKENS, LENGTH, TEXTS = 3, 3, 20_000
 PROCESSES = {"absorbing": Absorbing(TOKENS), "uniform": Uniform(TOKENS), "hybrid": Hybrid(TOKENS, 0.3)}
@@ -610,6 +611,22 @@ def test_statistics_of_positions():
     torch.testing.assert_close(found.log_prob, p.log().gather(1, found.token[:, None])[:, 0])
     assert torch.equal(found.argmax, p.argmax(1))
     assert torch.equal(walk.tokens, x)
+
+
+def test_filling_computes_no_statistics(monkeypatch):
+    calls = []
+
+    def recorded(logits, *, statistics, **options):
+        calls.append(statistics)
+        return unmask(logits, statistics=statistics, **options)
+
+    monkeypatch.setattr(walk_module, "unmask", recorded)
+    x = torch.full((1, 4), 5)
+    rows = torch.rand(4, 5, generator=seeded(2)).double().softmax(1)
+    walk = Walk(model_of(Rows(rows), process=Absorbing(5)), x, torch.ones_like(x, dtype=torch.bool))
+    walk.fill(walk.open(), 0.5)
+    assert calls == [()]
+    assert int(walk.tokens.max()) < 5
 
 
 @pytest.mark.parametrize("name", ["uniform", "hybrid"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sedd_ext import Absorbing, RankOne, Uniform, reference
+from sedd_ext import Absorbing, RankOne, Uniform, _dispatch, reference
+from sedd_ext.score_entropy import _backward, _rescale
 
 pytestmark = pytest.mark.operators
 every_variant = pytest.mark.every_variant
@@ -33,6 +35,13 @@ def value_and_gradient(
     return loss.detach(), gradient
 
 
+def gradient_of_one_sweep(log_score: Tensor, rows: Rows, process: RankOne, shift: Tensor | None = None) -> Tensor:
+    leaf = log_score.detach().clone().requires_grad_()
+    loss = score_entropy_loss(leaf, *rows, process, log_score_shift=shift, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return gradient
+
+
 def check_accuracy(
     log_score: Tensor, rows: Rows, process: RankOne, shift: Tensor | None = None, largest: float = 0.0
 ) -> None:
@@ -49,6 +58,9 @@ def check_accuracy(
     errors = [largest_error(*v) for v in zip(result, exact, scales, strict=True)]
     assert errors[0] <= allowed[0]
     assert errors[1] <= allowed[1]
+    at_once = gradient_of_one_sweep(log_score, rows, process, shift)
+    assert at_once.dtype == log_score.dtype
+    assert largest_error(at_once, exact[1], scales[1]) <= allowed[1]
 
 
 @every_variant
@@ -111,7 +123,8 @@ def test_what_is_not_finite_goes_through(process_of: Process, dtype: torch.dtype
     result = value_and_gradient(score_entropy_loss, log_score, rows, process)
     # float16 and bfloat16 round what is finite; what is not must be the same
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
-    for got, true in zip(result, exact, strict=True):
+    at_once = gradient_of_one_sweep(log_score, rows, process)
+    for got, true in zip((*result, at_once), (*exact, exact[1]), strict=True):
         torch.testing.assert_close(got.double(), true, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
@@ -205,6 +218,89 @@ def test_reductions(batch: tuple[Tensor, Tensor, Tensor, Tensor, RankOne]) -> No
     torch.testing.assert_close(score_entropy_loss(*batch, reduction="mean"), loss.mean())
 
 
+def test_weights(batch: tuple[Tensor, Tensor, Tensor, Tensor, RankOne]) -> None:
+    log_score, *others = batch
+    weight = torch.linspace(0.0, 2.0, 6)
+    loss = score_entropy_loss(*batch) * weight
+    torch.testing.assert_close(score_entropy_loss(*batch, loss_weight=weight), loss)
+    for reduction, expected in (("none", loss), ("sum", loss.sum()), ("mean", loss.mean())):
+        gradients = []
+        for weighted in (True, False):
+            leaf = log_score.clone().requires_grad_()
+            if weighted:
+                result = score_entropy_loss(leaf, *others, loss_weight=weight, reduction=reduction)
+                torch.testing.assert_close(result, expected)
+            else:
+                result = score_entropy_loss(leaf, *others) * weight
+                result = result.mean() if reduction == "mean" else result
+            result.sum().backward()
+            gradients.append(leaf.grad)
+        torch.testing.assert_close(*gradients)
+
+
+def test_one_sweep_reads_and_writes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss and its gradient in one kernel; nothing more unless a multiple of the loss goes into the backward."""
+    process = Uniform(27)
+    rows, seen = random_rows(process, 24), []
+    real = _dispatch.launch
+
+    def noted(kernel: str, **arguments: Any) -> tuple[int, int]:
+        seen.append((kernel, arguments.get("unless_one") is not None))
+        return real(kernel, **arguments)
+
+    monkeypatch.setattr("sedd_ext.score_entropy.launch", noted)
+    for dtype, reduction, expected in (
+        (torch.float32, "sum", ["score_entropy_tile", "score_entropy_backward"]),
+        (torch.bfloat16, "mean", ["score_entropy_tile", "score_entropy_backward"]),
+        (torch.float32, "none", ["score_entropy", "score_entropy_backward"]),
+        (torch.float16, "sum", ["score_entropy", "score_entropy_backward"]),
+    ):
+        seen.clear()
+        log_score = random_log_score((24, 27), dtype)
+        score_entropy_loss(log_score, *rows, process, reduction=reduction)
+        assert seen == [("score_entropy", False)]  # no gradient is needed
+        seen.clear()
+        score_entropy_loss(log_score.requires_grad_(), *rows, process, reduction=reduction).sum().backward()
+        at_once = expected[0] == "score_entropy_tile"
+        assert seen == [(expected[0], False), (expected[1], at_once)]
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_of_one_sweep_stays_for_a_factor_of_one(process_of: Process, dtype: torch.dtype) -> None:
+    """For a factor of 1 the kernel leaves every element as it finds it; for another one it computes the gradient."""
+    process = process_of(1025)
+    rows = random_rows(process, 24)
+    arguments = (
+        random_log_score((24, 1025), dtype),
+        *rows,
+        None,
+        process.stationary.float() if process.family == "rank_one" else None,
+        process.family,
+        process.neg_entropy,
+    )
+    weight = torch.linspace(0.5, 2.0, 24, dtype=torch.float64)
+    expected = _backward(3.0 * weight, *arguments)
+    for factor in (1.0, 3.0):
+        gradient = torch.full((24, 1025), 7.0, dtype=dtype)
+        _rescale(gradient, torch.tensor(factor, dtype=torch.float64), weight, *arguments)
+        assert torch.equal(gradient, torch.full_like(gradient, 7.0) if factor == 1.0 else expected)
+
+
+def test_several_backward_passes(process_of: Process) -> None:
+    """Through a graph that is kept, with factors: no gradient that was handed out changes later."""
+    process = process_of(27)
+    rows = random_rows(process, 24)
+    log_score = random_log_score((24, 27), torch.float32).requires_grad_()
+    weight = torch.linspace(0.5, 2.0, 24)
+    (expected,) = torch.autograd.grad((weight * score_entropy_loss(log_score, *rows, process)).sum(), log_score)
+    for factors in ((1.0, 1.0), (1.0, 3.0), (3.0, 1.0), (0.0, 2.0)):
+        loss = score_entropy_loss(log_score, *rows, process, loss_weight=weight, reduction="sum")
+        found = [torch.autograd.grad(factor * loss, log_score, retain_graph=True)[0] for factor in factors]
+        for factor, gradient in zip(factors, found, strict=True):
+            torch.testing.assert_close(gradient, factor * expected)
+
+
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 5)])
 def test_empty_batches(shape: tuple[int, ...]) -> None:
     process, tokens = Absorbing(10), torch.zeros(shape, dtype=torch.int64)
@@ -214,6 +310,10 @@ def test_empty_batches(shape: tuple[int, ...]) -> None:
     loss.sum().backward()
     assert log_score.grad is not None
     assert log_score.grad.shape == (*shape, 11)
+    for reduction in ("sum", "mean"):
+        total = score_entropy_loss(log_score, tokens, tokens, 0.5, process, reduction=reduction)
+        assert total == 0
+        total.backward()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -231,6 +331,8 @@ def test_strided_inputs(process_of: Process, dtype: torch.dtype) -> None:
     )
     for a, b in zip(strided, plain, strict=True):
         assert torch.equal(a, b)
+    at_once = gradient_of_one_sweep(log_score, Rows(x_t, x_0, rows.sigma[:1].expand(24)), process)
+    assert torch.equal(at_once, gradient_of_one_sweep(log_score.contiguous(), Rows(x_t, x_0, rows.sigma[:1]), process))
 
 
 def test_expanded_log_score() -> None:
@@ -342,17 +444,27 @@ def test_gradcheck(process_of: Process) -> None:
     assert torch.autograd.gradcheck(
         lambda v: score_entropy_loss(v, *rows, process, log_score_shift=shift), (log_score,), atol=1e-6, rtol=1e-5
     )
+    assert torch.autograd.gradcheck(
+        lambda v: score_entropy_loss(v, *rows, process, log_score_shift=shift, reduction="mean"), (log_score,)
+    )
 
 
 def test_second_derivatives_are_refused() -> None:
     """Never a gradient that lacks a term without saying so, as a gradient penalty would get it."""
     process = Uniform(7)
     log_score = random_log_score((9, 7), torch.float64).requires_grad_()
-    loss = score_entropy_loss(log_score, *random_rows(process, 9), process)
-    for function in (loss, loss**2):  # what comes down to the operator has no gradient of its own, or has one
-        (gradient,) = torch.autograd.grad(function.sum(), log_score, create_graph=True)
+    rows = random_rows(process, 9)
+    loss = score_entropy_loss(log_score, *rows, process)
+    at_once = score_entropy_loss(log_score, *rows, process, reduction="mean")
+    for function in (
+        loss,
+        loss**2,
+        at_once,
+        at_once**2,
+    ):  # what comes down to the operator has no gradient of its own, or has one
+        (gradient,) = torch.autograd.grad(function.sum(), log_score, create_graph=True, retain_graph=True)
         with pytest.raises(RuntimeError, match=r"score_entropy_loss: .*once"):
-            (function.sum() + (gradient**2).sum()).backward()
+            (function.sum() + (gradient**2).sum()).backward(retain_graph=True)
 
 
 @every_variant
@@ -364,7 +476,8 @@ def test_threads_do_not_change_a_bit(process_of: Process, threads: Callable[[int
     results = []
     for count in (1, 2):
         threads(count)
-        results.append(value_and_gradient(score_entropy_loss, log_score, rows, process))
+        at_once = gradient_of_one_sweep(log_score, rows, process)
+        results.append((*value_and_gradient(score_entropy_loss, log_score, rows, process), at_once))
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
 
@@ -406,3 +519,7 @@ def test_opcheck(process_of: Process, dtype: torch.dtype) -> None:
     )
     torch.library.opcheck(torch.ops.sedd_ext.score_entropy, to_device(arguments))
     torch.library.opcheck(torch.ops.sedd_ext.score_entropy_backward, to_device((torch.rand(24), *arguments)))
+    weight = torch.rand(24, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.sedd_ext.score_entropy_sweep, to_device((weight, *arguments)))
+    rescaled = torch.zeros(24, 27, dtype=dtype), torch.tensor(3.0, dtype=torch.float64), weight, *arguments
+    torch.library.opcheck(torch.ops.sedd_ext.score_entropy_rescale, to_device(rescaled))

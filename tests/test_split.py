@@ -19,6 +19,7 @@ from backends import (
     linear_mean_prediction_loss,
     linear_reverse_sample,
     linear_score_entropy_loss,
+    linear_unmask,
 )
 from explicit import PROCESSES, Rows, bad_rows, chi_square, random_log_score, random_rows, rare_or_not, rare_tokens
 from split import groups, in_threads
@@ -26,7 +27,8 @@ from torch import Tensor
 
 import sedd_ext
 import sedd_ext.split as module
-from sedd_ext import Absorbing, Euler, GeneralizedMasked, Hybrid, RankOne, Tweedie, Uniform, reference
+from sedd_ext import Absorbing, Euler, GeneralizedMasked, Hybrid, RankOne, Tweedie, Uniform, Unmasked, reference
+from sedd_ext.unmask import STATISTICS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BOUND = {torch.float32: 3e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float64: 1e-13}
@@ -832,3 +834,232 @@ def test_bad_logits_are_refused_by_all(backend: Backend) -> None:
                 assert "index [2]" in result
             else:
                 assert bad_rows(result) == [2]
+
+
+# ---------------------------------------------------------------------------------------------------------- unmasking
+
+NARROW = 1 << 17
+"""A buffer with room for tiles of 2,048 entries alone."""
+
+
+def unmask_together(size: int, head: Head, *, seed: int = 3, **options: Any) -> Unmasked:
+    """What each process finds: the same bits in all of them."""
+    options = {"dim": len(head.weight), **options}
+    with groups(size) as group:
+
+        def work(rank: int) -> Unmasked:
+            generator = torch.Generator().manual_seed(seed)
+            return linear_unmask(*head.part(rank, size), generator=generator, group=group[rank], **options)
+
+        first, *others = in_threads(size, work)
+    for other in others:
+        check_same(other, first)
+    return first
+
+
+def check_same(found: Unmasked, wanted: Unmasked, rows: Any = slice(None)) -> None:
+    """The same bits."""
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or torch.equal(mine, theirs[rows])
+
+
+@pytest.mark.operators
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize(("size", "n"), [(2, 3), (3, 3), (2, 37), (3, 41), (4, 5000)])
+def test_unmasking(size: int, n: int, temperature: float, dtype: torch.dtype) -> None:
+    """The statistics of one process; with n = 3 a process has MASK alone, or one token beside it."""
+    head = random_head(n, dtype, bias=size != 3)
+    logits = head.hidden.double() @ head.weight.double().T + (0.0 if head.bias is None else head.bias.double())
+    for mask_id in (None, 0, n - 1):
+        options: dict[str, Any] = {"mask_id": mask_id, "temperature": temperature, "buffer_bytes": NARROW}
+        found, one = unmask_together(size, head, **options), linear_unmask(*head, **options)
+        for name in ("max_prob", "margin", "entropy"):
+            mine, theirs = getattr(found, name), getattr(one, name)
+            assert mine.dtype == theirs.dtype
+            torch.testing.assert_close(mine, theirs, rtol=BOUND[dtype], atol=BOUND[dtype])
+        log_probs = logits.index_fill(1, torch.tensor([] if mask_id is None else [mask_id]).long(), -math.inf)
+        log_probs = log_probs.log_softmax(-1)
+        own, best = (log_probs.gather(1, token[:, None])[:, 0] for token in (found.token, found.argmax))
+        torch.testing.assert_close(found.log_prob.double(), own, rtol=BOUND[dtype], atol=3 * BOUND[dtype])
+        assert bool((best >= log_probs.amax(1) - 3 * BOUND[dtype]).all())
+        if temperature == 0:
+            assert torch.equal(found.token, found.argmax)
+
+
+@pytest.mark.operators("cpu", "cuda")
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 2.5])
+@pytest.mark.parametrize(("size", "n"), [(3, 100), (2, 9001)])
+def test_the_law_of_split_unmasking(size: int, n: int, temperature: float) -> None:
+    """Processes with unequal shares of the probability; with n = 9,001 each has three tiles."""
+    bias = torch.linspace(-3, 4, n)
+    head = Head(torch.zeros(40_000, 1), torch.zeros(n, 1), bias)
+    options: dict[str, Any] = {"mask_id": n - 5, "temperature": temperature, "statistics": (), "buffer_bytes": NARROW}
+    tokens = unmask_together(size, head, **options).token
+    probs = bias.double().div(temperature).index_fill(0, torch.tensor(n - 5), -math.inf).softmax(0)
+    assert chi_square(tokens.bincount(minlength=n), probs) > 1e-3
+    most = -(-n // size)
+    owners = torch.stack([part.sum() for part in probs.split(most)])
+    assert chi_square((tokens // most).bincount(minlength=size), owners) > 1e-3
+
+
+@pytest.mark.operators("cpu", "cuda")
+def test_rare_tokens_get_their_share_of_split_unmasking() -> None:
+    wanted = rare_tokens()
+    head, counts = Head(torch.zeros(20_000, 1), torch.zeros(4097, 1), wanted.log().float()), torch.zeros(4097).long()
+    for seed in range(5):
+        found = unmask_together(3, head, mask_id=4096, statistics=(), seed=seed)
+        counts += found.token.bincount(minlength=4097)
+    probs = torch.cat([wanted[:4096], torch.zeros(1)]).double()
+    assert chi_square(rare_or_not(counts), rare_or_not(probs / probs.sum())) > 1e-3
+
+
+@pytest.mark.operators("cpu", "cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_split_unmasking_does_not_depend_on_the_batch(temperature: float, dtype: torch.dtype) -> None:
+    """With so many processes that torch adds up their sums in another order in another batch."""
+    head, ids = many_rows(5000, dtype, 130), torch.arange(130)
+    options: dict[str, Any] = {"temperature": temperature, "buffer_bytes": NARROW}
+    whole = unmask_together(7, head, row_ids=ids, **options)
+    assert len(whole.token.unique()) > 20
+    for rows in ([0], [129], [129, 63, 64, 1], list(range(7, 80)), list(range(129, -1, -1))):
+        part = head._replace(hidden=head.hidden[rows])
+        check_same(unmask_together(7, part, row_ids=ids[rows], **options), whole, rows)
+
+
+@pytest.mark.operators
+def test_the_first_of_equal_logits_of_two_processes() -> None:
+    head = Head(torch.ones(3, 1), torch.zeros(50, 1), torch.zeros(50))
+    assert head.bias is not None
+    assert unmask_together(3, head).argmax.tolist() == [0] * 3
+    head.bias[[20, 40]] = 2.0
+    found = unmask_together(3, head)
+    assert found.argmax.tolist() == [20] * 3
+    assert found.margin.tolist() == [0.0] * 3
+    head.bias[40] = 1.0
+    torch.testing.assert_close(unmask_together(3, head).margin, linear_unmask(*head).margin, rtol=1e-6, atol=0)
+
+
+@pytest.mark.operators
+@pytest.mark.parametrize("temperature", [0.0, 0.01, 1.0, 100.0])
+def test_large_logits_of_split_unmasking(temperature: float) -> None:
+    """Processes whose largest logits differ by more than a float's range; one has none but -inf."""
+    bias = torch.tensor([-1800.0, -999, -998, -300, -299, -298, 0, 0, 0])
+    bias[6:] = -torch.inf
+    head = Head(torch.ones(300, 1), torch.zeros(9, 1), bias)
+    found, one = (unmask_together(3, head, temperature=temperature), linear_unmask(*head, temperature=temperature))
+    for name in ("argmax", "max_prob", "margin", "entropy"):
+        torch.testing.assert_close(getattr(found, name), getattr(one, name), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found.log_prob.double(), bias.double().log_softmax(0)[found.token], rtol=1e-6, atol=1e-6)
+    if temperature >= 1:
+        probs = (bias.double() / temperature).softmax(0)
+        assert chi_square(found.token.bincount(minlength=9), probs) > 1e-3
+
+
+@pytest.mark.operators
+@pytest.mark.parametrize("statistics", [(), ("entropy",), ("margin", "log_prob")])
+def test_statistics_of_split_unmasking(statistics: tuple[str, ...]) -> None:
+    head = random_head(41)
+    everything, found = unmask_together(2, head), unmask_together(2, head, statistics=statistics)
+    assert torch.equal(found.token, everything.token)
+    for name in STATISTICS:
+        mine = getattr(found, name)
+        assert (mine is not None) == (name in statistics)
+        assert mine is None or torch.equal(mine, getattr(everything, name))
+
+
+@pytest.mark.operators("cpu")
+@pytest.mark.parametrize("statistics", [STATISTICS, ()])
+def test_what_unmasking_exchanges(exchanges: Any, statistics: tuple[str, ...]) -> None:
+    """Eight float64 for each position, once."""
+    unmask_together(3, random_head(41, torch.bfloat16), statistics=statistics, buffer_bytes=90)
+    assert exchanges == [((ROWS, 8), torch.float64)] * 3
+
+
+@pytest.mark.operators
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"temperature": 0.7}, {"statistics": ()}], ids=str)
+def test_unmasking_refuses_bad_rows_in_all_processes(backend: Backend, options: dict[str, Any]) -> None:
+    """A bad hidden state, bad numbers in the head of one process, and no token with a probability."""
+    good = many_rows(41, torch.float32, 4)
+    assert good.bias is not None
+    hidden, weight = good.hidden.clone(), good.weight.clone()
+    hidden[2], weight[30] = torch.nan, torch.inf
+    bad = [
+        (good._replace(hidden=hidden), [2]),
+        (good._replace(weight=weight), [0, 1, 2, 3]),
+        (good._replace(bias=torch.full_like(good.bias, -torch.inf)), [0, 1, 2, 3]),
+    ]
+    for head, wrong in bad:
+        with groups(3) as group:
+
+            def work(rank: int, head: Head = head, group: Any = group) -> Unmasked | str:
+                try:
+                    return linear_unmask(*head.part(rank, 3), dim=41, group=group[rank], **options)
+                except ValueError as error:
+                    return str(error)
+
+            for result in in_threads(3, work):
+                if backend.names_bad_rows:
+                    assert isinstance(result, str)
+                    assert result.startswith("hidden: expected rows with a softmax")
+                    assert result.endswith(f"index [{wrong[0]}]")
+                else:
+                    assert isinstance(result, Unmasked)
+                    assert bad_rows(result.token) == bad_rows(result.argmax) == wrong
+                    assert result.entropy is None or result.entropy.isnan().nonzero()[:, 0].tolist() == wrong
+
+
+@pytest.mark.operators
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_unmasking_in_a_group_of_one_process(temperature: float) -> None:
+    head = many_rows(5000, torch.float32, 70)
+    options: dict[str, Any] = {"temperature": temperature, "buffer_bytes": NARROW}
+    one = linear_unmask(*head, generator=torch.Generator().manual_seed(3), **options)
+    check_same(unmask_together(1, head, **options), one)
+
+
+@pytest.mark.operators
+def test_a_group_unmasks_no_rows() -> None:
+    head = random_head(10)
+    assert unmask_together(2, head._replace(hidden=head.hidden[:0])).token.shape == (0,)
+    linear_unmask(*head)  # runs a kernel
+
+
+class TestBadUnmasking:
+    def call(self, rank: int, size: int, **changed: Any) -> Unmasked:
+        with groups(size) as group:
+            part = random_head(10).part(rank, size)
+            given = {**part._asdict(), "dim": 10, "group": group[rank], **changed}
+            return sedd_ext.linear_unmask(**given)
+
+    def test_a_nucleus(self) -> None:
+        with pytest.raises(ValueError, match=r"top_p: expected 1 with a group, got 0\.9"):
+            self.call(0, 2, top_p=0.9)
+
+    def test_no_size(self) -> None:
+        with pytest.raises(ValueError, match=r"dim: expected the number of tokens, of which a process .*, got None"):
+            self.call(0, 2, dim=None)
+
+    @pytest.mark.parametrize("dim", [0, 2.0, True])
+    def test_bad_size(self, dim: Any) -> None:
+        with pytest.raises(ValueError, match=f"dim: expected a positive int or None, got {dim}"):
+            self.call(0, 2, dim=dim)
+
+    def test_the_rows_of_another_process(self) -> None:
+        match = r"weight: expected shape \[2, d\], the rows from 8 on of 10 for process 2 of 3, as .*chunk\(3\)\[2\]"
+        with pytest.raises(ValueError, match=match):
+            self.call(2, 3, weight=torch.ones(4, WIDTH), bias=torch.ones(4))
+
+    def test_a_part_without_a_group(self) -> None:
+        with pytest.raises(ValueError, match=r"weight: expected shape \[10, d\]"):
+            self.call(0, 2, group=None)
+
+    def test_no_group(self) -> None:
+        with pytest.raises(TypeError, match=r"group: expected a torch\.distributed\.ProcessGroup or None, got str"):
+            self.call(0, 2, group="vocabulary")
+
+    def test_mask_is_a_token_of_all_processes(self) -> None:
+        with pytest.raises(ValueError, match=r"mask_id: expected a token in \[0, 10\) or None, got 10"):
+            self.call(0, 2, mask_id=10)

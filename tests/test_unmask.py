@@ -267,12 +267,15 @@ def test_the_cpu_draws_the_same_tokens(temperature: float, top_p: float, dtype: 
 
 @pytest.mark.operators("cpu")
 def test_threads_do_not_matter(threads: Any) -> None:
-    logits = random_log_score((64, 9000), torch.float32)
+    """With rows unlike each other, and work enough that two threads run at the same time."""
+    tilts = torch.linspace(-10, 10, 9000) * (torch.arange(2000) % 5 - 2)[:, None]
+    logits = random_log_score((2000, 9000), torch.float32) + tilts
     threads(1)
     one = unmask(logits, generator=seeded())
     threads(2)
-    for mine, theirs in zip(unmask(logits, generator=seeded()), one, strict=True):
-        assert torch.equal(mine, theirs)
+    for _ in range(8):
+        for mine, theirs in zip(unmask(logits, generator=seeded()), one, strict=True):
+            assert torch.equal(mine, theirs)
 
 
 # ------------------------------------------------------------------------------------------------------------ operators

@@ -1,6 +1,6 @@
 // Score entropy on the CPU. The loss takes one sweep over a row: exp, its sum and, unless the process is absorbing, the
-// dot product of π with the log-scores. The gradient takes a second sweep that reads and writes once. The lower bounds
-// of the time are those of a plain read and a plain copy.
+// dot product of π with the log-scores. The gradient takes a sweep that reads and writes once, and can be written in
+// the sweep of the loss. The lower bounds of the time are those of a plain read and a plain copy.
 #include "score_entropy.h"
 
 #include "cpu/kernels.h"
@@ -69,36 +69,37 @@ void add_sums(Sums& sums, const T* log_score, const Real* stationary, int64_t be
     }
 }
 
-// Adds the sums over kCount vectors and overwrites ℓ_y with its gradient, factor s_y - offset π_y.
+// Adds the sums over kCount vectors and writes the gradient, factor s_y - offset π_y, to out, which may be log_score.
 template <Family P, int kCount, class T, class Real, class Vec>
-inline void replace_vectors(Vec* scores, Vec* dot, T* log_score, const Real* stationary, int64_t y, Vec shift,
-                            Vec factor, Vec offset) {
+inline void add_and_write_vectors(Vec* scores, Vec* dot, T* out, const T* log_score, const Real* stationary, int64_t y,
+                                  Vec shift, Vec factor, Vec offset) {
     constexpr bool ordered = P == Family::rank_one;
-    Vec l[kCount], drop[kCount];
+    [[maybe_unused]] Vec pi[kCount];
+    Vec l[kCount];
+    prefetch<kCount>(log_score + y);
     load_vectors<ordered>(log_score + y, l);
     SEDD_UNROLL for (int k = 0; k < kCount; ++k) l[k] -= shift;
     SEDD_UNROLL for (int k = 0; k < kCount; ++k) {
-        drop[k] = offset;
         if constexpr (P == Family::uniform) dot[k] += l[k];
         if constexpr (P == Family::rank_one) {
-            const Vec pi = load(stationary + y + k * Lanes<Real>::width);
-            dot[k] += where_nonzero(pi, pi * l[k]);
-            drop[k] *= pi;
+            pi[k] = load(stationary + y + k * Lanes<Real>::width);
+            dot[k] += where_nonzero(pi[k], pi[k] * l[k]);
         }
     }
     exp_lanes(l);
     SEDD_UNROLL for (int k = 0; k < kCount; ++k) {
         scores[k] += l[k];
         l[k] *= factor;
-        if constexpr (P != Family::absorbing) l[k] -= drop[k];
+        if constexpr (P == Family::uniform) l[k] -= offset;
+        if constexpr (P == Family::rank_one) l[k] -= offset * pi[k];
     }
-    store_vectors<ordered>(log_score + y, l);
+    store_vectors<ordered>(out + y, l);
 }
 
 // The same over [begin, end).
 template <Family P, class T, class Real = Compute<T>>
-void replace_by_gradient(Sums& sums, T* log_score, const Real* stationary, int64_t begin, int64_t end, Real shift,
-                         Real factor, Real offset) {
+void add_sums_and_write_gradient(Sums& sums, T* out, const T* log_score, const Real* stationary, int64_t begin,
+                                 int64_t end, Real shift, Real factor, Real offset) {
     using Vec = typename Lanes<Real>::Vec;
     constexpr int width = Lanes<Real>::width;
     const Vec shifts = broadcast(shift), factors = broadcast(factor), offsets = broadcast(offset);
@@ -107,10 +108,10 @@ void replace_by_gradient(Sums& sums, T* log_score, const Real* stationary, int64
         Vec scores[kUnroll] = {}, dot[kUnroll] = {};
         int64_t y = block;
         for (; y + kUnroll * width <= stop; y += kUnroll * width) {
-            replace_vectors<P, kUnroll>(scores, dot, log_score, stationary, y, shifts, factors, offsets);
+            add_and_write_vectors<P, kUnroll>(scores, dot, out, log_score, stationary, y, shifts, factors, offsets);
         }
         for (; y + width <= stop; y += width) {
-            replace_vectors<P, 1>(scores, dot, log_score, stationary, y, shifts, factors, offsets);
+            add_and_write_vectors<P, 1>(scores, dot, out, log_score, stationary, y, shifts, factors, offsets);
         }
         if (y < stop) {
             const int64_t n = stop - y;
@@ -126,7 +127,7 @@ void replace_by_gradient(Sums& sums, T* log_score, const Real* stationary, int64
                 dot[1] += where_nonzero(pi, pi * (load_partial(log_score + y, n, 0.0f) - shifts));
                 gradient -= offsets * pi;
             }
-            store_partial(log_score + y, gradient, n);
+            store_partial(out + y, gradient, n);
         }
         sums.scores += sum_lanes((scores[0] + scores[1]) + (scores[2] + scores[3]));
         if (P != Family::absorbing) sums.dot += sum_lanes((dot[0] + dot[1]) + (dot[2] + dot[3]));
@@ -245,6 +246,7 @@ void backward_rows(const ScoreEntropyParams& p, int64_t begin, int64_t end, void
     using Real = Compute<T>;
     const Real* stationary = static_cast<const Real*>(p.stationary);
     Rows<P, Real, ScoreEntropyParams> row(p);
+    if (p.unless_one != nullptr && *p.unless_one == 1.0) return;
     for (int64_t i = begin; i < end; ++i) {
         if (!row.load(i, status)) continue;
         const T* l = static_cast<const T*>(p.log_score) + i * p.dim;
@@ -282,35 +284,36 @@ void tile_rows(const ScoreEntropyTileParams& p, int64_t begin, int64_t end, void
             sweep = {};
             if (row.pi_x != 0.0) sweep.row = row.numbers;
         }
-        T* l = static_cast<T*>(p.log_score) + i * p.width;
+        const T* l = static_cast<const T*>(p.log_score) + i * p.width;
+        T* out = p.gradient != nullptr ? static_cast<T*>(p.gradient) + i * p.width : nullptr;
         const int64_t x = p.x_t[i] - p.first, x_0 = p.x_0[i] - p.first;
         const bool has_x = 0 <= x && x < p.width, has_x_0 = 0 <= x_0 && x_0 < p.width;
         const double shift = p.shift != nullptr ? p.shift[i] : 0.0;
         if (has_x_0) sweep.log_score_x_0 = read_one(l + x_0) - shift;
         Sums sums;
         const auto add = [&](int64_t from, int64_t to) {
-            if (p.grad_loss == nullptr) {
+            if (out == nullptr) {
                 add_sums<P>(sums, l, stationary, from, to, static_cast<Real>(shift));
             } else {
                 const double factor = p.grad_loss[i] * sweep.row.weight;
                 const double offset =
                     p.grad_loss[i] * sweep.row.slope * (P == Family::uniform ? sweep.row.weight : 1.0);
-                replace_by_gradient<P>(sums, l, stationary, from, to, static_cast<Real>(shift),
-                                       static_cast<Real>(factor), static_cast<Real>(offset));
+                add_sums_and_write_gradient<P>(sums, out, l, stationary, from, to, static_cast<Real>(shift),
+                                               static_cast<Real>(factor), static_cast<Real>(offset));
             }
         };
         if (sweep.row.weight == 0.0) {
-            if (p.grad_loss != nullptr) memset(l, 0, sizeof(T) * static_cast<size_t>(p.width));
+            if (out != nullptr) memset(out, 0, sizeof(T) * static_cast<size_t>(p.width));
         } else {
             add(0, has_x ? x : p.width);
             if (has_x) add(x + 1, p.width);
             sweep.scores += sums.scores;
             sweep.dot += sums.dot;
-            if (p.grad_loss != nullptr) {
-                if (has_x) write_one(l + x, 0.0);
+            if (out != nullptr) {
+                if (has_x) write_one(out + x, 0.0);
                 if (has_x_0 && x != x_0) {
                     const double pi = stationary_at(P, static_cast<const Real*>(p.stationary), p.dim, p.x_0[i]);
-                    write_one(l + x_0,
+                    write_one(out + x_0,
                               score_entropy_gradient(sweep.row, p.grad_loss[i], sweep.log_score_x_0, pi).at_x_0);
                 }
             }

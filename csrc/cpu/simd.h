@@ -11,7 +11,7 @@
 
 #include "common/types.h"
 
-#if defined(__AVX2__) || defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -122,6 +122,10 @@ inline To bit_cast(From from) {
 inline VecF max_or_second(VecF a, VecF b) {
 #if defined(__AVX512F__)
     return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+    return _mm_max_ps(a, b);
 #else
     return a > b ? a : b;
 #endif
@@ -131,6 +135,10 @@ inline double max_or_second(double a, double b) { return a > b ? a : b; }
 inline VecF min_or_second(VecF a, VecF b) {
 #if defined(__AVX512F__)
     return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_min_ps(a, b);
+#elif defined(__SSE2__)
+    return _mm_min_ps(a, b);
 #else
     return a < b ? a : b;
 #endif
@@ -353,8 +361,9 @@ inline double sum_lanes(double v) { return v; }
 template <int kCount>
 inline void exp_lanes(VecF (&x)[kCount]) {
     constexpr float log2e = 0x1.715476p0f, ln2_high = 0x1.62e400p-1f, ln2_low = 0x1.7f7d1cp-20f;
-    [[maybe_unused]] constexpr float magic = 0x1.8p23f;  // adding it rounds to an integer
+    [[maybe_unused]] constexpr float magic = 0x1.8p23f + 254.0f;  // adding it rounds to an integer
     VecF n[kCount], p[kCount];
+    [[maybe_unused]] VecU bits[kCount];  // of magic + n; the lowest nine are those of the integer n + 254
     // Beyond these bounds the result is 0 or inf. x is the second argument, so that NaN is kept.
     SEDD_UNROLL for (int k = 0; k < kCount; ++k) x[k] = min_or_second(broadcast(89.0f), x[k]);
     SEDD_UNROLL for (int k = 0; k < kCount; ++k) x[k] = max_or_second(broadcast(-104.0f), x[k]);
@@ -362,7 +371,8 @@ inline void exp_lanes(VecF (&x)[kCount]) {
 #if defined(__AVX512F__)
         n[k] = _mm512_roundscale_ps(x[k] * log2e, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-        n[k] = (x[k] * log2e + magic) - magic;
+        bits[k] = bit_cast<VecU>(x[k] * log2e + magic);
+        n[k] = bit_cast<VecF>(bits[k]) - magic;
 #endif
     }
     SEDD_UNROLL for (int k = 0; k < kCount; ++k) x[k] = x[k] - n[k] * ln2_high;
@@ -377,11 +387,9 @@ inline void exp_lanes(VecF (&x)[kCount]) {
 #if defined(__AVX512F__)
         x[k] = _mm512_scalef_ps(p[k], n[k]);
 #else
-        const VecI exponent = bit_cast<VecI>(n[k] + magic) - bit_cast<int32_t>(magic);
-        const VecI half = exponent >> 1;  // two factors, because a float cannot hold 2^128 or 2^-150
-        const VecF first = bit_cast<VecF>((half + 127) << 23);
-        const VecF second = bit_cast<VecF>((exponent - half + 127) << 23);
-        x[k] = p[k] * first * second;
+        // two factors, because a float cannot hold 2^128 or 2^-150; their exponents add up to n + 254
+        const VecU first = bits[k] >> 1 << 23, second = (bits[k] << 23) - first;
+        x[k] = p[k] * bit_cast<VecF>(first) * bit_cast<VecF>(second);
 #endif
     }
 }

@@ -125,6 +125,11 @@ __global__ void __launch_bounds__(kRowThreads)
     *loss = static_cast<Real>(score_entropy_value(row_numbers<P, Real>(p, row), score, dot, log_score_x_0<T>(p, row)));
 }
 
+// Whether the gradient has been written with the loss, for the upstream gradient that has come.
+__device__ __forceinline__ bool is_done(const ScoreEntropyParams& p) {
+    return p.unless_one != nullptr && *p.unless_one == 1.0;
+}
+
 template <class Real>
 struct GradientNumbers {
     Real factor, offset, at_x_0;
@@ -135,7 +140,7 @@ __global__ void __launch_bounds__(kRowThreads)
     numbers_kernel(ScoreEntropyParams p, GradientNumbers<RealOf<T>>* numbers) {
     using Real = RealOf<T>;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
-    if (row >= p.rows) return;
+    if (row >= p.rows || is_done(p)) return;
     if (score_entropy_fault(p, row) != Fault::none) {
         const Real nan = not_a_number<Real>();
         numbers[row] = {nan, nan, nan};
@@ -157,7 +162,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     using V = Vector<T>;
     constexpr int width = V::kWidth;
     const Place place = place_of(split);
-    if (place.row >= p.rows || place.segment >= split.segments) return;
+    if (place.row >= p.rows || place.segment >= split.segments || is_done(p)) return;
     const int64_t offset = place.row * p.dim;
     const int dim = static_cast<int>(p.dim);
     const T* row = static_cast<const T*>(p.log_score) + offset;
@@ -197,7 +202,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
         [&](int y, Real l) { V::write(out + y, special(y, gradient(y, l))); });
 }
 
-// ---- tiles: the sums and the gradient, which overwrites the log-scores, in one read and one write ----
+// ---- the sums and the gradient in one read and one write, over whole rows or tiles ----
 
 // The index in the tile of entry y of the row, or -1 if it lies outside.
 __device__ __forceinline__ int in_tile(const ScoreEntropyTileParams& p, int64_t y) {
@@ -226,7 +231,7 @@ __global__ void __launch_bounds__(kRowThreads)
         sweep.log_score_x_0 = p.shift != nullptr ? l - p.shift[row] : l;
     }
     p.sweeps[row] = sweep;
-    if (p.grad_loss == nullptr) return;
+    if (p.gradient == nullptr) return;
     const double pi_x0 = x_0 >= 0 ? stationary_at(P, static_cast<const Real*>(p.stationary), p.dim, p.x_0[row]) : 0.0;
     const ScoreEntropyGradient g =
         score_entropy_gradient(sweep.row, p.grad_loss[row], x_0 >= 0 ? sweep.log_score_x_0 : 0.0, pi_x0);
@@ -244,13 +249,14 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     constexpr int width = V::kWidth;
     const Place place = place_of(split);
     if (place.row >= p.rows || place.segment >= split.segments) return;
-    T* row = static_cast<T*>(p.log_score) + place.row * p.width;
+    const T* row = static_cast<const T*>(p.log_score) + place.row * p.width;
+    T* out = kGradient ? static_cast<T*>(p.gradient) + place.row * p.width : nullptr;
     const int entries = static_cast<int>(p.width);
     const double weight = p.sweeps[place.row].row.weight;
     if (!(weight > 0.0)) {  // the row cannot move, or is bad
         if constexpr (kGradient) {
             const Real rest = weight == 0.0 ? Real(0) : not_a_number<Real>();
-            write_segment(row, entries, place.segment, [rest](int) { return rest; });
+            write_segment(out, entries, place.segment, [rest](int) { return rest; });
         }
         return;
     }
@@ -265,14 +271,14 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     const auto term = [&](int y, Real l, Real& s, Real& d) {
         s = exp_of(l);
         d = l - shift;
-        Real offset = n.offset;
+        const Real gradient = n.factor * s;
+        if constexpr (P == Family::absorbing) return gradient;
+        if constexpr (P == Family::uniform) return gradient - n.offset;
         if constexpr (P == Family::rank_one) {
             const Real pi = stationary[y];
             d = pi != Real(0) ? pi * d : Real(0);  // avoids 0 · ∞
-            offset *= pi;
+            return gradient - n.offset * pi;
         }
-        if constexpr (P == Family::absorbing) return n.factor * s;
-        return n.factor * s - offset;
     };
     visit(
         row, entries, place.segment, x,
@@ -287,7 +293,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 #pragma unroll
                     for (int j = 0; j < width; ++j) l[j] = y + j == x_0 ? n.at_x_0 : l[j];
                 }
-                store(row + y, V::pack(l));
+                write_vector(out + y, l);
             }
         },
         [&](int y, Real l) {
@@ -295,13 +301,13 @@ __global__ void __launch_bounds__(kWarps* kWarp)
             const Real g = term(y, l, s, d);
             score += s;
             if constexpr (P != Family::absorbing) dot += d;
-            if constexpr (kGradient) V::write(row + y, y == x_0 ? n.at_x_0 : g);
+            if constexpr (kGradient) V::write(out + y, y == x_0 ? n.at_x_0 : g);
         });
     score = warp_sum(score);
     if constexpr (P != Family::absorbing) dot = warp_sum(dot);
     if (lane_of() != 0) return;
     if constexpr (kGradient) {  // visit() skips x
-        if (x >= 0 && x / (kSegmentVectors * width) == place.segment) V::write(row + x, Real(0));
+        if (x >= 0 && x / (kSegmentVectors * width) == place.segment) V::write(out + x, Real(0));
     }
     const int64_t at = place.row * split.segments + place.segment;
     scores[at] = score;
@@ -345,7 +351,7 @@ const char* launch_typed(const ScoreEntropyTileParams& p, const CudaLaunch& laun
     auto* numbers = reinterpret_cast<GradientNumbers<Real>*>(dots + p.rows * split.segments);
     SEDD_LAUNCH((tile_numbers_kernel<P, T>), blocks_for(p.rows, kRowThreads), kRowThreads, 0, stream_of(launch), p,
                 numbers);
-    if (p.grad_loss != nullptr) {
+    if (p.gradient != nullptr) {
         SEDD_LAUNCH((tile_kernel<true, P, T>), blocks_for(blocks, 1), kWarps * kWarp, 0, stream_of(launch), p, split,
                     numbers, scores, dots);
     } else {

@@ -5,8 +5,9 @@
 // Bytes per element: 4 (float32) or 2, read once, and 2 KiB of a tile again where the token comes from it. A draw from
 // a nucleus reads the row again, from the L2 cache, once and again after each rejection.
 //
-// Configuration: as in reverse_mean.cu. A block has one row if there is a nucleus, because its warps wait for one
-// another after each draw. Shared memory holds a float64 sum and the numbers of each segment.
+// Configuration: as in reverse_mean.cu, but two blocks fit a multiprocessor. A block has one row if there is a nucleus,
+// because its warps wait for one another after each draw. Shared memory holds a float64 sum and the numbers of each
+// segment.
 //
 // A row without a softmax gets tokens -1 and numbers NaN.
 #include "unmask.h"

@@ -32,7 +32,7 @@ __all__ = [
 
 ProcessName = Literal["absorbing", "uniform", "hybrid"]
 
-# What a resumed run may change: where it lives, how its batches are divided among processes, when it ends, what it
+# What a resumed run may change: where it lives, how its batches are divided and computed, when it ends, what it
 # reports and keeps, and, after a divergence, the step size. Everything else would make it another run.
 RESUMABLE = frozenset(
     {
@@ -44,6 +44,7 @@ RESUMABLE = frozenset(
         "parallel.shard",
         "parallel.vocab",
         "activation_checkpointing",
+        "head_capacity",
         "steps",
         "max_minutes",
         "lr",
@@ -169,6 +170,10 @@ class TrainConfig:
     """Parameters of the objective, for example --objective d3pm --objective_params.steps 100."""
     fused_head: bool = True
     """Fuse the output head with the loss, without storing log-scores of the whole vocabulary. Use false to compare."""
+    head_capacity: float | None = None
+    """For a GPU, with the fused head: the share of the positions of a batch, in (0, 1], for which the head is computed.
+    A step then never waits for the GPU to count those that have a loss, of which there must not be more. For absorbing
+    noise they are about half of a large batch; other noise needs 1. null: they are counted."""
     antithetic: bool = True
     """Spread the times of a batch evenly over (0, 1] instead of drawing them independently: less noise in the loss."""
     batch_size: int = 8
@@ -268,6 +273,17 @@ class TrainConfig:
         except TypeError as error:
             raise ValueError(f"schedule_params: {error}") from error
         self._check_objective()
+        if self.head_capacity is not None:
+            self._check_head_capacity(self.head_capacity)
+
+    def _check_head_capacity(self, share: float) -> None:
+        if not 0 < share <= 1:
+            raise ValueError(f"head_capacity: expected null or a number in (0, 1], got {share}")
+        if not self.fused_head:
+            raise ValueError(f"head_capacity: expected null without the fused head, got {share}")
+        if share < 1 and (self.process != "absorbing" or OBJECTIVES[self.objective].autoregressive):
+            kind = f"process {self.process}" if self.process != "absorbing" else f"objective {self.objective}"
+            raise ValueError(f"head_capacity: expected null or 1 for {kind}, which needs all positions, got {share}")
 
     def _check_objective(self) -> None:
         """Checks that model, process and schedule suit the objective, and makes the model causal if it must be."""

@@ -22,7 +22,7 @@ from sedd.diffusion.diffusion import Diffusion
 from sedd.diffusion.objectives import get_objective
 from sedd.diffusion.schedule import get_schedule
 from sedd.network import DiffusionTransformer, ModelConfig
-from sedd_ext.head import BUFFER_BYTES, tile_shape
+from sedd_ext.head import buffer_size, tile_shape
 
 __all__ = ["Collective", "Layout", "Memory", "activations", "collectives", "memory"]
 
@@ -227,7 +227,9 @@ def _head(layout: Layout, diffusion: Diffusion) -> tuple[int, int, int]:
     weight, bias = diffusion.network.head_parameters() or (torch.empty(0, 0), None)
     (dim, d), rows, w = weight.shape, layout.rows, layout.compute
     dtype = torch.bfloat16 if w == 2 else torch.float32
-    chunk, width = tile_shape(rows, dim, dtype, torch.device(layout.device), BUFFER_BYTES, layout.softmax)
+    device = torch.device(layout.device)
+    buffer = buffer_size(None, device, layout.softmax)
+    chunk, width = tile_shape(rows, dim, dtype, device, buffer, layout.softmax)
     temporary = rows * d * ((w if w != FLOAT32 else 0) + FLOAT32) + chunk * width * w  # states, their gradient, tile
     if w != FLOAT32:  # the tile's weight, the gradient of it and its products
         temporary += width * d * (2 * w + FLOAT32) + chunk * d * w
@@ -382,7 +384,9 @@ def _vocabulary(layout: Layout) -> list[Collective]:
         return []
     d, passes, n = layout.network.hidden_size, config.accumulate, math.ceil(layout.dim / group)
     dtype = torch.bfloat16 if layout.compute == 2 else torch.float32
-    chunk, _ = tile_shape(layout.rows, n, dtype, torch.device(layout.device), BUFFER_BYTES, layout.softmax)
+    device = torch.device(layout.device)
+    buffer = buffer_size(None, device, layout.softmax)
+    chunk, _ = tile_shape(layout.rows, n, dtype, device, buffer, layout.softmax)
     found = [
         Collective("all_reduce", "embedded tokens", layout.rows * d * FLOAT32, passes, group),
         Collective("all_reduce", "norms of gradients", FLOAT32 * len(_VOCABULARY), 1, group),

@@ -77,7 +77,7 @@ const char* score_entropy_tile_cuda(const ScoreEntropyTileParams& p, const CudaL
     for (int64_t row = 0; row < p.rows; ++row) {
         if (score_entropy_fault(p, row) == Fault::none) continue;
         mark(p.out, compute_type(p.dtype), row, 1);
-        if (p.grad_loss != nullptr) mark(p.log_score, p.dtype, row, p.width);
+        if (p.gradient != nullptr) mark(p.gradient, p.dtype, row, p.width);
     }
     return nullptr;
 }

@@ -899,6 +899,7 @@ class Driver {
                                         p.stationary(),
                                         p.grad_loss.data(),
                                         nullptr,
+                                        nullptr,
                                         p.neg_entropy,
                                         s.rows,
                                         s.dim,
@@ -915,6 +916,23 @@ class Driver {
                   params.out = out;
                   return sedd::score_entropy_backward_cuda(params, where);
               });
+        Array factor(DType::float64, 1);
+        factor.set(0, 2.0);  // not 1: the gradient is computed
+        params.unless_one = static_cast<const double*>(factor.data());
+        check(p, "score_entropy_backward, for another factor", s.dtype, gradient,
+              sedd::score_entropy_backward_workspace(s.rows, s.dim, s.dtype),
+              [&](void* out, const sedd::CudaLaunch& where) {
+                  params.out = out;
+                  return sedd::score_entropy_backward_cuda(params, where);
+              });
+        factor.set(0, 1.0);
+        check(p, "score_entropy in one sweep, gradient", s.dtype, gradient,
+              sedd::score_entropy_backward_workspace(s.rows, s.dim, s.dtype),
+              [&](void* out, const sedd::CudaLaunch& where) {
+                  const char* error = score_entropy_sweep(p, out, where);
+                  params.out = out;  // keeps what is there
+                  return error != nullptr ? error : sedd::score_entropy_backward_cuda(params, where);
+              });
         Array other_loss(compute_type(s.dtype), s.rows), other_gradient(s.dtype, s.rows * s.dim);
         check(p, "score_entropy of tiles", compute_type(s.dtype), loss, 0,
               [&](void* out, const sedd::CudaLaunch& where) { return score_entropy_tiles(p, out, nullptr, where); });
@@ -926,6 +944,20 @@ class Driver {
               [&](void* out, const sedd::CudaLaunch& where) {
                   return score_entropy_tiles(p, other_loss.data(), out, where);
               });
+    }
+
+    // Whole rows at once. Writes the gradient beside the log-scores.
+    const char* score_entropy_sweep(const Problem& p, void* gradient, const sedd::CudaLaunch& where) const {
+        const Shape& s = p.shape;
+        const Array sweeps = garbage(s.rows * static_cast<int64_t>(sizeof(sedd::ScoreEntropySweep)));
+        const Array workspace = garbage(sedd::score_entropy_tile_workspace(s.rows, s.dim, s.dtype));
+        Array grad_loss(DType::float64, s.rows), loss(compute_type(s.dtype), s.rows);
+        for (int64_t row = 0; row < s.rows; ++row) grad_loss.set(row, p.grad_loss[row]);
+        return sedd::score_entropy_tile_cuda(
+            {p.log_score.data(), p.x_t.data(), p.x_0.data(), p.sigma.data(), p.shifts(), p.stationary(),
+             static_cast<double*>(grad_loss.data()), gradient, static_cast<sedd::ScoreEntropySweep*>(sweeps.data()),
+             loss.data(), p.neg_entropy, s.rows, s.dim, 0, 0, s.dim, s.dtype, s.family},
+            {workspace.data(), where.stream, where.device});
     }
 
     // With the gradient if there is memory for it.
@@ -940,7 +972,7 @@ class Driver {
             const Array workspace = garbage(sedd::score_entropy_tile_workspace(s.rows, tile.width, s.dtype));
             const char* error = sedd::score_entropy_tile_cuda(
                 {tile.entries.data(), p.x_t.data(), p.x_0.data(), p.sigma.data(), p.shifts(), p.stationary(),
-                 gradient != nullptr ? static_cast<double*>(grad_loss.data()) : nullptr,
+                 static_cast<double*>(grad_loss.data()), gradient != nullptr ? tile.entries.data() : nullptr,
                  static_cast<sedd::ScoreEntropySweep*>(sweeps.data()), loss, p.neg_entropy, s.rows, tile.width,
                  tile.first, 0, s.dim, s.dtype, s.family},
                 {workspace.data(), where.stream, where.device});

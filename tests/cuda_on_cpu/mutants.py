@@ -697,7 +697,21 @@ MUTANTS = [
         family="score_entropy",
     ),
     # ---- Tiles: x, x_0 and bad rows ----
-    Mutant("x keeps its log-score", "score_entropy.cu", " V::write(row + x, Real(0));", ";", family="score_entropy"),
+    Mutant(
+        "the gradient is computed although it is there",
+        "score_entropy.cu",
+        "place.segment >= split.segments || is_done(p)) return;",
+        "place.segment >= split.segments) return;",
+        family="score_entropy",
+    ),
+    Mutant(
+        "the gradient stays for another factor",
+        "score_entropy.cu",
+        "*p.unless_one == 1.0;",
+        "*p.unless_one > 0.0;",
+        family="score_entropy",
+    ),
+    Mutant("x keeps its log-score", "score_entropy.cu", " V::write(out + x, Real(0));", ";", family="score_entropy"),
     Mutant(
         "x_0 of a tile is like the others",
         "score_entropy.cu",

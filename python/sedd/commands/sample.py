@@ -83,6 +83,10 @@ class SamplingOptions:
     """Below 1, more probable tokens are preferred; above 1, less probable ones. 1 samples the model's distribution."""
     top_p: float = 1.0
     """Sample only from the fewest, most probable tokens with this total probability."""
+    whole_batch: bool = False
+    """All tokens go through the whole network in every step, so that a GPU never waits for the CPU. Faster for a few
+    short texts on a GPU, slower otherwise. The texts are the same, but for rounding, unless --temperature or --top_p is
+    given."""
     compile: bool = False
     """Compile the network with torch.compile. Faster for many texts."""
     seed: int = 0
@@ -210,6 +214,7 @@ def _generate(loaded: LoadedModel, options: SamplingOptions, live: bool, tokens:
                 on_step=partial(_show, view, is_fixed, loaded.tokenizer) if view is not None else None,
                 progress=not live and out.is_terminal,
                 autocast_dtype=loaded.autocast_dtype,
+                whole_batch=options.whole_batch,
             ).cpu()
         for row in written:
             out.print(Rule(f"{len(texts) + 1} of {options.num}", style="dim"), width=min(out.width, 80))

@@ -62,7 +62,14 @@ class Autoregressive(Objective):
         else:
             masks = torch.full_like(target, n)
             nats = linear_mean_prediction_loss(
-                hidden, *head, masks, target, EVEN, diffusion.process, loss_weight=options.scale
+                hidden,
+                *head,
+                masks,
+                target,
+                EVEN,
+                diffusion.process,
+                loss_weight=options.scale,
+                capacity=options.positions(target),
             )
         return nats.sum(1).float()
 

@@ -134,6 +134,7 @@ class LossOptions:
     """Options of a loss, explained at :meth:`Diffusion.loss`.
 
     Attributes:
+        capacity: the share of the positions, in (0, 1], that go through a fused head; None to count those that need it.
         first: for a training loss: the place of the first sequence in the batch of an optimiser step.
         count: the number of sequences in that batch; None if these are all. Random numbers belong to places in it, so
             that they do not depend on how it is divided.
@@ -142,8 +143,13 @@ class LossOptions:
     given: int = 0
     scale: float = 1.0
     fused: bool = True
+    capacity: float | None = None
     first: int = 0
     count: int | None = None
+
+    def positions(self, x: Tensor) -> int | None:
+        """The capacity as the number of positions of x [B, L]."""
+        return None if self.capacity is None else math.ceil(self.capacity * x.numel())
 
 
 class Objective(ABC):
@@ -279,7 +285,15 @@ class Diffusion(nn.Module):
         return sample_transition(x_0, sigma, self.process, generator=generator, first_row=first_row)
 
     def loss(
-        self, x_0: Tensor, x_t: Tensor, t: Tensor, *, given: int = 0, scale: float = 1.0, fused: bool = True
+        self,
+        x_0: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        *,
+        given: int = 0,
+        scale: float = 1.0,
+        fused: bool = True,
+        capacity: float | None = None,
     ) -> Tensor:
         """The integrand of the likelihood bound for noised sequences.
 
@@ -290,12 +304,14 @@ class Diffusion(nn.Module):
             given: number of tokens at the beginning that are given: the network reads them, and they are not scored.
             scale: factor of the result. Fused heads compute gradients in the forward pass: for a mean, pass 1/n here.
             fused: fuse a linear head with the loss, which then needs no log-scores of rows × N.
+            capacity: the share of the positions, in (0, 1], that go through a fused head, so that a GPU need not count
+                those that have a loss; see :func:`sedd_ext.linear_score_entropy_loss`. None: they are counted.
 
         Returns:
             Nats per sequence times ``scale`` [B], float32, differentiable. The expectation over t ~ U(0, 1) is the
             integral of the likelihood bound (:func:`sedd.diffusion.elbo`).
         """
-        return self.objective.loss(self, x_0, x_t, t, LossOptions(given, scale, fused))
+        return self.objective.loss(self, x_0, x_t, t, LossOptions(given, scale, fused, capacity))
 
     def forward(
         self,
@@ -304,6 +320,7 @@ class Diffusion(nn.Module):
         *,
         scale: float = 1.0,
         fused: bool = True,
+        capacity: float | None = None,
         generator: torch.Generator | None = None,
         first: int = 0,
         count: int | None = None,
@@ -315,6 +332,7 @@ class Diffusion(nn.Module):
             t: time of each sequence [B], in (0, 1].
             scale: see :meth:`loss`.
             fused: see :meth:`loss`.
+            capacity: see :meth:`loss`.
             generator: random number generator; torch's default one if None.
             first: place of the first sequence in the batch of an optimiser step.
             count: number of sequences in that batch; None if these are all. The parts of a batch get the same random
@@ -324,5 +342,5 @@ class Diffusion(nn.Module):
             Nats per sequence times ``scale`` [B], float32, differentiable. For most objectives it is :meth:`loss` of
             noised sequences.
         """
-        options = LossOptions(scale=scale, fused=fused, first=first, count=count)
+        options = LossOptions(scale=scale, fused=fused, capacity=capacity, first=first, count=count)
         return self.objective.training_loss(self, x_0, t, options, generator)

@@ -159,8 +159,9 @@ class GenMD4(PositionLoss):
         score = (log_first - log_second) - (log_first - log_second).detach()
         reinforce = (first - second) * score
         reconstruction = self.reconstruction(diffusion, x_0).sum(1)
-        total: Tensor = nats.sum(0) + reinforce + options.scale * reconstruction
-        return total.float()
+        # in the dtype of the losses, so that they get one number as their gradient and not copies of it
+        total: Tensor = nats.sum(0) + (reinforce + options.scale * reconstruction).float()
+        return total
 
     def reconstruction(self, diffusion: Diffusion, x_0: Tensor) -> Tensor:
         """The part of the bound before the first time: masked positions there are guessed from the powers alone.

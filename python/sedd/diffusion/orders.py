@@ -32,7 +32,7 @@ __all__ = [
 def _time(walk: Walk, share: Tensor) -> Tensor:
     """The times [B] at which a position of each sequence is noise with ``share`` [B] of the probability at t = 1."""
     most = walk.schedule.moved(torch.ones((), dtype=torch.float64))
-    return walk.schedule.time(share.cpu() * most)
+    return walk.schedule.time(share * most)
 
 
 def _places(where: Tensor, values: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class FirstHittingSampler(Sampler):
         for _ in range(self.count(walk)):
             masked = walk.open()
             share = share * walk.uniform(len(share)) ** (1 / masked.sum(1).clamp(min=1).double())
-            chosen = _places(masked, walk.uniform(int(masked.sum()))) == 0
+            chosen = _places(masked, walk.uniform(len(walk.positions(masked)))) == 0
             walk.fill(masked & chosen, _time(walk, share))
             yield walk.tokens
 
@@ -104,7 +104,7 @@ class EntropyBoundedSampler(Sampler):
             places = _places(masked, found.entropy)
             before = torch.zeros_like(entropy).scatter(1, places, entropy).cumsum(1).gather(1, places) - entropy
             chosen = masked & (before <= self.gamma)
-            walk.write(chosen, found.token[chosen[masked]])
+            walk.write(masked, found.token, chosen)
             yield walk.tokens
 
 
@@ -143,16 +143,17 @@ class _Ordered(Sampler):
         for i in range(self.count(walk)):
             t, t_next = (GRIDS[self.grid]((1 - j / steps).clamp(min=0)) for j in (i, i + 1))
             where = walk.open()
-            if not bool(where.any()):  # at least one position in each step may take fewer steps
+            # at least one position in each step may take fewer steps
+            if not walk.whole_batch and not bool(where.any()):
                 return
             tokens, sure = self.ranked(walk.unmask(where, _time(walk, t)))
             if self.noise > 0:
                 gumbel = -(-walk.uniform(len(sure)).log()).log()
-                sure = sure + self.noise * t[where.nonzero()[:, 0]] * gumbel
+                sure = sure + self.noise * t[walk.positions(where) // where.shape[1]] * gumbel
             left = where.sum(1)
             wanted = (left - torch.ceil(size * t_next - 1e-6)).clamp(min=1)
             fixed = where & (_places(where, -sure) < wanted[:, None])
-            walk.write(fixed, tokens[fixed[where]])
+            walk.write(where, tokens, fixed)
             walk.free = walk.free & ~fixed
             yield walk.tokens
 

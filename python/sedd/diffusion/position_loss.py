@@ -73,7 +73,8 @@ class PositionLoss(Objective):
         if head is not None:
             for weight, arguments in terms:
                 by_row = weight.unsqueeze(-1) * scale if isinstance(weight, Tensor) else weight * scale
-                loss = type(self).linear_operator(hidden, *head, x_t, x_0, loss_weight=by_row, **arguments)
+                arguments = {**arguments, "loss_weight": by_row, "capacity": options.positions(x_t)}
+                loss = type(self).linear_operator(hidden, *head, x_t, x_0, **arguments)
                 total = total + loss.sum(1)
         else:
             rows = scored_rows(x_t, diffusion.process)

@@ -90,6 +90,7 @@ def sample(
     on_step: Callable[[int, int, Tensor], None] | None = None,
     progress: bool = False,
     autocast_dtype: torch.dtype | None = None,
+    whole_batch: bool = False,
 ) -> Tensor:
     """Draws sequences from the model, around given tokens if there are any.
 
@@ -115,6 +116,8 @@ def sample(
             [B, L].
         progress: show a progress bar.
         autocast_dtype: run the network under autocast in this dtype, e.g. torch.bfloat16.
+        whole_batch: all positions go through network and head in every step, so that no step waits for a GPU; see
+            :class:`sedd.diffusion.walk.Walk`.
 
     Returns:
         Tokens [B, L], int64.
@@ -149,6 +152,7 @@ def sample(
         fused=fused,
         generator=generator,
         autocast_dtype=autocast_dtype,
+        whole_batch=whole_batch,
     )
     total, training = sampler.count(walk), diffusion.training
     diffusion.train(False)

@@ -150,10 +150,17 @@ class TrainState:
         total = torch.zeros((), device=self.device)
         for part in range(config.accumulate):
             first = (part * world.data_size + world.data_rank) * size  # place in the batch of the step
-            tokens = next(self.batches)[world.data_rank * size :][:size].to(self.device)
+            tokens = next(self.batches)[world.data_rank * size :][:size]
+            if self.device.type != "cpu":
+                tokens = tokens.pin_memory()  # the copy of pinned memory waits for nothing
+            tokens = tokens.to(self.device, non_blocking=True)
             self._seed(first)
             times = sample_times(
-                count, self.diffusion.objective.earliest_time, antithetic=config.antithetic, generator=self.generator
+                count,
+                self.diffusion.objective.earliest_time,
+                antithetic=config.antithetic,
+                generator=self.generator,
+                device=self.device,
             )
             autocast = torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
             with world.synchronize(self.model, last=part == config.accumulate - 1):
@@ -164,6 +171,7 @@ class TrainState:
                         # gradients are averaged over the processes
                         scale=world.data_size / (count * tokens[0].numel()),
                         fused=config.fused_head,
+                        capacity=config.head_capacity,
                         generator=self.generator,
                         first=first,
                         count=count,
