@@ -100,6 +100,20 @@ def test_exp_is_accurate_to_two_ulp() -> None:
     assert float(((found - exact).abs() / ulp).max()) <= 2.0
 
 
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shift", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 200.0, -200.0])
+def test_shifts_beyond_the_range_of_exp(process_of: Process, dtype: torch.dtype, shift: float) -> None:
+    """The exponent of 16-bit types is one FMA of log-score and shift, with the infinities, zeros and NaN of float32."""
+    process, log_score = process_of(41), random_log_score((24, 41), dtype)
+    rows, shifts = random_rows(process, 24), torch.full((24,), shift, dtype=torch.float64)
+    found, exact = (
+        value_and_gradient(score_entropy_loss, v, rows, process, shifts) for v in (log_score, log_score.float())
+    )
+    for got, true in zip(found, exact, strict=True):
+        torch.testing.assert_close(got, true.to(got.dtype), rtol=1e-2, atol=1e-2, equal_nan=True)
+
+
 def test_one_token_has_nothing_to_learn() -> None:
     process, zeros = Uniform(1), torch.zeros(3, dtype=torch.int64)
     loss, gradient = value_and_gradient(

@@ -7,7 +7,7 @@
 // rejected are read once more. Probabilities need a second pass over every row, and a third one if they are clamped.
 // The same block starts the next pass immediately, so that the 200 KB of a row should come from the L2 cache (one row
 // per multiprocessor, 27 MB for 132 of them) and memory is read once. Instructions per element: 11 to 13 in a pass (8
-// of them for expf, with one MUFU.EX2), and 4 to 6 more for the clamp.
+// of them for expf, with one MUFU.EX2), 5 for 16-bit types, and 4 to 6 more for the clamp.
 //
 // Configuration: one block per row, because the total of a row combines the sums of its segments. The warps of a block
 // take segments in turn and store the sums in shared memory. After a barrier, the first warp draws the token, or

@@ -7,12 +7,12 @@
 // each segment of 2 KiB writes 4 or 8 bytes of partial sums, which are read once. A vector π is read from the L2 cache,
 // 4 bytes per element.
 //
-// Instructions per element: expf takes 8, with one MUFU.EX2. For whole vectors, the forward pass takes 12 (absorbing),
-// 13 (uniform) or 16 (vector π), and the backward pass 15 to 17, or 17 to 24 for a vector π. The start and the end of a
-// segment take another 4 (16-bit types) to 9 (float32). At 128 lanes per clock, a multiprocessor of an H100 issues the
-// instructions of about 6 elements per clock, and its share of the memory bandwidth is 14 bytes per clock. So memory
-// limits float32, and both limit bfloat16. With a vector π, which is read in words of 4 bytes, the L1 cache limits
-// bfloat16. docs/kernels.md has the counts from the machine code.
+// Instructions per element: expf takes 8, with one MUFU.EX2; the exp of 16-bit types takes 2. For whole vectors, the
+// forward pass takes 12 (absorbing), 13 (uniform) or 16 (vector π), and 5, 7 or 11 for 16-bit types; the backward pass
+// takes 16 to 24, and 7 to 10. The start and the end of a segment take another 4 (16-bit types) to 9 (float32). At 128
+// lanes per clock, a multiprocessor of an H100 issues the instructions of 6 float32 or 14 bfloat16 elements per clock,
+// and its share of the memory bandwidth is 14 bytes per clock. So memory limits both. With a vector π, which is read in
+// words of 4 bytes, the L1 cache limits bfloat16. docs/kernels.md has the counts from the machine code.
 //
 // Configuration: one warp per segment and eight warps per block, without shared memory or barriers (see segments.cuh).
 // The double-precision functions of a row, about 200 instructions, run once per row in separate kernels. In

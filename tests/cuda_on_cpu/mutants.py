@@ -452,9 +452,6 @@ MUTANTS = [
     Mutant("a vector has the weight of its last single entry", "draw.cuh", "sums[i] += value;", "sums[i] = value;"),
     Mutant("x among the entries of the drawn vector", "draw.cuh", "y < dim && y != x;", "y < dim;"),
     Mutant(
-        "a vector that rounding leaves behind has no entry", "draw.cuh", "w.lane >= 0 ? w.target : INFINITY", "w.target"
-    ),
-    Mutant(
         "16-bit scores are powers of another base",
         "vectors.cuh",
         "kLog2e = 0x1.715476p0f",

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <thread>
 
-#include "cuda/vectors.cuh"
+#include "cuda/draw.cuh"
 
 namespace {
 
@@ -414,6 +414,42 @@ CASE(powers_of_two) {
 #if !defined(__CUDACC__)
     CHECK(largest > 1.5);  // the emulation errs as much as the hardware may
 #endif
+}
+
+// The entry at a share of the weights of a segment; the values are the weights.
+__global__ void pick_kernel(const float* row, int dim, int segment, int x, double share, int* entry) {
+    const auto weight = [](int, float value) { return value; };
+    const int picked = sedd::pick_entry(row, dim, segment, x, weight, share);
+    if (threadIdx.x == 0) *entry = picked;
+}
+
+CASE(entries_of_a_segment) {
+    constexpr int dim = 1000, segment = 1, x = 700;
+    alignas(16) float row[dim + 1];
+    for (int i = 0; i <= dim; ++i) row[i] = i % 3 == 0 || i > 980 ? 0.0f : static_cast<float>(1 + i % 7);
+    for (const int head : {0, 1}) {
+        // a segment is 512 floats from a boundary of 16 bytes; the last entries of the row weigh nothing
+        const float* const from = row + head;
+        const int first = 512 - head;
+        double total = 0.0, sum = 0.0;
+        for (int y = first; y < dim; ++y) total += y == x ? 0.0 : from[y];
+        int entry = -7, last = -1;
+        for (int y = first; y < dim; ++y) {
+            if (y == x || from[y] == 0.0f) continue;
+            RUN(pick_kernel, 1, 32, 0, nullptr, from, dim, segment, x, (sum + 0.5) / total, &entry);
+            CHECK(entry == y);
+            sum += from[y];
+            last = y;
+        }
+        for (const double share : {1.0, 1.0 + 1e-15}) {  // rounding may lead behind the last entry
+            RUN(pick_kernel, 1, 32, 0, nullptr, from, dim, segment, x, share, &entry);
+            CHECK(entry == last);
+        }
+    }
+    const std::vector<float> nothing(1024, 0.0f);
+    int entry = -7;
+    RUN(pick_kernel, 1, 32, 0, nullptr, nothing.data(), 1000, 0, x, 0.5, &entry);
+    CHECK(entry == -1);
 }
 
 CASE(vectors) {
