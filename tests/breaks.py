@@ -196,6 +196,13 @@ BREAKS = [
         )
     ),
     Break(
+        "large tensors are in small pages",
+        "python/sedd/threads.py",
+        '    environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")\n',
+        '    environ.setdefault("THP_MEM_ALLOC_ENABLE", "0")\n',
+        "tests/test_threads.py -k huge_pages",
+    ),
+    Break(
         "a product into float32 replaces the sum",
         "sedd_ext/head.py",
         "torch.addmm(total, a, b, out_dtype=total.dtype, out=total)",

@@ -1,4 +1,4 @@
-"""What the commands set for OpenMP before torch is loaded, and that the kernels' loops go with torch's threads."""
+"""What the commands set for torch before it is loaded, and that the kernels' loops go with torch's threads."""
 
 from __future__ import annotations
 
@@ -56,7 +56,25 @@ def test_command_bounds_the_spin_of_torch() -> None:
     ids=lambda chosen: next(iter(chosen)),
 )
 def test_user_decides_how_threads_wait(chosen: dict[str, str]) -> None:
-    assert after_defaults(**chosen) == {}
+    assert after_defaults(**chosen).keys() == {"THP_MEM_ALLOC_ENABLE"}
+
+
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@linux_only
+@pytest.mark.skipif(not HUGE.exists() or "[never]" in HUGE.read_text(), reason="this system has no huge pages")
+def test_large_tensors_are_in_huge_pages() -> None:
+    """As the system counts them, with what the command sets; the user's choice stays."""
+    script = (
+        "import re, torch\nx = torch.ones(1 << 24)\n"
+        "print(sum(map(int, re.findall(r'AnonHugePages: *(\\d+)', open('/proc/self/smaps').read()))))"
+    )
+    command = [sys.executable, "-c", script]
+    environment = PLAIN | after_defaults()
+    pages = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert int(pages) > 32 << 10  # of 64 MiB
+    assert "THP_MEM_ALLOC_ENABLE" not in after_defaults(THP_MEM_ALLOC_ENABLE="0")
 
 
 def test_nothing_is_set_once_torch_is_loaded() -> None:

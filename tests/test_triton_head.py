@@ -249,7 +249,7 @@ def parts(head: Head, rows: Rows) -> list[list[Tensor]]:
     assert head.bias is not None
     for share in (slice(0, 60), slice(60, None), slice(None)):
         arguments = (head.hidden, head.weight[share], head.bias[share], *rows, shift, None, stationary)
-        options = (process.family, process.neg_entropy, process.dim, share.start or 0, "", torch.float32, 1 << 20)
+        options = (process.family, process.neg_entropy, process.dim, share.start or 0, "", torch.float32, 1 << 20, None)
         made.append(triton_head._forward(*arguments, *options, True, True, True))
     return made
 

@@ -1,8 +1,9 @@
-"""OpenMP settings of the commands, set before torch is imported: the number of threads and their spin time.
+"""Settings of the commands for torch on a CPU, set before torch is imported: threads, their spin time, large pages.
 
 torch uses OpenMP threads, which spin (wait in a loop) between two operators. This costs nothing if each thread has its
 own core. If other processes use some of the cores, spinning threads occupy cores that working threads need. GCC's
-runtime spins for 300,000 iterations, which takes several milliseconds. ``docs/performance.md`` has measurements.
+runtime spins for 300,000 iterations, which takes several milliseconds. The first write to new memory costs a page
+fault for each page of 4 KiB, unless the system is asked for huge pages. ``docs/performance.md`` has measurements.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ _SPINS = 2_000 if platform.machine() in ("x86_64", "AMD64") else 50_000
 
 
 def set_defaults(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Sets the OpenMP environment variables of this process, unless torch is imported or the user has set them.
+    """Sets environment variables of this process that torch reads, unless torch is imported or the user has set them.
 
     ``GOMP_SPINCOUNT`` limits the spin time of a waiting thread. It is set unless ``OMP_WAIT_POLICY``,
     ``GOMP_SPINCOUNT`` or a ``KMP_*`` variable (Intel's and LLVM's runtime) is set. ``OMP_NUM_THREADS`` is set to the
     CPU quota of the container, rounded down, if that is smaller than the number of CPUs available to the process.
+    ``THP_MEM_ALLOC_ENABLE`` lets torch ask for huge pages for tensors of 2 MB or more.
 
     Args:
         environ: the environment to change. The runtime reads the environment of the process once, when torch is
@@ -35,6 +37,7 @@ def set_defaults(environ: MutableMapping[str, str] = os.environ) -> None:
         return
     if not any(name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") or name.startswith("KMP_") for name in environ):
         environ["GOMP_SPINCOUNT"] = str(_SPINS)
+    environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     quota = cpu_quota()
     if quota is not None and "OMP_NUM_THREADS" not in environ:
         threads = max(1, int(quota))
