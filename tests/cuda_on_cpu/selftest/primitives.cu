@@ -426,7 +426,7 @@ __global__ void pick_kernel(const float* row, int dim, int segment, int x, doubl
 CASE(entries_of_a_segment) {
     constexpr int dim = 1000, segment = 1, x = 700;
     alignas(16) float row[dim + 1];
-    for (int i = 0; i <= dim; ++i) row[i] = i % 3 == 0 || i > 980 ? 0.0f : static_cast<float>(1 + i % 7);
+    for (int i = 0; i <= dim; ++i) row[i] = i % 3 == 0 || i > 982 ? 0.0f : static_cast<float>(1 + i % 7);
     for (const int head : {0, 1}) {
         // a segment is 512 floats from a boundary of 16 bytes; the last entries of the row weigh nothing
         const float* const from = row + head;
