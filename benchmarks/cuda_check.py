@@ -326,7 +326,9 @@ class Graph:
         paths = []
         for head, loop in sorted(main_loops(reached), key=lambda found: min(found[1])):
             nodes = loop.difference(*(part for part in self.loops(loop - {head}) if not part & wide))
-            paths.append(self.best(head, nodes, {node for node in loop if head in self.after[node]}))
+            path = self.best(head, nodes, {node for node in loop if head in self.after[node]})
+            if not any(i.opcode.startswith("VOTE.ANY") for i in path):  # lanes vote where an entry is drawn
+                paths.append(path)
         if wide and not paths:
             nodes = reached.difference(*self.loops(reached))
             paths.append(self.best(self.entry, nodes, self.ends("EXIT")))

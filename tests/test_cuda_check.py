@@ -220,7 +220,8 @@ LOOP = [*whole_vectors(), "@!P6 BRA head"]
 def test_loads_of_a_draw_are_in_no_main_loop(check: Any) -> None:
     """The path leads through the innermost loop with 128-bit loads, not through what surrounds or follows it."""
     nested = ["outer:", "LDG.E.128 R4, desc[UR4][R2.64]", "head:", *LOOP, "BAR.SYNC 0x0", "@!P5 BRA outer"]
-    for lines in (nested, ["head:", *LOOP, "LDG.E.128 R4, desc[UR4][R2.64]"]):
+    voting = ["draw:", "LDG.E.128 R4, desc[UR4][R2.64]", "VOTE.ANY R5, PT, P6", "@!P5 BRA draw"]
+    for lines in (nested, ["head:", *LOOP, "LDG.E.128 R4, desc[UR4][R2.64]"], ["head:", *LOOP, *voting]):
         (path,) = check.Graph(
             check.parse_sass(assemble(SUMS, ["S2R R23, SR_TID.X", *lines, "EXIT"]))[SUMS]
         ).main_paths()

@@ -16,8 +16,9 @@ struct Normaliser {
     static __device__ __forceinline__ Normaliser none() { return {-bit_cast<float>(0x7f800000u), Real(0)}; }
 
     // exp((l - top) · by) for l ≤ top; 0 for l = -inf, even if top is -inf too. What is compared with -inf is `top`,
-    // which the logits of a vector have in common.
+    // which the logits of a vector have in common, except in float64, where it saves a call.
     static __device__ __forceinline__ Real relative(Real l, Real top, Real by = Real(1)) {
+        if constexpr (sizeof(T) == 8) return l == none().top ? Real(0) : exponential((l - top) * by);
         return exponential_of<T>(l - (top == none().top ? Real(0) : top), by);
     }
 
