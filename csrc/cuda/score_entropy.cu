@@ -212,7 +212,7 @@ __device__ __forceinline__ int in_tile(const ScoreEntropyTileParams& p, int64_t 
 // Prepares a row for the other kernels: its numbers (first tile), the numbers of its gradient, and ℓ_{x0} before the
 // gradient overwrites it. A bad row gets the weight NaN.
 template <Family P, class T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)  // without the 1, nvcc stops at 48 registers and spills two
     tile_numbers_kernel(ScoreEntropyTileParams p, GradientNumbers<RealOf<T>>* numbers) {
     using Real = RealOf<T>;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
