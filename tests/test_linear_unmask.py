@@ -273,7 +273,7 @@ def test_rows_without_a_softmax(value: float, backend: Backend) -> None:
         ({"top_p": 2}, ValueError, r"top_p: expected a number in \(0, 1\], got 2"),
         ({"statistics": ("x",)}, ValueError, "statistics: expected some of"),
         ({"row_ids": torch.zeros(4).long()}, ValueError, r"row_ids: expected shape \[3\]"),
-        ({"buffer_bytes": 0}, ValueError, "buffer_bytes: expected a positive int, got 0"),
+        ({"buffer_bytes": 0}, ValueError, "buffer_bytes: expected a positive int or None, got 0"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
