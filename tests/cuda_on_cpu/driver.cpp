@@ -1795,7 +1795,7 @@ std::string run_on(const std::string& family, int device) {
                                   where);
     } else if (family == "score_entropy") {
         error = sedd::score_entropy_cuda({log_score.data(), x.data(), x.data(), noise.data(), nullptr, nullptr, nullptr,
-                                          &out, -std::log(3.0), 1, 3, DType::float32, Family::uniform},
+                                          nullptr, &out, -std::log(3.0), 1, 3, DType::float32, Family::uniform},
                                          where);
     } else if (family == "generalized_masked") {
         double numbers[5];
