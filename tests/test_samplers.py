@@ -632,14 +632,16 @@ def test_filling_computes_no_statistics(monkeypatch):
 @pytest.mark.parametrize("name", ["uniform", "hybrid"])
 def test_statistics_of_other_processes_are_those_of_the_denoising_step(name):
     process = PROCESSES[name]
-    model, x_t = noised(process, 0.5, 200)
-    walk = Walk(model, x_t, torch.ones_like(x_t, dtype=torch.bool), generator=seeded())
-    t = torch.full((200,), 0.5, dtype=torch.float64)
-    found = walk.unmask(walk.open(), t)
-    probs = walk.probs(walk.open(), 0.5, model.schedule.reverse_step(t[0], None), denoise=True)
-    torch.testing.assert_close(found.max_prob, probs.max(1).values)
-    torch.testing.assert_close(found.log_prob, probs.gather(1, found.token[:, None])[:, 0].log())
-    assert int(found.token.max()) < TOKENS
+    exact, x_t = noised(process, 0.5, 200)  # predicts clean tokens
+    scores = diffusion(TrueScore(process, torch.full((TOKENS,), 1 / TOKENS)), process, exact.schedule)
+    for model in (exact, scores):
+        walk = Walk(model, x_t, torch.ones_like(x_t, dtype=torch.bool), generator=seeded())
+        t = torch.full((200,), 0.5, dtype=torch.float64)
+        found = walk.unmask(walk.open(), t)
+        probs = walk.probs(walk.open(), 0.5, model.schedule.reverse_step(t[0], None), denoise=True)
+        torch.testing.assert_close(found.max_prob, probs.max(1).values)
+        torch.testing.assert_close(found.log_prob, probs.gather(1, found.token[:, None])[:, 0].log())
+        assert int(found.token.max()) < TOKENS
 
 
 @pytest.mark.parametrize("name", ["loglinear", "geometric", "cosine", "polynomial"])
