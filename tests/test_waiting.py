@@ -19,7 +19,7 @@ from sedd.diffusion.walk import Walk
 from sedd.network import DiffusionTransformer, ModelConfig
 from sedd.training.parallel import World
 from sedd.training.state import TrainState
-from sedd_ext import Absorbing, Hybrid, RankOne, Tweedie, Uniform
+from sedd_ext import Absorbing, Hybrid, RankOne, Tweedie, Uniform, score_entropy_loss
 
 N, LENGTH, BATCH = 30, 12, 4
 PROCESSES: dict[str, RankOne] = {"absorbing": Absorbing(N), "uniform": Uniform(N), "hybrid": Hybrid(N, 0.3)}
@@ -61,6 +61,22 @@ def model_of(objective: str, kind: str, **sizes: Any) -> Diffusion:
             nn.init.normal_(parameter, std=0.3)
     schedule = get_schedule("loglinear")
     return Diffusion(network, process, schedule, goal, goal.parameterization(config))
+
+
+@needs_no_cuda
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+@pytest.mark.parametrize("kind", PROCESSES)
+def test_a_loss_and_its_gradient_in_one_sweep_never_wait(kind: str, factor: float) -> None:
+    """The kernel of the backward pass compares the factor, whatever it is."""
+    process = PROCESSES[kind]
+    with absent_gpu() as launched, torch.device(ABSENT):
+        log_score = torch.zeros(BATCH, process.dim, requires_grad=True)
+        x_t, sigma = torch.zeros(BATCH, dtype=torch.int64), torch.ones(BATCH, dtype=torch.float64)
+        with NeverWaits(ABSENT):
+            loss = score_entropy_loss(log_score, x_t, x_t, sigma, process, loss_weight=sigma, reduction="mean")
+            (factor * loss).backward()
+        assert log_score.grad is not None
+    assert launched == ["score_entropy_tile", "score_entropy_backward"]
 
 
 # ---- training ----

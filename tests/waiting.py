@@ -63,6 +63,8 @@ IMPLEMENTATIONS = {
     "sample_transition": transition._sample,
     "score_entropy": score_entropy._forward,
     "score_entropy_backward": score_entropy._backward,
+    "score_entropy_rescale": score_entropy._rescale,
+    "score_entropy_sweep": score_entropy._sweep,
     "unmask": _unmask,
 }
 """The operators that are looked into."""
