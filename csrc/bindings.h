@@ -53,8 +53,8 @@ constexpr auto fields_of(const ScoreEntropyTileParams*) {
     return std::make_tuple(SEDD_FIELD(log_score), SEDD_FIELD(x_t), SEDD_FIELD(x_0), SEDD_FIELD(sigma),
                            SEDD_FIELD(shift), SEDD_FIELD(stationary), SEDD_FIELD(grad_loss), SEDD_FIELD(gradient),
                            SEDD_FIELD(sweeps), SEDD_FIELD(out), SEDD_FIELD(neg_entropy), SEDD_FIELD(rows),
-                           SEDD_FIELD(width), SEDD_FIELD(first), SEDD_FIELD(begin), SEDD_FIELD(dim), SEDD_FIELD(dtype),
-                           SEDD_FIELD(family));
+                           SEDD_FIELD(width), SEDD_FIELD(stride), SEDD_FIELD(first), SEDD_FIELD(begin), SEDD_FIELD(dim),
+                           SEDD_FIELD(dtype), SEDD_FIELD(family));
 }
 
 constexpr auto fields_of(const MeanPredictionParams*) {
@@ -62,8 +62,8 @@ constexpr auto fields_of(const MeanPredictionParams*) {
     return std::make_tuple(SEDD_FIELD(logits), SEDD_FIELD(x_t), SEDD_FIELD(x_0), SEDD_FIELD(sigma), SEDD_FIELD(sigma_s),
                            SEDD_FIELD(stationary), SEDD_FIELD(grad_loss), SEDD_FIELD(numbers), SEDD_FIELD(row_logits),
                            SEDD_FIELD(row_sums), SEDD_FIELD(out), SEDD_FIELD(rows), SEDD_FIELD(width),
-                           SEDD_FIELD(first), SEDD_FIELD(dim), SEDD_FIELD(mask), SEDD_FIELD(dtype), SEDD_FIELD(family),
-                           SEDD_FIELD(stage));
+                           SEDD_FIELD(stride), SEDD_FIELD(first), SEDD_FIELD(dim), SEDD_FIELD(mask), SEDD_FIELD(dtype),
+                           SEDD_FIELD(family), SEDD_FIELD(stage));
 }
 
 constexpr auto fields_of(const ReverseParams*) {
@@ -78,8 +78,8 @@ constexpr auto fields_of(const ReverseTileParams*) {
     return std::make_tuple(SEDD_FIELD(log_score), SEDD_FIELD(x_t), SEDD_FIELD(noise), SEDD_FIELD(shift),
                            SEDD_FIELD(stationary), SEDD_FIELD(draws), SEDD_FIELD(sums), SEDD_FIELD(targets),
                            SEDD_FIELD(out), SEDD_FIELD(seed), SEDD_FIELD(row_ids), SEDD_FIELD(rows), SEDD_FIELD(width),
-                           SEDD_FIELD(first), SEDD_FIELD(dim), SEDD_FIELD(forbidden), SEDD_FIELD(dtype),
-                           SEDD_FIELD(family), SEDD_FIELD(step), SEDD_FIELD(sweep));
+                           SEDD_FIELD(stride), SEDD_FIELD(first), SEDD_FIELD(dim), SEDD_FIELD(forbidden),
+                           SEDD_FIELD(dtype), SEDD_FIELD(family), SEDD_FIELD(step), SEDD_FIELD(sweep));
 }
 
 constexpr auto fields_of(const ReverseChoiceParams*) {
@@ -94,16 +94,16 @@ constexpr auto fields_of(const ReverseMeanParams*) {
     return std::make_tuple(SEDD_FIELD(logits), SEDD_FIELD(x_t), SEDD_FIELD(noise), SEDD_FIELD(sigma),
                            SEDD_FIELD(stationary), SEDD_FIELD(cumulative), SEDD_FIELD(power), SEDD_FIELD(sums),
                            SEDD_FIELD(targets), SEDD_FIELD(out), SEDD_FIELD(seed), SEDD_FIELD(row_ids),
-                           SEDD_FIELD(rows), SEDD_FIELD(width), SEDD_FIELD(first), SEDD_FIELD(most), SEDD_FIELD(dim),
-                           SEDD_FIELD(mask), SEDD_FIELD(forbidden), SEDD_FIELD(dtype), SEDD_FIELD(family),
-                           SEDD_FIELD(step));
+                           SEDD_FIELD(rows), SEDD_FIELD(width), SEDD_FIELD(stride), SEDD_FIELD(first), SEDD_FIELD(most),
+                           SEDD_FIELD(dim), SEDD_FIELD(mask), SEDD_FIELD(forbidden), SEDD_FIELD(dtype),
+                           SEDD_FIELD(family), SEDD_FIELD(step));
 }
 
 constexpr auto fields_of(const UnmaskParams*) {
     using Struct = UnmaskParams;
     return std::make_tuple(SEDD_FIELD(logits), SEDD_FIELD(states), SEDD_FIELD(out), SEDD_FIELD(argmax),
                            SEDD_FIELD(numbers), SEDD_FIELD(seed), SEDD_FIELD(row_ids), SEDD_FIELD(rows),
-                           SEDD_FIELD(width), SEDD_FIELD(first), SEDD_FIELD(dim), SEDD_FIELD(mask),
+                           SEDD_FIELD(width), SEDD_FIELD(stride), SEDD_FIELD(first), SEDD_FIELD(dim), SEDD_FIELD(mask),
                            SEDD_FIELD(temperature), SEDD_FIELD(top_p), SEDD_FIELD(dtype));
 }
 
@@ -118,8 +118,8 @@ constexpr auto fields_of(const GeneralizedMaskedParams*) {
     using Struct = GeneralizedMaskedParams;
     return std::make_tuple(SEDD_FIELD(logits), SEDD_FIELD(power), SEDD_FIELD(x_t), SEDD_FIELD(x_0), SEDD_FIELD(t),
                            SEDD_FIELD(grad_loss), SEDD_FIELD(numbers), SEDD_FIELD(row_sums), SEDD_FIELD(out),
-                           SEDD_FIELD(rows), SEDD_FIELD(width), SEDD_FIELD(first), SEDD_FIELD(dim), SEDD_FIELD(dtype),
-                           SEDD_FIELD(stage));
+                           SEDD_FIELD(rows), SEDD_FIELD(width), SEDD_FIELD(stride), SEDD_FIELD(first), SEDD_FIELD(dim),
+                           SEDD_FIELD(dtype), SEDD_FIELD(stage));
 }
 
 constexpr auto fields_of(const CpuLaunch*) {

@@ -46,9 +46,10 @@ struct GeneralizedMaskedParams {
     void* out;  // forward: loss [rows] of the compute type; backward: gradient [rows, width] of dtype, which may be the
                 // logits' memory; power: float64 [width], the gradient of w
     int64_t rows;
-    int64_t width;  // dim, unless the vocabulary is split over processes
-    int64_t first;  // 0, unless it is
-    int64_t dim;    // MASK is the last token
+    int64_t width;   // dim, unless the vocabulary is split over processes
+    int64_t stride;  // elements from a row of the logits, or of their gradient, to the next
+    int64_t first;   // 0, unless it is
+    int64_t dim;     // MASK is the last token
     DType dtype;
     Stage stage;  // forward only, and not Stage::sums
 };

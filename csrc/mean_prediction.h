@@ -67,8 +67,9 @@ struct MeanPredictionParams {
     void* out;  // forward: loss [rows] of the compute type; backward: gradient [rows, width] of dtype, which may be
                 // the memory of the logits
     int64_t rows;
-    int64_t width;  // dim, unless the vocabulary is split over processes
-    int64_t first;  // 0, unless it is
+    int64_t width;   // dim, unless the vocabulary is split over processes
+    int64_t stride;  // elements from a row of the logits, or of their gradient, to the next
+    int64_t first;   // 0, unless it is
     int64_t dim;
     int64_t mask;  // the token whose logit is ignored, or -1
     DType dtype;

@@ -154,6 +154,7 @@ struct ReverseTileParams {
     const int64_t* row_ids;  // [rows] index of the row in the whole batch; selects its random numbers
     int64_t rows;
     int64_t width;
+    int64_t stride;  // elements from a row of the log-scores to the next
     int64_t first;
     int64_t dim;
     int64_t forbidden;

@@ -49,7 +49,8 @@ struct ReverseMeanParams {
     const int64_t* seed;       // [1]; sampling only
     const int64_t* row_ids;    // [rows] index of the row in the whole batch, or null; selects its random numbers
     int64_t rows;
-    int64_t width;  // dim, unless the vocabulary is split
+    int64_t width;   // dim, unless the vocabulary is split
+    int64_t stride;  // elements from a row of the logits to the next; for probabilities dim
     int64_t first;
     int64_t most;  // process r of P has the entries [r most, (r + 1) most)
     int64_t dim;

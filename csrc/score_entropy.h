@@ -104,6 +104,7 @@ struct ScoreEntropyTileParams {
     double neg_entropy;
     int64_t rows;
     int64_t width;
+    int64_t stride;  // elements from a row of the log-scores, or of their gradient, to the next
     int64_t first;
     int64_t begin;  // the first entry of this process, 0 unless the vocabulary is split over processes
     int64_t dim;

@@ -52,6 +52,7 @@ struct UnmaskParams {
     const int64_t* row_ids;  // [rows] selects the random numbers of a row; null: its index
     int64_t rows;
     int64_t width;
+    int64_t stride;  // elements from a row of the logits to the next
     int64_t first;
     int64_t dim;
     int64_t mask;        // MASK, whose logit is ignored, or -1

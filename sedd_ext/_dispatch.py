@@ -154,6 +154,11 @@ def fresh(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def row_stride_of(rows: Tensor) -> int:
+    """The elements from a row to the next, of contiguous rows [*B, N] or of a matrix with any distance of rows."""
+    return rows.stride(0) if rows.dim() == 2 else rows.size(-1)
+
+
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     """``tensor.contiguous()``, or None."""
     return None if tensor is None else tensor.contiguous()
@@ -222,8 +227,8 @@ def launch(kernel: str, **arguments: Any) -> Status:
     Args:
         kernel: its name in the extension, without the device.
         arguments: all arguments of the kernel by name, as ``_C.arguments`` lists them, except for threads, workspace,
-            stream and device, which this function adds. Values are contiguous tensors, which the call keeps alive,
-            None, numbers and codes.
+            stream and device, which this function adds. Values are tensors, which the call keeps alive, None, numbers
+            and codes. Tensors are contiguous, except for rows with a ``stride``.
 
     Returns:
         The first bad row; on a GPU (0, -1), as the call does not wait.

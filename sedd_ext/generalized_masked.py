@@ -88,6 +88,7 @@ def _launch(
         out=out,
         rows=x_t.numel(),
         width=logits.size(-1),
+        stride=logits.size(-1),
         first=0,
         dim=logits.size(-1),
         dtype=DTYPES[logits.dtype],

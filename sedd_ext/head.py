@@ -25,6 +25,7 @@ from sedd_ext.split import Share, Sums, check_split
 __all__: list[str] = []
 
 _TORCH = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
+_ROW_BYTES = 64
 
 
 def buffer_size(buffer_bytes: object, device: torch.device, whole_rows: bool) -> int:
@@ -168,7 +169,7 @@ class Tile(NamedTuple):
     """Log-scores of some rows and some entries of the vocabulary, in the head's buffer.
 
     Attributes:
-        log_score: [r, v]; a kernel may overwrite it with its gradient.
+        log_score: [r, v], with rows that start at multiples of 64 bytes; a kernel may overwrite it with its gradient.
         hidden: the hidden states of the rows [r, d].
         weight: the weights of the entries [v, d], in the dtype of the products.
         bias: the biases of the entries [v], likewise, or None.
@@ -196,6 +197,7 @@ class Tile(NamedTuple):
             "log_score": self.log_score,
             "rows": rows,
             "width": width,
+            "stride": self.log_score.stride(0),
             "first": self.first,
             "dim": dim,
             "dtype": DTYPES[self.log_score.dtype],
@@ -236,7 +238,7 @@ class Head(NamedTuple):
         """
         dtype, rows, count, device = self.hidden.dtype, self.hidden.shape[0], self.weight.shape[0], self.hidden.device
         chunk, width = tile_shape(rows, self.most or count, dtype, device, self.buffer_bytes, self.whole_rows)
-        buffer = self.hidden.new_empty(min(chunk, rows) * min(width, count))
+        buffer = self.hidden.new_empty(min(chunk, rows) * row_stride(min(width, count), dtype))
         for start in range(-(self.first % width) if self.on_grid else 0, count, width):
             entries = slice(max(start, 0), start + width)
             weight = self.weight[entries].to(dtype)
@@ -343,8 +345,18 @@ def tile_shape(
     The rows are divided into the fewest equal parts that fit into the buffer.
     """
     width = dim if whole_rows else min(dim, 2048 if device.type == "cpu" else 8192)
-    parts = max(1, -(-rows * width * dtype.itemsize // buffer_bytes))
+    parts = max(1, -(-rows * row_stride(width, dtype) * dtype.itemsize // buffer_bytes))
     return max(1, -(-rows // parts)), width
+
+
+def row_stride(width: int, dtype: torch.dtype) -> int:
+    """The entries from a row of a tile to the next, of which ``width`` are used: a multiple of 64 bytes.
+
+    A GPU's fast matrix products need rows that start at multiples of 16 bytes, and 50,258 bfloat16 are not one. On the
+    CPU, MKL multiplies into rows that start at cache lines 1.4 times as fast as into others.
+    """
+    entries = _ROW_BYTES // dtype.itemsize
+    return -(-width // entries) * entries
 
 
 def product(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
@@ -356,8 +368,9 @@ def product(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor)
 
 
 def _room(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
-    shape = hidden.shape[0], weight.shape[0]
-    return buffer[: shape[0] * shape[1]].view(shape)
+    rows, width = hidden.shape[0], weight.shape[0]
+    stride = row_stride(width, hidden.dtype)
+    return buffer[: rows * stride].view(rows, stride)[:, :width]
 
 
 def float16_unit(bound: Tensor, tile: Tile) -> Tensor:

@@ -91,6 +91,7 @@ def _launch_tile(
         out=out,
         rows=tile.log_score.shape[0],
         width=tile.log_score.shape[1],
+        stride=tile.log_score.stride(0),
         first=tile.first,
         dim=power.numel(),
         dtype=DTYPES[tile.log_score.dtype],

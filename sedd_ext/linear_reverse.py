@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from sedd_ext import _C
 from sedd_ext._dispatch import (
@@ -24,7 +25,7 @@ from sedd_ext._dispatch import (
     stationary_for,
 )
 from sedd_ext._operators import define, schema
-from sedd_ext.head import Head, Rows, buffer_size, check_head, product, tile_shape
+from sedd_ext.head import Head, Rows, buffer_size, check_head, tile_shape
 from sedd_ext.linear_reverse_mean import Output, Product, sample_tempered
 from sedd_ext.process import RankOne
 from sedd_ext.reverse import check_tempering, draw_tempered
@@ -202,7 +203,7 @@ def _sweep_split(a: Arguments, rows: Tensor, draws: Tensor, seed: Tensor, sweep:
     exchange.start(drawn)
     exchange.wait()
     draws[:, -2:] = drawn.view(torch.float64)
-    end = {"log_score": s.hidden.new_empty(0), "rows": len(rows), "width": 0, "first": a.dim}
+    end = {"log_score": s.hidden.new_empty(0), "rows": len(rows), "width": 0, "stride": 0, "first": a.dim}
     s.launch(slice(0, None), **end, dim=a.dim, dtype=DTYPES[a.dtype])
     return s.out
 
@@ -236,7 +237,7 @@ def _sample_tempered(a: Arguments, temperature: float, top_p: float, generator: 
     chunk = max(1, a.buffer_bytes // (dim * 16))
     for at, here in zip(rows.split(chunk), drawn.split(chunk), strict=True):
         x = out[at]
-        log_score = product(hidden[at].to(a.dtype), w, b, w.new_empty(len(at) * dim))
+        log_score = linear(hidden[at].to(a.dtype), w, b)
         shift = None if shifts is None else shifts[at]
         probs = torch.ops.sedd_ext.reverse_probs(
             log_score, x, noise[at], shift, a.stationary, a.family, a.step, a.forbidden

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from sedd_ext._dispatch import DTYPES, check_same_device, draw_seed
+from sedd_ext._dispatch import DTYPES, check_same_device, draw_seed, row_stride_of
 from sedd_ext._operators import define, schema
-from sedd_ext.head import buffer_size, check_head, product
+from sedd_ext.head import buffer_size, check_head, product, row_stride
 from sedd_ext.split import Share, gather
 from sedd_ext.unmask import STATISTICS, Draw, Results, Unmasked, check_draw, fake_results, raise_bad_row, unmasked
 
@@ -67,11 +67,20 @@ def _unmask(*arguments: Any) -> tuple[Tensor, Tensor]:
     draw = draw._replace(row_ids=row_ids.contiguous())
     chunk, width = _tile_shape(count, draw.top_p < 1.0, a)
     hidden = pad(a.hidden.reshape(rows, a.hidden.shape[-1]).to(a.dtype), (0, 0, 0, -rows % chunk))
-    buffer = hidden.new_empty(chunk * width)
+    buffer = hidden.new_empty(chunk * row_stride(width, a.dtype))
     results = Results.empty(rows, draw.statistics, a.hidden)
 
     def launch(logits: Tensor, at: slice, **tile: int) -> None:
-        bad = results.launch(draw, seed, at, logits=logits, rows=at.stop - at.start, dtype=DTYPES[a.dtype], **tile)
+        bad = results.launch(
+            draw,
+            seed,
+            at,
+            logits=logits,
+            rows=at.stop - at.start,
+            stride=row_stride_of(logits),
+            dtype=DTYPES[a.dtype],
+            **tile,
+        )
         if bad >= 0:
             raise_bad_row("hidden", bad, batch)
 
@@ -111,6 +120,7 @@ def _merged(parts: Tensor, draw: Draw, seed: Tensor) -> Tensor:
         logits=(draws.log() + by * factor).T.contiguous(),
         rows=rows,
         width=count,
+        stride=count,
         first=0,
         dim=count,
         dtype=DTYPES[parts.dtype],

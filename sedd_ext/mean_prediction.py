@@ -24,6 +24,7 @@ from sedd_ext._dispatch import (
     launch,
     per_row,
     raise_fault,
+    row_stride_of,
     stationary_for,
 )
 from sedd_ext._operators import define
@@ -67,6 +68,7 @@ def launch_mean_prediction(
         out=out,
         rows=others["x_t"].numel(),
         width=width,
+        stride=row_stride_of(logits),
         first=first,
         dim=width if dim is None else dim,
         dtype=DTYPES[logits.dtype],

@@ -26,6 +26,7 @@ from sedd_ext._dispatch import (
     launch,
     per_row,
     raise_fault,
+    row_stride_of,
     stationary_for,
 )
 from sedd_ext._operators import define, schema
@@ -132,7 +133,7 @@ def launch_mean(kernel: str, out: Tensor, log_score: Tensor, numbers: Numbers, *
     whole = {"sums": None, "targets": None, "width": width, "first": 0, "most": width, "dim": width}
     return launch(
         kernel,
-        logits=log_score.contiguous(),
+        logits=log_score,
         x_t=numbers.x_t.contiguous(),
         noise=numbers.noise.contiguous(),
         sigma=contiguous(numbers.sigma),
@@ -141,6 +142,7 @@ def launch_mean(kernel: str, out: Tensor, log_score: Tensor, numbers: Numbers, *
         power=contiguous(numbers.power),
         out=out,
         rows=numbers.x_t.numel(),
+        stride=row_stride_of(log_score),
         mask=numbers.mask,
         forbidden=numbers.forbidden,
         dtype=DTYPES[log_score.dtype],
@@ -181,7 +183,7 @@ def _probs_fake(log_score: Tensor, *_: Any) -> Tensor:
 def _probs(log_score: Tensor, *rest: Any) -> Tensor:
     numbers, out = Numbers(*rest), fresh(_probs_fake(log_score))
     check_numbers(numbers)
-    status = launch_mean("reverse_mean_probs", out, log_score, numbers, seed=None, row_ids=None)
+    status = launch_mean("reverse_mean_probs", out, log_score.contiguous(), numbers, seed=None, row_ids=None)
     raise_mean_fault(status, numbers, log_score.size(-1))
     return out
 
@@ -195,7 +197,7 @@ def _sample(log_score: Tensor, *rest: Any) -> Tensor:
     numbers = Numbers(*given)
     out = _sample_fake(log_score, numbers.x_t)
     check_numbers(numbers)
-    status = launch_mean("reverse_mean_sample", out, log_score, numbers, seed=seed, row_ids=None)
+    status = launch_mean("reverse_mean_sample", out, log_score.contiguous(), numbers, seed=seed, row_ids=None)
     raise_mean_fault(status, numbers, log_score.size(-1))
     return out
 

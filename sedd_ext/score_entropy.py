@@ -105,13 +105,14 @@ def _sweep(loss_weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         gradient=gradient,
         sweeps=a.sigma.new_empty(a.x_t.numel(), _C.score_entropy_sweep_numbers),
         width=a.log_score.size(-1),
+        stride=a.log_score.size(-1),
         first=0,
         begin=0,
     )
     return loss, gradient
 
 
-def _rescale(gradient: Tensor, factor: Tensor, loss_weight: Tensor, *arguments: Any) -> None:
+def _sweep_backward(gradient: Tensor, factor: Tensor, loss_weight: Tensor, *arguments: Any) -> None:
     _launch_backward(gradient, loss_weight * factor, factor, Arguments(*arguments))
 
 
@@ -122,15 +123,15 @@ define(
     _backward,
     lambda _, *a: _gradient(Arguments(*a)),
 )
-# the loss, and the gradient of loss_weight · loss, which rescale multiplies by a factor that is not 1
+# the loss, and the gradient of loss_weight · loss, which the second operator computes again if the factor is not 1
 define(
     f"score_entropy_sweep(Tensor loss_weight, {_ARGUMENTS}) -> (Tensor, Tensor)",
     _sweep,
     lambda _, *a: (_loss(Arguments(*a)), _gradient(Arguments(*a))),
 )
 define(
-    f"score_entropy_rescale(Tensor(a!) gradient, Tensor factor, Tensor loss_weight, {_ARGUMENTS}) -> ()",
-    _rescale,
+    f"score_entropy_sweep_backward(Tensor(a!) gradient, Tensor factor, Tensor loss_weight, {_ARGUMENTS}) -> ()",
+    _sweep_backward,
     lambda *_: None,
 )
 
@@ -140,12 +141,12 @@ _Gradient = gradient_function(
 )
 
 
-def _rescaled(gradient: Tensor, *others: Any) -> Tensor:
-    torch.ops.sedd_ext.score_entropy_rescale(gradient, *others)
+def _in_place(gradient: Tensor, *others: Any) -> Tensor:
+    torch.ops.sedd_ext.score_entropy_sweep_backward(gradient, *others)
     return gradient
 
 
-_Rescaled = gradient_function("score_entropy_loss", _rescaled)
+_SweepGradient = gradient_function("score_entropy_loss", _in_place)
 
 
 class _ScoreEntropy(torch.autograd.Function):
@@ -187,7 +188,7 @@ class _WeightedSum(torch.autograd.Function):
         if gradient is None:
             grad = _Gradient.apply(factor * loss_weight, *arguments)
         else:
-            grad = _Rescaled.apply(gradient, factor.double(), loss_weight, *arguments)
+            grad = _SweepGradient.apply(gradient, factor.double(), loss_weight, *arguments)
         return None, grad, *[None] * 7
 
 

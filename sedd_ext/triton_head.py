@@ -60,9 +60,10 @@ def tile_kernel(  # type: ignore[no-untyped-def]
     grad_loss,  # [rows] float64, or None: no gradient
     sweeps,  # [rows, sweep_numbers] float64: the kernel reads the numbers of the rows and writes ℓ_{x0}
     sums,  # [1 or 2, blocks of entries, rows]: receives Σ s_y and, unless absorbing, Σ π_y ℓ_y (Σ ℓ_y for a constant π)
-    gradient,  # [rows, width]: receives the gradient
+    gradient,  # [rows, width], with rows at distances of `stride`: receives the gradient
     rows,
     width,
+    stride,
     first,
     dim,
     sweep_numbers,
@@ -116,7 +117,7 @@ def tile_kernel(  # type: ignore[no-untyped-def]
             g -= tl.where(is_other, slope.to(tl.float32)[:, None] * pi, 0.0)
         g -= tl.where(is_x_0, special.to(tl.float32)[:, None], 0.0)  # 0 where x_0 is x
         is_here = is_row[:, None] & is_entry[None, :]
-        tl.store(gradient + row[:, None] * width + entry[None, :], g.to(gradient.dtype.element_ty), is_here)
+        tl.store(gradient + row[:, None] * stride + entry[None, :], g.to(gradient.dtype.element_ty), is_here)
 
 
 def tile_epilogue(tile: Tile, given: dict[str, Any]) -> Status:
@@ -133,7 +134,7 @@ def tile_epilogue(tile: Tile, given: dict[str, Any]) -> Status:
     sweeps = given["sweeps"]
     if tile.first == given["begin"]:
         # the kernel prepares the rows when it gets their first tile; one entry is enough, and its sums are dropped
-        one = {"log_score": tile.log_score.new_zeros(rows, 1), "width": 1, "gradient": None}
+        one = {"log_score": tile.log_score.new_zeros(rows, 1), "width": 1, "stride": 1, "gradient": None}
         status = launch("score_entropy_tile", **given | one)
         if status[0]:
             return status
@@ -157,6 +158,7 @@ def tile_epilogue(tile: Tile, given: dict[str, Any]) -> Status:
             tile.log_score,
             rows,
             width,
+            tile.log_score.stride(0),
             tile.first,
             given["dim"],
             sweeps.shape[1],

@@ -169,6 +169,7 @@ def _unmask(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         logits=logits.contiguous(),
         rows=rows,
         width=dim,
+        stride=dim,
         first=0,
         dim=dim,
         dtype=DTYPES[logits.dtype],

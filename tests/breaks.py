@@ -203,6 +203,20 @@ BREAKS = [
         "tests/test_threads.py -k huge_pages",
     ),
     Break(
+        "rows of a tile follow each other",
+        "sedd_ext/head.py",
+        "    return -(-width // entries) * entries\n",
+        "    return width\n",
+        "tests/test_linear_score_entropy.py -k start_at_cache_lines",
+    ),
+    Break(
+        "a kernel is told that the rows of a tile follow each other",
+        "sedd_ext/head.py",
+        '            "stride": self.log_score.stride(0),\n',
+        '            "stride": width,\n',
+        "tests/test_linear_score_entropy.py -k one_buffer_or_many",
+    ),
+    Break(
         "a product into float32 replaces the sum",
         "sedd_ext/head.py",
         "torch.addmm(total, a, b, out_dtype=total.dtype, out=total)",

@@ -143,7 +143,7 @@ def test_gradients_are_not_computed_where_none_is_needed(launches: list[tuple[st
 
 def test_the_buffer_holds_whole_rows(launches: list[tuple[str, int]]) -> None:
     rows, head = clean_rows(Uniform(27), 10), random_head(10, 27, torch.float32)
-    for buffer_bytes, expected in ((1, [1] * 10), (27 * 4 * 5, [5, 5]), (1 << 26, [10])):
+    for buffer_bytes, expected in ((1, [1] * 10), (32 * 4 * 5, [5, 5]), (1 << 26, [10])):
         launches.clear()
         linear_mean_prediction_loss(*head, *rows, Uniform(27), buffer_bytes=buffer_bytes)
         assert [count for _, count in launches] == expected

@@ -93,7 +93,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "score_entropy": {**SCORES, **LOSS, **PI, "neg_entropy": PROCESS.neg_entropy},
     "score_entropy_backward": {"grad_loss": torch.ones(3), **SCORES, **LOSS, **PI, "neg_entropy": PROCESS.neg_entropy},
     "score_entropy_sweep": {"loss_weight": NOISE, **SCORES, **LOSS, **PI, "neg_entropy": PROCESS.neg_entropy},
-    "score_entropy_rescale": {
+    "score_entropy_sweep_backward": {
         "gradient": torch.zeros(3, N),
         "factor": torch.ones(1, dtype=torch.float64),
         "loss_weight": NOISE,

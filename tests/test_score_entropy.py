@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sedd_ext import Absorbing, RankOne, Uniform, _dispatch, reference
-from sedd_ext.score_entropy import _backward, _rescale
+from sedd_ext.score_entropy import _backward, _sweep_backward
 
 pytestmark = pytest.mark.operators
 every_variant = pytest.mark.every_variant
@@ -297,7 +297,7 @@ def test_the_gradient_of_one_sweep_stays_for_a_factor_of_one(process_of: Process
     expected = _backward(3.0 * weight, *arguments)
     for factor in (1.0, 3.0):
         gradient = torch.full((24, 1025), 7.0, dtype=dtype)
-        _rescale(gradient, torch.tensor(factor, dtype=torch.float64), weight, *arguments)
+        _sweep_backward(gradient, torch.tensor(factor, dtype=torch.float64), weight, *arguments)
         assert torch.equal(gradient, torch.full_like(gradient, 7.0) if factor == 1.0 else expected)
 
 
@@ -536,4 +536,4 @@ def test_opcheck(process_of: Process, dtype: torch.dtype) -> None:
     weight = torch.rand(24, dtype=torch.float64)
     torch.library.opcheck(torch.ops.sedd_ext.score_entropy_sweep, to_device((weight, *arguments)))
     rescaled = torch.zeros(24, 27, dtype=dtype), torch.tensor(3.0, dtype=torch.float64), weight, *arguments
-    torch.library.opcheck(torch.ops.sedd_ext.score_entropy_rescale, to_device(rescaled))
+    torch.library.opcheck(torch.ops.sedd_ext.score_entropy_sweep_backward, to_device(rescaled))

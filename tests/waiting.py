@@ -63,7 +63,7 @@ IMPLEMENTATIONS = {
     "sample_transition": transition._sample,
     "score_entropy": score_entropy._forward,
     "score_entropy_backward": score_entropy._backward,
-    "score_entropy_rescale": score_entropy._rescale,
+    "score_entropy_sweep_backward": score_entropy._sweep_backward,
     "score_entropy_sweep": score_entropy._sweep,
     "unmask": _unmask,
 }

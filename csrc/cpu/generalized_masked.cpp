@@ -140,7 +140,7 @@ const Real* slice_power(const GeneralizedMaskedParams& p) {
 
 template <class T>
 GeneralizedMaskedSums slice_sums(const GeneralizedMaskedParams& p, int64_t row) {
-    const T* l = static_cast<const T*>(p.logits) + row * p.width;
+    const T* l = static_cast<const T*>(p.logits) + row * p.stride;
     const auto* power = slice_power<Compute<T>>(p);
     const int64_t v = p.x_0[row] - p.first, count = generalized_masked_tokens(p);
     const bool has_v = v >= 0 && v < count;
@@ -182,8 +182,8 @@ void backward_rows(const GeneralizedMaskedParams& p, int64_t begin, int64_t end,
     using Real = Compute<T>;
     const int64_t count = generalized_masked_tokens(p);
     for (int64_t i = begin; i < end; ++i) {
-        const T* l = static_cast<const T*>(p.logits) + i * p.width;
-        T* out = static_cast<T*>(p.out) + i * p.width;
+        const T* l = static_cast<const T*>(p.logits) + i * p.stride;
+        T* out = static_cast<T*>(p.out) + i * p.stride;
         if (!is_masked(p, i, status)) {
             memset(out, 0, sizeof(T) * static_cast<size_t>(p.width));
             continue;
@@ -220,7 +220,7 @@ void power_columns(const GeneralizedMaskedParams& p, int64_t begin, int64_t end,
             memset(sum, 0, sizeof(sum));
             for (int64_t i = rows; i < rows + kColumnRows && i < p.rows; ++i) {
                 if (!is_masked(p, i, status)) continue;
-                const T* l = static_cast<const T*>(p.logits) + i * p.width;
+                const T* l = static_cast<const T*>(p.logits) + i * p.stride;
                 const GeneralizedMaskedGradient g = gradient_of<T>(p, i);
                 const Real top = static_cast<Real>(p.numbers[i].top), factor = static_cast<Real>(g.factor);
                 const int64_t v = p.x_0[i] - p.first;

@@ -239,7 +239,7 @@ const Real* slice_stationary(const MeanPredictionParams& p) {
 // Inlined, as is slice_sums: the forward pass of bfloat16 takes a fifth less time.
 template <class T>
 inline __attribute__((always_inline)) MeanPredictionLogits slice_logits(const MeanPredictionParams& p, int64_t row) {
-    const T* l = static_cast<const T*>(p.logits) + row * p.width;
+    const T* l = static_cast<const T*>(p.logits) + row * p.stride;
     const Special special(p, row);
     Normaliser others;
     between(p.width, special.tokens, [&](int64_t begin, int64_t end) { others.add(l, begin, end); });
@@ -255,7 +255,7 @@ inline __attribute__((always_inline)) MeanPredictionSums slice_sums(const MeanPr
                                                                     const MeanPredictionRow& numbers) {
     using Real = Compute<T>;
     const Real* stationary = slice_stationary<P, Real>(p);
-    const T* l = static_cast<const T*>(p.logits) + row * p.width;
+    const T* l = static_cast<const T*>(p.logits) + row * p.stride;
     const LaneNumbers<Real> n = lane_numbers<P, Real>(numbers, numbers.rate, p.dim);
     MeanPredictionSums sums;
     between(p.width, Special(p, row).tokens, [&](int64_t begin, int64_t end) {
@@ -323,8 +323,8 @@ void backward_rows(const MeanPredictionParams& p, int64_t begin, int64_t end, vo
             report(status, fault, i);
             continue;
         }
-        const T* l = static_cast<const T*>(p.logits) + i * p.width;
-        T* out = static_cast<T*>(p.out) + i * p.width;
+        const T* l = static_cast<const T*>(p.logits) + i * p.stride;
+        T* out = static_cast<T*>(p.out) + i * p.stride;
         if (stationary_at(P, static_cast<const Real*>(p.stationary), p.dim, p.x_t[i]) == 0.0) {
             memset(out, 0, sizeof(T) * static_cast<size_t>(p.width));
             continue;

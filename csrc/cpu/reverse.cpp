@@ -272,7 +272,7 @@ void tile_rows(const ReverseTileParams& p, int64_t begin, int64_t end, void* scr
             continue;
         }
         ReverseDraw& draw = p.draws[i];
-        const T* l = static_cast<const T*>(p.log_score) + i * p.width;
+        const T* l = static_cast<const T*>(p.log_score) + i * p.stride;
         const BlockSums<P, T> sums{l,
                                    stationary,
                                    p.first,

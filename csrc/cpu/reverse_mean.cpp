@@ -278,7 +278,7 @@ void sample_rows(const ReverseMeanParams& p, int64_t begin, int64_t end, void* s
             if (x == p.forbidden) report(status, Fault::total, i);
             continue;
         }
-        const T* const logits = static_cast<const T*>(p.logits) + i * p.width;
+        const T* const logits = static_cast<const T*>(p.logits) + i * p.stride;
         const int64_t x_here = x - p.first;
         MeanBlocks<T, kPower> blocks{logits, p.width,     x_here, p.mask - p.first, {power, row.log_ratio},
                                      sums,   sums + count};

@@ -284,8 +284,8 @@ void tile_rows(const ScoreEntropyTileParams& p, int64_t begin, int64_t end, void
             sweep = {};
             if (row.pi_x != 0.0) sweep.row = row.numbers;
         }
-        const T* l = static_cast<const T*>(p.log_score) + i * p.width;
-        T* out = p.gradient != nullptr ? static_cast<T*>(p.gradient) + i * p.width : nullptr;
+        const T* l = static_cast<const T*>(p.log_score) + i * p.stride;
+        T* out = p.gradient != nullptr ? static_cast<T*>(p.gradient) + i * p.stride : nullptr;
         const int64_t x = p.x_t[i] - p.first, x_0 = p.x_0[i] - p.first;
         const bool has_x = 0 <= x && x < p.width, has_x_0 = 0 <= x_0 && x_0 < p.width;
         const double shift = p.shift != nullptr ? p.shift[i] : 0.0;

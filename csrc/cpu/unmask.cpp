@@ -269,8 +269,12 @@ void unmask_rows(const UnmaskParams& p, int64_t begin, int64_t end, void* scratc
     double* const sums = static_cast<double*>(scratch);
     const bool is_last = p.first + p.width == p.dim;
     for (int64_t i = begin; i < end; ++i) {
-        const UnmaskBlocks<T, kSums> blocks{static_cast<const T*>(p.logits) + i * p.width, p.width, p.mask - p.first,
-                                            static_cast<Real>(unmask_factor(p)),           sums,    sums + count,
+        const UnmaskBlocks<T, kSums> blocks{static_cast<const T*>(p.logits) + i * p.stride,
+                                            p.width,
+                                            p.mask - p.first,
+                                            static_cast<Real>(unmask_factor(p)),
+                                            sums,
+                                            sums + count,
                                             reinterpret_cast<Real*>(sums + 2 * count)};
         UnmaskState s = p.first == 0 ? unmask_start() : p.states[i];
         UnmaskState tile = blocks.read();

@@ -31,7 +31,7 @@ __device__ __forceinline__ bool is_masked(const GeneralizedMaskedParams& p, int6
 
 template <class T>
 __device__ __forceinline__ const T* row_logits(const GeneralizedMaskedParams& p, int64_t row) {
-    return static_cast<const T*>(p.logits) + row * p.width;
+    return static_cast<const T*>(p.logits) + row * p.stride;
 }
 
 // w of the slice.
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     const Place place = place_of(split);
     if (place.row >= p.rows || place.segment >= split.segments) return;
     const int count = static_cast<int>(generalized_masked_tokens(p)), all = static_cast<int>(p.width);
-    T* out = static_cast<T*>(p.out) + place.row * p.width;
+    T* out = static_cast<T*>(p.out) + place.row * p.stride;
     const GradientNumbers<Real> n = numbers[place.row];
     if (n.v < 0) {
         const Real rest = n.v == kUnmasked ? Real(0) : not_a_number<Real>();

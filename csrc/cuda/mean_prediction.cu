@@ -50,7 +50,7 @@ struct Special {
 
 template <class T>
 __device__ __forceinline__ const T* slice_of(const MeanPredictionParams& p, int64_t row) {
-    return static_cast<const T*>(p.logits) + row * p.width;
+    return static_cast<const T*>(p.logits) + row * p.stride;
 }
 
 // A vector π of the slice.
@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) gradient_kernel(MeanPredictionP
     const Place place = place_of(split);
     if (place.row >= p.rows || place.segment >= split.segments) return;
     const int count = static_cast<int>(p.width);
-    T* out = static_cast<T*>(p.out) + place.row * p.width;
+    T* out = static_cast<T*>(p.out) + place.row * p.stride;
     if (!is_live<P, Real>(p, place.row)) {
         const bool fault = mean_prediction_fault(p, place.row) != Fault::none;
         write_segment(out, count, place.segment, [fault](int) { return fault ? not_a_number<Real>() : Real(0); });

@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 3) tile_kernel(ReverseTileParam
     Real* sums = all_sums + task.slot * segments;
     const int64_t x_here = (task.exists ? p.x_t[task.row] : -1) - p.first;
     const int width = static_cast<int>(p.width), skip = 0 <= x_here && x_here < p.width ? static_cast<int>(x_here) : -1;
-    const T* log_score = static_cast<const T*>(p.log_score) + (task.moves() ? task.row * p.width : 0);
+    const T* log_score = static_cast<const T*>(p.log_score) + (task.moves() ? task.row * p.stride : 0);
     const Real* stationary = static_cast<const Real*>(p.stationary);
     Weights<P, T> weights{P == Family::rank_one ? stationary + p.first : nullptr,
                           Shifted<T>(task.shift),

@@ -136,7 +136,7 @@ struct Task {
         token = exists && !fault ? p.x_t[row] : -1;
         x = static_cast<int>(token - p.first);
         pi_x = token >= 0 ? stationary_at(p.family, static_cast<const Real*>(p.stationary), p.dim, token) : 0.0;
-        logits = static_cast<const T*>(p.logits) + (pi_x > 0.0 ? row * p.width : 0);
+        logits = static_cast<const T*>(p.logits) + (pi_x > 0.0 ? row * p.stride : 0);
     }
     __device__ __forceinline__ bool moves() const { return pi_x > 0.0; }
     __device__ __forceinline__ bool leads() const { return first_segment == 0; }

@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)  // without the 1, nvcc stops 
     }
     const int x_0 = fault ? -1 : in_tile(p, p.x_0[row]);
     if (x_0 >= 0) {
-        const double l = Vector<T>::read(static_cast<const T*>(p.log_score) + row * p.width + x_0);
+        const double l = Vector<T>::read(static_cast<const T*>(p.log_score) + row * p.stride + x_0);
         sweep.log_score_x_0 = p.shift != nullptr ? l - p.shift[row] : l;
     }
     p.sweeps[row] = sweep;
@@ -249,8 +249,8 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     constexpr int width = V::kWidth;
     const Place place = place_of(split);
     if (place.row >= p.rows || place.segment >= split.segments) return;
-    const T* row = static_cast<const T*>(p.log_score) + place.row * p.width;
-    T* out = kGradient ? static_cast<T*>(p.gradient) + place.row * p.width : nullptr;
+    const T* row = static_cast<const T*>(p.log_score) + place.row * p.stride;
+    T* out = kGradient ? static_cast<T*>(p.gradient) + place.row * p.stride : nullptr;
     const int entries = static_cast<int>(p.width);
     const double weight = p.sweeps[place.row].row.weight;
     if (!(weight > 0.0)) {  // the row cannot move, or is bad

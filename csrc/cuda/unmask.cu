@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) unmask_kernel(UnmaskParams p
     const int64_t row = static_cast<int64_t>(blockIdx.x) * block_rows + slot;
     const int dim = static_cast<int>(p.width), mask = static_cast<int>(p.mask - p.first);
     const bool exists = row < p.rows;
-    const T* const logits = static_cast<const T*>(p.logits) + (exists ? row * p.width : 0);
+    const T* const logits = static_cast<const T*>(p.logits) + (exists ? row * p.stride : 0);
     double* const picks = memory + slot * segments;
     UnmaskSegment<Real>* const numbers =
         reinterpret_cast<UnmaskSegment<Real>*>(memory + block_rows * segments) + slot * segments;

@@ -15,9 +15,9 @@ namespace {
 int64_t bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 DType compute_type(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
 
-// NaN in all of a row's results.
-void mark(void* out, DType dtype, int64_t row, int64_t count) {
-    char* at = static_cast<char*>(out) + row * count * bytes_of(dtype);
+// NaN in all of a row's results, of rows at this distance.
+void mark(void* out, DType dtype, int64_t row, int64_t count, int64_t stride) {
+    char* at = static_cast<char*>(out) + row * stride * bytes_of(dtype);
     for (int64_t i = 0; i < count; ++i, at += bytes_of(dtype)) {
         const double nan = std::numeric_limits<double>::quiet_NaN();
         const float single = std::numeric_limits<float>::quiet_NaN();
@@ -42,7 +42,7 @@ bool has_fault(const ReverseParams& p, int64_t row, Status (*run)(const ReverseP
 bool has_fault(const ReverseMeanParams& p, int64_t row) {
     ReverseMeanParams one = p;
     std::vector<char> out(static_cast<size_t>(8 * p.dim));
-    one.logits = static_cast<const char*>(p.logits) + row * p.dim * bytes_of(p.dtype);
+    one.logits = static_cast<const char*>(p.logits) + row * p.stride * bytes_of(p.dtype);
     one.x_t += row, one.noise += row, one.rows = 1, one.out = out.data();
     if (p.sigma != nullptr) one.sigma += row;
     return reverse_mean_probs_cpu(one, 1).fault != Fault::none;
@@ -59,7 +59,7 @@ const char* score_entropy_cuda(const ScoreEntropyParams& p, const CudaLaunch& la
     note(launch);
     score_entropy_cpu(p, 1);
     for (int64_t row = 0; row < p.rows; ++row) {
-        if (score_entropy_fault(p, row) != Fault::none) mark(p.out, compute_type(p.dtype), row, 1);
+        if (score_entropy_fault(p, row) != Fault::none) mark(p.out, compute_type(p.dtype), row, 1, 1);
     }
     return nullptr;
 }
@@ -67,7 +67,7 @@ const char* score_entropy_cuda(const ScoreEntropyParams& p, const CudaLaunch& la
 const char* score_entropy_backward_cuda(const ScoreEntropyParams& p, const CudaLaunch&) {
     score_entropy_backward_cpu(p, 1);
     for (int64_t row = 0; row < p.rows; ++row) {
-        if (score_entropy_fault(p, row) != Fault::none) mark(p.out, p.dtype, row, p.dim);
+        if (score_entropy_fault(p, row) != Fault::none) mark(p.out, p.dtype, row, p.dim, p.dim);
     }
     return nullptr;
 }
@@ -76,8 +76,8 @@ const char* score_entropy_tile_cuda(const ScoreEntropyTileParams& p, const CudaL
     score_entropy_tile_cpu(p, 1);
     for (int64_t row = 0; row < p.rows; ++row) {
         if (score_entropy_fault(p, row) == Fault::none) continue;
-        mark(p.out, compute_type(p.dtype), row, 1);
-        if (p.gradient != nullptr) mark(p.gradient, p.dtype, row, p.width);
+        mark(p.out, compute_type(p.dtype), row, 1, 1);
+        if (p.gradient != nullptr) mark(p.gradient, p.dtype, row, p.width, p.stride);
     }
     return nullptr;
 }
@@ -86,7 +86,7 @@ const char* mean_prediction_cuda(const MeanPredictionParams& p, const CudaLaunch
     note(launch);
     mean_prediction_cpu(p, 1);
     for (int64_t row = 0; row < p.rows; ++row) {
-        if (mean_prediction_fault(p, row) != Fault::none) mark(p.out, compute_type(p.dtype), row, 1);
+        if (mean_prediction_fault(p, row) != Fault::none) mark(p.out, compute_type(p.dtype), row, 1, 1);
     }
     return nullptr;
 }
@@ -94,7 +94,7 @@ const char* mean_prediction_cuda(const MeanPredictionParams& p, const CudaLaunch
 const char* mean_prediction_backward_cuda(const MeanPredictionParams& p, const CudaLaunch&) {
     mean_prediction_backward_cpu(p, 1);
     for (int64_t row = 0; row < p.rows; ++row) {
-        if (mean_prediction_fault(p, row) != Fault::none) mark(p.out, p.dtype, row, p.width);
+        if (mean_prediction_fault(p, row) != Fault::none) mark(p.out, p.dtype, row, p.width, p.stride);
     }
     return nullptr;
 }
@@ -102,7 +102,7 @@ const char* mean_prediction_backward_cuda(const MeanPredictionParams& p, const C
 const char* transition_column_cuda(const TransitionParams& p, const CudaLaunch&) {
     transition_column_cpu(p, 1);
     for (int64_t row = 0; row < p.rows; ++row) {
-        if (transition_fault(p, row) != Fault::none) mark(p.out, compute_type(p.dtype), row, p.dim);
+        if (transition_fault(p, row) != Fault::none) mark(p.out, compute_type(p.dtype), row, p.dim, p.dim);
     }
     return nullptr;
 }
@@ -110,7 +110,7 @@ const char* transition_column_cuda(const TransitionParams& p, const CudaLaunch&)
 const char* transition_row_cuda(const TransitionParams& p, const CudaLaunch&) {
     transition_row_cpu(p, 1);
     for (int64_t row = 0; row < p.rows; ++row) {
-        if (transition_fault(p, row) != Fault::none) mark(p.out, compute_type(p.dtype), row, p.dim);
+        if (transition_fault(p, row) != Fault::none) mark(p.out, compute_type(p.dtype), row, p.dim, p.dim);
     }
     return nullptr;
 }
@@ -128,7 +128,7 @@ const char* reverse_probs_cuda(const ReverseParams& p, const CudaLaunch&) {
     reverse_probs_cpu(p, 1);
     if (p.rows > 2000) return nullptr;
     for (int64_t row = 0; row < p.rows; ++row) {
-        if (has_fault(p, row, reverse_probs_cpu)) mark(p.out, compute_type(p.dtype), row, p.dim);
+        if (has_fault(p, row, reverse_probs_cpu)) mark(p.out, compute_type(p.dtype), row, p.dim, p.dim);
     }
     return nullptr;
 }
@@ -161,7 +161,7 @@ const char* reverse_choose_cuda(const ReverseChoiceParams& p, const CudaLaunch&)
 const char* reverse_mean_probs_cuda(const ReverseMeanParams& p, const CudaLaunch&) {
     reverse_mean_probs_cpu(p, 1);
     for (int64_t row = 0; row < p.rows; ++row) {
-        if (has_fault(p, row)) mark(p.out, compute_type(p.dtype), row, p.dim);
+        if (has_fault(p, row)) mark(p.out, compute_type(p.dtype), row, p.dim, p.dim);
     }
     return nullptr;
 }
@@ -192,7 +192,7 @@ const char* generalized_masked_cuda(const GeneralizedMaskedParams& p, const Cuda
     note(launch);
     generalized_masked_cpu(p, 1);
     for (int64_t row = 0; row < p.rows; ++row) {
-        if (generalized_masked_fault(p, row) != Fault::none) mark(p.out, compute_type(p.dtype), row, 1);
+        if (generalized_masked_fault(p, row) != Fault::none) mark(p.out, compute_type(p.dtype), row, 1, 1);
     }
     return nullptr;
 }
@@ -200,14 +200,14 @@ const char* generalized_masked_cuda(const GeneralizedMaskedParams& p, const Cuda
 const char* generalized_masked_backward_cuda(const GeneralizedMaskedParams& p, const CudaLaunch&) {
     generalized_masked_backward_cpu(p, 1);
     for (int64_t row = 0; row < p.rows; ++row) {
-        if (generalized_masked_fault(p, row) != Fault::none) mark(p.out, p.dtype, row, p.width);
+        if (generalized_masked_fault(p, row) != Fault::none) mark(p.out, p.dtype, row, p.width, p.stride);
     }
     return nullptr;
 }
 
 const char* generalized_masked_power_cuda(const GeneralizedMaskedParams& p, const CudaLaunch&) {
     if (generalized_masked_power_cpu(p, 1).fault != Fault::none) {
-        mark(p.out, DType::float64, 0, generalized_masked_tokens(p));
+        mark(p.out, DType::float64, 0, generalized_masked_tokens(p), 0);
     }
     return nullptr;
 }

@@ -281,13 +281,14 @@ std::vector<int64_t> cuts(const Shape& s) {
     return result;
 }
 
-// Entries [first, first + width) of every row, in memory of their own.
+// Entries [first, first + width) of every row, in memory of their own, with NaN between the rows.
 class Tile {
   public:
     Tile(const Problem& p, int64_t begin, int64_t end)
         : first(begin),
           width(end - begin),
-          entries(p.shape.dtype, p.shape.rows * width, p.shape.behind),
+          stride(width + 3),
+          entries(p.shape.dtype, std::max<int64_t>(0, p.shape.rows * stride - 3), p.shape.behind),
           shape_(p.shape) {
         for_rows(p.log_score.data(), [](char* tile, char* all, size_t bytes) { std::memcpy(tile, all, bytes); });
     }
@@ -296,7 +297,7 @@ class Tile {
         for_rows(matrix, [](char* tile, char* all, size_t bytes) { std::memcpy(all, tile, bytes); });
     }
 
-    int64_t first, width;
+    int64_t first, width, stride;
     Array entries;
 
   private:
@@ -304,7 +305,7 @@ class Tile {
     void for_rows(void* matrix, Copy copy) const {
         const auto size = static_cast<int64_t>(bytes_of(shape_.dtype));
         for (int64_t row = 0; row < shape_.rows; ++row) {
-            copy(static_cast<char*>(entries.data()) + row * width * size,
+            copy(static_cast<char*>(entries.data()) + row * stride * size,
                  static_cast<char*>(matrix) + (row * shape_.dim + first) * size, static_cast<size_t>(width * size));
         }
     }
@@ -974,7 +975,7 @@ class Driver {
                 {tile.entries.data(), p.x_t.data(), p.x_0.data(), p.sigma.data(), p.shifts(), p.stationary(),
                  static_cast<double*>(grad_loss.data()), gradient != nullptr ? tile.entries.data() : nullptr,
                  static_cast<sedd::ScoreEntropySweep*>(sweeps.data()), loss, p.neg_entropy, s.rows, tile.width,
-                 tile.first, 0, s.dim, s.dtype, s.family},
+                 tile.stride, tile.first, 0, s.dim, s.dtype, s.family},
                 {workspace.data(), where.stream, where.device});
             if (error != nullptr) return error;
             if (gradient != nullptr) tile.write_to(gradient);
@@ -999,6 +1000,7 @@ class Driver {
                                           nullptr,
                                           nullptr,
                                           s.rows,
+                                          s.dim,
                                           s.dim,
                                           0,
                                           s.dim,
@@ -1068,6 +1070,7 @@ class Driver {
             params.row_sums = sums;
             params.out = loss;
             params.width = tile.width;
+            params.stride = tile.stride;
             params.first = tile.first;
             params.stage = stage;
             return sedd::mean_prediction_cuda(params, {workspace.data(), where.stream, where.device});
@@ -1102,6 +1105,7 @@ class Driver {
             sedd::MeanPredictionParams params = whole;
             params.logits = params.out = tile.entries.data();
             params.width = tile.width;
+            params.stride = tile.stride;
             params.first = tile.first;
             if (const char* error = sedd::mean_prediction_backward_cuda(params, where)) return error;
             tile.write_to(gradient);
@@ -1124,6 +1128,7 @@ class Driver {
                                              nullptr,
                                              nullptr,
                                              s.rows,
+                                             s.dim,
                                              s.dim,
                                              0,
                                              s.dim,
@@ -1177,6 +1182,7 @@ class Driver {
             sedd::GeneralizedMaskedParams params = whole;
             params.logits = tile.entries.data();
             params.width = tile.width;
+            params.stride = tile.stride;
             params.first = tile.first;
             return params;
         };
@@ -1397,6 +1403,7 @@ class Driver {
                                        p.row_ids.data(),
                                        s.rows,
                                        s.dim,
+                                       s.dim,
                                        0,
                                        s.dim,
                                        s.dim,
@@ -1471,7 +1478,7 @@ class Driver {
             const Tile tile(p, r * params.most, std::min((r + 1) * params.most, s.dim));
             sedd::ReverseMeanParams part = params;
             part.logits = tile.entries.data();
-            part.width = tile.width, part.first = tile.first;
+            part.width = tile.width, part.stride = tile.stride, part.first = tile.first;
             part.targets = draws ? targets.data() + r * s.rows : nullptr;
             part.sums = draws ? nullptr : sums.data() + r * s.rows;
             part.out = drawn.data();
@@ -1512,7 +1519,7 @@ class Driver {
                 const char* error = sedd::unmask_cuda(
                     {tile.entries.data(), static_cast<sedd::UnmaskState*>(states.data()), static_cast<int64_t*>(out),
                      argmax.data(), has_numbers ? numbers.data() : nullptr, p.seed.data(), p.row_ids.data(), s.rows,
-                     tile.width, tile.first, s.dim, p.mask(), temperature, top_p, s.dtype},
+                     tile.width, tile.stride, tile.first, s.dim, p.mask(), temperature, top_p, s.dtype},
                     where);
                 if (error != nullptr) return error;
             }
@@ -1620,6 +1627,7 @@ class Driver {
                                                              p.row_ids.data(),
                                                              s.rows,
                                                              tile.width,
+                                                             tile.stride,
                                                              tile.first,
                                                              s.dim,
                                                              whole.forbidden,
@@ -1657,6 +1665,7 @@ class Driver {
                                            p.row_ids.data(),
                                            s.rows,
                                            0,
+                                           0,
                                            s.dim,
                                            s.dim,
                                            whole.forbidden,
@@ -1672,7 +1681,7 @@ class Driver {
                     for (int64_t k = begin / width; k <= (end - 1) / width; ++k) {
                         const Tile tile(p, std::max(k * width, begin), std::min((k + 1) * width, end));
                         part.log_score = tile.entries.data();
-                        part.width = tile.width, part.first = tile.first;
+                        part.width = tile.width, part.stride = tile.stride, part.first = tile.first;
                         if (const char* error = f(part, r * parts + k - begin / width)) return error;
                     }
                 }

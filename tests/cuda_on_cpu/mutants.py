@@ -110,7 +110,7 @@ MEAN: list[tuple[str, str, str, Check]] = [
     ("a part's entry is counted from its own start", "token = p.first + pick_entry(", "token = pick_entry(", "values"),
     (
         "a part's rows are as wide as the vocabulary",
-        "pi_x > 0.0 ? row * p.width : 0",
+        "pi_x > 0.0 ? row * p.stride : 0",
         "pi_x > 0.0 ? row * p.dim : 0",
         "address",
     ),
@@ -690,7 +690,7 @@ MUTANTS = [
         "    sweep.scores += score;\n",
         "    const int x_0 = in_tile(p, p.x_0[row]);\n"
         "    if (weight > 0.0 && x_0 >= 0) {\n"
-        "        const double l = Vector<T>::read(static_cast<const T*>(p.log_score) + row * p.width + x_0);\n"
+        "        const double l = Vector<T>::read(static_cast<const T*>(p.log_score) + row * p.stride + x_0);\n"
         "        sweep.log_score_x_0 = p.shift != nullptr ? l - p.shift[row] : l;\n"
         "    }\n"
         "    sweep.scores += score;\n",
@@ -1101,6 +1101,24 @@ MUTANTS = [
         "sums[s].weighted : sums[s].exps) * scale;",
         "sums[s].weighted : sums[s].exps);",
         family="reverse_mean",
+    ),
+    # ---- Rows that do not follow each other ----
+    *(
+        Mutant(
+            f"{what} {family} follow each other", f"{family}.cu", text, text.replace("stride", "width"), family=family
+        )
+        for what, family, text in (
+            ("rows of", "reverse_mean", "row * p.stride"),
+            ("rows of", "reverse", "task.row * p.stride"),
+            ("rows of", "unmask", "row * p.stride"),
+            ("rows of", "score_entropy", "(p.log_score) + place.row * p.stride"),
+            ("logits of x_0 in", "score_entropy", "(p.log_score) + row * p.stride"),
+            ("gradients of", "score_entropy", "(p.gradient) + place.row * p.stride"),
+            ("rows of", "mean_prediction", "(p.logits) + row * p.stride"),
+            ("gradients of", "mean_prediction", "place.row * p.stride"),
+            ("rows of", "generalized_masked", "(p.logits) + row * p.stride"),
+            ("gradients of", "generalized_masked", "place.row * p.stride"),
+        )
     ),
 ]
 
