@@ -207,7 +207,7 @@ BREAKS = [
         "sedd_ext/head.py",
         "    return -(-width // entries) * entries\n",
         "    return width\n",
-        "tests/test_linear_score_entropy.py -k start_at_cache_lines",
+        "tests/test_head.py",
     ),
     Break(
         "a kernel is told that the rows of a tile follow each other",

@@ -17,7 +17,6 @@ from explicit import PROCESSES, Rows, random_log_score, random_rows
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import sedd_ext.head as head_module
 import sedd_ext.linear_score_entropy as module
 from sedd_ext import Absorbing, RankOne, Uniform, fused_loss, reference
 
@@ -127,20 +126,6 @@ def test_one_buffer_or_many_rows_at_once(process_of: Process) -> None:
     for one, *others in zip(*several, strict=True):
         for other in others:
             torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.operators("cpu")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", [1, 27, 2048, 2049, 50258])
-@pytest.mark.parametrize("whole_rows", [True, False])
-def test_rows_of_a_tile_start_at_cache_lines(dtype: torch.dtype, n: int, whole_rows: bool) -> None:
-    head = head_module.Head(*random_head(3, n, dtype, d=2), 1 << 20, whole_rows)
-    for tile in head.tiles():
-        assert tile.log_score.data_ptr() % 64 == 0
-        assert tile.log_score.stride(0) * dtype.itemsize % 64 == 0
-        assert tile.arguments(n)["stride"] == tile.log_score.stride(0)
-        wanted = F.linear(tile.hidden, tile.weight, tile.bias)
-        torch.testing.assert_close(tile.log_score, wanted)
 
 
 def test_reductions(process_of: Process) -> None:
