@@ -957,7 +957,7 @@ class Driver {
         return sedd::score_entropy_tile_cuda(
             {p.log_score.data(), p.x_t.data(), p.x_0.data(), p.sigma.data(), p.shifts(), p.stationary(),
              static_cast<double*>(grad_loss.data()), gradient, static_cast<sedd::ScoreEntropySweep*>(sweeps.data()),
-             loss.data(), p.neg_entropy, s.rows, s.dim, 0, 0, s.dim, s.dtype, s.family},
+             loss.data(), p.neg_entropy, s.rows, s.dim, s.dim, 0, 0, s.dim, s.dtype, s.family},
             {workspace.data(), where.stream, where.device});
     }
 
@@ -1767,10 +1767,27 @@ std::string run_on(const std::string& family, int device) {
                                           where);
     } else if (family == "mean_prediction") {
         double big_workspace[64];
-        error = sedd::mean_prediction_cuda(
-            {log_score.data(), x.data(), x.data(), noise.data(), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
-             &out, 1, 3, 0, 3, -1, DType::float32, Family::uniform, sedd::Stage::whole},
-            {big_workspace, nullptr, device});
+        error = sedd::mean_prediction_cuda({log_score.data(),
+                                            x.data(),
+                                            x.data(),
+                                            noise.data(),
+                                            nullptr,
+                                            nullptr,
+                                            nullptr,
+                                            nullptr,
+                                            nullptr,
+                                            nullptr,
+                                            &out,
+                                            1,
+                                            3,
+                                            3,
+                                            0,
+                                            3,
+                                            -1,
+                                            DType::float32,
+                                            Family::uniform,
+                                            sedd::Stage::whole},
+                                           {big_workspace, nullptr, device});
     } else if (family == "reverse_mean") {
         error = sedd::reverse_mean_sample_cuda({log_score.data(),
                                                 x.data(),
@@ -1786,6 +1803,7 @@ std::string run_on(const std::string& family, int device) {
                                                 nullptr,
                                                 1,
                                                 3,
+                                                3,
                                                 0,
                                                 3,
                                                 3,
@@ -1800,7 +1818,7 @@ std::string run_on(const std::string& family, int device) {
         static_assert(sizeof state == sizeof(sedd::UnmaskState), "one row");
         int64_t argmax = 0;
         error = sedd::unmask_cuda({log_score.data(), reinterpret_cast<sedd::UnmaskState*>(state), &out, &argmax,
-                                   nullptr, seed.data(), nullptr, 1, 3, 0, 3, -1, 1.0, 1.0, DType::float32},
+                                   nullptr, seed.data(), nullptr, 1, 3, 3, 0, 3, -1, 1.0, 1.0, DType::float32},
                                   where);
     } else if (family == "score_entropy") {
         error = sedd::score_entropy_cuda({log_score.data(), x.data(), x.data(), noise.data(), nullptr, nullptr, nullptr,
@@ -1812,7 +1830,7 @@ std::string run_on(const std::string& family, int device) {
         float sums[3];
         error = sedd::generalized_masked_cuda({log_score.data(), log_score.data(), x.data(), x.data(), noise.data(),
                                                nullptr, reinterpret_cast<sedd::GeneralizedMaskedRow*>(numbers), nullptr,
-                                               &out, 1, 3, 0, 3, DType::float32, sedd::Stage::whole},
+                                               &out, 1, 3, 3, 0, 3, DType::float32, sedd::Stage::whole},
                                               {sums, nullptr, device});
     } else {
         error = sedd::sample_transition_cuda(
