@@ -1221,6 +1221,10 @@ def table(caught: dict[Mutant, str | None]) -> str:
 
 def main(names: list[str]) -> int:
     """Prints the table; 1 if a mutant survives."""
+    unknown = set(names) - {mutant.name for mutant in MUTANTS}
+    if unknown:
+        print(f"NAME: expected names of mutants, got {', '.join(sorted(unknown))}")
+        return 2
     caught = catch_all([mutant for mutant in MUTANTS if not names or mutant.name in names])
     print(table(caught))
     return 0 if all(caught.values()) else 1
