@@ -4,8 +4,9 @@
 
 #include "cuda_runtime.h"
 
-inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
-    cuda_on_cpu::Device::begin_copy({to, from, bytes});
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes,
+                                    cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+    cuda_on_cpu::Device::begin_copy({to, from, bytes}, site);
     std::memset(to, 0xFF, bytes);
 }
 

@@ -136,15 +136,17 @@ class Device {
 
     CUDA_ON_CPU_UNWATCHED static Copies& copies() { return running_->copies; }
 
-    CUDA_ON_CPU_UNWATCHED static void begin_copy(const Copy& copy) {
+    CUDA_ON_CPU_UNWATCHED static void begin_copy(const Copy& copy, Site site) {
         const auto to = reinterpret_cast<uintptr_t>(copy.to), from = reinterpret_cast<uintptr_t>(copy.from);
         const auto first = reinterpret_cast<uintptr_t>(shared_.get());
-        char what[256];
-        std::snprintf(what, sizeof what, "copy of %zu bytes from %#zx to %#zx", copy.bytes, size_t{from}, size_t{to});
         const bool has_size = copy.bytes == 4 || copy.bytes == 8 || copy.bytes == 16;
-        if (!has_size || (to | from) % copy.bytes != 0) fail(cudaErrorMisalignedAddress, what);
-        if (to < first || to + copy.bytes > first + shared_bytes_) fail(cudaErrorLaunchFailure, what);
-        copies().begin(copy);
+        const bool is_aligned = has_size && (to | from) % copy.bytes == 0;
+        if (is_aligned && first <= to && to + copy.bytes <= first + shared_bytes_) return copies().begin(copy);
+        char what[256];
+        std::snprintf(what, sizeof what, "%s copy of %zu bytes from %#zx to %#zx, %s:%d",
+                      is_aligned ? "beyond shared memory:" : "misaligned", copy.bytes, size_t{from}, size_t{to},
+                      site.file, site.line);
+        fail(is_aligned ? cudaErrorLaunchFailure : cudaErrorMisalignedAddress, what);
     }
 
     // Waits for the lanes of the mask; returns the value of the lane `source`, or which lanes' values are not 0.
