@@ -5,17 +5,19 @@
 // Bytes per element: a sample reads 4 (float32) or 2 once, and 2 KiB of each row again. Where the clamp max(0, ·) needs
 // the total first (Tweedie with a π that is spread out; Euler that must not return MASK), the few rows whose entry is
 // rejected are read once more. Probabilities need a second pass over every row, and a third one if they are clamped.
-// The same block starts the next pass immediately, so that the 200 KB of a row should come from the L2 cache (one row
-// per multiprocessor, 27 MB for 132 of them) and memory is read once. Instructions per element: 11 to 13 in a pass (8
-// of them for expf, with one MUFU.EX2), 5 for 16-bit types, and 4 to 6 more for the clamp.
+// The first pass copies the row to shared memory (kept.cuh), from which the others read it, and memory is read once. A
+// row too large for that (50,258 float32 on sm_80 and sm_120, 262,144 on all) is read again by the same block
+// immediately, and should then come from the L2 cache. Instructions per element: 11 to 13 in a pass (8 of them for
+// expf, with one MUFU.EX2), 5 for 16-bit types, 4 to 6 more for the clamp, and 2 or 1 to copy.
 //
 // Configuration: one block per row, because the total of a row combines the sums of its segments. The warps of a block
 // take segments in turn and store the sums in shared memory. After a barrier, the first warp draws the token, or
 // computes the totals for the next pass of all warps. For samples, a block has 8 warps. Three or four blocks then share
-// a multiprocessor, and one adds up while another draws. For probabilities, a block has 24 warps, so that few rows are
-// in flight. Rows of up to four segments share a block of 8 warps. If there are few rows, a separate kernel with one
-// warp per segment divides the first pass, which reads from memory, among all multiprocessors. The sum of a segment,
-// and the order of the sums, are the same in all configurations.
+// a multiprocessor, and one adds up while another draws. For probabilities, a block has 24 warps, one for the registers
+// of a multiprocessor, so that its row may take all of the shared memory. Rows of up to four segments share a block of
+// 8 warps. If there are few rows that are not kept, a separate kernel with one warp per segment divides the first pass,
+// which reads from memory, among all multiprocessors. The sum of a segment, and the order of the sums, are the same in
+// all configurations.
 //
 // Rows with π_x = 0 (unmasked tokens of absorbing diffusion) are not read. A bad row gets probabilities of NaN, or
 // token -1.

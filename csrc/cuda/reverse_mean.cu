@@ -4,12 +4,11 @@
 // the sums of segments, so that only one segment is read again, and of π by its cumulative sums. Nothing is rejected.
 //
 // Bytes per element: a sample reads 4 (float32) or 2 once, and 2 KiB of a row again where the token comes from μ.
-// Probabilities take a second pass over the row, which the same block starts immediately, so that it should come from
-// the L2 cache, and write once. Instructions per element: as in reverse.cu, and one more expf per vector where the
-// largest logit may change.
+// Probabilities take a second pass over the row, which shared memory keeps as in reverse.cu, and write once.
+// Instructions per element: as in reverse.cu, and one more expf per vector where the largest logit may change.
 //
-// Configuration: as in reverse.cu, without its separate first pass for few rows. Shared memory holds three numbers of
-// the compute type and one of float64 per segment.
+// Configuration: as in reverse.cu, without its separate first pass for few rows. Beside the row, shared memory holds
+// three numbers of the compute type and one of float64 per segment.
 //
 // Rows with π_x = 0 are not read. A bad row gets probabilities of NaN, or token -1.
 #include "reverse_mean.h"

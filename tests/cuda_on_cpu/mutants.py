@@ -351,9 +351,7 @@ MUTANTS = [
     ),
     Mutant("a kept row starts at a boundary", "kept.cuh", "memory + reinterpret_cast<uintptr_t>(row) % 16", "memory"),
     Mutant("the partial vectors of a row are not kept", "kept.cuh", "kept[y] = row[y];", ";"),
-    Mutant(
-        "a vector before the row is copied", "kept.cuh", "begin >= 0 && begin + width <= dim", "begin + width <= dim"
-    ),
+    Mutant("vectors behind the row are copied", "kept.cuh", "begin >= 0 && begin + width <= dim", "begin >= 0"),
     Mutant(
         "a warp copies another's segments",
         "reverse.cu",
