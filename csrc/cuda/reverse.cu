@@ -13,11 +13,11 @@
 // Configuration: one block per row, because the total of a row combines the sums of its segments. The warps of a block
 // take segments in turn and store the sums in shared memory. After a barrier, the first warp draws the token, or
 // computes the totals for the next pass of all warps. For samples, a block has 8 warps. Three or four blocks then share
-// a multiprocessor, and one adds up while another draws. For probabilities, a block has 24 warps, one for the registers
-// of a multiprocessor, so that its row may take all of the shared memory. Rows of up to four segments share a block of
-// 8 warps. If there are few rows that are not kept, a separate kernel with one warp per segment divides the first pass,
-// which reads from memory, among all multiprocessors. The sum of a segment, and the order of the sums, are the same in
-// all configurations.
+// a multiprocessor, and one adds up while another draws. For probabilities, a block has 24 warps. A multiprocessor has
+// registers for one such block, so that its row may take all of the shared memory. Rows of up to four segments share a
+// block of 8 warps. If there are few rows that are not kept, a separate kernel with one warp per segment divides the
+// first pass, which reads from memory, among all multiprocessors. The sum of a segment, and the order of the sums, are
+// the same in all configurations.
 //
 // Rows with π_x = 0 (unmasked tokens of absorbing diffusion) are not read. A bad row gets probabilities of NaN, or
 // token -1.
