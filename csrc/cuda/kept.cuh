@@ -17,7 +17,8 @@ static inline int64_t kept_bytes(int64_t dim, DType dtype) { return 16 * num_vec
 
 namespace {
 
-// Segments of a warp, at least; 227 KiB have 114 for 20 warps. It may have more, but then waits for several at a time.
+// Groups of copies of a warp, at least. A row in 227 KiB has six segments for one of 20 warps; one with more segments
+// first waits for several.
 constexpr int kCopies = 6;
 
 // Where the copy of a row starts.

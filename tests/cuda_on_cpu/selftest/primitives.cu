@@ -375,6 +375,7 @@ CASE(waits_deep_in_the_stack) {
 __global__ void copy_kernel(const uint4* in, unsigned* out) {
     SEDD_DYNAMIC_SHARED(uint4, shared);
     const unsigned i = threadIdx.x, n = blockDim.x;
+    for (unsigned k = 0; k < 4; ++k) shared[k * n + i] = make_uint4(7, 7, 7, 7);
     for (unsigned k = 0; k < 3; ++k) {
         __pipeline_memcpy_async(shared + k * n + i, in + k * n + i, 16);
         __pipeline_commit();
