@@ -55,7 +55,7 @@ def play(run: str, options: PlayOptions) -> int:
 
         from sedd.commands.play.app import make_app
     except ImportError as error:
-        raise ImportError(f"sedd play needs {error.name}: {pip_install('play', str(error.name))}") from error
+        raise ImportError(f"sedd play needs {error.name}: {pip_install('train', str(error.name))}") from error
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
