@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-from sedd.commands import convert, generative, harness, info, latency, perplexity, report, sample, train
+from sedd.commands import convert, generative, harness, info, latency, perplexity, play, report, sample, train
 from sedd.commands.command import Command
 from sedd.hints import program
 from sedd.options import add_options, build, check_one_of, checked, did_you_mean, renamed, tree
@@ -61,6 +61,7 @@ COMMANDS: dict[str, Command | None] = {
     "sample": sample.SAMPLE,
     "infill": sample.INFILL,
     "eval": None,  # has MEASURES
+    "play": play.COMMAND,
     "report": report.COMMAND,
     "convert": convert.COMMAND,
     "info": info.COMMAND,
