@@ -370,7 +370,7 @@ MUTANTS = [
         "true",
     ),
     Mutant(
-        "a row has no room for a partial vector", "segments.cuh", "(width - 1 + dim + width - 1)", "(dim + width - 1)"
+        "a kept row has no room for its head", "kept.cuh", "16 * num_vectors(dim, dtype)", "element_bytes(dtype) * dim"
     ),
     # ---- Devices ----
     Mutant(
@@ -410,8 +410,8 @@ MUTANTS = [
     Mutant(
         "segments without the head",
         "segments.cuh",
-        "((width - 1 + dim + width",
-        "((dim + width",
+        "(width - 1 + dim + width",
+        "(dim + width",
         family="score_entropy",
     ),
     Mutant(
