@@ -494,6 +494,13 @@ def test_runs_that_cannot_be(
     assert message in capsys.readouterr().err
 
 
+def test_text_has_no_flips(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a text " * 1000)
+    config = DataConfig(str(tmp_path / "text.txt"), flips=True, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="flips: expected false for text, got true"):
+        CORPORA["text"](config, get_tokenizer("bytes"), 16)
+
+
 def test_images_are_registered() -> None:
     assert CORPORA["images"] is ImageCorpus
 

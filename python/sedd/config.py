@@ -256,7 +256,7 @@ class TrainConfig:
     valid_draws: int = 8
     """Noise levels drawn for each validation block, always the same ones."""
     valid_samples: int = 1
-    """Texts that are sampled at each validation, for TensorBoard and Weights & Biases."""
+    """Texts or images that are sampled at each validation, for TensorBoard and Weights & Biases."""
     checkpoint_every: int = 1000
     """Steps between checkpoints. The best validation so far is saved too."""
     keep_last: int = 2

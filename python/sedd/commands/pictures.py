@@ -23,10 +23,11 @@ VALID = "valid"
 _RECTANGLE = re.compile(r"(\d+):(\d+),(\d+):(\d+)")
 
 
-class _Outputs(Protocol):
-    """Options of the files that are written."""
+class _Options(Protocol):
+    """The options of sampling that matter to pictures."""
 
     json: str | None
+    labels: list[int]
 
 
 def kept(keep: str | None, shape: tuple[int, ...]) -> Tensor:
@@ -91,24 +92,24 @@ def read_given(loaded: LoadedModel, source: str, keep: str | None, num: int) -> 
 
 
 def paint(
-    loaded: LoadedModel, options: _Outputs, tokens: Tensor, path: Path, given: tuple[Tensor, Tensor] | None = None
+    loaded: LoadedModel, options: _Options, tokens: Tensor, path: Path, given: tuple[Tensor, Tensor] | None = None
 ) -> None:
     """Writes images as a grid, and says where.
 
     Args:
         loaded: a model of images.
-        options: ``json`` is a file to which the tokens are written too.
+        options: ``json`` is a file to which the tokens are written too; each of ``labels`` has a column.
         tokens: the images [n, L].
         path: the PNG file.
         given: the result of :func:`read_given`; the kept part is shown before each image.
     """
-    shape, columns = loaded.model.config.shape, None
+    shape, columns = loaded.model.config.shape, len(options.labels) or None
     pictures = to_pixels(tokens, shape)
     if given is not None:
         mask = loaded.diffusion.process.dim
         before = to_pixels(given[0].masked_fill(~given[1], mask), shape)
         pictures = np.stack([before, pictures], axis=1).reshape(-1, *shape)
-        columns = 2 * max(1, math.isqrt(len(tokens) // 2))
+        columns = 2 * (columns or max(1, math.isqrt(len(tokens) // 2)))
     write_png(path, grid(pictures, columns))
     if options.json:
         rows: list[dict[str, Any]] = [{"tokens": row.tolist()} for row in tokens]

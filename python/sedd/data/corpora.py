@@ -9,7 +9,7 @@ from sedd.data.corpus import Corpus
 from sedd.data.images import ImageCorpus
 from sedd.data.options import DataConfig
 from sedd.data.text import load_blocks
-from sedd.data.tokenizer import Tokenizer, count_bytes
+from sedd.data.tokenizer import TOKENIZER_FILES, Tokenizer, count_bytes
 
 __all__ = ["CORPORA", "TextCorpus"]
 
@@ -42,7 +42,8 @@ class TextCorpus(Corpus):
 
     def describe(self) -> str:
         """See :meth:`Corpus.describe`."""
-        return f"{self.tokenizer.name} tokens in blocks of {self.shape[0]}"
+        name = TOKENIZER_FILES[0] if self.tokenizer.files() else self.tokenizer.name
+        return f"{name} tokens in blocks of {self.shape[0]}"
 
 
 CORPORA: dict[str, type[Corpus]] = {"text": TextCorpus, "images": ImageCorpus}

@@ -128,6 +128,8 @@ def _check(config: DataConfig, length: int) -> None:
         raise ValueError(f"detokenizer: expected one of {', '.join(DETOKENIZERS)}; got {config.detokenizer!r}")
     if config.documents not in SAMPLE_BY:
         raise ValueError(f"documents: expected one of {', '.join(map(repr, SAMPLE_BY))}; got {config.documents!r}")
+    if config.flips:
+        raise ValueError("flips: expected false for text, got true")
     if config.windows and config.streaming:
         raise ValueError(
             "windows: expected false with streaming, got true: a stream has no random access; use only one of the two"
