@@ -181,16 +181,19 @@ def diffusion(objective: str, process: Any, *, dtype: torch.dtype = torch.float6
 def test_every_objective_passes_labels_on(objective: str, loss: str) -> None:
     processes = {"udlm": Uniform(6), "gidd": Hybrid(5, 0.2)}
     model = diffusion(objective, processes.get(objective, Absorbing(5)))
-    labels, x_0 = torch.tensor([2, 0, 2]), tokens(dim=5)
-    t = torch.tensor([0.3, 0.6, 0.9], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    if loss == "training":
-        losses = model(x_0, t, labels=labels, generator=generator)
-    else:
-        losses = model.loss(x_0, model.noise(x_0, t, generator=generator), t, labels=labels)
-    losses.sum().backward()
+    x_0, t = tokens(dim=5), torch.tensor([0.3, 0.6, 0.9], dtype=torch.float64)
+
+    def losses(*labels: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        if loss == "training":
+            return model(x_0, t, labels=torch.tensor(labels), generator=generator)
+        return model.loss(x_0, model.noise(x_0, t, generator=generator), t, labels=torch.tensor(labels))
+
+    before = losses(2, 0, 2)
+    before.sum().backward()
     embedding = model.network.label_embed.embedding.grad
     assert [bool(row.any()) for row in embedding] == [True, False, True, False]
+    assert (before == losses(2, 1, 2)).tolist() == [True, False, True], "each label is that of its sequence"
 
 
 @pytest.mark.parametrize(
