@@ -19,7 +19,7 @@ from sedd.diffusion import OBJECTIVES, Diffusion, Score, elbo, get_schedule, sam
 from sedd.diffusion.objectives import get_objective
 from sedd.diffusion.samplers import SAMPLERS
 from sedd.diffusion.walk import Walk
-from sedd.network import DiffusionTransformer, ModelConfig, _Rotary
+from sedd.network import DiffusionTransformer, ModelConfig, _LearnedPositions, _Rotary
 from sedd_ext import Absorbing, Hybrid, Tweedie, Uniform, reverse_probs
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "n_blocks": 2, "n_heads": 2, "cond_dim": 8, "dropout": 0.0}
@@ -87,6 +87,23 @@ def test_positions_of_text_are_as_before() -> None:
     assert not [name for name in names if name.startswith(("position_embed", "label_embed"))]
 
 
+def test_embeddings_of_places() -> None:
+    places = _LearnedPositions(SHAPE, 1)
+    with torch.no_grad():
+        places.embedding.copy_(torch.tensor([[0], [100], [200], [0], [10], [20], [30], [0], [1]]))
+        found = places(torch.zeros(1, 24, 1))
+    assert found.flatten().tolist() == [100 * r + 10 * c + k for r in range(3) for c in range(4) for k in range(2)]
+
+
+def test_a_network_of_images_knows_the_border() -> None:
+    """Where all is masked, rotary positions alone are alike."""
+    x = torch.full((1, 24), 5)
+    with torch.no_grad():
+        image, text = (network(shape=shape).hidden(x, SIGMA[:1])[0] for shape in (SHAPE, ()))
+    assert torch.allclose(text, text[:1], atol=1e-5)
+    assert (image[:, None] - image).abs().amax(2).fill_diagonal_(1.0).min() > 1e-3, "no two positions are alike"
+
+
 def test_channels_have_embeddings() -> None:
     made = network(shape=SHAPE)
     x = tokens().view(3, 3, 4, 2)
@@ -96,7 +113,7 @@ def test_channels_have_embeddings() -> None:
         there = made.hidden(swapped, SIGMA).view(3, 12, 2, 16).flip(2)
         assert not torch.allclose(here, there, atol=1e-3)
         assert made.position_embed is not None
-        made.position_embed.embedding[1] = made.position_embed.embedding[0]
+        made.position_embed.embedding[-1] = made.position_embed.embedding[-2]
         here = made.hidden(x.reshape(3, 24), SIGMA).view(3, 12, 2, 16)
         there = made.hidden(swapped, SIGMA).view(3, 12, 2, 16).flip(2)
     assert torch.allclose(here, there, atol=1e-5), "the only difference between channels"

@@ -43,8 +43,8 @@ class ModelConfig:
         shape: rows, columns and channels of an image, whose values are the tokens in this order; empty for text. Its
             product is ``length``, and the network reads no other length.
         positions: how the network knows the position of a token. ``rotary``: by turning queries and keys; for images,
-            half of their pairs by the row and half by the column, and an embedding of the channel is added to that of
-            the token. ``learned``: an embedding of the position is added instead.
+            half of their pairs by the row and half by the column, and embeddings of row, column and channel are added
+            to that of the token. ``learned``: an embedding of the position is added instead.
         classes: number of classes of the data, if the network is conditioned on the class. An embedding of the class,
             or of no class, is added to that of the noise.
 
@@ -290,16 +290,22 @@ class _Rotary(nn.Module):
 
 
 class _LearnedPositions(nn.Module):
-    """Embeddings that are added to those of the tokens: of every position, or of every channel of an image."""
+    """Embeddings that are added to those of the tokens: one for each place on each axis of a shape."""
 
-    def __init__(self, count: int, dim: int) -> None:
+    def __init__(self, shape: tuple[int, ...], dim: int) -> None:
         super().__init__()
-        self.embedding = nn.Parameter(torch.empty(count, dim))
+        self.shape = shape
+        self.embedding = nn.Parameter(torch.empty(sum(shape), dim))
         nn.init.normal_(self.embedding, std=0.02)
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        places = torch.arange(start, start + x.shape[1], device=x.device) % len(self.embedding)
-        return x + self.embedding[places]
+        places = torch.arange(start, start + x.shape[1], device=x.device)
+        first, stride = 0, math.prod(self.shape)
+        for count in self.shape:
+            stride //= count
+            x = x + self.embedding[first + places // stride % count]
+            first += count
+        return x
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -440,9 +446,9 @@ class DiffusionTransformer(nn.Module):
         self.position_embed: _LearnedPositions | None = None
         if config.positions == "learned":
             self.rotary_emb.inv_freq.zero_()  # nothing turns
-            self.position_embed = _LearnedPositions(config.length, config.hidden_size)
-        elif config.shape and config.shape[2] > 1:
-            self.position_embed = _LearnedPositions(config.shape[2], config.hidden_size)
+            self.position_embed = _LearnedPositions((config.length,), config.hidden_size)
+        elif config.shape:  # distances alone do not say where the border of the image is
+            self.position_embed = _LearnedPositions(config.shape, config.hidden_size)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.n_blocks))
         self.output_layer = _OutputLayer(config, dim)
 
