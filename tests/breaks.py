@@ -2127,14 +2127,14 @@ BREAKS = [
     ),
     Break(
         "positions: columns are not known",
-        "python/sedd/network.py",
+        "python/sedd/embeddings.py",
         "(pixels // columns, pixels % columns)",
         "(pixels // columns, pixels // columns)",
         "tests/test_conditioning.py -k distances_in_rows",
     ),
     Break(
         "positions: channels are columns",
-        "python/sedd/network.py",
+        "python/sedd/embeddings.py",
         "pixels = places // channels",
         "pixels = places",
         "tests/test_conditioning.py -k distances_in_rows",
@@ -2155,7 +2155,7 @@ BREAKS = [
     ),
     Break(
         "positions: embeddings of rows, columns and channels are mixed up",
-        "python/sedd/network.py",
+        "python/sedd/embeddings.py",
         "places // stride % count",
         "places % count",
         "tests/test_conditioning.py -k embeddings_of_places",
@@ -2169,7 +2169,7 @@ BREAKS = [
     ),
     Break(
         "classes: none is the first one",
-        "python/sedd/network.py",
+        "python/sedd/embeddings.py",
         "self.embedding[-1:]",
         "self.embedding[:1]",
         "tests/test_conditioning.py -k no_label_is",

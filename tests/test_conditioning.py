@@ -19,7 +19,8 @@ from sedd.diffusion import OBJECTIVES, Diffusion, Score, elbo, get_schedule, sam
 from sedd.diffusion.objectives import get_objective
 from sedd.diffusion.samplers import SAMPLERS
 from sedd.diffusion.walk import Walk
-from sedd.network import DiffusionTransformer, ModelConfig, _LearnedPositions, _Rotary
+from sedd.embeddings import LearnedPositions, Rotary
+from sedd.network import DiffusionTransformer, ModelConfig
 from sedd_ext import Absorbing, Hybrid, Tweedie, Uniform, reverse_probs
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "n_blocks": 2, "n_heads": 2, "cond_dim": 8, "dropout": 0.0}
@@ -51,7 +52,7 @@ SIGMA = torch.tensor([0.3, 0.9, 2.0])
 # -- positions ---------------------------------------------------------------------------------------------------------
 
 
-def turned(rotary: _Rotary, x: Tensor, length: int) -> Tensor:
+def turned(rotary: Rotary, x: Tensor, length: int) -> Tensor:
     """x [d] at every position [L, d], in the pairs (i, i + d/2)."""
     cos, sin = rotary(length)
     first, second = x.chunk(2)
@@ -60,7 +61,7 @@ def turned(rotary: _Rotary, x: Tensor, length: int) -> Tensor:
 
 def test_attention_depends_on_distances_in_rows_and_columns() -> None:
     rows, columns, channels = SHAPE
-    rotary = _Rotary(8, SHAPE)
+    rotary = Rotary(8, SHAPE)
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 8, generator=generator)
     scores = (turned(rotary, q, 24) @ turned(rotary, k, 24).T).view(rows, columns, channels, rows, columns, channels)
@@ -76,7 +77,7 @@ def test_attention_depends_on_distances_in_rows_and_columns() -> None:
 
 
 def test_positions_of_text_are_as_before() -> None:
-    rotary = _Rotary(8)
+    rotary = Rotary(8)
     inv_freq = 10_000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float32) / 8)
     angles = torch.outer(torch.arange(3, 8, dtype=torch.float32), inv_freq)
     cos, sin = rotary(5, 3)
@@ -88,7 +89,7 @@ def test_positions_of_text_are_as_before() -> None:
 
 
 def test_embeddings_of_places() -> None:
-    places = _LearnedPositions(SHAPE, 1)
+    places = LearnedPositions(SHAPE, 1)
     with torch.no_grad():
         places.embedding.copy_(torch.tensor([[0], [100], [200], [0], [10], [20], [30], [0], [1]]))
         found = places(torch.zeros(1, 24, 1))

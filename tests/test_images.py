@@ -190,6 +190,9 @@ def test_grey_pictures_have_one_channel(tmp_path: Path) -> None:
     for number, picture in enumerate(rgb(5)):
         Image.fromarray(picture[..., 0]).save(tmp_path / f"{number}.png")
     assert corpus(tmp_path).shape == (4, 3, 1)
+    Image.fromarray(np.zeros((4, 3), np.uint16)).save(tmp_path / "9.png")
+    with pytest.raises(ValueError, match=r"9\.png: expected values of 8 bits \(1, L, LA, P, RGB, RGBA\), got I;16"):
+        corpus(tmp_path)
 
 
 def test_a_table_of_datasets(tmp_path: Path) -> None:
@@ -489,7 +492,7 @@ def test_mistakes(
 def test_runs_that_cannot_be(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
-    assert main(["train", "--run_dir", str(tmp_path / "run"), *TINY, *options]) == 2
+    assert main(["train", "--run_dir", str(tmp_path / "run"), *TINY, "--steps=1", *options]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -18,6 +18,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sedd.embeddings import LabelEmbedding, LearnedPositions, Rotary, SigmaEmbedding
+
 __all__ = ["PRESETS", "DiffusionTransformer", "KeyValueCache", "ModelConfig", "Network", "compile_network"]
 
 
@@ -228,86 +230,6 @@ def _whole(x: Tensor) -> Tensor:
     return result
 
 
-class _SigmaEmbedding(nn.Module):
-    """Conditioning vector of the total noise: silu(MLP(cosines and sines of σ̄ at 128 frequencies))."""
-
-    FREQUENCIES = 128
-    MAX_PERIOD = 10_000
-
-    def __init__(self, cond_dim: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(2 * self.FREQUENCIES, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
-
-    def forward(self, sigma: Tensor) -> Tensor:
-        exponents = torch.arange(self.FREQUENCIES, dtype=torch.float32, device=sigma.device) / self.FREQUENCIES
-        angles = sigma.float()[:, None] * torch.exp(-math.log(self.MAX_PERIOD) * exponents)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        dtype = next(self.mlp.parameters()).dtype
-        return F.silu(self.mlp(waves.to(dtype)))
-
-
-class _LabelEmbedding(nn.Module):
-    """Embeddings of the classes, and as the last one of no class, that are added to the conditioning vector."""
-
-    def __init__(self, classes: int, cond_dim: int) -> None:
-        super().__init__()
-        self.embedding = nn.Parameter(torch.empty(classes + 1, cond_dim))
-        nn.init.normal_(self.embedding, std=0.02)
-
-    def forward(self, condition: Tensor, labels: Tensor | None) -> Tensor:
-        return condition + (self.embedding[-1:] if labels is None else self.embedding[labels])
-
-
-class _Rotary(nn.Module):
-    """Rotary positions: the angles position / 10000^(2i / d_head), as cosines and sines [L, d_head / 2].
-
-    Positions count from ``start``. For images of a shape (rows, columns, channels), the first half of the angles are
-    row / 10000^(4i / d_head) and the second half column / 10000^(4i / d_head). Attention then depends on the distances
-    in rows and in columns.
-    """
-
-    inv_freq: Tensor
-
-    def __init__(self, head_dim: int, shape: tuple[int, ...] = ()) -> None:
-        super().__init__()
-        self.shape = shape
-        axes = 2 if shape else 1
-        exponents = torch.arange(0, head_dim, 2 * axes, dtype=torch.float32) / head_dim
-        self.register_buffer("inv_freq", (10_000.0**-exponents).repeat(axes))
-
-    def forward(self, length: int, start: int = 0) -> tuple[Tensor, Tensor]:
-        places = torch.arange(start, start + length, device=self.inv_freq.device, dtype=torch.float32)
-        if self.shape:
-            _, columns, channels = self.shape
-            pixels = places // channels
-            half = len(self.inv_freq) // 2
-            angles = torch.cat(
-                [torch.outer(axis, self.inv_freq[:half]) for axis in (pixels // columns, pixels % columns)], dim=1
-            )
-        else:
-            angles = torch.outer(places, self.inv_freq)
-        return angles.cos(), angles.sin()
-
-
-class _LearnedPositions(nn.Module):
-    """Embeddings that are added to those of the tokens: one for each place on each axis of a shape."""
-
-    def __init__(self, shape: tuple[int, ...], dim: int) -> None:
-        super().__init__()
-        self.shape = shape
-        self.embedding = nn.Parameter(torch.empty(sum(shape), dim))
-        nn.init.normal_(self.embedding, std=0.02)
-
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        places = torch.arange(start, start + x.shape[1], device=x.device)
-        first, stride = 0, math.prod(self.shape)
-        for count in self.shape:
-            stride //= count
-            x = x + self.embedding[first + places // stride % count]
-            first += count
-        return x
-
-
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the pairs (x_i, x_{i + d/2}) of [..., L, d_head]; float32 for a bfloat16 x."""
     first, second = x.chunk(2, dim=-1)
@@ -440,15 +362,15 @@ class DiffusionTransformer(nn.Module):
         self.causal = config.causal
         self.activation_checkpointing = False
         self.vocab_embed = _Embedding(config.hidden_size, dim)
-        self.sigma_map = _SigmaEmbedding(config.cond_dim)
-        self.label_embed = _LabelEmbedding(config.classes, config.cond_dim) if config.classes else None
-        self.rotary_emb = _Rotary(config.hidden_size // config.n_heads, config.shape)
-        self.position_embed: _LearnedPositions | None = None
+        self.sigma_map = SigmaEmbedding(config.cond_dim)
+        self.label_embed = LabelEmbedding(config.classes, config.cond_dim) if config.classes else None
+        self.rotary_emb = Rotary(config.hidden_size // config.n_heads, config.shape)
+        self.position_embed: LearnedPositions | None = None
         if config.positions == "learned":
             self.rotary_emb.inv_freq.zero_()  # nothing turns
-            self.position_embed = _LearnedPositions((config.length,), config.hidden_size)
+            self.position_embed = LearnedPositions((config.length,), config.hidden_size)
         elif config.shape:  # distances alone do not say where the border of the image is
-            self.position_embed = _LearnedPositions(config.shape, config.hidden_size)
+            self.position_embed = LearnedPositions(config.shape, config.hidden_size)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.n_blocks))
         self.output_layer = _OutputLayer(config, dim)
 

@@ -20,6 +20,7 @@ from sedd.data.options import DataConfig
 from sedd.data.pictures import Pixels, import_pillow, read_picture, to_tokens
 from sedd.data.sources import import_datasets, is_saved, open_splits
 from sedd.hints import pip_install
+from sedd.options import renamed
 
 __all__ = ["NAMED", "ImageSet", "open_images", "read_idx"]
 
@@ -173,7 +174,8 @@ def _png_folder(folder: Path) -> ImageSet:
     for file in files:
         picture = read_picture(file)
         channels = channels or _channels(picture)
-        values.append(to_tokens(picture, channels))
+        with renamed({"picture": str(file)}):
+            values.append(to_tokens(picture, channels))
         if values[-1].shape != values[0].shape:
             raise ValueError(f"{file}: expected {_size(values[0])} pixels as in {files[0]}, got {_size(values[-1])}")
     folders = [path.relative_to(folder).parts[:-1] for path in files]

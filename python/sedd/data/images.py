@@ -120,7 +120,8 @@ class _Split:
 
     def labels(self, starts: NDArray[np.int64]) -> Tensor:
         """The classes of the images that begin there."""
-        assert self.images.labels is not None
+        if self.images.labels is None:
+            raise ValueError("model.classes: expected images with classes, got a split without them")
         return torch.from_numpy(self.images.labels[starts // self.blocks.length])
 
 

@@ -18,6 +18,8 @@ __all__ = ["VALUES", "Pixels", "grid", "import_pillow", "read_picture", "to_pixe
 Pixels = NDArray[np.uint8]
 VALUES = 256
 """Values of a pixel. MASK is the token after them."""
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+"""Kinds of pictures that can be read, as Pillow calls them."""
 _MASKED = 128
 _LEAST = 64  # pixels of a side of a picture in a grid
 
@@ -38,7 +40,13 @@ def to_pixels(tokens: Tensor, shape: tuple[int, ...]) -> Pixels:
 
 
 def to_tokens(picture: Any, channels: int) -> Pixels:
-    """Values [H, W, C] of a picture of Pillow, converted to grey (one channel) or RGB (three)."""
+    """Values [H, W, C] of a picture of Pillow, converted to grey (one channel) or RGB (three).
+
+    Raises:
+        ValueError: its values do not have 8 bits.
+    """
+    if picture.mode not in MODES:
+        raise ValueError(f"picture: expected values of 8 bits ({', '.join(MODES)}), got {picture.mode}")
     values = np.asarray(picture.convert("L" if channels == 1 else "RGB"), np.uint8)
     return values.reshape(*values.shape[:2], channels)
 
