@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from sedd import load_model
-from sedd.data.corpus import CORPORA
+from sedd.data.corpora import CORPORA
 from sedd.diffusion import Diffusion, get_objective, sample_times
 from sedd.files import write_json
 

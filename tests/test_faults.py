@@ -21,7 +21,7 @@ import torch.utils.tensorboard
 from faults import KINDS, Faults, PowerCut, summary
 from rich.console import Console
 
-import sedd.data.corpus
+import sedd.data.corpora
 import sedd.training.checkpoint
 import sedd.training.run
 from sedd.config import ModelOptions, TrainConfig
@@ -120,7 +120,7 @@ def test_a_run_goes_on_bit_for_bit_after_every_fault(tmp_path: Path, monkeypatch
     tokens = np.random.default_rng(0).integers(0, 27, 4000).astype(np.uint16)
     splits = SimpleNamespace(train=TokenBlocks([tokens[400:]], 8), valid=TokenBlocks([tokens[:400]], 8))
     monkeypatch.setattr(torch.utils.tensorboard, "SummaryWriter", NoCurves)
-    monkeypatch.setattr(sedd.data.corpus, "load_blocks", lambda *_: splits)
+    monkeypatch.setattr(sedd.data.corpora, "load_blocks", lambda *_: splits)
     monkeypatch.setattr(sedd.training.run, "DiffusionTransformer", Toy)
     run, begun = tmp_path / "disk" / "run", tmp_path / "begun"
     sizes = ModelOptions(**SIZES, scale_by_sigma=False)

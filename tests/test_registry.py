@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from sedd.cli import main
-from sedd.data.corpus import CORPORA
+from sedd.data.corpora import CORPORA
 from sedd.data.tokenizer import TOKENIZERS
 from sedd.diffusion import OBJECTIVES, SAMPLERS, SCHEDULES
 from sedd.hub import load_model

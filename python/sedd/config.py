@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sedd.data.corpus import CORPORA
+from sedd.data.corpora import CORPORA
 from sedd.data.options import DataConfig
 from sedd.diffusion.objectives import OBJECTIVES, get_objective, objective_params
 from sedd.diffusion.schedule import SCHEDULES, get_schedule, schedule_params
@@ -94,6 +94,12 @@ class ModelOptions:
     causal: bool | None = None
     """Let each position see only those before it. The default, and the only possible value, is what the objective
     needs: true for autoregressive, false for the others."""
+    shape: tuple[int, ...] | None = None
+    """Rows, columns and channels of images; not needed: those of the data."""
+    positions: Literal["rotary", "learned"] | None = None
+    """How the network knows the positions of tokens: rotary (for images by row and column), or learned."""
+    classes: int | None = None
+    """Condition the model on the class of an image: the number of classes of the data."""
 
     def __post_init__(self) -> None:
         """Checks that the sizes fit together."""
@@ -106,6 +112,21 @@ class ModelOptions:
         return dataclasses.replace(
             PRESETS[self.preset], **{name: value for name, value in changed.items() if value is not None}
         )
+
+    def of_shape(self, shape: tuple[int, ...]) -> ModelOptions:
+        """Returns these options with the length and the shape of blocks of several axes.
+
+        Raises:
+            ValueError: another length or shape is given.
+        """
+        if len(shape) == 1:
+            return self
+        values: dict[str, Any] = {"length": math.prod(shape), "shape": shape}
+        for name, value in values.items():
+            given = getattr(self, name)
+            if given not in (None, value):
+                raise ValueError(f"model.{name}: expected {value}, which the data have, got {given}; leave it out")
+        return dataclasses.replace(self, **values)
 
 
 @dataclass
@@ -141,7 +162,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """Training data"""
     corpus: str = "text"
-    """Kind of data: text, or a class of your own as module:name."""
+    """Kind of data: text, images, or a class of your own as module:name."""
     tokenizer: str = "bytes"
     """How text becomes tokens: bytes (256 values), text8 (a-z and space), gpt2 (50,257 tokens), or a tokenizer.json of
     the tokenizers library (the file, a folder, or a Hugging Face repository), of which the run keeps a copy. Or a class
@@ -176,6 +197,9 @@ class TrainConfig:
     noise they are about half of a large batch; other noise needs 1. null: they are counted."""
     antithetic: bool = True
     """Spread the times of a batch evenly over (0, 1] instead of drawing them independently: less noise in the loss."""
+    label_dropout: float = 0.1
+    """With model.classes: part of the sequences whose class is withheld, so that the model is one without classes too,
+    as guidance needs."""
     batch_size: int = 8
     """Sequences in one forward pass of one process."""
     accumulate: int = 1
@@ -232,7 +256,7 @@ class TrainConfig:
     valid_draws: int = 8
     """Noise levels drawn for each validation block, always the same ones."""
     valid_samples: int = 1
-    """Texts that are sampled at each validation, for TensorBoard and Weights & Biases."""
+    """Texts or images that are sampled at each validation, for TensorBoard and Weights & Biases."""
     checkpoint_every: int = 1000
     """Steps between checkpoints. The best validation so far is saved too."""
     keep_last: int = 2
@@ -256,7 +280,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name}: expected a positive number, got {value}")
-        for name in ("lr_final", "lr_decay"):
+        for name in ("lr_final", "lr_decay", "label_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "seed", "valid_samples"):

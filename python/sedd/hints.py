@@ -11,7 +11,13 @@ from pathlib import Path
 
 __all__ = ["pip_install", "program"]
 
-PACKAGES = {"lm_eval": "lm-eval", "mauve": "mauve-text", "yaml": "pyyaml"}
+PACKAGES = {
+    "PIL": "pillow",
+    "lm_eval": "lm-eval",
+    "mauve": "mauve-text",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
 """Package names by module name, where they differ."""
 
 

@@ -73,6 +73,7 @@ class SEDDLM(TemplateLM):  # type: ignore[misc]
             warnings.warn("device: there is no GPU, so the CPU is used", stacklevel=2)
             device = "cpu"
         self.loaded = load_model(pretrained, resolve_device(device or "auto"))
+        self.loaded.need_text()
         self.draws, self.steps, self.max_gen_toks, self.seed = int(draws), int(steps), int(max_gen_toks), int(seed)
         # the harness's command line gives a word: 32, or auto
         self.batch_size = int(batch_size) if str(batch_size).isdigit() and int(batch_size) else 32

@@ -18,6 +18,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sedd.embeddings import LabelEmbedding, LearnedPositions, Rotary, SigmaEmbedding
+
 __all__ = ["PRESETS", "DiffusionTransformer", "KeyValueCache", "ModelConfig", "Network", "compile_network"]
 
 
@@ -40,6 +42,13 @@ class ModelConfig:
             conditioning is that of σ̄ = 0), and samplers call it only for sequences whose tokens have changed. Set to
             False for a causal network.
         causal: whether each position sees only itself and the positions before it, as autoregressive models need.
+        shape: rows, columns and channels of an image, whose values are the tokens in this order; empty for text. Its
+            product is ``length``, and the network reads no other length.
+        positions: how the network knows the position of a token. ``rotary``: by turning queries and keys; for images,
+            half of their pairs by the row and half by the column, and embeddings of row, column and channel are added
+            to that of the token. ``learned``: an embedding of the position is added instead.
+        classes: number of classes of the data, if the network is conditioned on the class. An embedding of the class,
+            or of no class, is added to that of the noise.
 
     Raises:
         ValueError: a size is not positive, sizes do not fit together, or dropout is not in [0, 1).
@@ -55,9 +64,14 @@ class ModelConfig:
     time_conditioning: bool = True
     hybrid_shift: bool = True
     causal: bool = False
+    shape: tuple[int, ...] = ()
+    positions: str = "rotary"
+    classes: int = 0
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions: expected one of {', '.join(POSITIONS)}, got {self.positions!r}")
         self.time_conditioning = self.time_conditioning and not self.causal
         for name in ("hidden_size", "n_blocks", "n_heads", "cond_dim", "length"):
             if getattr(self, name) < 1:
@@ -68,7 +82,29 @@ class ModelConfig:
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: expected a number in [0, 1), got {self.dropout}")
+        if self.classes < 0 or (self.causal and self.classes):
+            wanted = "0 for a causal network" if self.causal else "at least 0"
+            raise ValueError(f"classes: expected {wanted}, got {self.classes}")
+        if self.shape:
+            self._check_shape()
 
+    def _check_shape(self) -> None:
+        if len(self.shape) != 3 or min(self.shape) < 1:
+            raise ValueError(f"shape: expected rows, columns and channels, got {list(self.shape)}")
+        if self.length != math.prod(self.shape):
+            raise ValueError(
+                f"length: expected {math.prod(self.shape)}, the tokens of a block of "
+                f"{' x '.join(map(str, self.shape))}, got {self.length}"
+            )
+        if self.positions == "rotary" and self.hidden_size % (4 * self.n_heads):
+            raise ValueError(
+                f"hidden_size: expected a multiple of 4 * n_heads = {4 * self.n_heads} for rows and columns, "
+                f"got {self.hidden_size}"
+            )
+
+
+POSITIONS = ("rotary", "learned")
+"""The choices of :attr:`ModelConfig.positions`."""
 
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(hidden_size=128, n_blocks=4, n_heads=2, length=128, dropout=0.0),
@@ -91,8 +127,11 @@ class Network(Protocol):
     time_conditioning: bool
     """Whether :meth:`hidden` depends on sigma."""
 
-    def hidden(self, x_t: Tensor, sigma: Tensor) -> Tensor:
-        """States before the head, [B, L, d], of tokens x_t [B, L] (int64) at total noise sigma, [B] or [1]."""
+    def hidden(self, x_t: Tensor, sigma: Tensor, *, labels: Tensor | None = None) -> Tensor:
+        """States before the head, [B, L, d], of tokens x_t [B, L] (int64) at total noise sigma, [B] or [1].
+
+        ``labels`` is the class of each sequence [B]. A network without classes is called without it.
+        """
         ...
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -189,42 +228,6 @@ def _whole(x: Tensor) -> Tensor:
     """The result in all processes."""
     result: Tensor = x.full_tensor() if hasattr(x, "full_tensor") else x
     return result
-
-
-class _SigmaEmbedding(nn.Module):
-    """Conditioning vector of the total noise: silu(MLP(cosines and sines of σ̄ at 128 frequencies))."""
-
-    FREQUENCIES = 128
-    MAX_PERIOD = 10_000
-
-    def __init__(self, cond_dim: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(2 * self.FREQUENCIES, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
-
-    def forward(self, sigma: Tensor) -> Tensor:
-        exponents = torch.arange(self.FREQUENCIES, dtype=torch.float32, device=sigma.device) / self.FREQUENCIES
-        angles = sigma.float()[:, None] * torch.exp(-math.log(self.MAX_PERIOD) * exponents)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        dtype = next(self.mlp.parameters()).dtype
-        return F.silu(self.mlp(waves.to(dtype)))
-
-
-class _Rotary(nn.Module):
-    """Rotary positions: the angles position / 10000^(2i / d_head), as cosines and sines [L, d_head / 2].
-
-    Positions count from ``start``.
-    """
-
-    inv_freq: Tensor
-
-    def __init__(self, head_dim: int) -> None:
-        super().__init__()
-        self.register_buffer("inv_freq", 10_000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
-
-    def forward(self, length: int, start: int = 0) -> tuple[Tensor, Tensor]:
-        places = torch.arange(start, start + length, device=self.inv_freq.device, dtype=torch.float32)
-        angles = torch.outer(places, self.inv_freq)
-        return angles.cos(), angles.sin()
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -359,33 +362,51 @@ class DiffusionTransformer(nn.Module):
         self.causal = config.causal
         self.activation_checkpointing = False
         self.vocab_embed = _Embedding(config.hidden_size, dim)
-        self.sigma_map = _SigmaEmbedding(config.cond_dim)
-        self.rotary_emb = _Rotary(config.hidden_size // config.n_heads)
+        self.sigma_map = SigmaEmbedding(config.cond_dim)
+        self.label_embed = LabelEmbedding(config.classes, config.cond_dim) if config.classes else None
+        self.rotary_emb = Rotary(config.hidden_size // config.n_heads, config.shape)
+        self.position_embed: LearnedPositions | None = None
+        if config.positions == "learned":
+            self.rotary_emb.inv_freq.zero_()  # nothing turns
+            self.position_embed = LearnedPositions((config.length,), config.hidden_size)
+        elif config.shape:  # distances alone do not say where the border of the image is
+            self.position_embed = LearnedPositions(config.shape, config.hidden_size)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.n_blocks))
         self.output_layer = _OutputLayer(config, dim)
 
-    def hidden(self, x_t: Tensor, sigma: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def hidden(
+        self, x_t: Tensor, sigma: Tensor, cache: KeyValueCache | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         """States before the head: everything before the vocabulary axis.
 
         Args:
             x_t: tokens [B, L], int64.
             sigma: total noise σ̄ of each sequence [B], floating point, > 0; or [1] if all have the same.
             cache: for a causal network: the positions before these, to which these are added.
+            labels: for a network with classes: the class of each sequence [B], int64, or ``config.classes`` for no
+                class. None: no class for all.
 
         Returns:
             States [B, L, d].
 
         Raises:
             TypeError: ``x_t`` is not int64 or ``sigma`` not floating point.
-            ValueError: wrong shapes, a token outside [0, N), or a σ̄ that is not positive and finite (values are checked
-                on the CPU only: on a GPU the check would wait for the device); a cache for a network that is not
-                causal, or one that is full.
+            ValueError: wrong shapes, a length that the positions do not have, a token outside [0, N), or a σ̄ that is
+                not positive and finite (values are checked on the CPU only: on a GPU the check would wait for the
+                device); a cache for a network that is not causal, or one that is full.
         """
         self._check(x_t, sigma)
         start = 0 if cache is None else self._start(cache, x_t.shape[1])
+        self._check_length(x_t.shape[1], start)
+        if labels is not None:
+            self._check_labels(labels, x_t)
         with torch.autocast(x_t.device.type, enabled=False):
             condition = self.sigma_map(sigma if self.time_conditioning else torch.zeros_like(sigma[:1]))
+            if self.label_embed is not None:
+                condition = self.label_embed(condition, labels)
         x = self.vocab_embed(x_t)
+        if self.position_embed is not None:
+            x = self.position_embed(x, start)
         cos, sin = self.rotary_emb(x_t.shape[1], start)
         again = self.training and self.activation_checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
@@ -419,6 +440,27 @@ class DiffusionTransformer(nn.Module):
                 "KeyValueCache"
             )
         return cache.length
+
+    def _check_labels(self, labels: Tensor, x_t: Tensor) -> None:
+        classes = self.config.classes
+        if not classes:
+            raise ValueError("labels: expected none for a network without classes, got some")
+        if labels.dtype != torch.int64 or labels.shape != x_t.shape[:1]:
+            raise ValueError(f"labels: expected an int64 tensor [{len(x_t)}], got {labels.dtype} {list(labels.shape)}")
+        if x_t.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        low, high = (int(value) for value in labels.aminmax())
+        if low < 0 or high > classes:
+            raise ValueError(f"labels: expected values in [0, {classes}], got values from {low} to {high}")
+
+    def _check_length(self, length: int, start: int) -> None:
+        config = self.config
+        if config.shape and (start or length != config.length) and not self.causal:
+            raise ValueError(
+                f"x_t: expected sequences of {config.length} tokens, {' x '.join(map(str, config.shape))}, got {length}"
+            )
+        if config.positions == "learned" and start + length > config.length:
+            raise ValueError(f"x_t: expected at most the {config.length} learned positions, got {start + length}")
 
     def _check(self, x_t: Tensor, sigma: Tensor) -> None:
         if x_t.dtype != torch.int64:

@@ -201,7 +201,7 @@ def _word(kind: Any) -> str:
         return "{" + ",".join(inner) + "}"
     if origin is dict:
         return _word(inner[1])
-    if origin is list:
+    if origin is list or Ellipsis in inner:
         return f"{_word(inner[0])},..."
     if origin is tuple:
         return ",".join(_word(of) for of in inner)

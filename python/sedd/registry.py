@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from sedd.data.corpus import CORPORA, Corpus
+from sedd.data.corpora import CORPORA
+from sedd.data.corpus import Corpus
 from sedd.data.tokenizer import TOKENIZERS, Tokenizer
 from sedd.diffusion.diffusion import Objective
 from sedd.diffusion.objectives import OBJECTIVES

@@ -219,6 +219,7 @@ def generative(run: str, options: GenerativeOptions) -> int:
         check_figure(options.plot)
     device = resolve_device(options.device)
     loaded = load_model(run, device)
+    loaded.need_text()
     length = options.length or loaded.model.config.length
     with renamed({"sampler": "samplers"}):
         samplers = _samplers(loaded.diffusion) if options.samplers is None else options.samplers

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from sedd.commands.command import RUN, Argument, Command
 from sedd.config import ProcessName
-from sedd.data.corpus import CORPORA
+from sedd.data.corpora import CORPORA
 from sedd.data.tokenizer import TOKENIZERS
 from sedd.diffusion.objectives import OBJECTIVES
 from sedd.diffusion.samplers import SAMPLERS

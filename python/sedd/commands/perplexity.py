@@ -6,8 +6,11 @@ import dataclasses
 import math
 import os
 import re
+import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +29,7 @@ from sedd.diffusion.likelihood import ElboResult, elbo, joined
 from sedd.figures import check_figure, write_figure
 from sedd.files import finite, write_json
 from sedd.hub.pretrained import LoadedModel, load_model
-from sedd.options import check_options, prefixed, renamed
+from sedd.options import check_one_of, check_options, prefixed, renamed
 from sedd.progress import console, track
 from sedd.runtime import resolve_device
 from sedd.unfinished import identity
@@ -43,6 +46,9 @@ scores the validation text of the run and compares the model with a unigram and 
 A text is wikitext2, wikitext103, lambada, lm1b or ptb (the test sets of the papers, from the Hugging Face hub, with
 their detokenisers), a file, a folder, or the name of a hub data set. Each document ends with end-of-text; documents are
 concatenated and cut into blocks of the model's length.
+
+For a run of images, prints the bound in bits per dimension, with its standard error, of the test
+images, or of the validation images if there are no test images.
 
 examples:
   sedd eval perplexity runs/default
@@ -95,7 +101,7 @@ class PerplexityOptions:
     subset: str | None = None
     """Configuration of a hub data set."""
     split: str | None = None
-    """Split of a hub data set. Default: test."""
+    """Split of a hub data set; for a run of images, test or validation. Default: test, if there is one."""
     text_column: str = "text"
     """Column (or JSON key) that contains the text."""
     documents: Literal["file", "paragraph", "line"] = "file"
@@ -147,6 +153,8 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
         if options.plot:
             raise ValueError("plot: expected a diffusion model, got an autoregressive one, which has no noise levels")
         options = dataclasses.replace(options, draws=1)
+    if not loaded.is_text:
+        return _bits_per_dim(loaded, options, out)
     how = "exact likelihoods" if exact else f"upper bounds, {options.draws} noise levels per block"
     table = Table("", title=f"{loaded.path}: {how}")
     for column in ("tokens", "nats/token", "perplexity", "mean of exp", "bits/byte"):
@@ -160,14 +168,17 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
             blocks, train, rules = _blocks(loaded, name, options)
         unfinished = _unfinished(options.json, title) if options.json and options.max_minutes is None else None
         wanted = torch.cat(list(valid_batches(blocks, 4096, options.blocks)))
-        result = _score(loaded, wanted, options, unfinished, out)
+        n_bytes = partial(count_bytes, tokenizer=loaded.tokenizer)
+        result = _score(loaded, wanted, n_bytes, title, options, unfinished, out)
         scored = wanted[: len(result.sequences)]
-        if bad := int(result.sequences.isnan().sum()):
-            raise ValueError(
-                f"{loaded.path}: expected finite scores, got NaN for {bad:,} of {len(result.sequences):,} blocks of "
-                f"{title}; check the weights of the model for NaN"
-            )
-        figures[title] = _figures(result, blocks, rules, options)
+        others = {
+            "perplexity": result.perplexity,
+            "perplexity_mean_of_exp": result.perplexity_mean_of_exp,
+            "bits_per_byte": result.bits_per_byte,
+            "tokens_of_text": blocks.n_tokens,
+            "bytes": result.n_bytes,
+        }
+        figures[title] = _figures(result, rules, options, others)
         table.add_row(
             title,
             f"{result.tokens:,}",
@@ -203,6 +214,57 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
     return 0
 
 
+def _bits_per_dim(loaded: LoadedModel, options: PerplexityOptions, out: Console) -> int:
+    """Scores the test or validation data of a run whose data are not text, such as images."""
+    if options.texts:
+        raise ValueError(f"texts: expected none for {loaded.path}, a model of other data, got {options.texts[0]!r}")
+    _check_reading(options, ("split",), "the data are read with the options of the run")
+    corpus, count = loaded.corpus(options.cache_dir), options.blocks or sys.maxsize
+    splits = {"test": corpus.test(count), "validation": corpus.valid(count)}
+    if options.split is not None:
+        check_one_of("split", options.split, [name for name, blocks in splits.items() if blocks is not None])
+    split, wanted = next((s, b) for s, b in splits.items() if b is not None and options.split in (None, s))
+    labels = corpus.labels(split, count) if loaded.model.config.classes else None
+    unfinished = _unfinished(options.json, split) if options.json and options.max_minutes is None else None
+    result = _score(loaded, wanted, corpus.n_bytes, f"the {split} data", options, unfinished, out, labels)
+    # a unit may have several tokens, or a token several units
+    scale = result.tokens / (result.n_bytes or 0) / math.log(2)
+    bits, error, unit = scale * result.nats_per_token, scale * result.standard_error, corpus.unit
+    assert loaded.config is not None
+    given = ", given their classes" if labels is not None else ""
+    rules = f"{split} data of {loaded.config.data.source}, in blocks of {' x '.join(map(str, corpus.shape))}{given}"
+    others = {f"bits_per_{unit}": bits, f"bits_per_{unit}_standard_error": error}
+    figures = _figures(result, rules, options, others)
+    if options.json:
+        write_json(Path(options.json), {"model": str(loaded.path), "data": {split: figures}})
+    if options.plot:
+        plot_bound(result, options.plot)
+    if unfinished is not None:
+        unfinished.unlink(missing_ok=True)
+    how = "exact likelihoods" if result.exact else f"upper bounds, {options.draws} noise levels per block"
+    table = Table("", title=f"{loaded.path}: {how}")
+    for column in ("blocks", f"{unit}s", f"bits/{unit}", f"nats/{unit}"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_row(
+        split,
+        f"{len(result.sequences):,}",
+        f"{result.n_bytes:,}",
+        f"{bits:.4f} ± {error:.4f}",
+        f"{bits * math.log(2):.4f} ± {error * math.log(2):.4f}",
+    )
+    out.print(table)
+    of_all = f", {len(result.sequences):,} of {len(wanted):,} blocks" if len(result.sequences) < len(wanted) else ""
+    out.print(
+        f"{rules}{of_all}. Standard error: {error:.4f} bits/{unit} for all data of this kind"
+        + (
+            "."
+            if result.exact
+            else f", {scale * result.monte_carlo_error:.4f} for these blocks. Prior term: {scale * result.prior:.4f}."
+        )
+    )
+    return 0
+
+
 def _ngrams(train: TokenBlocks, scored: Tensor, dim: int, result: ElboResult) -> dict[str, dict[str, float]]:
     """Results of a unigram and a bigram model of the training text on the scored blocks."""
     counted = torch.cat(list(valid_batches(train, 4096, NGRAM_TOKENS // train.length)))
@@ -228,11 +290,7 @@ def _blocks(loaded: LoadedModel, name: str, options: PerplexityOptions) -> tuple
             raise ValueError(
                 f"text: expected a text, got none; {loaded.path} has no validation text: give {known}, a file, ..."
             )
-        for option in ("subset", "split", "text_column", "documents", "detokenizer"):
-            if getattr(options, option) != getattr(PerplexityOptions(), option):
-                raise ValueError(
-                    f"{option}: expected only with a text; the validation text is read with the options of the run"
-                )
+        _check_reading(options, (), "the validation text is read with the options of the run")
         data = loaded.config.data
         data = dataclasses.replace(data, cache_dir=options.cache_dir or data.cache_dir)
         with prefixed("data.", DataConfig):
@@ -253,6 +311,13 @@ def _blocks(loaded: LoadedModel, name: str, options: PerplexityOptions) -> tuple
     return load_text(data, loaded.tokenizer, length, joined=joined), None, rules
 
 
+def _check_reading(options: PerplexityOptions, allowed: tuple[str, ...], why: str) -> None:
+    """Checks that no option is given that says how a text is read."""
+    for option in ("subset", "split", "text_column", "documents", "detokenizer"):
+        if option not in allowed and getattr(options, option) != getattr(PerplexityOptions(), option):
+            raise ValueError(f"{option}: expected only with a text; {why}")
+
+
 def _data(name: str, options: PerplexityOptions) -> DataConfig:
     local = Path(name).expanduser().exists()
     if local and options.split is not None:
@@ -269,18 +334,30 @@ def _data(name: str, options: PerplexityOptions) -> DataConfig:
 
 
 def _score(
-    loaded: LoadedModel, blocks: Tensor, options: PerplexityOptions, unfinished: Path | None, out: Console
+    loaded: LoadedModel,
+    blocks: Tensor,
+    n_bytes: Callable[[Tensor], int],
+    title: str,
+    options: PerplexityOptions,
+    unfinished: Path | None,
+    out: Console,
+    labels: Tensor | None = None,
 ) -> ElboResult:
-    """The bound of blocks [S, L]; with ``max_minutes``, of the first blocks that can be scored in that time."""
+    """The bound of blocks [S, L]; with ``max_minutes``, of the first blocks that can be scored in that time.
+
+    Raises:
+        ValueError: a block has the score NaN.
+    """
     device = loaded.diffusion.device
     generator = torch.Generator(device).manual_seed(options.seed)
 
-    def score(part: Tensor, progress: bool) -> ElboResult:
+    def score(part: Tensor, labels: Tensor | None, progress: bool) -> ElboResult:
         return elbo(
             loaded.diffusion,
             part,
             draws=options.draws,
-            n_bytes=count_bytes(part, loaded.tokenizer),
+            n_bytes=n_bytes(part),
+            labels=labels,
             batch_size=options.batch_size,
             generator=generator,
             autocast_dtype=loaded.autocast_dtype,
@@ -289,32 +366,41 @@ def _score(
         )
 
     if options.max_minutes is None:
-        return score(blocks, out.is_terminal)
+        return _finite(score(blocks, labels, out.is_terminal), loaded, title)
     deadline = time.monotonic() + 60 * options.max_minutes
     size = max(1, min(options.batch_size, 8 * options.batch_size // options.draws))  # about 8 calls of the model
     results = []
-    for part in track(blocks.split(size), "likelihood", out.is_terminal):
-        results.append(score(part, False))
+    for number, part in enumerate(track(blocks.split(size), "likelihood", out.is_terminal)):
+        classes = None if labels is None else labels[number * size :][:size]
+        results.append(score(part, classes, False))
         if time.monotonic() >= deadline:
             break
-    return joined(results)
+    return _finite(joined(results), loaded, title)
 
 
-def _figures(result: ElboResult, blocks: TokenBlocks, rules: str, options: PerplexityOptions) -> dict[str, Any]:
+def _finite(result: ElboResult, loaded: LoadedModel, title: str) -> ElboResult:
+    if bad := int(result.sequences.isnan().sum()):
+        raise ValueError(
+            f"{loaded.path}: expected finite scores, got NaN for {bad:,} of {len(result.sequences):,} blocks of "
+            f"{title}; check the weights of the model for NaN"
+        )
+    return result
+
+
+def _figures(
+    result: ElboResult, rules: str, options: PerplexityOptions, others: Mapping[str, float | int | None]
+) -> dict[str, Any]:
+    """The figures of a bound for JSON."""
     figures = {
         "nats_per_token": result.nats_per_token,
         "standard_error": result.standard_error,
         "monte_carlo_error": result.monte_carlo_error,
         "prior": result.prior,
-        "perplexity": result.perplexity,
-        "perplexity_mean_of_exp": result.perplexity_mean_of_exp,
+        **others,
         "bits_per_token": result.bits_per_token,
-        "bits_per_byte": result.bits_per_byte,
         "blocks": len(result.sequences),
         "length": result.length,
         "tokens": result.tokens,
-        "tokens_of_text": blocks.n_tokens,
-        "bytes": result.n_bytes,
         "draws": options.draws,
         "exact": result.exact,
         "seed": options.seed,

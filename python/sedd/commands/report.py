@@ -91,6 +91,7 @@ def report(run: str, options: ReportOptions) -> int:
     except ImportError as error:
         raise ImportError(f"a report needs {error.name}: {pip_install('eval', str(error.name))}") from error
     loaded = load_model(run, resolve_device(options.device))
+    loaded.need_text()
     if loaded.config is None or loaded.state is None:
         raise ValueError(f"run: expected a run of sedd train, got {loaded.path}, a model without training losses")
     folder = loaded.path.parent.parent

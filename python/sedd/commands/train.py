@@ -54,6 +54,7 @@ examples:
   sedd train --config runs/book/config.json --lr 1e-3 --run_dir runs/book2
   sedd train --run_dir runs/book --resume --steps 40000
   sedd train --init runs/book --data.source mine.txt --run_dir runs/mine --lr 3e-4 --lr_schedule linear --steps 5000
+  sedd train --corpus images --data.source digits --objective md4 --run_dir runs/digits
   sedd train --tokenizer tokenizer.json --data.source book.txt --lr_schedule wsd --max_minutes 60 --run_dir runs/pieces
   tensorboard --logdir runs
 """
@@ -101,7 +102,7 @@ def _train(options: TrainConfig, resume: bool, lock: RunLock | None) -> int:
     noise = "no noise (autoregressive)" if options.model.causal else f"{options.process} noise"
     out.print(
         f"{model}, {parameters / 1e6:.2f} M parameters, {noise}, "
-        f"{options.tokenizer} tokens in blocks of {run.corpus.shape[0]}, {state.device} "
+        f"{run.corpus.describe()}, {state.device} "
         f"({str(state.autocast_dtype or torch.float32)[6:]}){_processes(run)}; output folder: {run.run_dir}"
     )
     first = state.step
@@ -120,8 +121,9 @@ def _train(options: TrainConfig, resume: bool, lock: RunLock | None) -> int:
         out.print(f"  {sedd} train --run_dir {folder} --resume    resumes the run")
     if best is not None:
         out.print(f"best checkpoint: {best} ({run.best:.4f} nats per token)")
-    out.print(f"  {sedd} sample {folder} --live               samples text")
-    out.print(f"  {sedd} eval perplexity {folder}             measures the likelihood of text")
+    live = " --live" if len(run.corpus.shape) == 1 else ""
+    out.print(f"  {f'{sedd} sample {folder}{live}':40}  samples {options.corpus}")
+    out.print(f"  {f'{sedd} eval perplexity {folder}':40}  measures the likelihood of {options.corpus}")
     return 0 if outcome.signum is None else 128 + outcome.signum
 
 

@@ -51,11 +51,11 @@ class TokenBlocks(torch.utils.data.Dataset[torch.Tensor]):
         starts: NDArray[np.int64] | None = None,
         what: str = "text",
     ) -> None:
-        self._chunks = [chunk for chunk in chunks if len(chunk)]
-        self._ends = np.cumsum([len(chunk) for chunk in self._chunks], dtype=np.int64)
+        self.chunks = [chunk for chunk in chunks if len(chunk)]
+        self._ends = np.cumsum([len(chunk) for chunk in self.chunks], dtype=np.int64)
         self.length = length
         self.windows = windows
-        self.n_tokens = int(self._ends[-1]) if self._chunks else 0
+        self.n_tokens = int(self._ends[-1]) if self.chunks else 0
         if self.n_tokens < length:
             raise ValueError(
                 f"{what}: expected at least one block of {length} tokens, got {self.n_tokens} tokens; give more text, "
@@ -75,13 +75,13 @@ class TokenBlocks(torch.utils.data.Dataset[torch.Tensor]):
         return torch.from_numpy(self.gather(self.starts[np.asarray(indices, np.int64)]).astype(np.int64))
 
     def gather(self, starts: NDArray[np.int64]) -> Tokens:
-        """L tokens from each offset in `starts` [B]: [B, L], in the dtype of the chunks (uint16 or uint32)."""
-        blocks = np.empty((len(starts), self.length), self._chunks[0].dtype)
+        """L tokens from each offset in `starts` [B]: [B, L], in the dtype of the chunks (uint8, uint16 or uint32)."""
+        blocks = np.empty((len(starts), self.length), self.chunks[0].dtype)
         for block, start, chunk in zip(blocks, starts, np.searchsorted(self._ends, starts, side="right"), strict=True):
             filled = 0
             while filled < self.length:
-                begin = start + filled - (self._ends[chunk] - len(self._chunks[chunk]))
-                piece = self._chunks[chunk][begin : begin + self.length - filled]
+                begin = start + filled - (self._ends[chunk] - len(self.chunks[chunk]))
+                piece = self.chunks[chunk][begin : begin + self.length - filled]
                 block[filled : filled + len(piece)] = piece
                 filled += len(piece)
                 chunk += 1
@@ -142,15 +142,19 @@ class TokenStream:
                 yield encode_document(detokenize(text, self._detokenizer), self._tokenizer)
 
 
+Batch = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+"""Tokens [batch_size, L], int64; with labels, the class of each block [batch_size], int64, too."""
+
+
 class Batches(Protocol):
-    """Endless training batches, [batch_size, L] int64, in an order that depends only on the seed.
+    """Endless training batches in an order that depends only on the seed.
 
     `state_dict` returns the position as JSON-serialisable data. After `load_state_dict`, also in a new process, the
     batches continue exactly from that position. All batches are full: a batch may contain blocks of two epochs.
     """
 
-    def __iter__(self) -> Iterator[torch.Tensor]: ...
-    def __next__(self) -> torch.Tensor: ...
+    def __iter__(self) -> Iterator[Batch]: ...
+    def __next__(self) -> Batch: ...
     def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
     def load_state_dict(self, state: dict[str, Any]) -> None: ...  # noqa: D102
 
@@ -176,7 +180,7 @@ def batches(split: TokenBlocks | TokenStream, batch_size: int, *, seed: int = 0)
         raise ValueError(f"seed: expected at least 0, got {seed}")
     if isinstance(split, TokenStream):
         return _StreamBatches(split, batch_size, seed)
-    return _BlockBatches(split, batch_size, seed)
+    return BlockBatches(split, batch_size, seed)
 
 
 def valid_batches(blocks: TokenBlocks, batch_size: int, max_blocks: int | None = None) -> Iterator[torch.Tensor]:
@@ -186,11 +190,17 @@ def valid_batches(blocks: TokenBlocks, batch_size: int, max_blocks: int | None =
         yield blocks.take(numbers[first : first + batch_size])
 
 
-class _BlockBatches:
+class BlockBatches:
+    """Batches of blocks; made by :func:`batches`."""
+
     def __init__(self, blocks: TokenBlocks, batch_size: int, seed: int) -> None:
         self._blocks = blocks
         self._batch_size = batch_size
-        self._identity = {"kind": "windows" if blocks.windows else "blocks", "seed": seed, "data": blocks.checksum()}
+        self._identity: dict[str, Any] = {
+            "kind": "windows" if blocks.windows else "blocks",
+            "seed": seed,
+            "data": blocks.checksum(),
+        }
         self._seed = seed
         self._consumed = 0
         self._epoch = -1
@@ -198,19 +208,20 @@ class _BlockBatches:
 
     def _starts(self, epoch: int) -> NDArray[np.int64]:
         if epoch != self._epoch:
-            random = np.random.default_rng([self._seed, epoch])
-            n, length = len(self._blocks), self._blocks.length
-            if self._blocks.windows:
-                self._order = random.integers(0, self._blocks.n_tokens - length, n, endpoint=True)
-            else:
-                self._order = random.permutation(self._blocks.starts)
-            self._epoch = epoch
+            self._order, self._epoch = self._shuffled(np.random.default_rng([self._seed, epoch])), epoch
         return self._order
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def _shuffled(self, random: np.random.Generator) -> NDArray[np.int64]:
+        """The offsets of the blocks of an epoch."""
+        if not self._blocks.windows:
+            return random.permutation(self._blocks.starts)
+        last = self._blocks.n_tokens - self._blocks.length
+        return random.integers(0, last, len(self._blocks), endpoint=True)
+
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> torch.Tensor:
+    def __next__(self) -> Batch:
         starts: list[NDArray[np.int64]] = []
         missing = self._batch_size
         while missing:
@@ -218,12 +229,16 @@ class _BlockBatches:
             starts.append(self._starts(epoch)[position : position + missing])
             missing -= len(starts[-1])
             self._consumed += len(starts[-1])
-        return torch.from_numpy(self._blocks.gather(np.concatenate(starts)).astype(np.int64))
+        return self._take(np.concatenate(starts))
 
-    def state_dict(self) -> dict[str, Any]:
+    def _take(self, starts: NDArray[np.int64]) -> Batch:
+        """The blocks at these offsets."""
+        return torch.from_numpy(self._blocks.gather(starts).astype(np.int64))
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
         return {**self._identity, "consumed": self._consumed}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
         _check_state(state, self._identity, ("consumed",))
         self._consumed = state["consumed"]
 

@@ -12,12 +12,14 @@ __all__ = ["DataConfig"]
 
 @dataclass
 class DataConfig:
-    """The training text, and how it is split into documents and blocks."""
+    """The training text or images, and how they are split."""
 
     source: str = "stdlib"
     """Source of the text: 'stdlib' (sources and documentation of this Python installation, no download), a file (.txt,
     .raw, .json, .jsonl or .parquet, optionally compressed as .gz, .bz2, .xz or .zst; a file without a suffix is text),
-    a folder of such files, a folder written by `save_to_disk`, or the name of a data set on the Hugging Face hub."""
+    a folder of such files, a folder written by `save_to_disk`, or the name of a data set on the Hugging Face hub. For
+    images: 'digits' (of scikit-learn), 'fashion-mnist' (Debian's package), a folder of PNG files or of the IDX files of
+    MNIST, a folder written by `save_to_disk`, or the name of a hub data set."""
     valid_source: str | None = None
     """File or folder with the validation text. Default: `valid_split`, or a part of `source`."""
     subset: str | None = None
@@ -53,5 +55,7 @@ class DataConfig:
     """With streaming: number of validation blocks, which are kept in memory."""
     num_proc: int = 1
     """Number of tokenising processes. It does not affect the result."""
+    flips: bool = False
+    """For images: mirror half of the training images, left to right, anew in each epoch."""
     cache_dir: str | None = None
     """Folder for downloads and tokenised text. Default: HF_DATASETS_CACHE, or ~/.cache/huggingface."""

@@ -8,14 +8,16 @@ import os
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sedd.data.options import DataConfig
 from sedd.hints import pip_install
 from sedd.progress import is_interactive
+
+Split = TypeVar("Split")
 
 _BUILDERS = {".txt": "text", ".raw": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
@@ -65,14 +67,23 @@ def open_source(config: DataConfig) -> tuple[Any, Any]:
         rows, valid_rows = _read_files(files, config, "source"), None
     elif saved:
         found = _read_saved(config, "source")
-        rows, valid_rows = _chosen(found, config) if _saved_splits(config.source) else (found, None)
+        rows, valid_rows = chosen(found, config) if _saved_splits(config.source) else (found, None)
     else:
-        rows, valid_rows = _hub(config)
+        rows, valid_rows = chosen(_hub(config), config)
     if valid_files:
         valid_rows = _read_files(valid_files, config, "valid_source")
     elif valid_saved:
         valid_rows = _read_saved(config, "valid_source")
     return rows, valid_rows
+
+
+def open_splits(config: DataConfig) -> Mapping[str, Any]:
+    """The rows of each split of a hub data set, or of a folder written by ``save_to_disk``."""
+    if not is_saved(config.source):
+        return _hub(config)
+    found = _read_saved(config, "source")
+    splits: Mapping[str, Any] = found if _saved_splits(config.source) else {config.train_split: found}
+    return splits
 
 
 def is_saved(source: str) -> bool:
@@ -184,11 +195,12 @@ def _read_files(files: list[Path], config: DataConfig, field: str) -> Any:
         raise ValueError(f"{field}: could not read {source} as {builder}: {error.__cause__ or error}") from error
 
 
-def _hub(config: DataConfig) -> tuple[Any, Any]:
+def _hub(config: DataConfig) -> Mapping[str, Any]:
+    """The rows of each split of a hub data set."""
     datasets = import_datasets()
     source = config.source
     try:
-        found = datasets.load_dataset(
+        found: Mapping[str, Any] = datasets.load_dataset(
             source, config.subset, revision=config.revision, streaming=config.streaming, cache_dir=config.cache_dir
         )
     except datasets.exceptions.DatasetNotFoundError as error:
@@ -203,11 +215,15 @@ def _hub(config: DataConfig) -> tuple[Any, Any]:
         ) from error
     except ValueError as error:  # an unknown subset, or several without a choice: the message lists them
         raise ValueError(f"subset: could not load subset {config.subset!r} of {source!r}: {error}") from error
-    return _chosen(found, config)
+    return found
 
 
-def _chosen(found: Any, config: DataConfig) -> tuple[Any, Any]:
-    """The training split, and the validation split or None."""
+def chosen(found: Mapping[str, Split], config: DataConfig) -> tuple[Split, Split | None]:
+    """The training split, and the validation split or None.
+
+    Raises:
+        ValueError: there is no split of that name, or both are the same.
+    """
     source, valid_split = config.source, config.valid_split
     if valid_split is None and config.valid_source is None and "validation" in found:
         valid_split = "validation"

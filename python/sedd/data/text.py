@@ -13,7 +13,6 @@ is split at one position; its last part is the validation text.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 
 from sedd.data.batches import Batches, TokenBlocks, TokenStream, batches, encode_document, is_blank, valid_batches
 from sedd.data.detokenize import DETOKENIZERS, Detokenizer, detokenize
+from sedd.data.holdout import content_key, validation_cut
 from sedd.data.options import DataConfig
 from sedd.data.sources import SAMPLE_BY, import_datasets, open_source
 from sedd.data.tokenizer import Tokenizer, Tokens
@@ -128,6 +128,8 @@ def _check(config: DataConfig, length: int) -> None:
         raise ValueError(f"detokenizer: expected one of {', '.join(DETOKENIZERS)}; got {config.detokenizer!r}")
     if config.documents not in SAMPLE_BY:
         raise ValueError(f"documents: expected one of {', '.join(map(repr, SAMPLE_BY))}; got {config.documents!r}")
+    if config.flips:
+        raise ValueError("flips: expected false for text, got true")
     if config.windows and config.streaming:
         raise ValueError(
             "windows: expected false with streaming, got true: a stream has no random access; use only one of the two"
@@ -148,7 +150,7 @@ def _check_column(rows: Any, column: str, field: str) -> None:
 
 def _key(text: str) -> int:
     """Hash of the text, uniform over [0, 2⁶³)."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big") >> 1
+    return content_key(text.encode("utf-8"))
 
 
 def _keys(texts: list[str | None]) -> dict[str, list[int]]:
@@ -196,8 +198,7 @@ def _divide(rows: Any, config: DataConfig, tokenizer: Tokenizer) -> tuple[list[T
         tokens = np.concatenate(_tokenize(rows.select([int(np.argmax(keys >= 0))]), config, tokenizer))
         cut = round(len(tokens) * (1 - config.valid_fraction))
         return [tokens[:cut]], [tokens[cut:]]
-    # With few documents, too, each split gets at least one.
-    cut = min(max(int(config.valid_fraction * 2**63), int(different[0]) + 1), int(different[-1]))
+    cut = validation_cut(different, config.valid_fraction)
     train, valid = (rows.select(np.flatnonzero(side)) for side in (keys >= cut, (keys >= 0) & (keys < cut)))
     return _tokenize(train, config, tokenizer), _tokenize(valid, config, tokenizer)
 

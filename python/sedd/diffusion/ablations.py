@@ -80,7 +80,7 @@ class TauLDR(MD4):
         after, position, rate = neighbours(x_t, process, generator, options.first, options.count)
         rows = torch.arange(len(x_t), device=x_t.device)
         sigma = schedule.total(t)
-        logits = network.head(network.hidden(after, sigma)[rows, position])
+        logits = network.head(network.hidden(after, sigma, **options.conditions)[rows, position])
         # the step to the clean text: a cross-entropy
         nats = mean_prediction_loss(
             logits, after[rows, position], x_0[rows, position], sigma, process, sigma_s=torch.zeros_like(sigma)
@@ -105,12 +105,12 @@ class ImplicitScoreEntropy(ScoreEntropy):
         process, schedule = diffusion.process, diffusion.schedule
         x_t = diffusion.noise(x_0, t, generator=generator, first=options.first)
         after, position, rate = neighbours(x_t, process, generator, options.first, options.count)
-        log_score, rows = _log_scores(diffusion, x_t, t)
+        log_score, rows = _log_scores(diffusion, x_t, t, options)
         stationary = process.stationary.to(x_t.device)[x_t.flatten()[rows]]
         total = _by_sequence(stationary * log_score.exp().sum(1), rows, x_t)
         # log-scores at the position of the jump alone
         sequence = torch.arange(len(x_t), device=x_t.device)
-        hidden = diffusion.network.hidden(after, schedule.total(t))[sequence, position]
+        hidden = diffusion.network.hidden(after, schedule.total(t), **options.conditions)[sequence, position]
         here = _shifted(diffusion, diffusion.network.head(hidden), after[sequence, position], schedule.total(t))
         undone = here[sequence, x_t[sequence, position]]
         return (options.scale * schedule.rate(t) * (total - rate * torch.where(rate > 0, undone, 0.0))).float()
@@ -131,7 +131,7 @@ class ConcreteScore(ScoreEntropy):
         """See :meth:`sedd.diffusion.Objective.training_loss`."""
         process, schedule = diffusion.process, diffusion.schedule
         x_t = diffusion.noise(x_0, t, generator=generator, first=options.first)
-        log_score, rows = _log_scores(diffusion, x_t, t)
+        log_score, rows = _log_scores(diffusion, x_t, t, options)
         x, clean = x_t.flatten()[rows, None], x_0.flatten()[rows, None]
         stationary = process.stationary.to(x_t.device)
         sigma = schedule.total(t)[rows // x_t.shape[1], None]
@@ -143,11 +143,11 @@ class ConcreteScore(ScoreEntropy):
         return (options.scale * schedule.rate(t) * _by_sequence(stationary[x[:, 0]] * squares, rows, x_t)).float()
 
 
-def _log_scores(diffusion: Diffusion, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+def _log_scores(diffusion: Diffusion, x_t: Tensor, t: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
     """Log-scores [R, N] of the R positions that have a loss, -∞ for the token that is there, and their indices [R]."""
     rows = scored_rows(x_t, diffusion.process)
     sigma = diffusion.schedule.total(t)
-    hidden = diffusion.network.hidden(x_t, sigma).flatten(0, 1).index_select(0, rows)
+    hidden = diffusion.network.hidden(x_t, sigma, **options.conditions).flatten(0, 1).index_select(0, rows)
     x = x_t.flatten()[rows]
     log_score = _shifted(diffusion, diffusion.network.head(hidden), x, sigma[rows // x_t.shape[1]])
     return log_score.scatter(1, x[:, None], -torch.inf), rows

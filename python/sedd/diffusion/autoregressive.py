@@ -25,7 +25,9 @@ EVEN = math.log(2)
 
 
 class _CausalNetwork(Network, Protocol):
-    def hidden(self, x_t: Tensor, sigma: Tensor, cache: KeyValueCache | None = None) -> Tensor: ...
+    def hidden(
+        self, x_t: Tensor, sigma: Tensor, cache: KeyValueCache | None = None, labels: Tensor | None = None
+    ) -> Tensor: ...
 
 
 class Autoregressive(Objective):

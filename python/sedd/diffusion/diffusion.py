@@ -138,6 +138,7 @@ class LossOptions:
         first: for a training loss: the place of the first sequence in the batch of an optimiser step.
         count: the number of sequences in that batch; None if these are all. Random numbers belong to places in it, so
             that they do not depend on how it is divided.
+        labels: the class of each sequence [B], int64, for a network with classes; None for others.
     """
 
     given: int = 0
@@ -146,6 +147,12 @@ class LossOptions:
     capacity: float | None = None
     first: int = 0
     count: int | None = None
+    labels: Tensor | None = None
+
+    @property
+    def conditions(self) -> dict[str, Tensor]:
+        """The keyword arguments of :meth:`sedd.network.Network.hidden` other than tokens and noise."""
+        return {} if self.labels is None else {"labels": self.labels}
 
     def positions(self, x: Tensor) -> int | None:
         """The capacity as the number of positions of x [B, L]."""
@@ -294,6 +301,7 @@ class Diffusion(nn.Module):
         scale: float = 1.0,
         fused: bool = True,
         capacity: float | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """The integrand of the likelihood bound for noised sequences.
 
@@ -306,12 +314,13 @@ class Diffusion(nn.Module):
             fused: fuse a linear head with the loss, which then needs no log-scores of rows × N.
             capacity: the share of the positions, in (0, 1], that go through a fused head, so that a GPU need not count
                 those that have a loss; see :func:`sedd_ext.linear_score_entropy_loss`. None: they are counted.
+            labels: for a network with classes: the class of each sequence [B], int64; None for no class.
 
         Returns:
             Nats per sequence times ``scale`` [B], float32, differentiable. The expectation over t ~ U(0, 1) is the
             integral of the likelihood bound (:func:`sedd.diffusion.elbo`).
         """
-        return self.objective.loss(self, x_0, x_t, t, LossOptions(given, scale, fused, capacity))
+        return self.objective.loss(self, x_0, x_t, t, LossOptions(given, scale, fused, capacity, labels=labels))
 
     def forward(
         self,
@@ -324,6 +333,7 @@ class Diffusion(nn.Module):
         generator: torch.Generator | None = None,
         first: int = 0,
         count: int | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """The training loss of sequences, with the arguments of :meth:`noise` and :meth:`loss`.
 
@@ -337,10 +347,11 @@ class Diffusion(nn.Module):
             first: place of the first sequence in the batch of an optimiser step.
             count: number of sequences in that batch; None if these are all. The parts of a batch get the same random
                 numbers as the whole, if the generator is in the same state for each.
+            labels: see :meth:`loss`.
 
         Returns:
             Nats per sequence times ``scale`` [B], float32, differentiable. For most objectives it is :meth:`loss` of
             noised sequences.
         """
-        options = LossOptions(scale=scale, fused=fused, capacity=capacity, first=first, count=count)
+        options = LossOptions(scale=scale, fused=fused, capacity=capacity, first=first, count=count, labels=labels)
         return self.objective.training_loss(self, x_0, t, options, generator)

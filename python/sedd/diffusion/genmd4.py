@@ -151,7 +151,8 @@ class GenMD4(PositionLoss):
         both, times = torch.cat([x_0, x_0]), torch.cat([t, t])
         x_t = torch.cat([diffusion.noise(x_0, t, generator=generator, first=options.first) for _ in range(2)])
         # half of it from each copy, so that the gradient at each position has one factor
-        half = dataclasses.replace(options, scale=options.scale / 2)
+        labels = None if options.labels is None else options.labels.repeat(2)
+        half = dataclasses.replace(options, scale=options.scale / 2, labels=labels)
         nats = self.loss(diffusion, both, x_t, times, half).view(2, -1)
         first, second = nats.detach()
         log_first, log_second = schedule.log_prob(x_t, both, times).sum(1).chunk(2)

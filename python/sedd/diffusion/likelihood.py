@@ -151,6 +151,7 @@ def elbo(
     *,
     draws: int,
     n_bytes: int | None = None,
+    labels: Tensor | None = None,
     batch_size: int = 32,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
@@ -177,6 +178,8 @@ def elbo(
         blocks: text [S, L], int64, without MASK tokens.
         draws: times drawn per sequence; of no effect for an autoregressive model.
         n_bytes: number of bytes of text in the blocks, for ``bits_per_byte``.
+        labels: for a network with classes: the class of each sequence [S], int64, on which the likelihood is then
+            conditional; None for no class.
         batch_size: sequences in a call of the model. The noise does not depend on it.
         generator: random number generator, on ``device``; torch's default one if None.
         device: where to compute; the model's device if None.
@@ -203,6 +206,8 @@ def elbo(
             raise ValueError(f"{name}: expected at least 1, got {value}")
     process, schedule = diffusion.process, diffusion.schedule
     _check_blocks(blocks, process)
+    if labels is not None and labels.shape != blocks.shape[:1]:
+        raise ValueError(f"labels: expected shape [{len(blocks)}], one for each sequence, got {list(labels.shape)}")
     device = torch.device(device) if device is not None else diffusion.device
     n_sequences, length = blocks.shape
     exact = diffusion.objective.autoregressive
@@ -222,7 +227,8 @@ def elbo(
     if unfinished is not None:
         if generator is None:
             raise ValueError("unfinished: an evaluation that may be resumed needs a generator of its own")
-        what = (*diffusion.parameters(), process.stationary, blocks, *(t for _, t in parts))
+        given = () if labels is None else (labels,)
+        what = (*diffusion.parameters(), process.stationary, blocks, *given, *(t for _, t in parts))
         settings = f"{process} {schedule} {getattr(diffusion.network, 'config', '')} {batch_size} {autocast_dtype}"
         saved = Unfinished(unfinished, identity(what, settings))
         done = saved.resume(values)
@@ -231,7 +237,7 @@ def elbo(
     diffusion.train(False)
     try:
         with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-            _integrand(parts, blocks, values, done, batch_size, noise, saved, progress)
+            _integrand(parts, blocks, labels, values, done, batch_size, noise, saved, progress)
     finally:
         diffusion.train(training)
         if saved is not None:  # after Ctrl-C too
@@ -257,6 +263,7 @@ def elbo(
 def _integrand(
     parts: Sequence[tuple[Diffusion, Tensor]],
     blocks: Tensor,
+    labels: Tensor | None,
     values: Tensor,
     done: int,
     batch_size: int,
@@ -281,7 +288,8 @@ def _integrand(
         if last > done:
             x_0 = blocks[owner.to(blocks.device)].to(values.device)
             x_t = part.noise(x_0, t, generator=generator.manual_seed(seed), first=first)
-            values[first:last] = part.loss(x_0, x_t, t).double()
+            classes = None if labels is None else labels[owner.to(labels.device)].to(values.device)
+            values[first:last] = part.loss(x_0, x_t, t, labels=classes).double()
             done = last
             if saved is not None:
                 saved.update(values[:done])

@@ -66,7 +66,7 @@ class PositionLoss(Objective):
     ) -> Tensor:
         """The weighted sum of terms [B], with one call of the network; see :meth:`loss` for the other arguments."""
         network, given, scale = diffusion.network, options.given, options.scale
-        hidden = network.hidden(x_t, diffusion.schedule.total(t))[:, given:]
+        hidden = network.hidden(x_t, diffusion.schedule.total(t), **options.conditions)[:, given:]
         x_0, x_t = x_0[:, given:], x_t[:, given:]
         head = network.head_parameters() if options.fused else None
         total: Tensor | float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -91,6 +92,8 @@ def sample(
     progress: bool = False,
     autocast_dtype: torch.dtype | None = None,
     whole_batch: bool = False,
+    labels: Tensor | None = None,
+    guidance: float = 1.0,
 ) -> Tensor:
     """Draws sequences from the model, around given tokens if there are any.
 
@@ -118,6 +121,9 @@ def sample(
         autocast_dtype: run the network under autocast in this dtype, e.g. torch.bfloat16.
         whole_batch: all positions go through network and head in every step, so that no step waits for a GPU; see
             :class:`sedd.diffusion.walk.Walk`.
+        labels: for a network with classes: the class of each sequence [B], int64; None to sample without classes.
+        guidance: classifier-free guidance: above 1, sequences that are more typical of their class; 1 samples the
+            model's distribution of the class, 0 that without classes. See :class:`sedd.diffusion.walk.Walk`.
 
     Returns:
         Tokens [B, L], int64.
@@ -129,7 +135,8 @@ def sample(
         TypeError: ``fixed`` is not an int64 and a bool tensor.
         ImportError: ``progress`` without rich.
 
-    Source: SEDD (Lou, Meng & Ermon 2024), algorithms 2 and 3.
+    Source: SEDD (Lou, Meng & Ermon 2024), algorithms 2 and 3; guidance from Ho & Salimans 2022, on the
+        log-probabilities of tokens.
     """
     sampler = find_sampler(diffusion, sampler, steps)
     for name, value in (("batch", batch), ("length", length), ("steps", sampler.steps)):
@@ -143,6 +150,14 @@ def sample(
         tokens, is_fixed = _checked(fixed, process, batch, length)
         x = torch.where(is_fixed.to(device), tokens.to(device), x).contiguous()
         free = ~is_fixed.to(device)
+    if labels is not None:
+        labels = _checked_labels(labels, batch).to(device)
+        if diffusion.objective.autoregressive:
+            raise ValueError("labels: expected none for an autoregressive model, got some")
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance: expected a finite number, got {guidance}")
+    if guidance != 1 and (labels is None or diffusion.network.head_parameters() is None):
+        raise ValueError(f"guidance: expected 1 without labels or without a linear head, got {guidance}")
     walk = Walk(
         diffusion,
         x,
@@ -153,6 +168,8 @@ def sample(
         generator=generator,
         autocast_dtype=autocast_dtype,
         whole_batch=whole_batch,
+        labels=labels,
+        guidance=guidance,
     )
     total, training = sampler.count(walk), diffusion.training
     diffusion.train(False)
@@ -170,6 +187,12 @@ def sample(
             if on_step is not None:
                 on_step(i + 1, total, x.clone())
     return x
+
+
+def _checked_labels(labels: Tensor, batch: int) -> Tensor:
+    if labels.dtype != torch.int64 or labels.shape != (batch,):
+        raise ValueError(f"labels: expected an int64 tensor [{batch}], got {labels.dtype} {list(labels.shape)}")
+    return labels
 
 
 def _checked(fixed: tuple[Tensor, Tensor], process: RankOne, batch: int, length: int) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,10 @@ class Walk:
         fused: draw from a linear head tile by tile, without log-scores of the whole vocabulary.
         generator: random number generator; torch's default one if None.
         autocast_dtype: dtype that a linear head is cast to once, for all steps.
+        labels: for a network with classes: the class of each sequence [B], int64; None for no class.
+        guidance: how much the class counts: log-scores, or log-probabilities of the clean token, are
+            ``without + guidance * (with - without)``, those without and with the class. 1: they are those with the
+            class. Otherwise each step calls the network twice.
         whole_batch: all positions go through network and head in every step, so that no step waits for a GPU to find
             out which ones need it. The tokens are the same, but for the rounding of products; with a temperature or
             top_p other than 1 they have other random numbers.
@@ -64,10 +68,13 @@ class Walk:
         fused: bool = True,
         generator: torch.Generator | None = None,
         autocast_dtype: torch.dtype | None = None,
+        labels: Tensor | None = None,
+        guidance: float = 1.0,
         whole_batch: bool = False,
     ) -> None:
         self.diffusion, self.tokens, self.free = diffusion, tokens, free
         self.generator, self.whole_batch = generator, whole_batch
+        self.labels, self.guidance = labels, guidance
         self._options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "generator": generator}
         self._head = diffusion.network.head_parameters() if fused else None
         if self._head is not None and autocast_dtype is not None:
@@ -233,19 +240,33 @@ class Walk:
         sigma = self._here(self.schedule.total(time))
         x_t, active = self.tokens.flatten()[rows], where.any(1)
         if self.whole_batch:
-            hidden = network.hidden(self.tokens, sigma).flatten(0, 1)[rows]
+            hidden = self._states_of(None, sigma).flatten(0, 1)[rows]
         elif network.time_conditioning:
             given = sigma if sigma.numel() == 1 else sigma[active]
-            hidden = network.hidden(self.tokens[active], given)[where[active]]
+            hidden = self._states_of(active, given)[where[active]]
         else:
             if self._seen is None or self._states is None:
-                self._seen, self._states = self.tokens.clone(), network.hidden(self.tokens, sigma)
+                self._seen, self._states = self.tokens.clone(), self._states_of(None, sigma)
             else:
                 stale = active & (self.tokens != self._seen).any(1)
                 if bool(stale.any()):
                     self._seen[stale] = self.tokens[stale]
                     given = sigma if sigma.numel() == 1 else sigma[stale]
-                    self._states[stale] = network.hidden(self.tokens[stale], given)
+                    self._states[stale] = self._states_of(stale, given)
             hidden = self._states[where]
         by_row = sigma if sigma.numel() == 1 else sigma[rows // self.tokens.shape[1]]
         return hidden, x_t, self.diffusion.step_options(by_row, x_t)
+
+    def _states_of(self, which: Tensor | None, sigma: Tensor) -> Tensor:
+        """States [*, L, d] of the sequences ``which`` [B], bool, or of all, at their total noise.
+
+        The head is affine, so what guidance does to log-scores or logits, it may do to states.
+        """
+        network = self.diffusion.network
+        tokens = self.tokens if which is None else self.tokens[which]
+        if self.labels is None:
+            return network.hidden(tokens, sigma)
+        conditional = network.hidden(tokens, sigma, labels=self.labels if which is None else self.labels[which])
+        if self.guidance == 1:
+            return conditional
+        return torch.lerp(network.hidden(tokens, sigma), conditional, self.guidance)

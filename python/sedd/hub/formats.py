@@ -276,6 +276,7 @@ def _from_config(config: Mapping[str, Any], weights: Mapping[str, Tensor], path:
     fields = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
     for name, value in given.items():
         if name in fields and value is not None:
+            value = tuple(value) if isinstance(value, list) else value
             whole = isinstance(fields[name], float) and type(value) is int
             if type(value) is not type(fields[name]) and not whole:
                 raise ValueError(f"model.{name}: expected {type(fields[name]).__name__}, got {value!r}")

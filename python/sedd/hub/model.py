@@ -214,8 +214,8 @@ class SEDD(
             The URL of the commit with ``push_to_hub=True``, else None.
 
         Raises:
-            ValueError: the model is autoregressive or has no schedule, or its process has no name; or the folder is a
-                run or a checkpoint of ``sedd train``, whose files have the same names.
+            ValueError: the model is autoregressive, of images or has no schedule, or its process has no name; or the
+                folder is a run or a checkpoint of ``sedd train``, whose files have the same names.
             OSError: the files cannot be written; existing files are not changed.
             ImportError: ``huggingface_hub`` is not installed.
         """
@@ -225,6 +225,11 @@ class SEDD(
             raise ValueError(
                 "save_pretrained: expected a diffusion model, got an autoregressive one, a baseline that has no model "
                 "card; keep its run"
+            )
+        if self.config.shape:
+            raise ValueError(
+                "save_pretrained: expected a model of text, got one of images, which this format cannot store yet; "
+                "keep its run"
             )
         folder = Path(save_directory)
         if any((folder / name).exists() for name in ("checkpoints", "state.json", ".lock")):

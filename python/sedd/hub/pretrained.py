@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,15 @@ from typing import Any
 import torch
 
 from sedd.config import TrainConfig
+from sedd.data.corpora import CORPORA
+from sedd.data.corpus import Corpus
+from sedd.data.options import DataConfig
 from sedd.data.tokenizer import TOKENIZERS, Tokenizer, get_tokenizer
 from sedd.diffusion.diffusion import Diffusion
 from sedd.diffusion.objectives import get_objective
 from sedd.hub.formats import read_model
 from sedd.hub.model import SEDD
+from sedd.options import prefixed
 from sedd.runtime import autocast_dtype
 
 __all__ = ["LoadedModel", "load_model"]
@@ -42,6 +47,33 @@ class LoadedModel:
         """The network, with the process, schedule and tokeniser that are saved with it."""
         assert isinstance(self.diffusion.network, SEDD)
         return self.diffusion.network
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the model is one of text."""
+        return self.config is None or self.config.corpus == "text"
+
+    def need_text(self) -> None:
+        """Raises a ValueError if the model is not one of text."""
+        if not self.is_text:
+            assert self.config is not None
+            raise ValueError(f"run: expected a model of text, got {self.path}, a model of {self.config.corpus}")
+
+    def corpus(self, cache_dir: str | None = None) -> Corpus:
+        """Loads the data of the run.
+
+        Args:
+            cache_dir: folder for downloads; None: that of the run.
+
+        Raises:
+            ValueError: the model is not a run of ``sedd train``, or as the corpus.
+            FileNotFoundError, ConnectionError, ImportError: as the corpus.
+        """
+        if self.config is None:
+            raise ValueError(f"run: expected a run of sedd train, got {self.path}, a model without data")
+        data = dataclasses.replace(self.config.data, cache_dir=cache_dir or self.config.data.cache_dir)
+        with prefixed("data.", DataConfig):
+            return CORPORA[self.config.corpus](data, self.tokenizer, self.model.config.length)
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from sedd.data.pictures import Pixels
 from sedd.files import write_text
 from sedd.hints import pip_install
 
@@ -14,7 +15,7 @@ __all__ = ["WRITERS", "TensorBoard", "Wandb", "Writer"]
 
 
 class Writer(Protocol):
-    """Records scalars and texts of a run by step."""
+    """Records scalars, texts and pictures of a run by step."""
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Adds a point to each named curve."""
@@ -22,6 +23,10 @@ class Writer(Protocol):
 
     def texts(self, step: int, name: str, texts: Sequence[str]) -> None:
         """Adds texts sampled from the model."""
+        ...
+
+    def picture(self, step: int, name: str, picture: Pixels) -> None:
+        """Adds a picture [H, W, C], grey or RGB."""
         ...
 
     def flush(self) -> None:
@@ -63,6 +68,9 @@ class TensorBoard:
             # TensorBoard renders Markdown: indent by four spaces to show the text verbatim
             code = "\n".join(f"    {line}" for line in text.splitlines())
             self._writer.add_text(f"{name}/{number}", code, step)
+
+    def picture(self, step: int, name: str, picture: Pixels) -> None:  # noqa: D102
+        self._writer.add_image(name, picture, step, dataformats="HWC")
 
     def flush(self) -> None:  # noqa: D102
         self._writer.flush()
@@ -116,6 +124,9 @@ class Wandb:
     def texts(self, step: int, name: str, texts: Sequence[str]) -> None:  # noqa: D102
         table = self._wandb.Table(columns=["step", "text"], data=[[step, text] for text in texts])
         self._run.log({"step": step, name: table})
+
+    def picture(self, step: int, name: str, picture: Pixels) -> None:  # noqa: D102
+        self._run.log({"step": step, name: self._wandb.Image(picture)})
 
     def flush(self) -> None:
         """Does nothing: wandb writes in the background."""

@@ -45,6 +45,10 @@ def checked_init(config: TrainConfig, begin: Pretrained, tokenizer: Tokenizer) -
     Raises:
         ValueError: the model has another tokeniser, process or size than ``config`` asks for.
     """
+    if begin.config.shape:
+        raise ValueError(
+            f"init: expected a model of text, got {config.init}, one of images, which cannot be trained on"
+        )
     vocabulary = tokenizer.vocab_size
     theirs = begin.tokenizer if isinstance(begin.tokenizer, str | None) else begin.tokenizer.name
     wanted = config.make_process(vocabulary)

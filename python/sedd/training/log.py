@@ -7,7 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sedd.config import TrainConfig
+from sedd.data.pictures import grid
 from sedd.files import naming, whole_file
 from sedd.training.curves import WRITERS, Writer
 
@@ -53,11 +56,14 @@ class Log:
             for writer in self.writers:
                 writer.scalars(step, values)
 
-    def texts(self, step: int, name: str, texts: list[str]) -> None:
-        """Adds texts sampled from the model."""
+    def samples(self, step: int, name: str, samples: list[Any]) -> None:
+        """Adds texts sampled from the model, or pictures [H, W, C], which become one grid."""
         with naming(self._path.parent):
             for writer in self.writers:
-                writer.texts(step, name, texts)
+                if isinstance(samples[0], str):
+                    writer.texts(step, name, samples)
+                else:
+                    writer.picture(step, name, grid(np.stack(samples)))
 
     def flush(self) -> None:
         """Waits until all lines are on disk: a checkpoint must not be ahead of its logs."""

@@ -29,7 +29,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from sedd.config import TrainConfig
-from sedd.data.corpus import CORPORA
+from sedd.data.corpora import CORPORA
 from sedd.data.tokenizer import TOKENIZER_FILES, TOKENIZERS, get_tokenizer
 from sedd.diffusion.diffusion import Diffusion, Score
 from sedd.diffusion.likelihood import elbo
@@ -187,10 +187,19 @@ class Run:
         config = self.config = self.config if begin is None else checked_init(self.config, begin, self.tokenizer)
         sizes = config.model.build()
         if not is_interactive(self.console):
-            self._say(f"preparing the text of {config.data.source}")
+            self._say(f"preparing the {config.corpus} of {config.data.source}")
         with self.world.in_turn():
             self.corpus = CORPORA[config.corpus](config.data, self.tokenizer, sizes.length)
+        config = self.config = dataclasses.replace(config, model=config.model.of_shape(self.corpus.shape))
+        sizes = config.model.build()
         self.valid_blocks = self.corpus.valid(config.valid_blocks)
+        self.valid_labels: Tensor | None = None
+        if sizes.classes:
+            if sizes.classes != self.corpus.classes:
+                raise ValueError(
+                    f"model.classes: expected {self.corpus.classes}, the classes of the data, got {sizes.classes}"
+                )
+            self.valid_labels = self.corpus.labels("validation", config.valid_blocks)
 
         torch.manual_seed(config.seed)
         process = config.make_process(self.corpus.vocab_size)
@@ -208,8 +217,10 @@ class Run:
         if isinstance(mine, nn.Module) and isinstance(theirs, type(mine)):  # learned schedules
             mine.load_state_dict(theirs.state_dict())
         diffusion.to(self.world.device)
-        batches = self.corpus.batches(config.batch_size * self.world.data_size, seed=config.seed)
-        self.state = TrainState(config, diffusion, batches, self.world)
+        batches = self.corpus.labelled_batches if sizes.classes else self.corpus.batches
+        self.state = TrainState(
+            config, diffusion, batches(config.batch_size * self.world.data_size, seed=config.seed), self.world
+        )
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
@@ -325,13 +336,14 @@ class Run:
     def _validate(self, log: Log) -> bool:
         """Scores the averaged weights; returns whether they are the best so far."""
         state = self.state
-        samples: list[str] = []
+        samples: list[Any] = []
         with self.world.gathered(state.ema):
             result = elbo(
                 state.ema,
                 self.valid_blocks,
                 draws=self.config.valid_draws,
                 n_bytes=self.corpus.n_bytes(self.valid_blocks),
+                labels=self.valid_labels,
                 batch_size=self.config.batch_size,
                 # the same noise at each validation: values are comparable, and training's random numbers do not change
                 generator=torch.Generator(state.device).manual_seed(self.config.seed),
@@ -350,25 +362,28 @@ class Run:
                 "valid_standard_error": finite(error),
             }
         )
-        log.curves(state.step, {"valid/nats_per_token": state.valid, "valid/bits_per_byte": result.bits_per_byte})
+        unit = self.corpus.unit
+        log.curves(state.step, {"valid/nats_per_token": state.valid, f"valid/bits_per_{unit}": result.bits_per_byte})
         if samples:
-            log.texts(state.step, "valid/samples", samples)
+            log.samples(state.step, "valid/samples", samples)
         self._say(
             f"step {state.step:,}, {state.elapsed / 60:.1f} min: validation {state.valid:.4f} ± {error:.4f} nats/token"
-            f", {result.bits_per_byte:.4f} bits/byte{', the best so far' if better else ''}"
+            f", {result.bits_per_byte:.4f} bits/{unit}{', the best so far' if better else ''}"
         )
         return better
 
-    def _write_samples(self) -> list[str]:
-        """Texts of the averaged weights, always from the same random numbers."""
+    def _write_samples(self) -> list[Any]:
+        """Texts or pictures of the averaged weights, always from the same random numbers; each class in turn."""
+        classes = self.corpus.classes if self.valid_labels is not None else 0
         tokens = sample(
             self.state.ema,
             batch=self.config.valid_samples,
-            length=self.corpus.shape[0],
+            length=self.valid_blocks.shape[1],
             steps=SAMPLE_STEPS,
             generator=torch.Generator(self.state.device).manual_seed(self.config.seed),
             device=self.state.device,
             autocast_dtype=self.state.autocast_dtype,
+            labels=torch.arange(self.config.valid_samples) % classes if classes else None,
         )
         return [self.corpus.show(row) for row in tokens.cpu()]
 

@@ -150,10 +150,9 @@ class TrainState:
         total = torch.zeros((), device=self.device)
         for part in range(config.accumulate):
             first = (part * world.data_size + world.data_rank) * size  # place in the batch of the step
-            tokens = next(self.batches)[world.data_rank * size :][:size]
-            if self.device.type != "cpu":
-                tokens = tokens.pin_memory()  # the copy of pinned memory waits for nothing
-            tokens = tokens.to(self.device, non_blocking=True)
+            batch = next(self.batches)
+            tokens, labels = batch if isinstance(batch, tuple) else (batch, None)
+            tokens = self._mine(tokens)
             self._seed(first)
             times = sample_times(
                 count,
@@ -162,6 +161,8 @@ class TrainState:
                 generator=self.generator,
                 device=self.device,
             )
+            if labels is not None:
+                labels = self._with_dropout(self._mine(labels), count, first)
             autocast = torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
             with world.synchronize(self.model, last=part == config.accumulate - 1):
                 with autocast:
@@ -175,11 +176,33 @@ class TrainState:
                         generator=self.generator,
                         first=first,
                         count=count,
+                        labels=labels,
                     )
                     loss = losses.sum()
                 loss.backward()
             total += loss.detach()
         return total
+
+    def _mine(self, batch: Tensor) -> Tensor:
+        """The part of this process of a batch of all processes, on the device."""
+        size = self.config.batch_size
+        batch = batch[self.world.data_rank * size :][:size]
+        if self.device.type != "cpu":
+            batch = batch.pin_memory()  # the copy of pinned memory waits for nothing
+        return batch.to(self.device, non_blocking=True)
+
+    def _with_dropout(self, labels: Tensor, count: int, first: int) -> Tensor:
+        """The labels, some of them replaced by that of no class.
+
+        Args:
+            labels: classes [B] of the sequences from the place ``first`` on in the batch of the step.
+            count: the number of sequences in that batch.
+            first: see above.
+        """
+        network: Any = self.diffusion.network
+        drawn = torch.rand(count, generator=self.generator, dtype=torch.float64, device=self.device)
+        is_dropped = drawn[first : first + len(labels)] < self.config.label_dropout
+        return labels.masked_fill(is_dropped, network.config.classes)
 
     def _seed(self, first: int) -> None:
         """Seeds times and noise by the step, and dropout by the step and the place of the sequences in its batch."""
