@@ -2117,6 +2117,7 @@ BREAKS = [
         "permalink({ ...body, seed: event.seed })",
         "permalink({ ...body, seed: 0 })",
         "tests/test_play.py -k same_texts",
+    ),
     # ---- images and classes ----
     Break(
         "images: mirrored images are upside down",
