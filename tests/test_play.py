@@ -296,6 +296,53 @@ def test_a_port_in_use(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"port: expected a free one on 127.0.0.1, got {port}" in capsys.readouterr().err
 
 
+# ---- images ----
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server with a model of images that has classes."""
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("digits")
+    sizes = ["--model.n_blocks=1", "--model.n_heads=2", "--model.hidden_size=32", "--model.classes=10"]
+    source = ["--corpus=images", "--data.source=digits", f"--data.cache_dir={folder}", f"--run_dir={folder / 'run'}"]
+    more = ["--objective=md4", "--steps=20", "--valid_every=20", "--warmup=5"]
+    assert main(["train", *sizes, *source, *more]) == 0
+    with serving(folder / "run") as address:
+        yield address
+
+
+def test_images(digits: str) -> None:
+    body = {"steps": 6, "seed": 3, "n": 2, "label": 4, "guidance": 2.0}
+    *frames, last = events(digits, **body, entropy=True)
+    images = [choice["image"] for choice in last["choices"]]
+    assert images == frames[-1]["pieces"]
+    assert last["choices"][0]["shape"] == [8, 8, 1]
+    assert all(0 <= value < 256 for value in images[0])
+    assert [len(image) for image in images] == [64, 64]
+    other = events(digits, **body | {"label": 5})[-1]["choices"][0]["image"]
+    assert other != images[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"prompt": "{{3}}"}, "prompt: expected none for a model of images"),
+        ({"label": 10}, "label: expected a class in [0, 10), got 10"),
+        ({"guidance": 2}, "guidance: expected 1 without a label, got 2.0"),
+    ],
+)
+def test_bad_requests_for_images(digits: str, body: Any, message: str) -> None:
+    status, answer = ask(digits, body)
+    assert status == 400
+    assert answer["error"]["message"].startswith(message), answer
+
+
+def test_a_class_for_a_model_of_text(server: str) -> None:
+    _, answer = ask(server, {"label": 1})
+    assert answer["error"]["message"] == "label: expected none for a model without classes, got 1"
+
+
 # ---- the page ----
 
 
@@ -395,9 +442,23 @@ def test_mistakes_and_stopping(page: Page) -> None:
 
 
 @in_browser
+def test_the_canvas_of_an_image(browser: Any, digits: str) -> None:
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.goto(f"http://{digits}/?steps=6&n=2&seed=3&label=4&entropy=false")
+    page.locator("#status", has_text="Done").wait_for(timeout=60_000)
+    assert not page.locator("#prompt").is_visible()
+    shown = page.locator("canvas").first.evaluate(
+        "canvas => Array.from(canvas.getContext('2d').getImageData(0, 0, 8, 8).data).filter((_, i) => i % 4 === 0)"
+    )
+    _, answer = ask(digits, {"steps": 6, "n": 2, "seed": 3, "label": 4})
+    assert shown == answer["choices"][0]["image"]
+    page.close()
+
+
+@in_browser
 def test_a_link_cannot_run_code(page: Page, server: str) -> None:
     attack = "%3Cimg%20src%3Dx%20onerror%3D%22document.title%3D'bad'%22%3E%7B%7B2%7D%7D"
-    page.goto(f"http://{server}/?prompt={attack}&steps=2&n=1&entropy=false")
+    page.goto(f"http://{server}/?prompt={attack}&steps=2&n=1&seed=1&entropy=false")
     assert "<img src=x" in done(page)
     assert page.title() == "cats · sedd play"
     assert page.locator("#texts img").count() == 0

@@ -87,7 +87,9 @@ class _Server:
             "owned_by": "sedd",
             "facts": model.facts() if not model.causal else "an autoregressive model",
             "length": model.config.length,
-            "most_entropy": round(min(5.0, math.log(self.loaded.tokenizer.vocab_size)), 1),  # the darkest shade
+            "shape": list(model.config.shape),  # of images; nothing for texts
+            "classes": model.config.classes,
+            "most_entropy": round(min(5.0, math.log(self.loaded.diffusion.process.dim)), 1),  # the darkest shade
             "samplers": {name: _parameters(kind) for name, kind in SAMPLERS.items() if self._suits(name)},
             "entropy": not self.loaded.diffusion.objective.autoregressive,
         }
@@ -184,17 +186,19 @@ class _Server:
             job.cancelled.set()
 
     def _completion(self, job: _Job, written: Written) -> dict[str, Any]:
-        alone = len(written.gaps[0]) == 1 and "{{" not in job.request.prompt
+        alone = "{{" not in job.request.prompt
+        choices: list[dict[str, Any]] = [
+            {"text": gaps[0] if alone else text, "gaps": gaps}
+            for text, gaps in zip(written.texts, written.gaps, strict=True)
+        ]
+        choices += [{"image": image, "shape": list(self.loaded.model.config.shape)} for image in written.images]
         return {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": self.name,
             "seed": written.seed,
-            "choices": [
-                {"index": i, "text": gaps[0] if alone else text, "gaps": gaps, "finish_reason": "length"}
-                for i, (text, gaps) in enumerate(zip(written.texts, written.gaps, strict=True))
-            ],
+            "choices": [{"index": i, **choice, "finish_reason": "length"} for i, choice in enumerate(choices)],
             "usage": {
                 "prompt_tokens": written.given,
                 "completion_tokens": written.written,

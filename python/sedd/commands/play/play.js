@@ -5,7 +5,7 @@ const form = document.getElementById("form");
 const [prompt_, gap, gapSize, run, stop, link, progress, status_, texts, params, legend] = [
   "prompt", "gap", "gap-size", "run", "stop", "link", "progress", "status", "texts", "params", "legend",
 ].map((id) => document.getElementById(id));
-const NUMBERS = ["steps", "temperature", "top_p", "n", "seed"];
+const NUMBERS = ["steps", "temperature", "top_p", "n", "seed", "label", "guidance"];
 let model = null;
 let running = null; // an AbortController
 
@@ -31,8 +31,12 @@ function showParameters(values = {}) {
 }
 
 function readForm() {
-  const body = { prompt: prompt_.value, sampler: form.sampler.value, entropy: form.entropy.checked };
-  for (const name of NUMBERS) if (form[name].value !== "") body[name] = Number(form[name].value);
+  const body = { sampler: form.sampler.value, entropy: form.entropy.checked };
+  if (model.shape.length === 0) body.prompt = prompt_.value;
+  for (const name of NUMBERS) {
+    const isUsed = model.classes > 0 || !["label", "guidance"].includes(name);
+    if (form[name].value !== "" && isUsed) body[name] = Number(form[name].value);
+  }
   const given = {};
   for (const input of params.querySelectorAll("input")) {
     if (input.value !== "") given[input.dataset.parameter] = input.value;
@@ -81,14 +85,36 @@ stop.addEventListener("click", () => running?.abort());
 
 // ---- the texts ----
 
+// Values as grey or coloured pixels. MASK is grey, or as warm as its entropy.
+function drawImage(canvas, values, masked, entropy) {
+  const [height, width, channels] = model.shape;
+  if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+  const context = canvas.getContext("2d");
+  const image = context.createImageData(width, height);
+  for (let pixel = 0; pixel < height * width; pixel++) {
+    for (let k = 0; k < 3; k++) {
+      const at = pixel * channels + (channels === 3 ? k : 0);
+      const share = entropy === null || entropy[at] === null ? 0 : Math.min(1, entropy[at] / model.most_entropy);
+      image.data[4 * pixel + k] = masked[at] ? [128 + 96 * share, 128 - 6 * share, 128 - 128 * share][k] : values[at];
+    }
+    image.data[4 * pixel + 3] = 255;
+  }
+  context.putImageData(image, 0, 0);
+}
+
 function showFrame(frame) {
+  const isText = model.shape.length === 0;
   while (texts.children.length > frame.pieces.length) texts.lastChild.remove();
   while (texts.children.length < frame.pieces.length) {
-    const text = document.createElement("p");
-    text.className = "text";
-    texts.append(text);
+    const shown = document.createElement(isText ? "p" : "canvas");
+    shown.className = isText ? "text" : "";
+    texts.append(shown);
   }
   frame.pieces.forEach((pieces, i) => {
+    if (!isText) {
+      drawImage(texts.children[i], pieces, frame.masked[i], frame.entropy === null ? null : frame.entropy[i]);
+      return;
+    }
     const spans = [];
     let last = null; // neighbours that look the same share an element
     pieces.forEach((piece, k) => {
@@ -209,10 +235,13 @@ async function start() {
   form.sampler.replaceChildren(...Object.keys(model.samplers).map((name) => new Option(name, name)));
   form.entropy.checked = form.entropy.checked && model.entropy;
   form.entropy.disabled = !model.entropy;
+  document.getElementById("text-fields").hidden = model.shape.length > 0;
+  for (const id of ["label-field", "guidance-field"]) document.getElementById(id).hidden = model.classes === 0;
+  if (model.classes > 0) form.label.max = model.classes - 1;
   prompt_.value = `{{${Math.min(model.length, 64)}}}`;
   const query = new URLSearchParams(location.search);
   fillForm(query);
-  if (query.has("prompt")) write();
+  if (query.has("seed")) write();
 }
 
 start();

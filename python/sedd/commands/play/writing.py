@@ -1,4 +1,4 @@
-"""Requests for texts, and the texts step by step."""
+"""Requests for texts or images, and these step by step."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class CancelledError(Exception):
 
 @dataclass
 class Request:
-    """A request for texts, the body of ``POST /v1/completions``.
+    """A request for texts or images, the body of ``POST /v1/completions``.
 
-    Either the prompt has gaps ``{{n}}`` of n tokens, which are filled, or ``max_tokens`` new tokens stand between
-    ``prompt`` and ``suffix``. An empty request is for a whole block.
+    A model of images takes no text. Of a model of text, either the prompt has gaps ``{{n}}`` of n tokens, which are
+    filled, or ``max_tokens`` new tokens stand between ``prompt`` and ``suffix``. An empty request is for a whole block.
     """
 
     prompt: str = ""
@@ -60,6 +60,10 @@ class Request:
     """Answer with an event for each step."""
     entropy: bool = False
     """Events contain the entropy of the model's distribution at each position; takes another call of the network."""
+    label: int | None = None
+    """For a model of images with classes: the class. Default: none."""
+    guidance: float = 1.0
+    """See sedd sample --help."""
     model: str | None = None
     """Not used: there is one model."""
 
@@ -87,6 +91,18 @@ class Request:
 
     def layout(self, loaded: LoadedModel) -> tuple[Tensor, Tensor]:
         """The given tokens and where they are given, [L] each."""
+        classes = loaded.model.config.classes
+        if self.label is not None and not 0 <= self.label < classes:
+            wanted = f"a class in [0, {classes})" if classes else "none for a model without classes"
+            raise ValueError(f"label: expected {wanted}, got {self.label}")
+        if self.guidance != 1 and self.label is None:
+            raise ValueError(f"guidance: expected 1 without a label, got {self.guidance}")
+        if not loaded.is_text:
+            for name in ("prompt", "suffix", "max_tokens"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}: expected none for a model of images, got {getattr(self, name)!r}")
+            length = loaded.model.config.length
+            return torch.zeros(length, dtype=torch.int64), torch.zeros(length, dtype=torch.bool)
         if GAP.search(self.prompt):
             tokens, is_fixed = parse_template(self.prompt, loaded.tokenizer)
         else:
@@ -107,13 +123,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Frame:
-    """The texts after a step.
+    """The texts or images after a step.
 
     Attributes:
         step: steps done.
         steps: the most steps that there can be.
         given: which tokens are given.
-        pieces: what each token adds to the text, for each text.
+        pieces: what each token adds to the text, for each text; for each image, its values.
         masked: which of them are MASK.
         entropy: in nats, of the distribution of each position: the present one of MASK, and for other new tokens that
             from which they were drawn; None for given tokens. None if it was not asked for.
@@ -122,18 +138,19 @@ class Frame:
     step: int
     steps: int
     given: list[bool]
-    pieces: list[list[str]]
+    pieces: list[list[str]] | list[list[int]]
     masked: list[list[bool]]
     entropy: list[list[float | None]] | None
 
 
 @dataclass(frozen=True)
 class Written:
-    """Finished texts.
+    """Finished texts or images.
 
     Attributes:
-        texts: the whole texts.
-        gaps: what was written into each gap, for each text.
+        texts: the whole texts; nothing for images.
+        gaps: what was written into each gap, for each text; nothing for images.
+        images: the values of each image; nothing for texts.
         given: number of given tokens.
         written: number of new tokens of all texts.
         seed: the seed.
@@ -141,6 +158,7 @@ class Written:
 
     texts: list[str]
     gaps: list[list[str]]
+    images: list[list[int]]
     given: int
     written: int
     seed: int
@@ -149,7 +167,10 @@ class Written:
 class _Entropies:
     """The entropies at the free positions while a sampler is at work."""
 
-    def __init__(self, loaded: LoadedModel, tokens: Tensor, free: Tensor) -> None:
+    def __init__(
+        self, loaded: LoadedModel, tokens: Tensor, free: Tensor, labels: Tensor | None, guidance: float
+    ) -> None:
+        self._classes: dict[str, Any] = {"labels": labels, "guidance": guidance}
         self._diffusion, self._free = loaded.diffusion, free
         self._generator = torch.Generator(loaded.diffusion.device)  # not that of the texts, which stay the same
         self._last = torch.full(free.shape, torch.nan, device=free.device)
@@ -161,7 +182,7 @@ class _Entropies:
 
     def after(self, tokens: Tensor, share: float) -> Tensor:
         """[B, L], NaN where tokens are given, after the steps that leave this share of the time."""
-        walk = Walk(self._diffusion, tokens, self._free, generator=self._generator)
+        walk = Walk(self._diffusion, tokens, self._free, generator=self._generator, **self._classes)
         where = walk.open()
         if bool(where.any()):
             found = walk.unmask(where, max(share, 1e-3), statistics=("entropy",))
@@ -205,7 +226,8 @@ def write(
     mask_id = loaded.diffusion.process.mask_id
     given = is_fixed.tolist()
     wants_entropy = request.entropy and not loaded.diffusion.objective.autoregressive
-    entropies = _Entropies(loaded, tokens.to(device), free) if wants_entropy else None
+    labels = None if request.label is None else torch.full((request.n,), request.label, device=device)
+    entropies = _Entropies(loaded, tokens.to(device), free, labels, request.guidance) if wants_entropy else None
 
     def show(step: int, steps: int, x: Tensor) -> None:
         if cancelled is not None and cancelled.is_set():
@@ -216,7 +238,9 @@ def write(
         if entropies is not None:
             rows = entropies.after(x, 1 - step / steps).tolist()
             found = [[None if value != value else round(value, 3) for value in row] for row in rows]
-        pieces = [tokenizer.pieces(row) for row in x.tolist()]
+        pieces: Any = x.tolist()
+        if loaded.is_text:
+            pieces = [tokenizer.pieces(row) for row in pieces]
         masked = (free & (x == mask_id)).tolist() if mask_id is not None else [[False] * x.shape[1]] * len(x)
         on_frame(Frame(step, steps, given, pieces, masked, found))
 
@@ -233,10 +257,14 @@ def write(
         fixed=(tokens, is_fixed) if bool(is_fixed.any()) else None,
         on_step=show,
         autocast_dtype=loaded.autocast_dtype,
+        labels=labels,
+        guidance=request.guidance,
     ).cpu()
+    texts = list(written) if loaded.is_text else []
     return Written(
-        texts=[tokenizer.decode(row.tolist()) for row in written],
-        gaps=[_gaps(row, is_fixed, tokenizer) for row in written],
+        texts=[tokenizer.decode(row.tolist()) for row in texts],
+        gaps=[_gaps(row, is_fixed, tokenizer) for row in texts],
+        images=[] if loaded.is_text else written.tolist(),
         given=int(is_fixed.sum()),
         written=request.n * int((~is_fixed).sum()),
         seed=request.seed,
