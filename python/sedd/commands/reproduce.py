@@ -33,8 +33,8 @@ __all__ = ["ReproduceOptions", "check_job", "reproduce"]
 ABOUT = """Reproduce a table or a figure of the papers.
 
 Trains and evaluates row after row, and writes OUT/NAME-SCALE.html and .md: the figures beside those of the paper, and
-whether they have the paper's order. A second call continues where the first one stopped; finished rows are kept. Rows of
-other tables that need the same runs use them too.
+whether they have the paper's order. A second call continues where the first one stopped. Tables that need the same runs
+share them.
 
 Scales: full (the paper's model, data and budget), small (two cores, about an hour, files that you give with --data) and
 smoke (seconds, made-up text, to see that everything works).
@@ -80,7 +80,8 @@ def reproduce(recipe: str, options: ReproduceOptions, data: Sequence[str], comma
     out = Path(options.out).absolute()
     plan = make_plan(table, options.scale, out, _files(data, setting.inputs), options.seeds)
     if not plan.jobs:
-        reasons = dict.fromkeys(reason for reason in plan.cells.values() if isinstance(reason, str))
+        known = [row.elsewhere for row in table.rows.values()]
+        reasons = dict.fromkeys(str(reason) for reason in plan.cells.values() if reason not in known)
         raise ValueError(f"recipe: no row of {recipe} can run at scale {options.scale}: {'; '.join(reasons)}")
     for job in plan.jobs.values():
         check_job(job)

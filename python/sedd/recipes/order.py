@@ -67,10 +67,15 @@ def compare(pairs: Sequence[Pair], ours: Mapping[str, Figure], better: Literal["
             continue
         first, second = (ours[row] for row in pair)
         ahead = second.value - first.value if better == "lower" else first.value - second.value
-        if first.error is None or second.error is None or math.isnan(ahead):
-            order.unclear.append(pair)
-        elif abs(ahead) <= SEPARATE * math.hypot(first.error, second.error):
+        if not _separate(first, second):
             order.unclear.append(pair)
         else:
             (order.same if ahead > 0 else order.reversed).append(pair)
     return order
+
+
+def _separate(first: Figure, second: Figure) -> bool:
+    """Whether the errors of two figures separate them."""
+    if first.error is None or second.error is None:
+        return False
+    return abs(first.value - second.value) > SEPARATE * math.hypot(first.error, second.error)

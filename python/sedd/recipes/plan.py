@@ -104,10 +104,12 @@ def make_plan(recipe: Recipe, scale: Scale, out: Path, data: Mapping[str, Path],
     planner = _Planner(plan, scale, out / scale, data)
     for row in recipe.rows:
         for column in recipe.columns:
+            before = dict(plan.jobs), dict(plan.needs), set(plan.data)
             try:
                 plan.cells[row, column] = [planner.cell(row, column, seed) for seed in range(seeds)]
             except _OutOfReachError as reason:
                 plan.cells[row, column] = str(reason)
+                plan.jobs, plan.needs, plan.data = before  # without those that only this cell needs
     return plan
 
 

@@ -26,12 +26,7 @@ def find_figure(command: str, found: Mapping[str, Any], value: str, pick: Mappin
         ValueError: the results do not contain it.
     """
     try:
-        number, error = {
-            "perplexity": _perplexity,
-            "generative": _generative,
-            "latency": _latency,
-            "harness": _harness,
-        }[command](found, value, pick)
+        number, error = _READERS[command](found, value, pick)
     except (KeyError, StopIteration) as missing:
         wanted = ", ".join([value, *(f"{name} {entry}" for name, entry in pick.items())])
         raise ValueError(f"{command}: expected a result with {wanted}; got none") from missing
@@ -72,6 +67,9 @@ def _latency(found: Mapping[str, Any], value: str, pick: Mapping[str, Any]) -> F
 def _harness(found: Mapping[str, Any], value: str, pick: Mapping[str, Any]) -> Found:
     row = found["results"][pick["task"]]
     return row[value], row.get(value.replace(",", "_stderr,"))
+
+
+_READERS = {"perplexity": _perplexity, "generative": _generative, "latency": _latency, "harness": _harness}
 
 
 def _row(rows: Sequence[Mapping[str, Any]], pick: Mapping[str, Any]) -> Mapping[str, Any]:
