@@ -89,6 +89,8 @@ def reproduce(recipe: str, options: ReproduceOptions, data: Sequence[str], comma
     if commands:
         _prepare(plan, folder, data)
         for job in plan.jobs.values():
+            if job.evaluation is not None:
+                _make_folder(job.results.parent)
             print(command_line(job))
         return 0
     return _Runner(plan, out, data).run()
@@ -172,8 +174,7 @@ def _prepare(plan: Plan, folder: Path, given: Sequence[str]) -> None:
         made_up = plan.setting.scale == "smoke"
         if path.exists() or not (part or made_up):
             continue
-        with naming(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         content = _made_up() if made_up else _content(files[name])
         if part is not None:
             begin, end = (_cut(content, share) for share in PARTS[part])
@@ -234,8 +235,7 @@ def _do(job: Job) -> int:
     if job.command == "train":
         resume = (job.folder / "config.json").is_file()
         return train.COMMAND.run(given=checked(TrainConfig, job.options), config=(), resume=resume)
-    with naming(job.results):
-        job.results.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(job.results.parent)
     options = dataclasses.replace(check_job(job), json=str(job.results))
     return MEASURES[job.command].run(job.model, options)
 
@@ -258,8 +258,7 @@ class _Runner:
     def run(self) -> int:
         """Returns 0; 1 if a job failed; 128 + the number of the signal that stopped training."""
         scale = self.plan.setting.scale
-        with naming(self.out):
-            (self.out / scale).mkdir(parents=True, exist_ok=True)
+        _make_folder(self.out / scale)
         _prepare(self.plan, self.out / scale, self.data)
         jobs = list(self.plan.jobs.values())
         left = [job for job in jobs if not _finished(job)]
@@ -300,8 +299,7 @@ class _Runner:
             return code
         seconds = time.monotonic() - clock
         self.expected, self.spent = self.expected + job.minutes, self.spent + seconds / 60
-        with naming(job.record):
-            job.record.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(job.record.parent)
         done = {"command": command_line(job), "options": job.options, "started": started, "seconds": seconds}
         write_json(job.record, {**done, **provenance(getattr(check_job(job), "seed", None))})
         return 0
@@ -316,6 +314,11 @@ class _Runner:
         path = self.out / "log.txt"
         with naming(path), open(path, "a", encoding="utf-8") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {printable(text)}\n")
+
+
+def _make_folder(path: Path) -> None:
+    with naming(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def _doing(job: Job) -> str:
