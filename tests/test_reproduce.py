@@ -316,7 +316,8 @@ def test_a_recipe_end_to_end(finished: Path, capsys: pytest.CaptureFixture[str])
         bits[run] = shown(Figure(row["bits_per_byte"], error))
     markdown = (finished / f"{RECIPE}-smoke.md").read_text()
     assert f"| MD4 | {bits['md4']} | 1.37 |\n| GenMD4 | {bits['genmd4']} | 1.34 |\n" in markdown
-    assert "| (learned powers are of each token in this package) | 1.37 |" in markdown
+    assert "| GenMD4, one power for all tokens | (1) | 1.37 |" in markdown
+    assert "\n(1) learned powers are of each token in this package.\n" in markdown
     assert "1 of 2 pairs of rows are measured: 0 in the paper's order, 1 not separated" in markdown  # after 4 steps
     record = before["smoke/text8/md4/records/test.json"]
     assert record["seed"] == 0
@@ -336,6 +337,7 @@ def test_the_page_has_it_all_and_needs_no_network(finished: Path) -> None:
     for cell in re.findall(r"\| ([^|]+?) (?=\|)", markdown.partition("## How")[0]):
         assert cell == "---" or f">{html.escape(cell)}</t" in page or f">{cell}</t" in text, cell
     assert "Not separated: GenMD4 before MD4." in text
+    assert "(1) learned powers are of each token in this package." in text
     for record in records(finished).values():
         assert record["command"] in text
     assert "default-src 'none'; style-src 'unsafe-inline'" in page
@@ -362,7 +364,7 @@ def test_a_stop_in_the_middle_of_training(
     assert "stopped in text8/genmd4; the same command continues" in (tmp_path / "log.txt").read_text()
     before = records(tmp_path)
     assert sorted(before) == [f"smoke/text8/md4/records/{name}.json" for name in ("test", "train")]
-    assert "(not finished)" in (tmp_path / f"{RECIPE}-smoke.md").read_text()
+    assert "| GenMD4 | not finished |" in (tmp_path / f"{RECIPE}-smoke.md").read_text()
 
     taken = []
     monkeypatch.setattr(TrainState, "train_step", lambda self: (taken.append(self.step), step(self))[1])
@@ -409,7 +411,8 @@ def test_a_job_that_fails_stops_only_those_that_need_it(
     assert main([*WORDS, "--out", str(tmp_path)]) == 1
     assert sorted(records(tmp_path)) == [f"smoke/text8/genmd4/records/{name}.json" for name in ("test", "train")]
     markdown = (tmp_path / f"{RECIPE}-smoke.md").read_text()
-    assert "(failed: needs text8/md4, which failed)" in markdown
+    assert "| MD4 | (1) | 1.37 |" in markdown
+    assert "\n(1) failed: needs text8/md4, which failed.\n" in markdown
     assert "text8/md4 failed: the loss is NaN" in (tmp_path / "log.txt").read_text()
 
 

@@ -23,6 +23,9 @@ from sedd.recipes.results import find_figure, mean_figure
 
 __all__ = ["Comparison", "provenance", "write_comparison"]
 
+NOT_FINISHED = "not finished"
+"""The reason of a cell that will have a figure."""
+
 
 def provenance(seed: int | None) -> dict[str, Any]:
     """Where and with what a figure was computed: seed, commit, versions, hardware."""
@@ -89,7 +92,7 @@ class Comparison:
                 self.figures[cell] = mean_figure([self._figure(cell, job) for job in jobs])
 
     def _why(self, job: Job) -> str:
-        return f"failed: {self.failed[job.name]}" if job.name in self.failed else "not finished"
+        return f"failed: {self.failed[job.name]}" if job.name in self.failed else NOT_FINISHED
 
     def _figure(self, cell: tuple[str, str], job: Job) -> Figure:
         _, value, pick = self.plan.recipe.cell(*cell)
@@ -128,12 +131,18 @@ class Comparison:
         ]
 
     def _ours(self, row: str, column: str) -> str:
-        figure = self.figures.get((row, column))
-        return f"({self.reasons[row, column]})" if figure is None else shown(figure)
+        if (row, column) in self.figures:
+            return shown(self.figures[row, column])
+        reason = self.reasons[row, column]
+        return reason if reason == NOT_FINISHED else f"({self.notes().index(reason) + 1})"
 
     def _paper(self, row: str, column: str) -> str:
         figure = self.plan.recipe.paper_figure(row, column)
         return "" if figure is None else f"{figure:g}"
+
+    def notes(self) -> list[str]:
+        """Why cells have no figure; the cells have the numbers of these reasons."""
+        return list(dict.fromkeys(reason for reason in self.reasons.values() if reason != NOT_FINISHED))
 
     def headings(self) -> list[str]:
         """The headings of :meth:`rows`."""
@@ -177,6 +186,8 @@ class Comparison:
         lines = [f"# {recipe.title}", "", f"{recipe.paper}, {recipe.place}.", ""]
         lines += [f"* {name}: {value}" for name, value in self.facts().items()]
         lines += ["", *_markdown_table([self.headings(), *self.rows()])]
+        for number, reason in enumerate(self.notes(), 1):
+            lines += ["", f"({number}) {reason}."]
         for column in recipe.columns:
             lines += ["", f"**{column}.** {' '.join(self.sentences(column))}"]
         if recipe.note:
