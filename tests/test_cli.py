@@ -186,7 +186,7 @@ def test_the_program_without_a_command(arguments: list[str], capsys: pytest.Capt
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 BAD = [
-    ("frobnicate", "command: expected one of train, sample, infill, eval, report, convert, info; got 'frobnicate'"),
+    ("frobnicate", "command: expected one of train, sample, infill, eval, report, reproduce, convert, info; got 'frobnicate'"),
     ("trian", "got 'trian'; did you mean 'train'?"),
     (
         "eval perplexiti {run}",
