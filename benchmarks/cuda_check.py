@@ -8,7 +8,8 @@ Exit status: 0, 1 where a rule is violated or a file does not compile, 2 where a
 What is counted is a path of a warp through the control-flow graph: the one with the most work (exponentials, then
 128-bit accesses), and of those the shortest; inner loops without 128-bit accesses, which take single elements, are left
 out. In a kernel of one segment a warp the path leads from its first instruction to its last; in those of reverse steps
-and unmasking once through each loop over the segments. What is read to draw an entry is in no such loop and left out.
+and unmasking once through each loop over the segments, the one that copies them to shared memory included. What is read
+to draw an entry is in no such loop and left out.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 PROCESSES = ["absorbing", "uniform", "vector"]
 SUMS = ["draws", "statistics", "both"]  # of unmasking
 VECTORS = 4  # of 16 bytes, that a lane has in a segment
+READS = ("load", "copy", "kept")  # of 128 bits: from memory, to shared memory, and from there
 ROWS, N = 8192, 50_258
 SHOWN = 90  # the architecture whose counts are in the table
 
@@ -53,11 +55,13 @@ class Bounds:
     exps: tuple[tuple[int, int], ...] = ()
     double: int = 0  # double-precision instructions, at most, of a row's numbers, which nvcc puts among the first loads
     either: bool = False  # the main loops are alternatives, of which nvcc puts any first: they are sorted by length
-    shared: int = 0  # dynamic shared memory, at most, for N = 50,258, or a tile of 8,192
+    shared: int = 0  # dynamic shared memory, at most, for N = 50,258, or a tile of 8,192; without a kept row
+    # Whether shared memory keeps the row, which then is copied in a first main loop. None: there is no such choice.
+    keeps: bool | None = None
 
 
 SEGMENTS, WHOLE_ROWS, BY_ROW = (256,), (768,), (128,)
-RELATIVE = ((1, VECTORS + 1),)
+RELATIVE, COPY = ((1, VECTORS + 1),), ((0, 0),)
 BOUNDS = {
     "score_entropy.sums_kernel": Bounds(SEGMENTS, 64, 1),
     "score_entropy.loss_kernel": Bounds(BY_ROW, 64),
@@ -76,7 +80,11 @@ BOUNDS = {
     "reverse.sums_kernel": Bounds(SEGMENTS, 64, 1),
     "reverse.sample_kernel<absorbing>": Bounds(SEGMENTS, 80, 1, shared=1576),
     "reverse.sample_kernel": Bounds(SEGMENTS, 80, 2, shared=1576),  # scores; the second sweep: weights
-    "reverse.probs_kernel": Bounds(WHOLE_ROWS, 80, 3, "real", shared=1576),  # scores, weights, probabilities
+    # scores, weights, probabilities; before them the copy
+    "reverse.probs_kernel<true>": Bounds(
+        WHOLE_ROWS, 80, 4, "real", exps=(*COPY, (1, 0), (1, 0), (1, 0)), shared=1624, keeps=True
+    ),
+    "reverse.probs_kernel<false>": Bounds(WHOLE_ROWS, 80, 3, "real", shared=1624, keeps=False),
     "reverse.tile_kernel": Bounds(SEGMENTS, 80, 2, shared=264, either=True),  # first sweep: scores; second: weights
     "reverse.choose_kernel": Bounds(SEGMENTS, 96),
     "mean_prediction.others_kernel": Bounds(SEGMENTS, 80, 1, exps=RELATIVE),
@@ -85,10 +93,20 @@ BOUNDS = {
     "mean_prediction.sums_kernel<false>": Bounds(SEGMENTS, 80, 1, double=8),
     "mean_prediction.loss_kernel": Bounds(BY_ROW, 96),
     "mean_prediction.gradient_kernel": Bounds(SEGMENTS, 80, 1, "element", double=8),
-    "reverse_mean.mean_sample_kernel<false>": Bounds(SEGMENTS, 80, 1, exps=RELATIVE, shared=4728),
-    "reverse_mean.mean_sample_kernel<true>": Bounds(SEGMENTS, 80, 1, exps=((2, 5),), shared=4728),  # v_y is an expm1
-    "reverse_mean.mean_probs_kernel<false>": Bounds((640,), 96, 2, "real", exps=(*RELATIVE, (1, 0)), shared=4728),
-    "reverse_mean.mean_probs_kernel<true>": Bounds((640,), 96, 2, "real", exps=((2, 5), (2, 0)), shared=4728),
+    "reverse_mean.mean_sample_kernel<false>": Bounds(SEGMENTS, 80, 1, exps=RELATIVE, shared=6304),
+    "reverse_mean.mean_sample_kernel<true>": Bounds(SEGMENTS, 80, 1, exps=((2, 5),), shared=6304),  # v_y is an expm1
+    "reverse_mean.mean_probs_kernel<false, true>": Bounds(
+        (640,), 96, 3, "real", exps=(*COPY, *RELATIVE, (1, 0)), shared=6352, keeps=True
+    ),
+    "reverse_mean.mean_probs_kernel<false, false>": Bounds(
+        (640,), 96, 2, "real", exps=(*RELATIVE, (1, 0)), shared=6352, keeps=False
+    ),
+    "reverse_mean.mean_probs_kernel<true, true>": Bounds(
+        (640,), 96, 3, "real", exps=(*COPY, (2, 5), (2, 0)), shared=6352, keeps=True
+    ),
+    "reverse_mean.mean_probs_kernel<true, false>": Bounds(
+        (640,), 96, 2, "real", exps=((2, 5), (2, 0)), shared=6352, keeps=False
+    ),
     "reverse_mean.mean_choose_kernel": Bounds(SEGMENTS, 80),
     # the first loop: all logits; the second: those above the drawn one
     "unmask.unmask_kernel<draws>": Bounds(SEGMENTS, 112, 2, exps=(*RELATIVE, (1, 0)), shared=11088),
@@ -112,7 +130,12 @@ OPERATIONS: dict[str, list[tuple[str, list[str], tuple[int, ...]]]] = {
         ("reverse sample", PROCESSES[1:], (0,)),
         ("reverse sample, second sweep", PROCESSES[1:], (1,)),
     ],
-    "reverse.probs_kernel": [
+    # Each architecture runs the kernel that its shared memory has room for.
+    "reverse.probs_kernel<true>": [
+        ("reverse probabilities", PROCESSES[:1], (0, 1, 3)),
+        ("reverse probabilities, clamped", PROCESSES[1:], (0, 1, 2, 3)),
+    ],
+    "reverse.probs_kernel<false>": [
         ("reverse probabilities", PROCESSES[:1], (0, 2)),
         ("reverse probabilities, clamped", PROCESSES[1:], (0, 1, 2)),
     ],
@@ -127,8 +150,12 @@ OPERATIONS: dict[str, list[tuple[str, list[str], tuple[int, ...]]]] = {
     "mean_prediction.gradient_kernel": [("mean prediction, backward", PROCESSES, (0,))],
     "reverse_mean.mean_sample_kernel<false>": [("reverse mean sample", PROCESSES[:1], (0,))],
     "reverse_mean.mean_sample_kernel<true>": [("reverse mean sample, with powers", PROCESSES[:1], (0,))],
-    "reverse_mean.mean_probs_kernel<false>": [("reverse mean probabilities", PROCESSES, (0, 1))],
-    "reverse_mean.mean_probs_kernel<true>": [("reverse mean probabilities, with powers", PROCESSES[:1], (0, 1))],
+    "reverse_mean.mean_probs_kernel<false, true>": [("reverse mean probabilities", PROCESSES, (0, 1, 2))],
+    "reverse_mean.mean_probs_kernel<false, false>": [("reverse mean probabilities", PROCESSES, (0, 1))],
+    "reverse_mean.mean_probs_kernel<true, true>": [
+        ("reverse mean probabilities, with powers", PROCESSES[:1], (0, 1, 2))
+    ],
+    "reverse_mean.mean_probs_kernel<true, false>": [("reverse mean probabilities, with powers", PROCESSES[:1], (0, 1))],
     "unmask.unmask_kernel<draws>": [
         ("unmask", ["any other"], (0,)),
         ("unmask, second pass of a nucleus", ["any other"], (1,)),
@@ -171,8 +198,9 @@ class Instruction:
 
     @property
     def kind(self) -> str:
-        if self.name in ("LDG", "STG"):
-            return ("" if ".128" in self.opcode else "narrow ") + {"LDG": "load", "STG": "store"}[self.name]
+        accesses = {"LDG": "load", "STG": "store", "LDGSTS": "copy", "LDS": "kept"}
+        if self.name in accesses and (self.name != "LDS" or ".128" in self.opcode):
+            return ("" if ".128" in self.opcode else "narrow ") + accesses[self.name]
         if self.name == "MUFU":
             return "exp" if self.opcode == "MUFU.EX2" else "mufu"
         kinds = {"fp32": ("FADD", "FMUL", "FFMA"), "double": ("DADD", "DMUL", "DFMA", "DSETP"), "local": ("LDL", "STL")}
@@ -298,7 +326,8 @@ class Graph:
                 score, ahead = max(ways, key=lambda way: way[0])
                 own = [step for i in self.blocks[node] for step in (i, *self.called(i))]
                 kinds = Counter(i.kind for i in own)
-                score = (score[0] + kinds["exp"], score[1] + kinds["load"] + kinds["store"], score[2] - len(own))
+                accesses = sum(kinds[access] for access in (*READS, "store"))
+                score = (score[0] + kinds["exp"], score[1] + accesses, score[2] - len(own))
                 value[node] = score, own + ahead
         return value[start][1] if start in value else []
 
@@ -313,8 +342,9 @@ class Graph:
         """Each once through a loop with 128-bit accesses, or through the kernel where they are in no loop."""
         reached = set(self.postorder([self.entry], self.blocks, self.after))
         kinds = {node: {i.kind for i in self.blocks[node]} for node in reached}
-        access = "load" if any("load" in found for found in kinds.values()) else "store"
-        wide = {node for node in reached if access in kinds[node]}
+        found = set().union(*kinds.values())
+        accesses = {"copy", "kept"} if "copy" in found else {"load"} if "load" in found else {"store"}
+        wide = {node for node in reached if accesses & kinds[node]}
 
         def main_loops(nodes: set[int]) -> Iterator[tuple[int, set[int]]]:
             """The innermost loops, with the block that each begins with."""
@@ -343,7 +373,7 @@ class Counts:
     total: int
     core: int  # from the first 128-bit access or exponential to the last
     double: int  # double-precision arithmetic in the core
-    together: bool  # the VECTORS first loads are issued before anything waits for one of them
+    together: bool  # the VECTORS first loads from memory are issued before anything waits for one of them
     kinds: dict[str, int]
 
     def count(self, *kinds: str) -> int:
@@ -351,7 +381,7 @@ class Counts:
 
     @classmethod
     def of(cls, path: list[Instruction], elements: int) -> Counts:
-        work = [at for at, i in enumerate(path) if i.kind in ("load", "store", "exp")] or [0]
+        work = [at for at, i in enumerate(path) if i.kind in (*READS, "store", "exp")] or [0]
         core = path[work[0] : work[-1] + 1]
         loaded: set[int] = set()
         loads, together = 0, True
@@ -387,7 +417,9 @@ class Kernel:
     @property
     def key(self) -> str:
         """Its line in BOUNDS."""
-        return next((key for key in (f"{self.name}<{a}>" for a in self.arguments) if key in BOUNDS), self.name)
+        flags = ", ".join(a for a in self.arguments if a in ("false", "true"))
+        keys = (f"{self.name}<{a}>" for a in (flags, *self.arguments))
+        return next((key for key in keys if key in BOUNDS), self.name)
 
     @property
     def dtype(self) -> str:
@@ -429,12 +461,14 @@ def violations(kernel: Kernel) -> Iterator[str]:
         return
     if kernel.resources.registers > bounds.registers:
         yield f"{kernel.resources.registers} registers a thread, at most {bounds.registers} wanted"
+    if bounds.keeps and kernel.resources.shared:
+        yield f"{kernel.resources.shared} bytes of static shared memory, none wanted where a row may take all"
     if len(kernel.paths) != bounds.paths:
         yield f"{len(kernel.paths)} main loops with 128-bit accesses, {bounds.paths} wanted"
     for at, path in enumerate(kernel.paths, 1):
         reads = bounds.writes != "only"
-        if reads and path.count("load") < VECTORS:
-            yield f"main loop {at}: {path.count('load')} 128-bit loads, {VECTORS} wanted"
+        if reads and path.count(*READS) < VECTORS:
+            yield f"main loop {at}: {path.count(*READS)} 128-bit loads, {VECTORS} wanted"
         if not path.together:
             yield f"main loop {at}: the loads wait for one another"
         if bounds.writes and at == bounds.paths:
@@ -501,7 +535,7 @@ class Cost:
         """The least time for ROWS × N elements that each limit leaves."""
         # A warp's 128-bit access is 512 bytes, four clocks of the L1 cache. π is read by the word, at a distance of a
         # vector's elements from lane to lane: as many clocks as those are.
-        l1 = 4 * self.each("load", "store") / 32
+        l1 = 4 * self.each(*READS, "store") / 32
         if self.kernel.process == "vector":
             reads_pi = sum(path.count("narrow load") >= path.elements for path in self.paths)
             l1 += reads_pi * self.paths[0].elements / VECTORS / 32
@@ -515,6 +549,11 @@ class Cost:
         return {limit: ROWS * N * each for limit, each in {"memory": self.bytes / gpu.bytes, **limits}.items()}
 
 
+def keeps_row(key: str, arch: int, dtype: str) -> bool:
+    """Whether shared memory has room for a row of N, which may begin behind a boundary; the system has 1 KiB of it."""
+    return N * SIZES[dtype] + 16 + BOUNDS[key].shared <= LIMITS[arch][2] - 1024
+
+
 def costs(kernels: list[Kernel]) -> dict[tuple[str, str, str], dict[int, Cost]]:
     """By operation, π and type; then by architecture."""
     found: dict[tuple[str, str, str], dict[int, Cost]] = {}
@@ -523,6 +562,8 @@ def costs(kernels: list[Kernel]) -> dict[tuple[str, str, str], dict[int, Cost]]:
             for process in processes:
                 for dtype in ("float32", "bfloat16"):
                     for k in kernels:
+                        if BOUNDS[key].keeps not in (None, keeps_row(key, k.arch, dtype)):
+                            continue
                         if (k.key, k.process, k.dtype) == (key, process, dtype) and len(k.paths) > max(paths):
                             cost = Cost(name, k, [k.paths[at] for at in paths])
                             found.setdefault((name, process, dtype), {})[k.arch] = cost
@@ -562,7 +603,7 @@ def cost_table(found: dict[tuple[str, str, str], dict[int, Cost]], archs: list[i
         if shown not in by_arch:
             continue
         cost = by_arch[shown]
-        kinds = [("load",), ("store",), ("narrow load", "narrow store"), ("exp", "mufu"), ("fp32",)]
+        kinds = [READS, ("store",), ("narrow load", "narrow store"), ("exp", "mufu"), ("fp32",)]
         core = sum(path.core for path in cost.paths) / cost.paths[0].elements
         row = [*key, str(cost.bytes), *(f"{cost.each(*names):.3g}" for names in kinds)]
         row.append(f"{cost.total:.1f} = {core:.1f} + {cost.total - core:.1f}")
@@ -597,15 +638,17 @@ Bytes of memory and instructions per element, on the path that a warp takes thro
 {ROWS:,} rows of {N:,}:
 
 {cost_table(costs(kernels), archs)}
-Loads and stores are of 128 bits, narrow ones of fewer, those included that their predicate switches off. Instructions
-are those from the first 128-bit access or exponential to the last, plus those around them. What is done once a row is
-left out.
+Loads and stores are of 128 bits, narrow ones of fewer, those included that their predicate switches off. Where shared
+memory keeps a row, the copy and each read of it count as loads; each GPU has the kernel for which it has the room.
+Instructions are those from the first 128-bit access or exponential to the last, plus those around them. What is done
+once a row is left out.
 
 The time is the largest of five, which is named; each is taken at its peak, and all as overlapping. memory: bytes over
-bandwidth (a row that is read again comes from the L2 cache, at no cost here); issue: instructions, four warps a clock;
-FP32: additions, products and FMAs; MUFU: 16 a clock; L1: 128 bytes a clock, where π is read word by word, by lanes that
-are a vector apart. Each GPU is given its own architecture's code. Integer pipes, the L2 cache, latency, launches and
-tails are left out. Peaks are those of the vendor's datasheets; the clocks are assumed, at or below the boost clock:
+bandwidth (a row that is not kept is read again from the L2 cache, at no cost here); issue: instructions, four warps a
+clock; FP32: additions, products and FMAs; MUFU: 16 a clock; L1, and shared memory: 128 bytes a clock, where π is read
+word by word, by lanes that are a vector apart. Each GPU is given its own architecture's code. Integer pipes, the L2
+cache, latency, launches and tails are left out. Peaks are those of the vendor's datasheets; the clocks are assumed, at
+or below the boost clock:
 
 {markdown(["GPU", "TB/s", "multiprocessors", "GHz", "FP32 a clock"], list(peaks))}"""
 

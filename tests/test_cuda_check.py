@@ -23,8 +23,8 @@ GRADIENT = (
 
 PTXAS = """\
 ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_ZN4sedd1cu12probs_kernelILNS_6FamilyE0EfEEvNS_1PE' for 'sm_100'
-ptxas info    : Function properties for _ZN4sedd1cu12probs_kernelILNS_6FamilyE0EfEEvNS_1PE
+ptxas info    : Compiling entry function '_ZN4sedd1cu12probs_kernelILNS_6FamilyE0EfLb1EEEvNS_1PE' for 'sm_100'
+ptxas info    : Function properties for _ZN4sedd1cu12probs_kernelILNS_6FamilyE0EfLb1EEEvNS_1PE
     24 bytes stack frame, 24 bytes spill stores, 80 bytes spill loads
 ptxas info    : Used 40 registers, used 1 barriers, 24 bytes cumulative stack size, 448 bytes smem
 ptxas info    : Compiling entry function '_ZN4sedd1cu13sample_kernelENS_16TransitionParamsE' for 'sm_100'
@@ -130,8 +130,8 @@ def test_machine_code(check: Any) -> None:
         (SUMS, ("sums_kernel", ["float32"])),
         (GRADIENT, ("gradient_kernel", ["uniform", "float32"])),
         (
-            "_ZN1x8b12probs_kernelILNS_6FamilyE2ENS_8BFloat16EEEvNS_1PEiib",
-            ("probs_kernel", ["vector", "bfloat16"]),
+            "_ZN1x8b12probs_kernelILNS_6FamilyE2ENS_8BFloat16ELb0EEEvNS_1PEiib",
+            ("probs_kernel", ["vector", "bfloat16", "false"]),
         ),
         ("_ZN1x815entries_kernelILb0EdEEvNS_16TransitionParamsE", ("entries_kernel", ["false", "float64"])),
         ("_ZN1x7013sample_kernelENS_16TransitionParamsE", ("sample_kernel", [])),
@@ -153,6 +153,11 @@ def test_names(check: Any, mangled: str, expected: Any) -> None:
             "reverse_mean",
             "_ZN1x818mean_sample_kernelILNS_6FamilyE0EfLb1EEEvNS_1PEii",
             "reverse_mean.mean_sample_kernel<true>",
+        ),
+        (
+            "reverse_mean",
+            "_ZN1x817mean_probs_kernelILNS_6FamilyE0EfLb1ELb0EEEvNS_1PEiii",
+            "reverse_mean.mean_probs_kernel<true, false>",
         ),
     ],
 )
@@ -212,6 +217,48 @@ def test_path_once_through_a_loop(check: Any) -> None:
     assert len(path) == 1 + 4 + 4 * 9 + 1 + 1 + 2
     assert path[0].operands.startswith("0x")
     assert path[-1].guard == "@!P6"
+
+
+def test_path_through_a_kernel_that_keeps_a_row(check: Any) -> None:
+    """A loop that copies, and loops that read the copy; of loads from shared memory, one may wait for another."""
+    copies = [f"LDGSTS.E.BYPASS.128 [R{17 + i}], desc[UR8][R18.64+{512 * i:#x}]" for i in range(4)]
+    short = ["@P0 BRA partial", "@!PT LDS RZ, [RZ]", *copies, "BRA copied"]
+    partial = ["partial:", "@P1 BRA skip", *copies, "skip:", "LDG.E R4, desc[UR4][R2.64]", "STS [R5], R4", "copied:"]
+    copy = ["copy:", *short, *partial, "LDGDEPBAR", "@!P6 BRA copy"]
+    reads = [re.sub(r"LDG.E.128 (R\d+), .*", r"LDS.128 \1, [R39]", line) for line in whole_vectors()]
+    passes = [
+        [f"pass{i}:", *(line.replace("vector", f"part{i}") for line in reads), f"@!P6 BRA pass{i}"] for i in range(2)
+    ]
+    last = [line.replace("vector", "last") for line in whole_vectors("STG.E.128 desc[UR4][R28.64], R{}")]
+    last = ["pass2:", *(re.sub(r"LDG.E.128 (R\d+), .*", r"LDS.128 \1, [R39]", line) for line in last), "@!P6 BRA pass2"]
+    passes[0].insert(2, "FADD R1, R8, R2")  # waits for the first load
+    other = ["sum:", "LDS.64 R4, [R5]", "@!P6 BRA sum"]
+    name = "_ZN4sedd1cu12probs_kernelILNS_6FamilyE0EfLb1EEEvNS_1PE"
+    log = PTXAS.replace("24 bytes", "0 bytes").replace("80 bytes", "0 bytes").replace(", 448 bytes smem", "")
+    code = ["S2R R23, SR_TID.X", *copy, *passes[0], *other, *passes[1], *last, "EXIT"]
+    kernel, *_ = check.kernels_of("reverse", 90, log, assemble(name, code))
+    assert [(path.total, path.count("copy"), path.count("kept")) for path in kernel.paths] == [
+        (1 + 1 + 4 + 1 + 2, 4, 0),
+        (4 + 4 * 9 + 2, 0, 4),
+        (4 + 4 * 9 + 1, 0, 4),
+        (4 + 4 * 10 + 1, 0, 4),
+    ]
+    assert list(check.violations(kernel)) == []
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "keeps"),
+    [(80, "float32", False), (80, "bfloat16", True), (90, "float32", True), (120, "float32", False)],
+)
+def test_the_kernel_that_a_gpu_has_room_for(check: Any, arch: int, dtype: str, keeps: bool) -> None:
+    counts = check.Counts(16, 100, 0, 0, True, {})
+    kernels = [
+        check.Kernel(arch, "reverse.probs_kernel", ["absorbing", dtype, flag], check.Resources(), 0, [counts] * paths)
+        for flag, paths in (("true", 4), ("false", 3))
+    ]
+    (cost,) = check.costs(kernels)["reverse probabilities", "absorbing", dtype].values()
+    assert cost.kernel.arguments[-1] == ("true" if keeps else "false")
+    assert len(cost.paths) == (3 if keeps else 2)
 
 
 LOOP = [*whole_vectors(), "@!P6 BRA head"]
@@ -294,7 +341,8 @@ def test_rules_of_the_resources(check: Any) -> None:
     probs, *_ = check.kernels_of("reverse", 100, PTXAS, "")
     assert list(check.violations(probs)) == [
         "local memory: 24 bytes of stack frame, 24 bytes of spill stores, 80 bytes of spill loads",
-        "0 main loops with 128-bit accesses, 3 wanted",
+        "448 bytes of static shared memory, none wanted where a row may take all",
+        "0 main loops with 128-bit accesses, 4 wanted",
     ]
     (*_, sample) = check.kernels_of("another", 100, PTXAS, "")
     assert list(check.violations(sample)) == ["no bounds are stated for it in cuda_check.py"]

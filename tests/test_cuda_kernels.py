@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 import pytest
 import torch
 from backends import (
     BACKENDS,
+    emulated_kernels,
     reverse_probs,
     reverse_sample,
     running_on,
@@ -128,12 +131,50 @@ def test_the_cpu_draws_the_same_tokens(
     assert (tokens != x_t).any()
 
 
+@contextmanager
+def shared_memory(most: int) -> Iterator[None]:
+    """A block of the emulated kernels can have so many bytes."""
+    emulated_kernels().set_max_shared(most)
+    try:
+        yield
+    finally:
+        emulated_kernels().set_max_shared(-1)
+
+
+@pytest.mark.operators("emulated")
 def test_a_row_does_not_depend_on_how_many_there_are() -> None:
-    """1,024 rows, whose first pass is split over blocks, and 1,025, where each block does its own: the same bits."""
+    """1,024 rows, whose first pass is split over blocks, and 1,025, where each block does its own: the same bits.
+
+    Of rows that shared memory has no room for.
+    """
     process = Hybrid(5000, 0.3)
     x_t, log_score = random_rows(process, 1025).x_t, random_log_score((1025, 5001), torch.bfloat16)
-    many, few = (reverse_probs(log_score[:rows], x_t[:rows], Tweedie(0.4), process) for rows in (1025, 1024))
+    with shared_memory(0):
+        many, few = (reverse_probs(log_score[:rows], x_t[:rows], Tweedie(0.4), process) for rows in (1025, 1024))
     assert torch.equal(many[:1024], few)
+
+
+@pytest.mark.operators("emulated")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parameterization", ["score", "mean"])
+def test_a_kept_row_has_the_bits_of_one_that_is_read_again(
+    process_of: Callable[[int], RankOne], parameterization: Literal["score", "mean"], dtype: torch.dtype
+) -> None:
+    """From eight rows a block to a row with more segments a warp than its copies have groups, at every alignment."""
+    for n in (27, 131, 1029, 4099, 50_257, 320_000 // dtype.itemsize + 1):
+        process = process_of(n)
+        x_t, _, sigma = random_rows(process, 9 if n < 200 else 3)
+        options = {"parameterization": parameterization, "sigma": sigma if parameterization == "mean" else None}
+        for offset in (0, 1, 3):
+            log_score = random_log_score((offset + len(x_t) * n,), dtype)[offset:].view(-1, n)
+            probs, used = [], []
+            for most in (2**20, 0):
+                with shared_memory(most):
+                    probs.append(reverse_probs(log_score, x_t, Tweedie(0.5 * sigma), process, denoise=True, **options))
+                    used.append(emulated_kernels().launch_shared_bytes())
+            assert used[0] >= n * dtype.itemsize + used[1]
+            assert not probs[0].isnan().any()
+            assert torch.equal(*probs), (n, offset)
 
 
 @pytest.mark.every_variant

@@ -230,6 +230,8 @@ REPORTS = {
     rf"__syncwarp\(0x00000003\), \S+; 1 like {THREAD} at __syncwarp\(0x00000006\), \S+; 1 like {THREAD} at "
     rf"__syncwarp\(0x00000005\), \S+; 29 like {THREAD} at the kernel's end",
     "a_width_of_seven": rf"{THREAD}: __shfl_up_sync over 7 lanes, no power of two up to 32, \S+",
+    "a_misaligned_copy": rf"{THREAD}: misaligned copy of 16 bytes from 0x[0-9a-f]+ to 0x[0-9a-f]+, \S+",
+    "a_copy_beyond_shared_memory": rf"{THREAD}: beyond shared memory: copy of 16 bytes from \S+ to \S+, \S+",
     "a_misaligned_vector": rf"{THREAD}: misaligned address 0x[0-9a-f]+ for 'const struct float4', \S+",
 }
 

@@ -36,6 +36,16 @@ static inline const char* launch_error() {
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// Whether a block may have so much dynamic shared memory. If so, allows the kernel, which has no other, all that the
+// device gives to a block: always the same number, because host threads may launch the kernel at the same time.
+template <class Kernel>
+bool takes_shared(Kernel* kernel, int64_t bytes, int device) {
+    int most = 0;
+    return cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess &&
+           bytes <= most &&
+           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most) == cudaSuccess;
+}
+
 static inline cudaStream_t stream_of(const CudaLaunch& launch) { return static_cast<cudaStream_t>(launch.stream); }
 
 static inline unsigned blocks_for(int64_t items, int64_t per_block) {

@@ -5,23 +5,26 @@
 // Bytes per element: a sample reads 4 (float32) or 2 once, and 2 KiB of each row again. Where the clamp max(0, ·) needs
 // the total first (Tweedie with a π that is spread out; Euler that must not return MASK), the few rows whose entry is
 // rejected are read once more. Probabilities need a second pass over every row, and a third one if they are clamped.
-// The same block starts the next pass immediately, so that the 200 KB of a row should come from the L2 cache (one row
-// per multiprocessor, 27 MB for 132 of them) and memory is read once. Instructions per element: 11 to 13 in a pass (8
-// of them for expf, with one MUFU.EX2), 5 for 16-bit types, and 4 to 6 more for the clamp.
+// The first pass copies the row to shared memory (kept.cuh), from which the others read it, and memory is read once. A
+// row too large for that (50,258 float32 on sm_80 and sm_120, 262,144 on all) is read again by the same block
+// immediately, and should then come from the L2 cache. Instructions per element: 11 to 13 in a pass (8 of them for
+// expf, with one MUFU.EX2), 5 for 16-bit types, 4 to 6 more for the clamp, and 2 or 1 to copy.
 //
 // Configuration: one block per row, because the total of a row combines the sums of its segments. The warps of a block
 // take segments in turn and store the sums in shared memory. After a barrier, the first warp draws the token, or
 // computes the totals for the next pass of all warps. For samples, a block has 8 warps. Three or four blocks then share
-// a multiprocessor, and one adds up while another draws. For probabilities, a block has 24 warps, so that few rows are
-// in flight. Rows of up to four segments share a block of 8 warps. If there are few rows, a separate kernel with one
-// warp per segment divides the first pass, which reads from memory, among all multiprocessors. The sum of a segment,
-// and the order of the sums, are the same in all configurations.
+// a multiprocessor, and one adds up while another draws. For probabilities, a block has 24 warps. A multiprocessor has
+// registers for one such block, so that its row may take all of the shared memory. Rows of up to four segments share a
+// block of 8 warps. If there are few rows that are not kept, a separate kernel with one warp per segment divides the
+// first pass, which reads from memory, among all multiprocessors. The sum of a segment, and the order of the sums, are
+// the same in all configurations.
 //
 // Rows with π_x = 0 (unmasked tokens of absorbing diffusion) are not read. A bad row gets probabilities of NaN, or
 // token -1.
 #include "reverse.h"
 
 #include "cuda/draw.cuh"
+#include "cuda/kept.cuh"
 
 namespace sedd {
 namespace {
@@ -165,27 +168,35 @@ struct RowState {
     }
 };
 
-template <Family P, class T>
+// Shared memory of a block: its rows if they are kept, then their states, then the sums of their segments.
+template <Family P, class T, bool kKeep>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
-    probs_kernel(ReverseParams p, int segments, int row_warps, bool clamped, const RealOf<T>* few_sums) {
+    probs_kernel(ReverseParams p, int segments, int row_warps, bool clamped, int row_bytes, const RealOf<T>* few_sums) {
     using Real = RealOf<T>;
-    SEDD_DYNAMIC_SHARED(Real, all_sums);
-    __shared__ RowState states[kWarps];
+    SEDD_DYNAMIC_SHARED(unsigned char, memory);
     // Every warp reaches every barrier, whether its row exists and moves or not.
     const Task<Real> task(p, row_warps);
     const bool moves = task.moves(), first_lane = lane_of() == 0;
     const int dim = static_cast<int>(p.dim), x = moves ? static_cast<int>(p.x_t[task.row]) : -1;
-    const T* log_score = static_cast<const T*>(p.log_score) + (moves ? task.row * p.dim : 0);
-    Real* sums = all_sums + task.slot * segments;
+    const int block_rows = static_cast<int>(blockDim.x) / (kWarp * row_warps);
+    RowState* const states = reinterpret_cast<RowState*>(memory + block_rows * row_bytes);
+    Real* const sums = reinterpret_cast<Real*>(states + block_rows) + task.slot * segments;
     RowState& state = states[task.slot];
+    const T* const in_memory = static_cast<const T*>(p.log_score) + (moves ? task.row * p.dim : 0);
+    T* const kept = place_to_keep(memory + task.slot * row_bytes, in_memory);
+    const T* const log_score = kKeep ? kept : in_memory;
     Weights<P, T> weights{
         static_cast<const Real*>(p.stationary), Shifted<T>(task.shift), {}, static_cast<int>(p.forbidden)};
 
     if (moves) {
+        if constexpr (kKeep) {
+            keep_segments(kept, in_memory, dim, task.first_segment, segments, row_warps);
+        }
         if (task.leads() && first_lane) state.numbers = reverse_row(p.step, p.noise[task.row], task.pi_x);
         for (int s = task.first_segment; s < segments; s += row_warps) {
-            const Real sum = few_sums != nullptr ? few_sums[task.row * segments + s]
-                                                 : segment_scores(log_score, dim, s, x, weights.score);
+            if constexpr (kKeep) wait_for_segment();
+            const Real sum = !kKeep && few_sums != nullptr ? few_sums[task.row * segments + s]
+                                                           : segment_scores(log_score, dim, s, x, weights.score);
             if (first_lane) sums[s] = sum;
         }
     }
@@ -417,22 +428,31 @@ const char* launch_typed(const ReverseParams& p, const CudaLaunch& launch) {
     while (row_warps < wanted && row_warps < split.segments) row_warps *= 2;
     row_warps = row_warps < wanted ? row_warps : wanted;
     const int block_rows = row_warps < kWarps ? kWarps / row_warps : 1;
-    const int64_t shared_bytes = static_cast<int64_t>(sizeof(Real)) * block_rows * split.segments;
+    const int64_t state_bytes = kSample ? 0 : sizeof(RowState);
+    const int64_t shared_bytes = block_rows * (state_bytes + static_cast<int64_t>(sizeof(Real)) * split.segments);
     if (shared_bytes > kSharedBytes) return "rows too wide for the CUDA kernels of the reverse steps";
+    const unsigned blocks = blocks_for(p.rows, block_rows);
+    const int threads = block_rows * row_warps * kWarp;
+    if constexpr (!kSample) {
+        const int64_t row_bytes = kept_bytes(p.dim, p.dtype), all_bytes = block_rows * row_bytes + shared_bytes;
+        if (takes_shared(probs_kernel<P, T, true>, all_bytes, launch.device)) {
+            SEDD_LAUNCH((probs_kernel<P, T, true>), blocks, threads, static_cast<size_t>(all_bytes), stream_of(launch),
+                        p, split.segments, row_warps, clamped, static_cast<int>(row_bytes), nullptr);
+            return launch_error();
+        }
+    }
     Real* few_sums = nullptr;
     if (splits(p.rows, split.segments)) {
         few_sums = static_cast<Real*>(launch.workspace);
         SEDD_LAUNCH((sums_kernel<T>), blocks_for(split_blocks(split, p.rows), 1), kWarps * kWarp, 0, stream_of(launch),
                     p, split, few_sums);
     }
-    const unsigned blocks = blocks_for(p.rows, block_rows);
-    const int threads = block_rows * row_warps * kWarp;
     if constexpr (kSample) {
         SEDD_LAUNCH((sample_kernel<P, T>), blocks, threads, static_cast<size_t>(shared_bytes), stream_of(launch), p,
                     split.segments, row_warps, clamped, few_sums);
     } else {
-        SEDD_LAUNCH((probs_kernel<P, T>), blocks, threads, static_cast<size_t>(shared_bytes), stream_of(launch), p,
-                    split.segments, row_warps, clamped, few_sums);
+        SEDD_LAUNCH((probs_kernel<P, T, false>), blocks, threads, static_cast<size_t>(shared_bytes), stream_of(launch),
+                    p, split.segments, row_warps, clamped, 0, few_sums);
     }
     return launch_error();
 }

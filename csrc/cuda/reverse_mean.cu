@@ -4,17 +4,17 @@
 // the sums of segments, so that only one segment is read again, and of π by its cumulative sums. Nothing is rejected.
 //
 // Bytes per element: a sample reads 4 (float32) or 2 once, and 2 KiB of a row again where the token comes from μ.
-// Probabilities take a second pass over the row, which the same block starts immediately, so that it should come from
-// the L2 cache, and write once. Instructions per element: as in reverse.cu, and one more expf per vector where the
-// largest logit may change.
+// Probabilities take a second pass over the row, which shared memory keeps as in reverse.cu, and write once.
+// Instructions per element: as in reverse.cu, and one more expf per vector where the largest logit may change.
 //
-// Configuration: as in reverse.cu, without its separate first pass for few rows. Shared memory holds three numbers of
-// the compute type and one of float64 per segment.
+// Configuration: as in reverse.cu, without its separate first pass for few rows. Beside the row, shared memory holds
+// three numbers of the compute type and one of float64 per segment.
 //
 // Rows with π_x = 0 are not read. A bad row gets probabilities of NaN, or token -1.
 #include "reverse_mean.h"
 
 #include "cuda/draw.cuh"
+#include "cuda/kept.cuh"
 #include "cuda/softmax.cuh"
 
 namespace sedd {
@@ -177,21 +177,27 @@ struct MeanState {
     double top;
 };
 
-template <Family P, class T, bool kPower>
+// Shared memory of a block: its rows if they are kept, then their states, then the sums.
+template <Family P, class T, bool kPower, bool kKeep>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
-    mean_probs_kernel(ReverseMeanParams p, int segments, int row_warps) {
+    mean_probs_kernel(ReverseMeanParams p, int segments, int row_warps, int row_bytes) {
     using Real = RealOf<T>;
-    SEDD_DYNAMIC_SHARED(double, memory);
-    __shared__ MeanState states[kWarps];
+    SEDD_DYNAMIC_SHARED(unsigned char, memory);
     // Every warp reaches every barrier, whether its row exists and moves or not.
     const Task<T> task(p, row_warps);
-    const Shared<Real> shared(memory, task.slot, static_cast<int>(blockDim.x) / (kWarp * row_warps), segments);
+    const int block_rows = static_cast<int>(blockDim.x) / (kWarp * row_warps);
+    MeanState* const states = reinterpret_cast<MeanState*>(memory + block_rows * row_bytes);
+    const Shared<Real> shared(reinterpret_cast<double*>(states + block_rows), task.slot, block_rows, segments);
     MeanState& state = states[task.slot];
+    T* const kept = place_to_keep(memory + task.slot * row_bytes, task.logits);
+    const T* const logits = kKeep ? kept : task.logits;
     Term<kPower, T> term = task.template term<kPower>(p);
     const int dim = task.dim, x = task.x;
     if (task.moves()) {
+        if constexpr (kKeep) keep_segments(kept, task.logits, dim, task.first_segment, segments, row_warps);
         for (int s = task.first_segment; s < segments; s += row_warps) {
-            const SegmentSums<Real> sums = segment_sums(task.logits, dim, s, x, term);
+            if constexpr (kKeep) wait_for_segment();
+            const SegmentSums<Real> sums = segment_sums(logits, dim, s, x, term);
             if (lane_of() == 0) shared.sums[s] = sums;
         }
     }
@@ -227,7 +233,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     constexpr int width = Vector<T>::kWidth, out_width = Vector<Real>::kWidth;
     for (int s = task.first_segment; s < segments; s += row_warps) {
         visit(
-            task.logits, dim, s, -1,
+            logits, dim, s, -1,
             [&](int y, Real(&l)[width]) {
 #pragma unroll
                 for (int k = 0; k < width; k += out_width) {
@@ -309,7 +315,8 @@ const char* launch_typed(const ReverseMeanParams& p, const CudaLaunch& launch) {
     while (row_warps < wanted && row_warps < segments) row_warps *= 2;
     row_warps = row_warps < wanted ? row_warps : wanted;
     const int block_rows = row_warps < kWarps ? kWarps / row_warps : 1;
-    const int64_t shared_bytes = Shared<RealOf<T>>::bytes(block_rows, segments);
+    const int64_t state_bytes = kSample ? 0 : sizeof(MeanState);
+    const int64_t shared_bytes = block_rows * state_bytes + Shared<RealOf<T>>::bytes(block_rows, segments);
     if (shared_bytes > kSharedBytes) return "rows too wide for the CUDA kernels of the reverse steps";
     const unsigned blocks = blocks_for(p.rows, block_rows);
     const int threads = block_rows * row_warps * kWarp;
@@ -317,8 +324,14 @@ const char* launch_typed(const ReverseMeanParams& p, const CudaLaunch& launch) {
         SEDD_LAUNCH((mean_sample_kernel<P, T, kPower>), blocks, threads, static_cast<size_t>(shared_bytes),
                     stream_of(launch), p, segments, row_warps);
     } else {
-        SEDD_LAUNCH((mean_probs_kernel<P, T, kPower>), blocks, threads, static_cast<size_t>(shared_bytes),
-                    stream_of(launch), p, segments, row_warps);
+        const int64_t row_bytes = kept_bytes(p.width, p.dtype), all_bytes = block_rows * row_bytes + shared_bytes;
+        if (takes_shared(mean_probs_kernel<P, T, kPower, true>, all_bytes, launch.device)) {
+            SEDD_LAUNCH((mean_probs_kernel<P, T, kPower, true>), blocks, threads, static_cast<size_t>(all_bytes),
+                        stream_of(launch), p, segments, row_warps, static_cast<int>(row_bytes));
+        } else {
+            SEDD_LAUNCH((mean_probs_kernel<P, T, kPower, false>), blocks, threads, static_cast<size_t>(shared_bytes),
+                        stream_of(launch), p, segments, row_warps, 0);
+        }
     }
     return launch_error();
 }

@@ -36,11 +36,15 @@ static inline int64_t element_bytes(DType dtype) {
 // Bytes of an element of the compute type.
 static inline int64_t real_bytes(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
 
-// The number of segments of a row at any address. Up to one vector less one element may precede the row in its first
+// The number of vectors of a row at any address. Up to one vector less one element may precede the row in its first
 // vector.
-static inline int64_t num_segments(int64_t dim, DType dtype) {
+static inline int64_t num_vectors(int64_t dim, DType dtype) {
     const int64_t width = 16 / element_bytes(dtype);
-    return ((width - 1 + dim + width - 1) / width + kSegmentVectors - 1) / kSegmentVectors;
+    return (width - 1 + dim + width - 1) / width;
+}
+
+static inline int64_t num_segments(int64_t dim, DType dtype) {
+    return (num_vectors(dim, dtype) + kSegmentVectors - 1) / kSegmentVectors;
 }
 
 // The division of the segments of rows among blocks of kWarps warps: several blocks per row, or several rows per block.

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-from sedd.commands import convert, info, report, reproduce, sample, train
+from sedd.commands import convert, info, play, report, reproduce, sample, train
 from sedd.commands.command import Command
 from sedd.commands.measures import MEASURES
 from sedd.hints import program
@@ -59,6 +59,7 @@ COMMANDS: dict[str, Command | None] = {
     "sample": sample.SAMPLE,
     "infill": sample.INFILL,
     "eval": None,  # has MEASURES
+    "play": play.COMMAND,
     "report": report.COMMAND,
     "reproduce": reproduce.COMMAND,
     "convert": convert.COMMAND,

@@ -29,6 +29,8 @@
 extern "C" int cuda_on_cpu_set_schedule(const char* name, unsigned long long seed);
 extern "C" int cuda_on_cpu_launch_device();
 extern "C" unsigned cuda_on_cpu_contexts();
+extern "C" void cuda_on_cpu_set_max_shared(int bytes);
+extern "C" size_t cuda_on_cpu_launch_shared_bytes();
 
 namespace {
 
@@ -842,6 +844,17 @@ class Driver {
         });
     }
 
+    // The same for probabilities: of rows that shared memory keeps, and on a device that has no room for them.
+    template <class Launch>
+    void check_probs(const Problem& p, const std::string& operation, const Expected& expected, int64_t workspace_bytes,
+                     Launch launch) {
+        check(p, operation.c_str(), compute_type(p.shape.dtype), expected, workspace_bytes, launch);
+        cuda_on_cpu_set_max_shared(0);
+        check(p, (operation + " of rows read again").c_str(), compute_type(p.shape.dtype), expected, workspace_bytes,
+              launch);
+        cuda_on_cpu_set_max_shared(-1);
+    }
+
     // The same for tokens, or for one row of them after another; `why_not(row, token)` says what is wrong with one.
     template <class Launch, class WhyNot>
     void check_tokens(const Problem& p, const char* operation, int64_t workspace_bytes, Launch launch, WhyNot why_not,
@@ -1308,11 +1321,11 @@ class Driver {
         const int64_t workspace = sedd::reverse_workspace(s.rows, s.dim, s.dtype);
         const std::string name = kind == Step::euler ? "euler" : "tweedie";
         const std::string without = forbidden >= 0 ? " without " + std::to_string(forbidden) : "";
-        check(p, (name + "_probs" + without).c_str(), compute_type(s.dtype), reverse_probs(p, weights), workspace,
-              [&](void* out, const sedd::CudaLaunch& where) {
-                  params.out = out;
-                  return sedd::reverse_probs_cuda(params, where);
-              });
+        check_probs(p, name + "_probs" + without, reverse_probs(p, weights), workspace,
+                    [&](void* out, const sedd::CudaLaunch& where) {
+                        params.out = out;
+                        return sedd::reverse_probs_cuda(params, where);
+                    });
         std::vector<std::set<int64_t>> right;
         for (int64_t row = 0; row < s.rows; ++row) {
             const auto i = static_cast<size_t>(row);
@@ -1415,11 +1428,11 @@ class Driver {
         constexpr const char* kNames[] = {"euler", "tweedie", "generalized masked"};
         const std::string name = std::string("mean ") + kNames[static_cast<int>(kind)];
         const std::string without = forbidden >= 0 ? " without MASK" : "";
-        check(p, (name + "_probs" + without).c_str(), compute_type(s.dtype), mean_probs(p, laws), 0,
-              [&](void* out, const sedd::CudaLaunch& where) {
-                  params.out = out;
-                  return sedd::reverse_mean_probs_cuda(params, where);
-              });
+        check_probs(p, name + "_probs" + without, mean_probs(p, laws), 0,
+                    [&](void* out, const sedd::CudaLaunch& where) {
+                        params.out = out;
+                        return sedd::reverse_mean_probs_cuda(params, where);
+                    });
         const auto why_not = [&right](int64_t at, int64_t token) -> std::string {
             const std::set<int64_t>& may_be = right[static_cast<size_t>(at)];
             if (may_be.count(token) != 0) return "";
@@ -1752,6 +1765,60 @@ std::string run_far_row() {
     return out.back() == right ? "" : "token " + std::to_string(out.back()) + ", not " + std::to_string(right);
 }
 
+// A row of probabilities on devices whose blocks have just the shared memory that keeps it, and one byte less.
+std::string run_at_limit(const std::string& family) {
+    constexpr int64_t dim = 13001;  // above 48 KiB, which are given unasked
+    const std::vector<float> log_score(dim);
+    const std::vector<int64_t> x = {1};
+    const std::vector<double> noise = {0.5}, sigma = {1.0};
+    std::vector<float> out(dim), workspace(dim);
+    const sedd::CudaLaunch where{workspace.data(), nullptr, 0};
+    std::string wrong;
+    // How much shared memory the launch takes, of so much.
+    const auto taken = [&](int most) {
+        out.assign(dim, -1.0f);
+        cuda_on_cpu_set_max_shared(most);
+        const char* error =
+            family == "reverse"
+                ? sedd::reverse_probs_cuda({log_score.data(), x.data(), noise.data(), nullptr, nullptr, out.data(),
+                                            nullptr, 1, dim, -1, DType::float32, Family::uniform, Step::tweedie},
+                                           where)
+                : sedd::reverse_mean_probs_cuda({log_score.data(),
+                                                 x.data(),
+                                                 noise.data(),
+                                                 sigma.data(),
+                                                 nullptr,
+                                                 nullptr,
+                                                 nullptr,
+                                                 nullptr,
+                                                 nullptr,
+                                                 out.data(),
+                                                 nullptr,
+                                                 nullptr,
+                                                 1,
+                                                 dim,
+                                                 0,
+                                                 dim,
+                                                 dim,
+                                                 -1,
+                                                 -1,
+                                                 DType::float32,
+                                                 Family::uniform,
+                                                 sedd::MeanStep::tweedie},
+                                                where);
+        cuda_on_cpu_set_max_shared(-1);
+        const double sum = std::accumulate(out.begin(), out.end(), 0.0);
+        if (error != nullptr) wrong = error;
+        if (wrong.empty() && std::abs(sum - 1.0) > 1e-5) wrong = "probabilities add up to " + std::to_string(sum);
+        return static_cast<int>(cuda_on_cpu_launch_shared_bytes());
+    };
+    const int needed = taken(-1), row_bytes = static_cast<int>(dim * 4);
+    if (wrong.empty() && needed < row_bytes) wrong = "the row is not kept";
+    if (wrong.empty() && taken(needed) != needed) wrong = "the row is not kept where it just fits";
+    if (wrong.empty() && taken(needed - 1) >= row_bytes) wrong = "the row is kept where it does not fit";
+    return wrong;
+}
+
 // A launch of the family's on a device: what went wrong.
 std::string run_on(const std::string& family, int device) {
     const std::vector<float> log_score(3);
@@ -1885,6 +1952,13 @@ int main(int count, char** words) {
     if (only.empty() || only == "reverse") {
         const std::string what = run_far_row();
         if (!what.empty()) std::printf("reverse_sample of a row beyond 2^31 elements: %s\n", what.c_str());
+        cases += 1;
+        differences += !what.empty();
+    }
+    for (const char* family : {"reverse", "reverse_mean"}) {
+        if (!only.empty() && only != family) continue;
+        const std::string what = run_at_limit(family);
+        if (!what.empty()) std::printf("%s at the limit of shared memory: %s\n", family, what.c_str());
         cases += 1;
         differences += !what.empty();
     }

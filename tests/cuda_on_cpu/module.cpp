@@ -3,6 +3,8 @@
 
 extern "C" int cuda_on_cpu_set_schedule(const char* name, unsigned long long seed);
 extern "C" const char* cuda_on_cpu_schedule();
+extern "C" void cuda_on_cpu_set_max_shared(int bytes);
+extern "C" size_t cuda_on_cpu_launch_shared_bytes();
 
 PYBIND11_MODULE(emulated, m) {
     m.doc() = "csrc/cuda under the emulation of tests/cuda_on_cpu.";
@@ -11,4 +13,6 @@ PYBIND11_MODULE(emulated, m) {
         if (cuda_on_cpu_set_schedule(name, seed) != 0) throw pybind11::value_error(std::string("schedule: ") + name);
     });
     m.def("schedule", [] { return cuda_on_cpu_schedule(); });
+    m.def("set_max_shared", cuda_on_cpu_set_max_shared);
+    m.def("launch_shared_bytes", cuda_on_cpu_launch_shared_bytes);
 }

@@ -73,6 +73,24 @@ MEAN: list[tuple[str, str, str, Check]] = [
         "    if (task.moves() && task.leads()) {",
         "values",
     ),
+    (
+        "a mean step's kept row is not waited for",
+        "            if constexpr (kKeep) wait_for_segment();\n",
+        "",
+        "values",
+    ),
+    (
+        "mean steps of a block share their copy",
+        "memory + task.slot * row_bytes",
+        "memory",
+        "values",
+    ),
+    (
+        "room for one kept row of a mean step",
+        "block_rows * row_bytes + shared_bytes",
+        "row_bytes + shared_bytes",
+        "values",
+    ),
     ("no barrier after the masses", "    __syncthreads();  // wait for the masses\n", "", "values"),
     ("a mean step reads MASK", "dim, segment, term.mask,", "dim, segment, -1,", "values"),
     ("a mean step's x in a vector", "y + j == x ? none : l[j]", "l[j]", "values"),
@@ -289,8 +307,8 @@ MUTANTS = [
     Mutant(
         "rows of a block share their sums",
         "reverse.cu",
-        "all_sums + task.slot * segments;\n    RowState",
-        "all_sums;\n    RowState",
+        "(states + block_rows) + task.slot * segments;",
+        "(states + block_rows);",
     ),
     Mutant(
         "rows of a block share their state",
@@ -310,7 +328,50 @@ MUTANTS = [
         "SampleState& state = states[task.slot]",
         "SampleState& state = states[0]",
     ),
-    Mutant("shared memory for one row", "reverse.cu", "sizeof(Real)) * block_rows *", "sizeof(Real)) *", "address"),
+    Mutant("shared memory for one row", "reverse.cu", "= block_rows * (state_bytes", "= (state_bytes", "address"),
+    # ---- Rows kept in shared memory ----
+    Mutant("a kept row is not waited for", "reverse.cu", "            if constexpr (kKeep) wait_for_segment();\n", ""),
+    Mutant(
+        "a segment too few is waited for",
+        "kept.cuh",
+        "__pipeline_wait_prior(kCopies - 1)",
+        "__pipeline_wait_prior(kCopies)",
+    ),
+    Mutant(
+        "fewer copies than are counted",
+        "kept.cuh",
+        "    for (; groups < kCopies; ++groups) __pipeline_commit();\n",
+        "",
+    ),
+    Mutant(
+        "the copies that are left are not counted",
+        "kept.cuh",
+        "    __pipeline_wait_prior(kCopies - 1);\n    __pipeline_commit();\n",
+        "    __pipeline_wait_prior(kCopies - 1);\n",
+    ),
+    Mutant("a kept row starts at a boundary", "kept.cuh", "memory + reinterpret_cast<uintptr_t>(row) % 16", "memory"),
+    Mutant("the partial vectors of a row are not kept", "kept.cuh", "kept[y] = row[y];", ";"),
+    Mutant("vectors behind the row are copied", "kept.cuh", "begin >= 0 && begin + width <= dim", "begin >= 0"),
+    Mutant(
+        "a warp copies another's segments",
+        "reverse.cu",
+        "in_memory, dim, task.first_segment, segments",
+        "in_memory, dim, (task.first_segment + 1) % row_warps, segments",
+        "thread",
+    ),
+    Mutant("rows of a block share their copy", "reverse.cu", "memory + task.slot * row_bytes", "memory"),
+    Mutant("room for one kept row", "reverse.cu", "block_rows * row_bytes + shared_bytes", "row_bytes + shared_bytes"),
+    Mutant("a row is kept that does not fit", "launch.cuh", "bytes <= most", "bytes <= most + 1"),
+    Mutant("a row that just fits is not kept", "launch.cuh", "bytes <= most", "bytes < most"),
+    Mutant(
+        "a kernel is not allowed its shared memory",
+        "launch.cuh",
+        "cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most) == cudaSuccess",
+        "true",
+    ),
+    Mutant(
+        "a row has no room for a partial vector", "segments.cuh", "(width - 1 + dim + width - 1)", "(dim + width - 1)"
+    ),
     # ---- Devices ----
     Mutant(
         "launches go to the caller's device",

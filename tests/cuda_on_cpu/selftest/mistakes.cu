@@ -1,5 +1,7 @@
 // Kernels that are wrong: each case fails with the emulation's report, once it has seen that the next launch works.
 // test_cuda_on_cpu.py knows what the reports must say; it finds their lines by the comments "waits".
+#include <cuda_pipeline.h>
+
 #include "selftest.h"
 
 namespace {
@@ -165,6 +167,26 @@ CASE(a_width_of_seven) {
 __global__ void misaligned(const float* in, float* out) {
     out[threadIdx.x] = reinterpret_cast<const float4*>(in + threadIdx.x)->x;  // waits: misaligned
 }
+__global__ void misaligned_copy(const char* in) {
+    SEDD_DYNAMIC_SHARED(char, shared);
+    __pipeline_memcpy_async(shared, in, 16);  // waits: misaligned_copy
+}
+CASE(a_misaligned_copy) {
+    alignas(16) char in[32] = {};
+    SEDD_LAUNCH(misaligned_copy, 1, 32, 16, nullptr, in + 8);
+    report(cudaErrorMisalignedAddress);
+}
+
+__global__ void copy_beyond(const char* in) {
+    SEDD_DYNAMIC_SHARED(char, shared);
+    __pipeline_memcpy_async(shared + 16, in, 16);  // waits: copy_beyond
+}
+CASE(a_copy_beyond_shared_memory) {
+    alignas(16) char in[32] = {};
+    SEDD_LAUNCH(copy_beyond, 1, 32, 16, nullptr, in);
+    report();
+}
+
 CASE(a_misaligned_vector) {
     std::vector<float> in(64), out(32);
     SEDD_LAUNCH(misaligned, 1, 32, 0, nullptr, in.data(), out.data());

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <thread>
 
+#include <cuda_pipeline.h>
+
 #include "cuda/draw.cuh"
 
 namespace {
@@ -366,6 +368,62 @@ CASE(waits_deep_in_the_stack) {
     for (int i = 0; i < 1024; ++i) CHECK(out[i] == (i ^ 1));
 }
 
+// ---- Asynchronous copies ----
+
+// Three groups of a copy each, and what is seen of them after waiting for one and for all; then of the first one
+// before, which is undefined on a GPU.
+__global__ void copy_kernel(const uint4* in, unsigned* out) {
+    SEDD_DYNAMIC_SHARED(uint4, shared);
+    const unsigned i = threadIdx.x, n = blockDim.x;
+    for (unsigned k = 0; k < 4; ++k) shared[k * n + i] = make_uint4(7, 7, 7, 7);
+    for (unsigned k = 0; k < 3; ++k) {
+        __pipeline_memcpy_async(shared + k * n + i, in + k * n + i, 16);
+        __pipeline_commit();
+    }
+    __pipeline_memcpy_async(shared + 3 * n + i, in + i, 8);  // in no group: no wait is for it
+    out[3 * n + i] = shared[i].x;
+    __pipeline_wait_prior(2);
+    out[i] = shared[i].y;
+    out[4 * n + i] = shared[n + i].y;
+    __pipeline_wait_prior(0);
+    out[n + i] = shared[n + i].z;
+    out[2 * n + i] = shared[2 * n + i].w;
+    out[5 * n + i] = shared[3 * n + i].x;
+}
+
+CASE(copies_in_groups) {
+    constexpr unsigned n = 64;
+    std::vector<uint4> in(3 * n);
+    for (unsigned i = 0; i < 3 * n; ++i) in[i] = make_uint4(4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3);
+    std::vector<unsigned> out(6 * n);
+    for (int repeat = 0; repeat < 2; ++repeat) {  // nothing is left over from the blocks before
+        RUN(copy_kernel, 2, n, 4 * n * sizeof(uint4), nullptr, in.data(), out.data());
+        for (unsigned i = 0; i < n; ++i) {
+            CHECK(out[i] == 4 * i + 1 && out[n + i] == 4 * (n + i) + 2 && out[2 * n + i] == 4 * (2 * n + i) + 3);
+#if !defined(__CUDACC__)
+            CHECK(out[3 * n + i] == kAll && out[4 * n + i] == kAll && out[5 * n + i] == kAll);
+#endif
+        }
+    }
+}
+
+__global__ void many_copies_kernel(const int* in, int* out) {
+    SEDD_DYNAMIC_SHARED(int, shared);
+    for (int k = 0; k < 12; ++k) {
+        __pipeline_memcpy_async(shared + k, in + k, 4);
+        __pipeline_commit();
+    }
+    __pipeline_wait_prior(11);  // a GPU counts to eight
+    for (int k = 0; k < 4; ++k) out[k] = shared[k];
+}
+
+CASE(no_more_than_eight_groups_are_left) {
+    int in[12], out[4];
+    for (int k = 0; k < 12; ++k) in[k] = k * k;
+    RUN(many_copies_kernel, 1, 1, sizeof in, nullptr, in, out);
+    CHECK(out[0] == 0 && out[1] == 1 && out[2] == 4 && out[3] == 9);
+}
+
 // ---- Numbers and vectors ----
 
 // In a kernel, since some of these are functions of the device.
@@ -506,6 +564,7 @@ CASE(more_shared_memory_on_demand) {
     CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0) == cudaSuccess && most >= bytes);
     constexpr auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
     CHECK(cudaFuncSetAttribute(large_kernel, attribute, most + 1) == cudaErrorInvalidValue);
+    CHECK(cudaGetLastError() == cudaErrorInvalidValue);
     CHECK(cudaFuncSetAttribute(large_kernel, attribute, bytes) == cudaSuccess);
     RUN(large_kernel, 1, 32, bytes, nullptr, out.data());
     CHECK(out[31] == 31);

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <memory>
+#include <vector>
 
 #include "cuda_on_cpu/fiber.h"
 #include "cuda_on_cpu/types.h"
@@ -50,6 +51,35 @@ struct Launch {
     const void* arguments;
     dim3 grid, block;
     size_t shared_bytes, shared_limit;
+};
+
+// A copy to shared memory, 4, 8 or 16 bytes from one multiple of them to another.
+struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+};
+
+// The copies of a thread on their way: groups, the oldest first, and those of no group yet.
+class Copies {
+  public:
+    void begin(const Copy& copy) { begun_.push_back(copy); }
+    void commit() { groups_.emplace_back().swap(begun_); }
+    void clear() { groups_.clear(), begun_.clear(); }
+
+    // Those of all groups but the last `prior`.
+    std::vector<Copy> take(size_t prior) {
+        std::vector<Copy> taken;
+        while (groups_.size() > prior) {
+            taken.insert(taken.end(), groups_.front().begin(), groups_.front().end());
+            groups_.erase(groups_.begin());
+        }
+        return taken;
+    }
+
+  private:
+    std::vector<std::vector<Copy>> groups_;
+    std::vector<Copy> begun_;
 };
 
 inline unsigned lowest(uint32_t bits) { return static_cast<unsigned>(__builtin_ctz(bits)); }
@@ -104,6 +134,21 @@ class Device {
     CUDA_ON_CPU_UNWATCHED static unsigned lane() { return running_->lane; }
     CUDA_ON_CPU_UNWATCHED static void* shared() { return shared_.get(); }
 
+    CUDA_ON_CPU_UNWATCHED static Copies& copies() { return running_->copies; }
+
+    CUDA_ON_CPU_UNWATCHED static void begin_copy(const Copy& copy, Site site) {
+        const auto to = reinterpret_cast<uintptr_t>(copy.to), from = reinterpret_cast<uintptr_t>(copy.from);
+        const auto first = reinterpret_cast<uintptr_t>(shared_.get());
+        const bool has_size = copy.bytes == 4 || copy.bytes == 8 || copy.bytes == 16;
+        const bool is_aligned = has_size && (to | from) % copy.bytes == 0;
+        if (is_aligned && first <= to && to + copy.bytes <= first + shared_bytes_) return copies().begin(copy);
+        char what[256];
+        std::snprintf(what, sizeof what, "%s copy of %zu bytes from %#zx to %#zx, %s:%d",
+                      is_aligned ? "beyond shared memory:" : "misaligned", copy.bytes, size_t{from}, size_t{to},
+                      site.file, site.line);
+        fail(is_aligned ? cudaErrorLaunchFailure : cudaErrorMisalignedAddress, what);
+    }
+
     // Waits for the lanes of the mask; returns the value of the lane `source`, or which lanes' values are not 0.
     CUDA_ON_CPU_INLINED static uint64_t meet(At at, uint32_t mask, uint64_t value, unsigned source, Site site) {
         const Turn turn = arrive(at, mask, value, source, site);
@@ -139,6 +184,7 @@ class Device {
         uint32_t mask;
         Warp* home;
         Site site;
+        Copies copies;
     };
 
     struct Warp {
@@ -350,6 +396,7 @@ class Device {
         running_->fiber.arrived();
         for (;;) {
             acquire(&begun_);
+            running_->copies.clear();
             launch_->call(launch_->arguments);
             Thread& self = *running_;
             self.at = At::exit;

@@ -20,7 +20,7 @@ namespace cuda_on_cpu {
 
 constexpr int kDevices = 2;  // alike, and with the same memory
 constexpr int kMultiProcessors = 4;
-constexpr int kSharedBytes = 48 << 10, kMaxSharedBytes = 99 << 10;  // of a block: unasked, and on demand (sm_86's)
+constexpr int kSharedBytes = 48 << 10, kMaxSharedBytes = 227 << 10;  // of a block: unasked, and on demand (sm_90's)
 
 constexpr struct {
     cudaError_t error;
@@ -41,6 +41,8 @@ inline thread_local int launch_device = -1;  // of this host thread's last launc
 inline std::atomic<unsigned> contexts{0};    // a bit for each device that has one
 inline std::mutex launching;                 // launches of several host threads run one after the other
 inline std::map<const void*, size_t> shared_limits;
+inline std::atomic<int> max_shared_bytes{kMaxSharedBytes};  // on demand
+inline thread_local size_t launch_shared_bytes = 0;         // of this host thread's last launch
 
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
@@ -55,6 +57,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
     const Call call{kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...)};
     const std::lock_guard<std::mutex> lock(launching);
     launch_device = current_device;
+    launch_shared_bytes = shared_bytes;
     contexts |= 1u << current_device;
     const auto limit = shared_limits.find(reinterpret_cast<const void*>(kernel));
     const size_t most = limit == shared_limits.end() ? static_cast<size_t>(kSharedBytes) : limit->second;
@@ -117,6 +120,17 @@ extern "C" __attribute__((used, visibility("default"))) inline unsigned cuda_on_
     return cuda_on_cpu::contexts;
 }
 
+// How much dynamic shared memory a block may have on demand, and how much it had in this host thread's last launch.
+// What kernels were allowed before is forgotten. A negative number stands for the usual one.
+extern "C" __attribute__((used, visibility("default"))) inline void cuda_on_cpu_set_max_shared(int bytes) {
+    const std::lock_guard<std::mutex> lock(cuda_on_cpu::launching);
+    cuda_on_cpu::shared_limits.clear();
+    cuda_on_cpu::max_shared_bytes = bytes < 0 ? cuda_on_cpu::kMaxSharedBytes : bytes;
+}
+extern "C" __attribute__((used, visibility("default"))) inline size_t cuda_on_cpu_launch_shared_bytes() {
+    return cuda_on_cpu::launch_shared_bytes;
+}
+
 inline const char* cudaGetErrorName(cudaError_t error) {
     for (const auto& known : cuda_on_cpu::kErrors) {
         if (known.error == error) return known.name;
@@ -148,14 +162,17 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
     if (device < 0 || device >= cuda_on_cpu::kDevices) return cudaErrorInvalidDevice;
-    *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::kMultiProcessors : cuda_on_cpu::kMaxSharedBytes;
+    *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::kMultiProcessors
+                                                         : cuda_on_cpu::max_shared_bytes.load();
     return cudaSuccess;
 }
 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
-    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorInvalidValue;
-    if (value < 0 || value > cuda_on_cpu::kMaxSharedBytes) return cudaErrorInvalidValue;
+    const bool is_known = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize;
+    if (!is_known || value < 0 || value > cuda_on_cpu::max_shared_bytes) {
+        return cuda_on_cpu::last_error = cudaErrorInvalidValue;
+    }
     const std::lock_guard<std::mutex> lock(cuda_on_cpu::launching);
     cuda_on_cpu::shared_limits[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(value);
     return cudaSuccess;
