@@ -27,7 +27,7 @@ from sedd.hints import pip_install
 from sedd.hints import program as command
 from sedd.runtime import autocast_dtype, resolve_device
 
-COMMANDS = ("train", "sample", "infill", "eval", "report", "convert", "info")
+COMMANDS = ("train", "sample", "infill", "eval", "play", "report", "reproduce", "convert", "info")
 MEASURES = ("perplexity", "generative", "harness", "latency")
 LENGTH = 16
 TEXT = "".join(f"the cat {i} sat on the mat {i * i}\n" for i in range(2000))
@@ -186,7 +186,11 @@ def test_the_program_without_a_command(arguments: list[str], capsys: pytest.Capt
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 BAD = [
-    ("frobnicate", "command: expected one of train, sample, infill, eval, report, convert, info; got 'frobnicate'"),
+    (
+        "frobnicate",
+        "command: expected one of train, sample, infill, eval, play, report, reproduce, convert, info; got "
+        "'frobnicate'",
+    ),
     ("trian", "got 'trian'; did you mean 'train'?"),
     (
         "eval perplexiti {run}",

@@ -15,7 +15,8 @@ WINGS = {
     "sedd.data": set(),
     "sedd.training": {"sedd.network", "sedd.diffusion", "sedd.data"},
     "sedd.hub": {"sedd.network", "sedd.diffusion", "sedd.data", "sedd.training"},
-    "sedd.commands": {"sedd.network", "sedd.diffusion", "sedd.data", "sedd.training", "sedd.hub"},
+    "sedd.recipes": set(),
+    "sedd.commands": {"sedd.network", "sedd.diffusion", "sedd.data", "sedd.training", "sedd.hub", "sedd.recipes"},
 }
 """Which wings each wing may import. The modules beside them (config, options, files, ...) may be imported by all."""
 

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-from sedd.commands import convert, generative, harness, info, latency, perplexity, play, report, sample, train
+from sedd.commands import convert, info, play, report, reproduce, sample, train
 from sedd.commands.command import Command
+from sedd.commands.measures import MEASURES
 from sedd.hints import program
 from sedd.options import add_options, build, check_one_of, checked, did_you_mean, renamed, tree
 from sedd.progress import printable
@@ -32,6 +33,8 @@ ABOUT = """Discrete diffusion language models: train, sample, infill and evaluat
       bits per byte, compared with unigram and bigram models
   sedd report runs/default
       losses, evaluations and samples on one page
+  sedd reproduce list
+      the tables and figures of the papers, and what runs here
 
 Set SEDD_DEBUG=1 to see the traceback of an error.
 """
@@ -51,11 +54,6 @@ examples:
       time of a sample, compared with an autoregressive model with cache
 """
 
-MEASURES: dict[str, Command] = {
-    measure.COMMAND.name: measure.COMMAND for measure in (perplexity, generative, harness, latency)
-}
-"""What ``sedd eval`` measures."""
-
 COMMANDS: dict[str, Command | None] = {
     "train": train.COMMAND,
     "sample": sample.SAMPLE,
@@ -63,6 +61,7 @@ COMMANDS: dict[str, Command | None] = {
     "eval": None,  # has MEASURES
     "play": play.COMMAND,
     "report": report.COMMAND,
+    "reproduce": reproduce.COMMAND,
     "convert": convert.COMMAND,
     "info": info.COMMAND,
 }

@@ -105,6 +105,7 @@ def report(run: str, options: ReportOptions) -> int:
     evaluations, pictures = _evaluations(folder / "eval")
     chosen, usual = (_settings(config) for config in (loaded.config, TrainConfig()))
     page = template.render(
+        style=_safe(files("sedd.commands").joinpath("page.css").read_text(encoding="utf-8")),
         name=folder.resolve().name,
         path=str(loaded.path),
         facts=_facts(loaded),
