@@ -447,7 +447,9 @@ def check_head(
     if capacity is not None and (not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 0):
         raise ValueError(f"capacity: expected an int of at least 0, or None, got {capacity!r}")
     dtype, device = weight.dtype, hidden.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
+    # torch.compile cannot ask whether autocast is available before torch 2.12
+    has_autocast = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    if has_autocast and torch.is_autocast_enabled(device) and dtype != torch.float64:
         return hidden, weight, bias, torch.get_autocast_dtype(device), share
     for name, tensor in (("hidden", hidden), ("bias", bias)):
         if tensor is not None and tensor.dtype != dtype:
