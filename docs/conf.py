@@ -65,11 +65,11 @@ def prepare_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any,
 
 
 def rewrite_links(app: Sphinx, relative_path: Any, parent_docname: str, content: list[str]) -> None:
-    """Makes the links of README, CONTRIBUTING and CHANGELOG those of the pages that include them."""
+    """Makes the links of README, CONTRIBUTING, CHANGELOG and SECURITY those of the pages that include them."""
     text = content[0].replace("](docs/", "](")
-    for name in ("CONTRIBUTING", "CHANGELOG"):
+    for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY"):
         text = text.replace(f"]({name}.md)", f"]({name.lower()}.md)")
-    content[0] = text.replace("](examples/", "](../examples/")
+    content[0] = re.sub(r"\]\((?=examples/|CITATION)", "](../", text)
 
 
 def setup(app: Sphinx) -> None:
