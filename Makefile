@@ -8,7 +8,7 @@ RUN := runs/demo
 FLAGS :=
 MINUTES ?= 5
 
-.PHONY: demo test test-all breaks bench docs cuda-check gpu-check gpu-check-offline gpu-profile lint format clean help
+.PHONY: demo test test-all breaks bench docs cuda-check gpu-check gpu-check-offline gpu-profile lint format wheels clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -75,6 +75,9 @@ format: $(VENV)/.dev ## format with ruff and clang-format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
+
+wheels: ## build the wheel and the source distribution into dist, and test them with TORCH="2.6.0 2.13.0" (2.13.0)
+	$(PYTHON) tests/wheels.py --out dist $(if $(TORCH),--torch $(TORCH))
 
 clean: ## remove the environment and all build outputs
 	rm -rf $(VENV) build dist *.egg-info sedd_ext/_C.*.so
