@@ -3,7 +3,8 @@
 ``python tests/wheels.py --torch 2.6.0 2.11.0 2.13.0`` (or ``make wheels TORCH="..."``) builds the source distribution,
 and from it a wheel without CUDA kernels for this Python; auditwheel writes the tag of the oldest glibc that the wheel
 runs with, and must find nothing to bundle. Then, for each torch, it makes an empty environment, installs the wheel, and
-runs tests of the operators on the CPU. It does the same with the source distribution and the last torch of the list.
+runs tests of the operators on the CPU. With the last torch of the list it installs the source distribution too, and
+runs the tests of the build.
 
 PyPI's torch for x86-64 is a CUDA build: with what it needs, an environment takes 5 GB, and is removed before the next.
 """
@@ -19,6 +20,7 @@ import tarfile
 import tempfile
 import venv
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +32,7 @@ TESTS = [
     "test_transition.py",
     "test_unmask.py",
 ]
-"""Tests that need neither the source tree nor the packages of ``train``."""
+"""Tests that need neither the source tree nor the packages of ``train``; first that of the build."""
 PACKAGES = ["hypothesis", "numpy", "pybind11", "pytest", "pytest-timeout", "scipy"]
 """What these tests import."""
 BUILDS = {"SEDD_CUDA": "off"}
@@ -77,7 +79,7 @@ def build(work: Path) -> tuple[Path, Path]:
     return work / "dist" / sdist.name, wheel
 
 
-def test(package: Path, torch: str, sources: Path, work: Path) -> str:
+def test(package: Path, torch: str, tests: Sequence[Path], work: Path) -> str:
     """Installs a package beside a torch into an empty environment and runs the tests; returns their last line."""
     folder = work / "user"
     python = make_environment(folder)
@@ -88,8 +90,7 @@ def test(package: Path, torch: str, sources: Path, work: Path) -> str:
     where = run(python, "-c", "import sedd_ext; print(sedd_ext.__file__)", cwd=work).split()[-1]
     if not Path(where).is_relative_to(folder):
         raise SystemExit(f"sedd_ext: expected the package installed in {folder}, got {where}")
-    tests = [sources / "tests" / name for name in TESTS]
-    options = ["-q", "--backend", "cpu", "-p", "no:cacheprovider", "-c", sources / "pyproject.toml"]
+    options = ["-q", "--backend", "cpu", "-p", "no:cacheprovider", "-c", tests[0].parents[1] / "pyproject.toml"]
     printed = run(python, "-m", "pytest", *options, *tests, cwd=work, OMP_NUM_THREADS="1")
     shutil.rmtree(folder)
     return printed.strip().splitlines()[-1]
@@ -109,9 +110,10 @@ def main() -> None:
         (sources,) = (work / "sources").iterdir()
         shutil.rmtree(sources / "sedd_ext")  # the installed package alone can be imported
         shutil.rmtree(sources / "python")
-        lines = []
-        for package, torch in [*((wheel, torch) for torch in options.torch), (sdist, options.torch[-1])]:
-            lines.append(f"{package.name}, torch {torch}: {test(package, torch, sources, work)}")
+        tests = [sources / "tests" / name for name in TESTS]
+        lines = [f"{wheel.name}, torch {torch}: {test(wheel, torch, tests, work)}" for torch in options.torch]
+        torch = options.torch[-1]
+        lines.append(f"{sdist.name}, torch {torch}: {test(sdist, torch, tests[:1], work)}")
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
             for package in (sdist, wheel):
