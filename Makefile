@@ -8,7 +8,7 @@ RUN := runs/demo
 FLAGS :=
 MINUTES ?= 5
 
-.PHONY: demo test test-all breaks bench cuda-check gpu-check gpu-check-offline gpu-profile lint format clean help
+.PHONY: demo test test-all breaks bench docs cuda-check gpu-check gpu-check-offline gpu-profile lint format wheels clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -44,6 +44,12 @@ bench: $(VENV)/.dev ## run the benchmarks, and update the picture and the table 
 	$(BIN)/python benchmarks/report.py benchmarks/results/latest.json
 	$(BIN)/python benchmarks/profiles.py
 
+# A kernel of a notebook runs beside Sphinx and whatever else there is: one thread.
+docs: export OMP_NUM_THREADS := 1
+docs: $(VENV)/.dev ## run the notebooks and build the documentation site in build/site
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d build/doctrees docs build/site
+	@echo "build/site/index.html"
+
 cuda-check: $(VENV)/.dev ## check the machine code of nvcc (needs no GPU), and update the table in docs/kernels.md
 	$(BIN)/python benchmarks/cuda_check.py --docs docs/kernels.md
 
@@ -69,6 +75,9 @@ format: $(VENV)/.dev ## format with ruff and clang-format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
+
+wheels: ## build the wheel and the source distribution into dist, and test them with TORCH="2.6.0 2.13.0" (2.13.0)
+	$(PYTHON) tests/wheels.py --out dist $(if $(TORCH),--torch $(TORCH))
 
 clean: ## remove the environment and all build outputs
 	rm -rf $(VENV) build dist *.egg-info sedd_ext/_C.*.so

@@ -2512,6 +2512,42 @@ BREAKS = [
         "if False:",
         "tests/test_conditioning.py -k runs_that_cannot_be",
     ),
+    # ---- the documentation and the release ----
+    Break(
+        "an operator is missing from the API reference",
+        "docs/api/sedd_ext.md",
+        ".. autofunction:: reverse_probs\n",
+        "",
+        "tests/test_docs.py",
+    ),
+    Break(
+        "a re-exported name is missing from the API reference",
+        "docs/api/sedd.md",
+        "`load_model` and `sample`. This",
+        "and `load_model`. This",
+        "tests/test_docs.py",
+    ),
+    Break(
+        "a page is missing from the contents of the site",
+        "docs/index.md",
+        "distributed\n",
+        "",
+        "tests/test_docs.py",
+    ),
+    Break(
+        "a notebook is stored as it was run",
+        "docs/notebooks/first_model.ipynb",
+        '   "execution_count": null,\n   "id": "cell-1",\n',
+        '   "execution_count": 1,\n   "id": "cell-1",\n',
+        "tests/test_docs.py",
+    ),
+    Break(
+        "the citation is of another version",
+        "CITATION.cff",
+        "\nversion: 0.1.0\n",
+        "\nversion: 0.0.9\n",
+        "tests/test_docs.py",
+    ),
 ]
 
 
