@@ -1797,6 +1797,7 @@ std::string run_at_limit(const std::string& family) {
                                                  nullptr,
                                                  1,
                                                  dim,
+                                                 dim,
                                                  0,
                                                  dim,
                                                  dim,
