@@ -230,3 +230,7 @@ extern "C" int cuda_on_cpu_set_schedule(const char* name, unsigned long long) {
 
 extern "C" int cuda_on_cpu_launch_device() { return sedd::launch_device; }
 extern "C" unsigned cuda_on_cpu_contexts() { return sedd::contexts; }
+
+// There is no shared memory to keep rows in.
+extern "C" void cuda_on_cpu_set_max_shared(int) {}
+extern "C" size_t cuda_on_cpu_launch_shared_bytes() { return 0; }
