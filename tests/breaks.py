@@ -2188,6 +2188,21 @@ BREAKS = [
         '<main><img src="https://example.org/a.png">',
         "tests/test_reproduce.py -k needs_no_network",
     ),
+    # ---- the driver of the kernels ----
+    Break(
+        "the driver leaves out an argument",
+        "tests/cuda_on_cpu/driver.cpp",
+        "nullptr, 1, dim, -1, DType::float32, Family::uniform, Step::tweedie}",
+        "nullptr, 1, -1, DType::float32, Family::uniform, Step::tweedie}",
+        "tests/test_driver.py",
+    ),
+    Break(
+        "the CPU's kernels lack what the driver calls",
+        "tests/cpu_kernels/launchers.cpp",
+        'extern "C" void cuda_on_cpu_set_max_shared(int) {}\n',
+        "",
+        "tests/test_driver.py",
+    ),
     # ---- sedd play ----
     Break(
         "play: work goes on when the client of a stream leaves",
