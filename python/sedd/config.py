@@ -97,7 +97,8 @@ class ModelOptions:
     shape: tuple[int, ...] | None = None
     """Rows, columns and channels of images; not needed: those of the data."""
     positions: Literal["rotary", "learned"] | None = None
-    """How the network knows the positions of tokens: rotary (for images by row and column), or learned."""
+    """With rotary, attention depends on distances (for images in rows and columns); with learned, each position has an
+    embedding."""
     classes: int | None = None
     """Condition the model on the class of an image: the number of classes of the data."""
 
