@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sedd.commands.command import RUN, Argument, Command
 from sedd.commands.pictures import paint, read_given
-from sedd.commands.sampler_params import make_sampler, parameters
+from sedd.commands.sampler_params import choose_sampler, parameters
 from sedd.data.tokenizer import MASK_TEXT, Tokenizer
 from sedd.diffusion.sampler import Sampler
 from sedd.diffusion.samplers import SAMPLERS, sample
@@ -125,11 +125,7 @@ class SamplingOptions:
 
     def chosen(self) -> Sampler | str | None:
         """The sampler with its parameters, or its name; None for the default of the model."""
-        if not self.sampler_params:
-            return self.sampler
-        if self.sampler is None:
-            raise ValueError("sampler: expected the name of the sampler that has these parameters, got none")
-        return make_sampler(self.sampler, self.steps, self.sampler_params)
+        return choose_sampler(self.sampler, self.steps, self.sampler_params)
 
 
 @dataclass

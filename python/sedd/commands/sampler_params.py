@@ -10,7 +10,7 @@ from sedd.diffusion.sampler import Sampler
 from sedd.diffusion.samplers import SAMPLERS
 from sedd.options import check_one_of, checked, prefixed
 
-__all__ = ["make_sampler", "parameters"]
+__all__ = ["choose_sampler", "make_sampler", "parameters"]
 
 
 def parameters() -> dict[str, str]:
@@ -25,6 +25,19 @@ def parameters() -> dict[str, str]:
         + "."
         for parameter, kinds in found.items()
     }
+
+
+def choose_sampler(name: str | None, steps: int, params: Mapping[str, str]) -> Sampler | str | None:
+    """The sampler with its parameters, or its name if there are none; None for the default of the model.
+
+    Raises:
+        ValueError: parameters without a name, or as :func:`make_sampler`.
+    """
+    if not params:
+        return name
+    if name is None:
+        raise ValueError("sampler: expected the name of the sampler that has these parameters, got none")
+    return make_sampler(name, steps, params)
 
 
 def make_sampler(name: str, steps: int, params: Mapping[str, str]) -> Sampler:

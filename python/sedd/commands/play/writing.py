@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sedd.commands.sample import GAP, parse_template
-from sedd.commands.sampler_params import make_sampler
+from sedd.commands.sampler_params import choose_sampler
 from sedd.diffusion.sampler import Sampler
 from sedd.diffusion.samplers import find_sampler, sample
 from sedd.diffusion.walk import Walk
@@ -83,11 +83,7 @@ class Request:
 
     def chosen(self) -> Sampler | str | None:
         """The sampler, with its parameters if there are any."""
-        if not self.sampler_params:
-            return self.sampler
-        if self.sampler is None:
-            raise ValueError("sampler: expected the name of the sampler that has these parameters, got none")
-        return make_sampler(self.sampler, self.steps, self.sampler_params)
+        return choose_sampler(self.sampler, self.steps, self.sampler_params)
 
     def layout(self, loaded: LoadedModel) -> tuple[Tensor, Tensor]:
         """The given tokens and where they are given, [L] each."""
