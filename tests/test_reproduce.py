@@ -107,7 +107,7 @@ def test_options_that_are_out_of_reach_are_valid_too(name: str, scale: Any) -> N
 def test_every_value_is_one_that_the_evaluation_writes(name: str) -> None:
     recipe = load_recipe(name)
     known = {
-        "perplexity": {"nats_per_token", "perplexity", "perplexity_mean_of_exp", "bits_per_byte", "bits_per_token"},
+        "perplexity": {"nats_per_token", "perplexity", "perplexity_mean_of_exp", "bits_per_byte", "bits_per_dim"},
         "generative": {"perplexity", "entropy", "unique", "repetition", "mauve_prefix", "mauve_infill"},
         "latency": {"seconds"},
         "harness": {"acc,none"},
@@ -468,7 +468,7 @@ def test_parts_of_a_text(tmp_path: Path) -> None:
         ("sedd-table2 --data text8", "--data: expected NAME=FILE, got 'text8'"),
         ("sedd-table2 --data text8=nowhere", "--data: text8: no such file: nowhere"),
         ("sedd-table2", "recipe: no row of sedd-table2 can run at scale small: .*needs --data text8=FILE"),
-        ("md4-cifar10 --scale full", "recipe: no row of md4-cifar10 can run at scale full: .*reads text only"),
+        ("sedd-table4 --scale full", "recipe: no row of sedd-table4 can run at scale full: .*four texts and no figures"),
         ("sedd-table2 --seeds 0", "--seeds: expected at least 1, got 0"),
     ],
 )

@@ -39,13 +39,14 @@ Found = tuple["float | None", "float | None"]
 
 
 def _perplexity(found: Mapping[str, Any], value: str, pick: Mapping[str, Any]) -> Found:
-    row = next(row for row in found["texts"].values() if "standard_error" in row)  # the others are n-gram models
+    rows = found["texts"] if "texts" in found else found["data"]  # the latter of images
+    row = next(row for row in rows.values() if "standard_error" in row)  # the others are n-gram models
     number, nats, error = row[value], row["nats_per_token"], row["standard_error"]
     if number is None or nats is None or error is None:
         return number, None
     if value == "perplexity_mean_of_exp" and number > 2 * row["perplexity"]:
         return number, None  # a few blocks dominate the mean
-    relative = error / nats if value in ("nats_per_token", "bits_per_token", "bits_per_byte") else error
+    relative = error if value.startswith("perplexity") else error / nats
     return number, number * relative
 
 
