@@ -319,11 +319,17 @@ def test_a_recipe_end_to_end(finished: Path, capsys: pytest.CaptureFixture[str])
     assert "| GenMD4, one power for all tokens | (1) | 1.37 |" in markdown
     assert "\n(1) learned powers are of each token in this package.\n" in markdown
     assert "1 of 2 pairs of rows are measured: 0 in the paper's order, 1 not separated" in markdown  # after 4 steps
+    cells = f"[Bits per character on text8]({RECIPE}-smoke.md) | MD4, text8 | bits per character | 2 | 0 | 1 | 0 | 1 |"
+    others = "SEDD, table 2"  # its rows share no run with those above
+    order = (finished / "order-smoke.md").read_text()
+    assert cells in order
+    assert others not in order
     record = before["smoke/text8/md4/records/test.json"]
     assert record["seed"] == 0
     assert record["versions"]["torch"]
     assert record["hardware"]
-    assert record["command"] in markdown
+    assert "| sedd eval perplexity smoke/text8/md4 smoke/data/text8.test.txt --draws 2 " in markdown
+    assert str(finished) not in markdown + (finished / f"{RECIPE}-smoke.html").read_text(), "a folder of this machine"
 
     assert main([*WORDS, "--out", str(finished)]) == 0
     assert records(finished) == before, "finished jobs run again"
@@ -338,8 +344,8 @@ def test_the_page_has_it_all_and_needs_no_network(finished: Path) -> None:
         assert cell == "---" or f">{html.escape(cell)}</t" in page or f">{cell}</t" in text, cell
     assert "Not separated: GenMD4 before MD4." in text
     assert "(1) learned powers are of each token in this package." in text
-    for record in records(finished).values():
-        assert record["command"] in text
+    for run in ("md4", "genmd4"):
+        assert f"<dd>sedd eval perplexity smoke/text8/{run} smoke/data/text8.test.txt --draws 2 " in text
     assert "default-src 'none'; style-src 'unsafe-inline'" in page
     assert not re.search(r"<(script|link|img|iframe)|https?://|@import|url\(", page)
     assert "--accent: #1f77b4" in page, "the style of sedd report"
@@ -468,7 +474,7 @@ def test_parts_of_a_text(tmp_path: Path) -> None:
         ("sedd-table2 --data text8", "--data: expected NAME=FILE, got 'text8'"),
         ("sedd-table2 --data text8=nowhere", "--data: text8: no such file: nowhere"),
         ("sedd-table2", "recipe: no row of sedd-table2 can run at scale small: .*needs --data text8=FILE"),
-        ("sedd-table4 --scale full", "recipe: no row of sedd-table4 can run at scale full: .*four texts and no figures"),
+        ("sedd-table4 --scale full", "recipe: no row of sedd-table4 can run at scale full: .*four texts"),
         ("sedd-table2 --seeds 0", "--seeds: expected at least 1, got 0"),
     ],
 )

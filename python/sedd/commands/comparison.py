@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shlex
 import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -17,14 +19,17 @@ import sedd_ext
 from sedd.files import write_text
 from sedd.hints import pip_install
 from sedd.plain import read_json
+from sedd.recipes import Scale, load_recipe, load_setting, recipe_names
 from sedd.recipes.order import Figure, Order, compare, paper_pairs
-from sedd.recipes.plan import Job, Plan
+from sedd.recipes.plan import Job, Plan, make_plan
 from sedd.recipes.results import find_figure, mean_figure
 
-__all__ = ["Comparison", "provenance", "write_comparison"]
+__all__ = ["Comparison", "order_table", "provenance", "write_comparison"]
 
 NOT_FINISHED = "not finished"
 """The reason of a cell that will have a figure."""
+HOW = "Paths are relative to the folder that --out names."
+"""What to know about the commands."""
 
 
 def provenance(seed: int | None) -> dict[str, Any]:
@@ -169,7 +174,7 @@ class Comparison:
                 found.append(
                     {
                         "job": job.name,
-                        "command": record["command"],
+                        "command": self.shared(record["command"]),
                         "started": record["started"],
                         "seconds": f"{record['seconds']:,.0f}",
                         "seed": "-" if record["seed"] is None else str(record["seed"]),
@@ -179,6 +184,13 @@ class Comparison:
                     }
                 )
         return found
+
+    def shared(self, command: str) -> str:
+        """A command without the folders of this machine: paths are relative to the folder of all results."""
+        command = re.sub(r"^.*?sedd (?=train |eval )", "sedd ", command)
+        for path in self.plan.files.values():
+            command = command.replace(shlex.quote(str(path)), shlex.quote(path.name))
+        return command.replace(f"{self.plan.out}/", "")
 
     def markdown(self) -> str:
         """The comparison as Markdown."""
@@ -193,7 +205,14 @@ class Comparison:
         if recipe.note:
             lines += ["", recipe.note]
         if records := self.records():
-            lines += ["", "## How", "", *_markdown_table([list(records[0]), *(list(r.values()) for r in records)])]
+            lines += [
+                "",
+                "## How",
+                "",
+                HOW,
+                "",
+                *_markdown_table([list(records[0]), *(list(r.values()) for r in records)]),
+            ]
         return "\n".join(lines) + "\n"
 
 
@@ -210,8 +229,40 @@ def _markdown_table(rows: list[list[str]]) -> list[str]:
     return [first, "| --- " * len(rows[0]) + "|", *others]
 
 
-def write_comparison(plan: Plan, out: Path, failed: Mapping[str, str]) -> tuple[Path, Path]:
-    """Writes ``OUT/NAME-SCALE.html`` and ``.md``; returns both.
+def order_table(scale: Scale, out: Path) -> str:
+    """How the order of all recipes with a finished figure came out, as Markdown.
+
+    Args:
+        scale: the scale of the runs.
+        out: folder of all results.
+    """
+    headings = ("page", "paper", "column", "pairs", "the paper's order", "not separated", "reversed", "not measured")
+    rows = []
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        inputs = load_setting(recipe.setting, scale).inputs
+        comparison = Comparison(make_plan(recipe, scale, out, dict.fromkeys(inputs, Path("FILE"))), {})
+        if not comparison.figures:
+            continue
+        for column in recipe.columns:
+            order, total = comparison.order(column)
+            counts = [len(pairs) for pairs in (order.same, order.unclear, order.reversed)]
+            page = f"[{recipe.title}]({name}-{scale}.md)"
+            cells = (page, f"{recipe.paper}, {recipe.place}", column, total, *counts, total - sum(counts))
+            rows.append([str(cell) for cell in cells])
+    lines = [
+        f"# Reproduced at scale {scale}",
+        "",
+        "Pairs of rows whose order the paper gives. A pair is separated if the two figures differ by more than two",
+        "standard errors of their difference.",
+        "",
+        *_markdown_table([list(headings), *rows]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write_comparison(plan: Plan, failed: Mapping[str, str]) -> tuple[Path, Path]:
+    """Writes ``OUT/NAME-SCALE.html`` and ``.md``, and ``OUT/order-SCALE.md``; returns the first two.
 
     Raises:
         ImportError: jinja2 is not installed.
@@ -222,13 +273,14 @@ def write_comparison(plan: Plan, out: Path, failed: Mapping[str, str]) -> tuple[
     except ImportError as error:
         raise ImportError(f"the page needs {error.name}: {pip_install('eval', str(error.name))}") from error
     comparison = Comparison(plan, failed)
-    markdown, page = (out / f"{plan.recipe.name}-{plan.setting.scale}.{suffix}" for suffix in ("md", "html"))
+    markdown, page = (plan.out / f"{plan.recipe.name}-{plan.setting.scale}.{suffix}" for suffix in ("md", "html"))
     write_text(markdown, comparison.markdown())
+    write_text(plan.out / f"order-{plan.setting.scale}.md", order_table(plan.setting.scale, plan.out))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     folder = files("sedd.commands")
     template = environment.from_string(folder.joinpath("comparison.html").read_text(encoding="utf-8"))
     style = folder.joinpath("page.css").read_text(encoding="utf-8")
-    write_text(page, template.render(comparison=comparison, recipe=plan.recipe, style=_safe(style)))
+    write_text(page, template.render(comparison=comparison, how=HOW, recipe=plan.recipe, style=_safe(style)))
     return page, markdown
 
 

@@ -306,7 +306,7 @@ class _Runner:
 
     def pages(self) -> tuple[Path, Path]:
         """Writes the comparison of what is finished."""
-        return write_comparison(self.plan, self.out, self.failed)
+        return write_comparison(self.plan, self.failed)
 
     def say(self, text: str) -> None:
         """Prints a line, and adds it to the log."""

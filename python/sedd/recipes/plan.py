@@ -63,6 +63,8 @@ class Plan:
 
     Attributes:
         recipe, setting: what is planned.
+        out: folder of all results.
+        files: the user's files by name.
         jobs: by name, each after those it needs.
         needs: for each job, the jobs it needs.
         cells: for each row and column, the evaluations with its figure, one for each seed, or why there is none.
@@ -71,6 +73,8 @@ class Plan:
 
     recipe: Recipe
     setting: Setting
+    out: Path
+    files: Mapping[str, Path]
     jobs: dict[str, Job]
     needs: dict[str, list[str]]
     cells: dict[tuple[str, str], list[Job] | str]
@@ -100,8 +104,8 @@ def make_plan(recipe: Recipe, scale: Scale, out: Path, data: Mapping[str, Path],
     Raises:
         ValueError: the recipe names a run or an evaluation that its setting does not have.
     """
-    plan = Plan(recipe, load_setting(recipe.setting, scale), {}, {}, {}, set())
-    planner = _Planner(plan, scale, out / scale, data)
+    plan = Plan(recipe, load_setting(recipe.setting, scale), out, data, {}, {}, {}, set())
+    planner = _Planner(plan, scale, out / scale)
     for row in recipe.rows:
         for column in recipe.columns:
             before = dict(plan.jobs), dict(plan.needs), set(plan.data)
@@ -118,7 +122,6 @@ class _Planner:
     plan: Plan
     scale: Scale
     folder: Path
-    given: Mapping[str, Path]
 
     def cell(self, row: str, column: str, seed: int) -> Job:
         recipe, setting = self.plan.recipe, self.plan.setting
@@ -189,11 +192,11 @@ class _Planner:
     def _data(self, name: str, part: str | None) -> Path:
         if name not in self.plan.setting.inputs:
             raise ValueError(f"{self.plan.recipe.name}: setting {self.plan.setting.name} has no input {name!r}")
-        if self.scale != "smoke" and name not in self.given:
+        if self.scale != "smoke" and name not in self.plan.files:
             raise _OutOfReachError(f"needs --data {name}=FILE")
         self.plan.data.add((name, part))
         made = self.scale == "smoke" or part is not None
-        return data_file(self.folder, name, part) if made else self.given[name]
+        return data_file(self.folder, name, part) if made else self.plan.files[name]
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
