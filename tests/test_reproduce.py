@@ -251,6 +251,9 @@ def test_figures_of_every_evaluation() -> None:
     document["texts"]["x.txt"]["bits_per_byte"] = None
     assert find("perplexity", document, "bits_per_byte") == Figure(math.inf, 0.0)
 
+    image = {"data": {"test": {"nats_per_token": 2.0, "standard_error": 0.1, "bits_per_dim": 2.9}}}
+    assert find("perplexity", image, "bits_per_dim") == Figure(2.9, pytest.approx(0.145))
+
     rows = [
         {"sampler": "euler", "steps": 4, "perplexity": 5.0, "perplexity_error": 0.5},
         {"sampler": "tweedie", "steps": 4, "perplexity": 6.0, "entropy": 2.0, "entropy_std": 0.4},
