@@ -7,7 +7,7 @@ import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
@@ -128,12 +128,14 @@ class Comparison:
         return lines
 
     def rows(self) -> list[list[str]]:
-        """The table: name, and for each column our figure and the paper's."""
+        """The table: name, for each column our figure and the paper's, and how the pairs with this row came out."""
         recipe = self.plan.recipe
-        return [
-            [row, *(text for column in recipe.columns for text in (self._ours(row, column), self._paper(row, column)))]
-            for row in recipe.rows
-        ]
+        orders = [self.order(column)[0] for column in recipe.columns]
+        lines = []
+        for row in recipe.rows:
+            cells = [text for column in recipe.columns for text in (self._ours(row, column), self._paper(row, column))]
+            lines.append([row, *cells, _pairs_of(row, orders)])
+        return lines
 
     def _ours(self, row: str, column: str) -> str:
         if (row, column) in self.figures:
@@ -152,7 +154,7 @@ class Comparison:
     def headings(self) -> list[str]:
         """The headings of :meth:`rows`."""
         recipe = self.plan.recipe
-        return ["", *(text for name in recipe.columns for text in (f"{name}, here", f"{name}, paper"))]
+        return ["", *(text for name in recipe.columns for text in (f"{name}, here", f"{name}, paper")), "order"]
 
     def facts(self) -> dict[str, str]:
         """What the table is about."""
@@ -222,6 +224,18 @@ def shown(figure: Figure) -> str:
         return f"{figure.value:.5g}"
     digits = max(0, 1 - int(f"{figure.error:e}".partition("e")[2]))
     return f"{figure.value:.{digits}f} ± {figure.error:.{digits}f}"
+
+
+def _pairs_of(row: str, orders: Sequence[Order]) -> str:
+    """How many measured pairs with a row have the paper's order, in words; empty if there are none."""
+    counts = []
+    for word in ("same", "unclear", "reversed"):
+        counts.append(sum(row in pair for order in orders for pair in getattr(order, word)))
+    same, unclear, backwards = counts
+    if not sum(counts):
+        return ""
+    others = [f"{count} {word}" for count, word in ((unclear, "not separated"), (backwards, "reversed")) if count]
+    return ", ".join([f"{same} of {sum(counts)} pairs as in the paper", *others])
 
 
 def _markdown_table(rows: list[list[str]]) -> list[str]:
