@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import sedd.commands.generative
 from sedd.cli import main
-from sedd.commands.generative import _mauve, diversity
 from sedd.commands.judge import load_judge
+from sedd.commands.text_quality import _mauve, diversity
 from sedd.diffusion import SAMPLERS
 from sedd.diffusion.schedule import LogLinear
 from sedd.hub import SEDD
@@ -204,7 +204,7 @@ def test_figures_of_other_weights_or_texts_are_not_taken(
     kept = out.read_text()
     line = ["eval", "generative", str(model), "--judge", str(judge), *options, "--num", "6", "--json", str(out)]
     assert main(line) == 2
-    assert "json: expected results with the same options, weights and texts" in capsys.readouterr().err
+    assert "json: expected results with the same options, weights and data" in capsys.readouterr().err
     assert out.read_text() == kept
 
 
