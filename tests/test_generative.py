@@ -268,6 +268,7 @@ def test_given_tokens_are_kept(model: Path, judge_folder: Path, monkeypatch: pyt
         (["--top_p", "0"], "top_p: expected a number in (0, 1], got 0.0"),
         (["--temperature", "0"], "temperature: expected a positive number, got 0.0"),
         (["--length", "1", "--num", "1"], "judge: expected texts of at least 2 tokens of tiny-judge, got 1"),
+        (["--classifier", "x"], "classifier: expected no value for a model of texts, got 'x'"),
         (["--plot", "steps.foo"], "plot: expected a file name that ends in"),
     ],
 )

@@ -56,6 +56,8 @@ class _Network(nn.Module):
 class Classifier:
     """A trained classifier.
 
+    It is so small that it runs on the CPU.
+
     Attributes:
         network: computes features and logits.
         name: the name of its training data with a hash of its weights.
@@ -74,10 +76,9 @@ class Classifier:
 
     @torch.no_grad()
     def read(self, images: Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor]:
-        """The features [n, FEATURES] and logits [n, classes] of images [n, L], float64, on the CPU."""
-        device = next(self.network.parameters()).device
-        parts = [self.network(part.to(device)) for part in images.split(batch_size)]
-        features, logits = (torch.cat(part).cpu().double() for part in zip(*parts, strict=True))
+        """The features [n, FEATURES] and logits [n, classes] of images [n, L], float64."""
+        parts = [self.network(part) for part in images.split(batch_size)]
+        features, logits = (torch.cat(part).double() for part in zip(*parts, strict=True))
         return features, logits
 
 

@@ -274,6 +274,8 @@ def _table(report: dict[str, Any], quality: Quality) -> Table:
 
 def _plot(report: dict[str, Any], quality: Quality, path: str) -> None:
     """Plots two values against the number of steps, with a line for each sampler."""
+    from matplotlib.ticker import LogLocator
+
     rows, real = report["rows"], report["real"]
 
     def draw(figure: Any) -> None:
@@ -292,6 +294,9 @@ def _plot(report: dict[str, Any], quality: Quality, path: str) -> None:
             ticks = sorted({row["steps"] for row in rows})
             axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
             axes.minorticks_off()
+            if scale == "log":  # otherwise a range within a power of ten has one tick
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter("{x:g}")
             axes.grid(alpha=0.3)
         axes.legend()
 

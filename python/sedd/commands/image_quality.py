@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,16 @@ class _Features(nn.Module):
         return features
 
 
+def _metrics() -> tuple[type[Any], type[Any]]:
+    """The metrics of torchmetrics: FID and Inception score."""
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torchmetrics.image.inception import InceptionScore
+    except ImportError as error:
+        raise ImportError(f"FID needs torchmetrics: {pip_install('images', 'torchmetrics')}") from error
+    return FrechetInceptionDistance, InceptionScore
+
+
 class Distances:
     """FID from real images, and Inception score, of sets of images.
 
@@ -51,15 +61,11 @@ class Distances:
     """
 
     def __init__(self, real: Tensor) -> None:
-        try:
-            from torchmetrics.image.fid import FrechetInceptionDistance
-            from torchmetrics.image.inception import InceptionScore
-        except ImportError as error:
-            raise ImportError(f"FID needs torchmetrics: {pip_install('images', 'torchmetrics')}") from error
+        distance, score = _metrics()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Metric `InceptionScore` will save all extracted features")
-            self._score = InceptionScore(_Features(), splits=1)
-        self._fid = FrechetInceptionDistance(_Features(), reset_real_features=False)
+            self._score = score(_Features(), splits=1)
+        self._fid = distance(_Features(), reset_real_features=False)
         self._fid.update(real, real=True)
 
     def measure(self, features: Tensor, logits: Tensor) -> dict[str, float | None]:
@@ -119,8 +125,10 @@ class ImageQuality(Quality):
     others = ("judge", "text", "mauve", "given", "compared", "length")
 
     def __init__(self, loaded: LoadedModel, options: GenerativeOptions, num: int, batch_size: int) -> None:
-        if num < 2:
-            raise ValueError(f"num: expected at least 2 images, which have a covariance, got {num}")
+        _metrics()  # before anything that takes time
+        for name, value in (("num", num), ("reference", options.reference)):
+            if value < 2:
+                raise ValueError(f"{name}: expected at least 2 images, which have a covariance, got {value}")
         corpus = loaded.corpus()
         assert loaded.config is not None
         if not isinstance(corpus, ImageCorpus):
