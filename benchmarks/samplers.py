@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from sedd.commands.generative import measure
 from sedd.commands.judge import load_judge
+from sedd.commands.text_quality import measure
 from sedd.data.text import DataConfig, load_text, valid_batches
 from sedd.diffusion import SAMPLERS, Sampler, sample
 from sedd.figures import write_figure

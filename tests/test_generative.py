@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import sedd.commands.generative
 from sedd.cli import main
-from sedd.commands.generative import _mauve, diversity
 from sedd.commands.judge import load_judge
+from sedd.commands.text_quality import _mauve, diversity
 from sedd.diffusion import SAMPLERS
 from sedd.diffusion.schedule import LogLinear
 from sedd.hub import SEDD
@@ -204,7 +204,7 @@ def test_figures_of_other_weights_or_texts_are_not_taken(
     kept = out.read_text()
     line = ["eval", "generative", str(model), "--judge", str(judge), *options, "--num", "6", "--json", str(out)]
     assert main(line) == 2
-    assert "json: expected results with the same options, weights and texts" in capsys.readouterr().err
+    assert "json: expected results with the same options, weights and data" in capsys.readouterr().err
     assert out.read_text() == kept
 
 
@@ -268,6 +268,7 @@ def test_given_tokens_are_kept(model: Path, judge_folder: Path, monkeypatch: pyt
         (["--top_p", "0"], "top_p: expected a number in (0, 1], got 0.0"),
         (["--temperature", "0"], "temperature: expected a positive number, got 0.0"),
         (["--length", "1", "--num", "1"], "judge: expected texts of at least 2 tokens of tiny-judge, got 1"),
+        (["--classifier", "x"], "classifier: expected no value for a model of texts, got 'x'"),
         (["--plot", "steps.foo"], "plot: expected a file name that ends in"),
     ],
 )

@@ -1,18 +1,16 @@
-"""``sedd eval generative``: evaluates samples by their perplexity under another model, by diversity and by MAUVE.
+"""``sedd eval generative``: samples with each sampler and number of steps, and measures the samples.
 
-The measures are those of SEDD (figure 1) and of "Promises, Outlooks and Challenges of Diffusion Language Modeling"
-(Deschenaux & Gulcehre 2024, tables 4 and 5).
+:mod:`sedd.commands.text_quality` has the measures of texts, :mod:`sedd.commands.image_quality` those of images.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,13 @@ from rich.table import Table
 from torch import Tensor
 
 from sedd.commands.command import RUN, Command
-from sedd.commands.judge import Judge, RunJudge, load_judge
-from sedd.data.text import DataConfig, load_blocks, load_text, valid_batches
-from sedd.data.tokenizer import EOT_TEXT
+from sedd.commands.image_quality import ImageQuality
+from sedd.commands.quality import Quality, Row
+from sedd.commands.text_quality import SETTINGS, TextQuality
 from sedd.diffusion.diffusion import Diffusion
 from sedd.diffusion.samplers import SAMPLERS, find_sampler, sample
 from sedd.figures import check_figure, write_figure
-from sedd.files import finite, write_json
-from sedd.hints import pip_install
+from sedd.files import write_json
 from sedd.hub.pretrained import LoadedModel, load_model
 from sedd.options import check_choice, check_one_of, check_options, renamed
 from sedd.plain import read_json
@@ -36,7 +33,7 @@ from sedd.progress import console
 from sedd.runtime import resolve_device
 from sedd.unfinished import identity
 
-__all__ = ["GenerativeOptions", "diversity", "generative", "measure", "plot_generative"]
+__all__ = ["GenerativeOptions", "generative"]
 
 ABOUT = """Measure the quality of samples.
 
@@ -45,17 +42,21 @@ with its standard error, and three measures of diversity: the entropy of the tok
 fraction of distinct tokens, and the fraction of tokens that also occur among the 100 preceding tokens. Real text is
 evaluated too, if there is any. Low perplexity with low entropy indicates repetition, not quality.
 
+For a model of images, prints the FID from the training images and the Inception score, with their standard errors. The
+features are those of a small classifier, which is trained on the training images once, and not those of Inception.
+Held-out images are evaluated too.
+
 examples:
   sedd eval generative runs/default --steps 16,64,256 --plot steps.png
   sedd eval generative models/sedd-small --num 1000 --steps 32,128,1024 --json generative.json
   sedd eval generative runs/default --judge ~/models/SmolLM2-135M.gguf
       use a judge that needs no network
   sedd eval generative runs/default --mauve unconditional,prefix,infill --text real.txt
+  sedd eval generative runs/digits --steps 4,16,64 --plot fid.png
+      images
 """
 
-
-SETTINGS = ("unconditional", "prefix", "infill")
-MAUVE_SEEDS = 5  # random clusterings, as in appendix A.4 of Deschenaux & Gulcehre 2024
+_POSITIVE = ("num", "length", "given", "compared", "reference", "batch_size")
 
 
 @dataclass
@@ -68,8 +69,9 @@ class GenerativeOptions:
     """Names of samplers, for example --samplers tweedie,greedy. Default: tweedie and, if the model has a common noise
     rate, euler; autoregressive, which takes one step for each token whatever --steps is, for an autoregressive model.
     """
-    num: int = 32
-    """Number of texts for each sampler and number of steps. The papers use about 1,000."""
+    num: int | None = None
+    """Number of texts or images for each sampler and number of steps. Default: 32 texts, or 1,000 images. The papers
+    use about 1,000 texts and 50,000 images."""
     length: int | None = None
     """Tokens per text. Default: the length of a training block."""
     judge: str = "openai-community/gpt2-large"
@@ -90,21 +92,27 @@ class GenerativeOptions:
     """Below 1, more probable tokens are preferred; above 1, less probable ones. 1 samples the model's distribution."""
     top_p: float = 1.0
     """Sample only from the fewest, most probable tokens with this total probability."""
+    classifier: str | None = None
+    """For images: the file of the classifier (.safetensors) whose features are compared. If it does not exist, the
+    classifier is trained and written there. Default: a file in the cache folder of the data. Results of different
+    classifiers cannot be compared."""
+    reference: int = 50_000
+    """For images: number of training images to compare with, if there are so many."""
     seed: int = 0
-    """Random seed. The same seed gives the same texts."""
-    batch_size: int = 8
-    """Number of texts sampled and evaluated at a time."""
+    """Random seed. The same seed gives the same samples."""
+    batch_size: int | None = None
+    """Number of samples at a time. Default: 8 texts, or 100 images."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: the GPU if one is present and this build supports it, else the CPU."""
     json: str | None = None
     """Write results and texts to this file after each number of steps. If the file exists, its results are kept and
     only the missing ones are computed."""
     plot: str | None = None
-    """Write a plot of perplexity and entropy against the number of steps to this file."""
+    """Write a plot to this file: perplexity and entropy, or FID and Inception score, against the number of steps."""
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        check_options(self, positive=("num", "length", "given", "compared", "batch_size"), outputs=("json", "plot"))
+        check_options(self, positive=_POSITIVE, outputs=("json", "plot"))
         check_choice(self.temperature, self.top_p)
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"steps: expected numbers of at least 1, got {self.steps}")
@@ -121,146 +129,49 @@ class GenerativeOptions:
             raise FileNotFoundError(f"text: no such file or folder: {self.text}")
 
 
-# -- measures ----------------------------------------------------------------------------------------------------------
-
-
-def diversity(tokens: Tensor, window: int = 100) -> dict[str, Tensor]:
-    """The diversity of tokens within each text.
-
-    Args:
-        tokens: texts [n, L], int64.
-        window: number of preceding tokens in which a token counts as repeated.
-
-    Returns:
-        Each [n], float64: ``entropy``, of the token frequencies within the text, in nats; ``unique``, the number of
-        distinct tokens / L; ``repetition``, the fraction of tokens that also occur among the ``window`` preceding
-        tokens.
-
-    Source: Deschenaux & Gulcehre 2024, table 4.
-    """
-    length = tokens.shape[1]
-    entropy, unique = [], []
-    for row in tokens:
-        p = row.unique(return_counts=True)[1].double() / length
-        entropy.append(-(p * p.log()).sum())
-        unique.append(torch.tensor(len(p) / length, dtype=torch.float64))
-    repeated = torch.zeros_like(tokens, dtype=torch.bool)
-    for back in range(1, min(window, length - 1) + 1):
-        repeated[:, back:] |= tokens[:, back:] == tokens[:, :-back]
-    return {
-        "entropy": torch.stack(entropy),
-        "unique": torch.stack(unique),
-        "repetition": repeated.double().mean(1),
-    }
-
-
-def _mauve(real: Tensor, written: Tensor) -> float:
-    """MAUVE of two sets of features, averaged over several random clusterings."""
-    import mauve
-
-    values = [
-        mauve.compute_mauve(
-            p_features=real.numpy(), q_features=written.numpy(), seed=seed, mauve_scaling_factor=5, verbose=False
-        ).mauve
-        for seed in range(MAUVE_SEEDS)
-    ]
-    return float(statistics.fmean(values))
-
-
-def measure(tokens: Tensor, loaded: LoadedModel, judge: Judge, batch_size: int, progress: bool) -> dict[str, Any]:
-    """Measures of texts [n, L] that do not need real text."""
-    if isinstance(judge, RunJudge) and judge.loaded.tokenizer.name == loaded.tokenizer.name:
-        nats, counts = judge.read_tokens(tokens.tolist(), batch_size, progress)
-    else:
-        nats, counts = judge.read(_texts(tokens, loaded, judge), batch_size, progress)
-    if not counts.sum():
-        raise ValueError(
-            f"judge: expected texts of at least 2 tokens of {judge.name}, got 1, which has no context; increase "
-            f"--length ({tokens.shape[1]})"
-        )
-    per_token = nats / counts.clamp(min=1)
-    mean = float(nats.sum() / counts.sum())
-    if not math.isfinite(mean):
-        raise ValueError(
-            f"judge: expected a finite likelihood, got {mean} nats per token from {judge.name}; check its weights"
-        )
-    figures: dict[str, Any] = {
-        "perplexity": math.exp(mean),
-        "perplexity_error": None,
-        "perplexity_mean_of_exp": finite(float(per_token.exp().mean())),
-    }
-    if len(nats) > 1:
-        # standard error of a ratio of sums: texts are independent, tokens are not
-        error = float((nats - mean * counts).std()) / math.sqrt(len(nats)) / float(counts.double().mean())
-        figures["perplexity_error"] = math.exp(mean) * error
-    for name, values in diversity(tokens).items():
-        figures[name] = float(values.mean())
-        figures[f"{name}_std"] = float(values.std()) if len(values) > 1 else None
-    return figures
-
-
-def _texts(tokens: Tensor, loaded: LoadedModel, judge: Judge) -> list[str]:
-    """Texts of tokens [n, L]. End-of-text is kept if the judge has that token; otherwise it becomes an empty line."""
-    end = EOT_TEXT if judge.knows_end else "\n\n"
-    return [loaded.tokenizer.decode(row.tolist()).replace(EOT_TEXT, end) for row in tokens]
-
-
-# -- the evaluation ----------------------------------------------------------------------------------------------------
-
-
 def generative(run: str, options: GenerativeOptions) -> int:
-    """Samples texts with each sampler and number of steps, and evaluates them."""
-    if options.mauve:
-        try:
-            import mauve  # noqa: F401
-        except ImportError as error:
-            raise ImportError(f"--mauve needs mauve-text: {pip_install('eval', 'mauve')}") from error
+    """Samples with each sampler and number of steps, and measures the samples."""
     if options.plot:
         check_figure(options.plot)
-    device = resolve_device(options.device)
-    loaded = load_model(run, device)
-    loaded.need_text()
-    length = options.length or loaded.model.config.length
+    loaded = load_model(run, resolve_device(options.device))
+    kind = TextQuality if loaded.is_text else ImageQuality
+    for name in kind.others:
+        if (value := getattr(options, name)) != getattr(GenerativeOptions(), name):
+            raise ValueError(f"{name}: expected no value for a model of {kind.unit}s, got {value!r}")
+    num, batch_size = options.num or kind.num, options.batch_size or kind.batch_size
     with renamed({"sampler": "samplers"}):
         samplers = _samplers(loaded.diffusion) if options.samplers is None else options.samplers
         for name in samplers:
             find_sampler(loaded.diffusion, name, 1)
-    if loaded.model.causal:
-        if "infill" in options.mauve:
-            raise ValueError("mauve: expected unconditional or prefix for an autoregressive model, got infill")
-        options = dataclasses.replace(options, steps=[length])
-    if options.mauve and max(options.given, options.compared) > length:
-        raise ValueError(
-            f"given, compared: expected at most {length}, the length of a text, got {options.given}, {options.compared}"
-        )
-    real = _real(loaded, length, options)
-    judge = load_judge(options.judge, device)
-    if options.mauve:
-        judge.features([" "], 1)  # it may have none
+    length = options.length or loaded.model.config.length
+    quality = kind(loaded, options, num, batch_size)
     out = console()
     settings = {
-        **{name: value for name, value in dataclasses.asdict(options).items() if name not in _FREE},
-        **{"model": str(loaded.path), "judge": judge.name, "length": length},
+        **{name: value for name, value in dataclasses.asdict(options).items() if name not in (*_FREE, *kind.others)},
+        **{"model": str(loaded.path), "num": num, "batch_size": batch_size},
+        **quality.settings,
     }
     if options.json:
-        tensors = (*loaded.model.parameters(), *judge.parameters(), *([] if real is None else [real]))
-        settings["identity"] = identity(tensors, str(loaded.model.to_config()))
+        settings["identity"] = identity((*loaded.model.parameters(), *quality.tensors), str(loaded.model.to_config()))
     report: dict[str, Any] = {"settings": settings, "real": None, "rows": _known(options, settings)}
-    if real is not None:
-        report["real"] = measure(real, loaded, judge, options.batch_size, out.is_terminal)
-    write = _writer(loaded, length, options, out.is_terminal)
+    if quality.note:
+        report = {"note": quality.note, **report}
+    report["real"] = quality.real(out.is_terminal)
     done = {(row["sampler"], row["steps"]) for row in report["rows"]}
     for sampler in samplers:
-        for steps in options.steps:
+        for steps in [length] if loaded.model.causal else options.steps:
             if (sampler, steps) in done:
                 continue
-            report["rows"].append(_row(sampler, steps, write, real, loaded, judge, options))
+            write = partial(_write, loaded, options, (num, length), batch_size, sampler, steps)
+            report["rows"].append(_row(sampler, steps, write, quality, num))
             report["rows"].sort(key=lambda row: (list(SAMPLERS).index(row["sampler"]), row["steps"]))
             if options.json:
                 write_json(Path(options.json), report)
-    out.print(_table(report))
+    out.print(_table(report, quality))
+    if quality.note:
+        out.print(quality.note)
     if options.plot:
-        plot_generative(report, options.plot)
+        _plot(report, quality, options.plot)
     return 0
 
 
@@ -289,156 +200,103 @@ def _known(options: GenerativeOptions, settings: dict[str, Any]) -> list[dict[st
         same, rows = False, []
     if not same:
         raise ValueError(
-            f"json: expected results with the same options, weights and texts in {options.json}, got others; delete "
+            f"json: expected results with the same options, weights and data in {options.json}, got others; delete "
             "the file or give another name"
         )
     return list(rows)
 
 
-def _real(loaded: LoadedModel, length: int, options: GenerativeOptions) -> Tensor | None:
-    """Real texts [num, length], as many as there are samples; None if there is no real text."""
-    if options.text is not None:
-        with renamed({"source": "text"}):
-            blocks = load_text(DataConfig(options.text), loaded.tokenizer, length)
-    elif loaded.config is not None and (length == loaded.model.config.length or options.mauve):
-        try:
-            blocks = load_blocks(loaded.config.data, loaded.tokenizer, length).valid
-        except (FileNotFoundError, ConnectionError) as error:
-            if options.mauve:
-                raise type(error)(f"text: cannot load the validation text of the run; give a file: {error}") from error
-            console().print(f"real text is not evaluated; to evaluate some, give --text FILE ({error})")
-            return None
-    elif options.mauve:
-        raise ValueError(
-            f"text: expected real text for MAUVE, got none; {loaded.path} has no validation text, so give a file"
+def _write(
+    loaded: LoadedModel,
+    options: GenerativeOptions,
+    shape: tuple[int, int],
+    batch_size: int,
+    sampler: str,
+    steps: int,
+    fixed: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Samples blocks of ``shape`` [num, L]. ``fixed``: tokens [num, L] and a mask [L] of the given positions."""
+    device = loaded.diffusion.device
+    generator = torch.Generator(device).manual_seed(options.seed)
+    parts = []
+    for first in range(0, shape[0], batch_size):
+        count = min(batch_size, shape[0] - first)
+        part = sample(
+            loaded.diffusion,
+            batch=count,
+            length=shape[1],
+            steps=steps,
+            sampler=sampler,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            generator=generator,
+            device=device,
+            fixed=None if fixed is None else (fixed[0][first : first + count], fixed[1]),
+            progress=console().is_terminal,
+            autocast_dtype=loaded.autocast_dtype,
         )
-    else:
-        return None
-    if options.mauve and len(blocks) < options.num:
-        raise ValueError(f"text: expected at least num = {options.num} blocks of {length} tokens, got {len(blocks)}")
-    return torch.cat(list(valid_batches(blocks, options.batch_size, options.num)))
-
-
-Writer = Callable[[str, int, "tuple[Tensor, Tensor] | None"], Tensor]
-
-
-def _writer(loaded: LoadedModel, length: int, options: GenerativeOptions, progress: bool) -> Writer:
-    def write(sampler: str, steps: int, fixed: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Samples texts [num, length]. ``fixed``: tokens [num, length] and a mask [length] of the given positions."""
-        device = loaded.diffusion.device
-        generator = torch.Generator(device).manual_seed(options.seed)
-        parts = []
-        for first in range(0, options.num, options.batch_size):
-            count = min(options.batch_size, options.num - first)
-            part = sample(
-                loaded.diffusion,
-                batch=count,
-                length=length,
-                steps=steps,
-                sampler=sampler,
-                temperature=options.temperature,
-                top_p=options.top_p,
-                generator=generator,
-                device=device,
-                fixed=None if fixed is None else (fixed[0][first : first + count], fixed[1]),
-                progress=progress,
-                autocast_dtype=loaded.autocast_dtype,
-            )
-            parts.append(part.cpu())
-        return torch.cat(parts)
-
-    return write
+        parts.append(part.cpu())
+    return torch.cat(parts)
 
 
 def _row(
-    sampler: str,
-    steps: int,
-    write: Writer,
-    real: Tensor | None,
-    loaded: LoadedModel,
-    judge: Judge,
-    options: GenerativeOptions,
-) -> dict[str, Any]:
-    """Samples and evaluates texts for one sampler and number of steps."""
+    sampler: str, steps: int, write: Callable[[tuple[Tensor, Tensor] | None], Tensor], quality: Quality, num: int
+) -> Row:
+    """Samples with one sampler and number of steps, and measures the samples."""
     started = time.perf_counter()
-    written = write(sampler, steps, None)
-    seconds = (time.perf_counter() - started) / options.num
-    row: dict[str, Any] = {"sampler": sampler, "steps": steps, "seconds_per_text": seconds}
-    row |= measure(written, loaded, judge, options.batch_size, False)
-    for setting in options.mauve:
-        assert real is not None
-        length = written.shape[1]
-        given = torch.zeros(length, dtype=torch.bool)
-        if setting != "unconditional":
-            head = options.given if setting == "prefix" else (options.given + 1) // 2
-            given[:head] = True
-            if setting == "infill":
-                given[options.compared - options.given // 2 : options.compared] = True
-        texts = written if setting == "unconditional" else write(sampler, steps, (real, given))
-        pair = [_texts(tokens[:, : options.compared], loaded, judge) for tokens in (real, texts)]
-        row[f"mauve_{setting}"] = _mauve(*(judge.features(side, options.batch_size) for side in pair))
-    row["texts"] = [loaded.tokenizer.decode(tokens.tolist()) for tokens in written]
-    return row
+    samples = write(None)
+    seconds = (time.perf_counter() - started) / num
+    row = {"sampler": sampler, "steps": steps, f"seconds_per_{quality.unit}": seconds}
+    return row | quality.measure(samples, write)
 
 
-def _table(report: dict[str, Any]) -> Table:
-    judge = report["settings"]["judge"]
-    table = Table("", title=f"{report['settings']['num']} texts of {report['settings']['length']} tokens each")
-    mauves = [name for name in (f"mauve_{setting}" for setting in SETTINGS) if any(name in r for r in report["rows"])]
-    columns = ["steps", f"perplexity\n{judge}", "entropy\nnats", "unique", "repeated", "seconds\nper text"]
-    for column in [*columns, *(name.replace("mauve_", "MAUVE\n") for name in mauves)]:
-        table.add_column(column, justify="right", no_wrap=True)
+def _table(report: dict[str, Any], quality: Quality) -> Table:
+    columns = quality.columns(report["rows"])
+    table = Table("", title=quality.title)
+    for heading in ("steps", *(heading for heading, _ in columns)):
+        table.add_column(heading, justify="right", no_wrap=True)
 
-    def add(name: str, steps: str, row: dict[str, Any]) -> None:
-        error = "" if row["perplexity_error"] is None else f" ± {row['perplexity_error']:.2f}"
-        table.add_row(
-            name,
-            steps,
-            f"{row['perplexity']:.2f}{error}",
-            f"{row['entropy']:.3f}",
-            f"{row['unique']:.3f}",
-            f"{row['repetition']:.3f}",
-            f"{row['seconds_per_text']:.2f}" if "seconds_per_text" in row else "",
-            *(f"{row[name]:.3f}" if name in row else "" for name in mauves),
-        )
+    def add(name: str, steps: str, row: Row) -> None:
+        cells = []
+        for _, show in columns:
+            try:
+                cells.append(show(row))
+            except KeyError:  # real data have no seconds
+                cells.append("")
+        table.add_row(name, steps, *cells)
 
     for row in report["rows"]:
         add(row["sampler"], f"{row['steps']:,}", row)
     if report["real"]:
-        add("real text", "", report["real"])
+        add(quality.real_name, "", report["real"])
     return table
 
 
-def plot_generative(report: dict[str, Any], path: str | Path) -> None:
-    """Plots the judge's perplexity and the entropy against the number of steps, with a line for each sampler.
+def _plot(report: dict[str, Any], quality: Quality, path: str) -> None:
+    """Plots two values against the number of steps, with a line for each sampler."""
+    from matplotlib.ticker import LogLocator
 
-    Args:
-        report: what ``sedd eval generative --json`` writes.
-        path: the output file; its suffix determines the format (.png, .svg, .pdf).
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
     rows, real = report["rows"], report["real"]
 
     def draw(figure: Any) -> None:
-        judge = report["settings"]["judge"]
-        panels = (("perplexity", f"perplexity of {judge}", "log"), ("entropy", "unigram entropy, nats", "linear"))
-        for axes, (name, label, scale) in zip(figure.subplots(1, 2), panels, strict=True):
+        for axes, (name, label, scale) in zip(figure.subplots(1, 2), quality.panels, strict=True):
             styles = itertools.cycle(("-", "--", ":", "-."))
             for style, sampler in zip(styles, dict.fromkeys(row["sampler"] for row in rows), strict=False):
                 line = [row for row in rows if row["sampler"] == sampler]
-                errors = [row["perplexity_error"] or 0.0 for row in line] if name == "perplexity" else None
+                errors = [row[f"{name}_error"] or 0.0 for row in line] if f"{name}_error" in line[0] else None
                 steps = [row["steps"] for row in line]
                 # dashes keep a line below visible
                 values = [row[name] for row in line]
                 axes.errorbar(steps, values, errors, marker="o", linestyle=style, capsize=3, label=sampler)
             if real:
-                axes.axhline(real[name], color="gray", linestyle="--", label="real text")
+                axes.axhline(real[name], color="gray", linestyle="--", label=quality.real_name)
             axes.set(xscale="log", yscale=scale, xlabel="reverse steps", ylabel=label)
             ticks = sorted({row["steps"] for row in rows})
             axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
             axes.minorticks_off()
+            if scale == "log":  # otherwise a range within a power of ten has one tick
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter("{x:g}")
             axes.grid(alpha=0.3)
         axes.legend()
 

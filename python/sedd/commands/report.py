@@ -1,4 +1,4 @@
-"""``sedd report``: writes an HTML page about a run, with an interactive animation of one sample from noise to text.
+"""``sedd report``: writes an HTML page about a run, with an interactive animation of one sample from its noise.
 
 The page is self-contained: it includes all pictures and data. A content security policy blocks external resources and
 all scripts except the one of the page. Sampled text is inserted as data and cannot run as code.
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sedd.commands.command import Argument, Command
 from sedd.config import TrainConfig, flat
+from sedd.data.pictures import VALUES, grid, png, to_pixels
 from sedd.data.tokenizer import MASK_TEXT
 from sedd.diffusion.samplers import SAMPLERS, sample
 from sedd.files import write_text
@@ -61,8 +62,8 @@ class ReportOptions:
 
     out: str | None = None
     """The output file. Default: report.html in the folder of the run."""
-    samples: int = 4
-    """Number of texts to sample. The animation shows the first one."""
+    samples: int | None = None
+    """Number of texts or images to sample. The animation shows the first one. Default: 4 texts, or 64 images."""
     steps: int = 64
     """Number of reverse steps, each a frame of the animation. One denoising step follows. An autoregressive model takes
     a step for each token."""
@@ -72,7 +73,7 @@ class ReportOptions:
     length: int | None = None
     """Tokens per text. Default: the length of a training block."""
     seed: int = 0
-    """Random seed. The same seed gives the same texts."""
+    """Random seed. The same seed gives the same samples."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: the GPU if one is present and this build supports it, else the CPU."""
 
@@ -91,13 +92,19 @@ def report(run: str, options: ReportOptions) -> int:
     except ImportError as error:
         raise ImportError(f"a report needs {error.name}: {pip_install('eval', str(error.name))}") from error
     loaded = load_model(run, resolve_device(options.device))
-    loaded.need_text()
+    shape = loaded.model.config.shape
+    if not shape:
+        loaded.need_text()
+    elif options.length is not None:
+        raise ValueError(f"length: expected no value for a model of images, got {options.length}")
     if loaded.config is None or loaded.state is None:
         raise ValueError(f"run: expected a run of sedd train, got {loaded.path}, a model without training losses")
     folder = loaded.path.parent.parent
     exact = loaded.diffusion.objective.autoregressive
     how = "One token at a time" if exact else f"{options.steps} reverse steps with {options.sampler or 'tweedie'}"
-    texts, film = _film(loaded, options)
+    written, film = _film(loaded, options, options.samples or (64 if shape else 4))
+    picture = _uri("image/png", png(grid(to_pixels(written, shape)))) if shape else None
+    texts = [] if shape else [loaded.tokenizer.decode(row.tolist()) for row in written]
     script = files("sedd.commands").joinpath("report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -112,11 +119,13 @@ def report(run: str, options: ReportOptions) -> int:
         film=film,
         # escape < so that no text can close the script element
         film_json=_safe(json.dumps(film, ensure_ascii=True).replace("<", "\\u003c")),
-        curves=[_safe(curve) for curve in _curves(folder / "metrics.jsonl", exact)],
+        curves=[_safe(curve) for curve in _curves(folder / "metrics.jsonl", _unit(loaded), exact)],
         evaluations=evaluations,
         pictures=pictures,
         eval_folder=str(folder / "eval"),
+        unit="image" if shape else "text",
         samples=texts,
+        grid=picture,
         samples_note=f"{how}, seed {options.seed}.",
         changed={name: value for name, value in chosen.items() if usual.get(name) != value and name != "run_dir"},
         options=chosen,
@@ -127,6 +136,16 @@ def report(run: str, options: ReportOptions) -> int:
     write_text(out, page)
     console().print(f"{out}: open it in a browser")
     return 0
+
+
+def _unit(loaded: LoadedModel) -> str:
+    """What a token is called."""
+    return "dim" if loaded.model.config.shape else "token"
+
+
+def _uri(kind: str, content: bytes) -> str:
+    """A file as a data URI."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _settings(config: TrainConfig) -> dict[str, str]:
@@ -148,24 +167,29 @@ def _facts(loaded: LoadedModel) -> dict[str, str]:
     facts = {
         "parameters": f"{sum(p.numel() for p in loaded.model.parameters()):,}",
         "noise": "none (autoregressive)" if loaded.model.causal else f"{config.process}, {config.schedule}",
-        "tokens": f"{config.tokenizer}, {loaded.tokenizer.vocab_size:,}",
-        "block": f"{loaded.model.config.length} tokens",
+    }
+    if shape := loaded.model.config.shape:
+        facts["image"] = f"{' x '.join(map(str, shape))}, {VALUES} values"
+    else:
+        facts["tokens"] = f"{config.tokenizer}, {loaded.tokenizer.vocab_size:,}"
+        facts["block"] = f"{loaded.model.config.length} tokens"
+    facts |= {
         "trained for": f"{state['step']:,} steps, {state['elapsed'] / 60:.1f} min",
     }
     if state["valid"] is not None:
         name = "validation" if loaded.model.causal else "validation bound"
-        facts[name] = f"{state['valid']:.4f} nats/token, {state['valid'] / math.log(2):.4f} bits/token"
+        unit = _unit(loaded)
+        facts[name] = f"{state['valid']:.4f} nats/{unit}, {state['valid'] / math.log(2):.4f} bits/{unit}"
     return facts
 
 
-def _film(loaded: LoadedModel, options: ReportOptions) -> tuple[list[str], dict[str, Any]]:
-    """Samples texts, and records the first one: its initial tokens as text, and the changes of each step."""
+def _film(loaded: LoadedModel, options: ReportOptions, num: int) -> tuple[Tensor, dict[str, Any]]:
+    """Samples blocks [num, L], and records the first one: what it shows at the start, and the changes of each step."""
     device = loaded.diffusion.device
     length = options.length or loaded.model.config.length
-    shape = (options.samples, length)
     # equals the initial state of the sampler, which uses the same seed
     start = loaded.diffusion.process.sample_limit(
-        shape, generator=torch.Generator(device).manual_seed(options.seed), device=device
+        (num, length), generator=torch.Generator(device).manual_seed(options.seed), device=device
     )
     frames = [start[0].tolist()]
 
@@ -174,7 +198,7 @@ def _film(loaded: LoadedModel, options: ReportOptions) -> tuple[list[str], dict[
 
     written = sample(
         loaded.diffusion,
-        batch=options.samples,
+        batch=num,
         length=length,
         steps=options.steps,
         sampler=options.sampler,
@@ -185,15 +209,11 @@ def _film(loaded: LoadedModel, options: ReportOptions) -> tuple[list[str], dict[
         autocast_dtype=loaded.autocast_dtype,
     )
     mask = loaded.diffusion.process.mask_id
-    # the text of a token depends on its neighbours, because a character may span tokens; MASK differs from a sampled █
-    numbers: dict[tuple[str, bool], int] = {}
-    shown = [
-        [
-            numbers.setdefault((piece, token == mask), len(numbers))
-            for piece, token in zip(loaded.tokenizer.pieces(frame), frame, strict=True)
-        ]
-        for frame in frames
-    ]
+    if loaded.model.config.shape:
+        shown, what = frames, {"shape": loaded.model.config.shape, "mask": mask}
+    else:
+        shown, what = _as_text(loaded, frames)
+    tokens_ = "values" if loaded.model.config.shape else "tokens"
     if mask is not None:
         counts = [frame.count(mask) for frame in frames]
     else:
@@ -204,19 +224,34 @@ def _film(loaded: LoadedModel, options: ReportOptions) -> tuple[list[str], dict[
             [[place, new] for place, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
             for before, after in pairwise(shown)
         ],
-        "pieces": [piece for piece, _ in numbers],
-        "mask": numbers.get((MASK_TEXT, True)),
         "counts": counts,
-        "counted": "tokens still masked" if mask is not None else "tokens changed",
+        "counted": f"{tokens_} still masked" if mask is not None else f"{tokens_} changed",
+        **what,
     }
-    return [loaded.tokenizer.decode(row.tolist()) for row in written], film
+    return written, film
 
 
-def _curves(path: Path, exact: bool = False) -> list[str]:
+def _as_text(loaded: LoadedModel, frames: list[list[int]]) -> tuple[list[list[int]], dict[str, Any]]:
+    """Frames of tokens as frames of pieces of text: the number of each piece, and the pieces."""
+    mask = loaded.diffusion.process.mask_id
+    # the text of a token depends on its neighbours, because a character may span tokens; MASK differs from a sampled █
+    numbers: dict[tuple[str, bool], int] = {}
+    shown = [
+        [
+            numbers.setdefault((piece, token == mask), len(numbers))
+            for piece, token in zip(loaded.tokenizer.pieces(frame), frame, strict=True)
+        ]
+        for frame in frames
+    ]
+    return shown, {"pieces": [piece for piece, _ in numbers], "mask": numbers.get((MASK_TEXT, True))}
+
+
+def _curves(path: Path, unit: str, exact: bool) -> list[str]:
     """Plots of the loss with the validation bound, and of the gradient norm, as SVG; empty without metrics.
 
     Args:
         path: the metrics.
+        unit: what a token is called.
         exact: the validations are exact likelihoods.
     """
     from matplotlib import rc_context
@@ -237,7 +272,7 @@ def _curves(path: Path, exact: bool = False) -> list[str]:
         means = [sum(values[i : i + window]) / len(values[i : i + window]) for i in range(0, len(values), window)]
         centres = [x[min(i + window // 2, len(x) - 1)] for i in range(0, len(values), window)]
         axes.plot(centres, means, color="#1f77b4", label=f"{label}, mean of {window}" if window > 1 else label)
-        axes.set(xlabel="step", ylabel="bits per token" if name == "loss" else label)
+        axes.set(xlabel="step", ylabel=f"bits per {unit}" if name == "loss" else label)
         axes.grid(alpha=0.3)
     errors = [(row.get("valid_standard_error") or 0.0) / math.log(2) for row in valid]
     bounds = [row["valid_nats_per_token"] / math.log(2) for row in valid]
@@ -251,8 +286,8 @@ def _curves(path: Path, exact: bool = False) -> list[str]:
         label="validation" if exact else "validation bound",
     )
     # the initial losses and rare outliers would compress the rest of the curve
-    for axes, name, unit in ((losses, "loss", math.log(2)), (norms, "grad_norm", 1.0)):
-        values = sorted(row[name] / unit for row in steps[len(steps) // 20 :])
+    for axes, name, scale in ((losses, "loss", math.log(2)), (norms, "grad_norm", 1.0)):
+        values = sorted(row[name] / scale for row in steps[len(steps) // 20 :])
         axes.set_ylim(0.8 * values[0], 1.1 * values[int(0.99 * (len(values) - 1))])
     losses.legend(fontsize="small")
     for axes in (losses, norms):
@@ -284,12 +319,11 @@ def _evaluations(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, str
     """Tables of the JSON files in a folder, and its pictures as data URIs; skips temporary files (``.name``)."""
     evaluations = []
     for path in sorted(folder.glob("[!.]*.json")):
-        evaluations.append({"name": path.stem, **_tables(read_json(path))})
+        found = read_json(path)
+        note = _cell(found.pop("note", None))  # a sentence that explains the figures
+        evaluations.append({"name": path.stem, "note": note, **_tables(found)})
     pictures = [
-        {
-            "name": path.stem,
-            "uri": f"data:{MEDIA[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}",
-        }
+        {"name": path.stem, "uri": _uri(MEDIA[path.suffix], path.read_bytes())}
         for path in sorted(folder.glob("[!.]*"))
         if path.suffix in MEDIA
     ]

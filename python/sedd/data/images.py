@@ -59,6 +59,7 @@ class ImageCorpus(Corpus):
             self._splits = {"validation": _Split(valid).shuffled()}
         if "test" in found:
             self._splits["test"] = _Split(found["test"]).shuffled()
+        self._splits["train"] = self._train.shuffled()
 
     def batches(self, batch_size: int, *, seed: int) -> Batches:
         """See :meth:`Corpus.batches`."""
@@ -67,6 +68,10 @@ class ImageCorpus(Corpus):
     def labelled_batches(self, batch_size: int, *, seed: int) -> Batches:
         """See :meth:`Corpus.labelled_batches`."""
         return _ImageBatches(self._train, batch_size, seed, flips=self._flips, labelled=True)
+
+    def train(self, count: int) -> Tensor:
+        """The first ``count`` training images [≤ count, L], int64, as :meth:`valid`; none is mirrored."""
+        return self._splits["train"].take(count)
 
     def valid(self, count: int) -> Tensor:
         """See :meth:`Corpus.valid`."""
@@ -77,7 +82,7 @@ class ImageCorpus(Corpus):
         return self._splits["test"].take(count) if "test" in self._splits else None
 
     def labels(self, split: str, count: int) -> Tensor:
-        """See :meth:`Corpus.labels`."""
+        """See :meth:`Corpus.labels`; the split can be 'train' too."""
         found = self._splits[split]
         return found.labels(found.blocks.starts[:count])
 

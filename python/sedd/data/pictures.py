@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,17 @@ from torch import Tensor
 from sedd.files import whole_file
 from sedd.hints import pip_install
 
-__all__ = ["VALUES", "Pixels", "grid", "import_pillow", "read_picture", "to_pixels", "to_tokens", "write_png"]
+__all__ = [
+    "VALUES",
+    "Pixels",
+    "grid",
+    "import_pillow",
+    "png",
+    "read_picture",
+    "to_pixels",
+    "to_tokens",
+    "write_png",
+]
 
 Pixels = NDArray[np.uint8]
 VALUES = 256
@@ -92,13 +103,24 @@ def grid(pictures: Pixels, columns: int | None = None) -> Pixels:
     return whole
 
 
+def png(picture: Pixels) -> bytes:
+    """The bytes of a PNG file of a picture [H, W, C], grey (C = 1) or RGB (C = 3).
+
+    Raises:
+        ImportError: Pillow is not installed.
+    """
+    content = io.BytesIO()
+    import_pillow().fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(content, format="PNG")
+    return content.getvalue()
+
+
 def write_png(path: Path, picture: Pixels) -> None:
-    """Writes a picture [H, W, C], grey (C = 1) or RGB (C = 3), as a PNG file: the whole file or nothing.
+    """Writes the PNG file of a picture, see :func:`png`: the whole file or nothing.
 
     Raises:
         OSError: the file cannot be written.
         ImportError: Pillow is not installed.
     """
-    image = import_pillow().fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
+    content = png(picture)
     with whole_file(path) as temporary:
-        image.save(temporary, format="PNG")
+        temporary.write_bytes(content)
