@@ -108,7 +108,7 @@ def test_every_value_is_one_that_the_evaluation_writes(name: str) -> None:
     recipe = load_recipe(name)
     known = {
         "perplexity": {"nats_per_token", "perplexity", "perplexity_mean_of_exp", "bits_per_byte", "bits_per_dim"},
-        "generative": {"perplexity", "entropy", "unique", "repetition", "mauve_prefix", "mauve_infill"},
+        "generative": {"perplexity", "entropy", "unique", "repetition", "mauve_prefix", "mauve_infill", "fid"},
         "latency": {"seconds"},
         "harness": {"acc,none"},
     }

@@ -128,12 +128,16 @@ class Comparison:
         return lines
 
     def rows(self) -> list[list[str]]:
-        """The table: name, for each column our figure and the paper's, and how the pairs with this row came out."""
+        """The table: name, for each column our figure and the paper's if it has any, and how the pairs with this row came out."""
         recipe = self.plan.recipe
         orders = [self.order(column)[0] for column in recipe.columns]
         lines = []
         for row in recipe.rows:
-            cells = [text for column in recipe.columns for text in (self._ours(row, column), self._paper(row, column))]
+            cells = [
+                show(row, column)
+                for column in recipe.columns
+                for show in ((self._ours, self._paper) if self._has_paper(column) else (self._ours,))
+            ]
             lines.append([row, *cells, _pairs_of(row, orders)])
         return lines
 
@@ -147,14 +151,20 @@ class Comparison:
         figure = self.plan.recipe.paper_figure(row, column)
         return "" if figure is None else f"{figure:g}"
 
+    def _has_paper(self, column: str) -> bool:
+        """Whether the paper gives a figure of the column."""
+        return any(self.plan.recipe.paper_figure(row, column) is not None for row in self.plan.recipe.rows)
+
     def notes(self) -> list[str]:
         """Why cells have no figure; the cells have the numbers of these reasons."""
         return list(dict.fromkeys(reason for reason in self.reasons.values() if reason != NOT_FINISHED))
 
     def headings(self) -> list[str]:
         """The headings of :meth:`rows`."""
-        recipe = self.plan.recipe
-        return ["", *(text for name in recipe.columns for text in (f"{name}, here", f"{name}, paper")), "order"]
+        names = []
+        for column in self.plan.recipe.columns:
+            names += [f"{column}, here", *([f"{column}, paper"] if self._has_paper(column) else [])]
+        return ["", *names, "order"]
 
     def facts(self) -> dict[str, str]:
         """What the table is about."""
