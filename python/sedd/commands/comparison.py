@@ -128,7 +128,7 @@ class Comparison:
         return lines
 
     def rows(self) -> list[list[str]]:
-        """The table: name, for each column our figure and the paper's if it has any, and how the pairs with this row came out."""
+        """The table: name, figures of each column (ours, and the paper's if it has any), and the order of the pairs."""
         recipe = self.plan.recipe
         orders = [self.order(column)[0] for column in recipe.columns]
         lines = []
