@@ -10,19 +10,16 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sedd.commands.classifier import FEATURES, find_classifier
-from sedd.commands.quality import Quality, Row, Write, with_error
+from sedd.commands.quality import GenerativeOptions, Quality, Row, Write, with_error
 from sedd.data.images import ImageCorpus
 from sedd.hints import pip_install
 from sedd.hub.pretrained import LoadedModel
-
-if TYPE_CHECKING:
-    from sedd.commands.generative import GenerativeOptions
 
 __all__ = ["Distances", "ImageQuality"]
 

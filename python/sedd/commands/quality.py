@@ -1,18 +1,99 @@
-"""What ``sedd eval generative`` measures of one kind of samples: of texts, or of images."""
+"""What ``sedd eval generative`` measures of one kind of samples, texts or images, and its options."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-__all__ = ["Quality", "Row", "Write", "with_error"]
+from sedd.diffusion.samplers import SAMPLERS
+from sedd.options import check_choice, check_one_of, check_options
+
+__all__ = ["SETTINGS", "GenerativeOptions", "Quality", "Row", "Write", "with_error"]
+
+SETTINGS = ("unconditional", "prefix", "infill")
+"""What texts are compared by MAUVE."""
 
 Row = dict[str, Any]
 Write = Callable[["tuple[Tensor, Tensor] | None"], Tensor]
 """Samples blocks [num, L]; its argument are tokens [num, L] and a mask [L] of the given positions, or None."""
+
+
+_POSITIVE = ("num", "length", "given", "compared", "reference", "batch_size")
+
+
+@dataclass
+class GenerativeOptions:
+    """Evaluation"""
+
+    steps: list[int] = field(default_factory=lambda: [16, 32, 64, 128, 256])
+    """Numbers of reverse steps, for example --steps 64,1024."""
+    samplers: list[str] | None = None
+    """Names of samplers, for example --samplers tweedie,greedy. Default: tweedie and, if the model has a common noise
+    rate, euler; autoregressive, which takes one step for each token whatever --steps is, for an autoregressive model.
+    """
+    num: int | None = None
+    """Number of texts or images for each sampler and number of steps. Default: 32 texts, or 1,000 images. The papers
+    use about 1,000 texts and 50,000 images."""
+    length: int | None = None
+    """Tokens per text. Default: the length of a training block."""
+    judge: str = "openai-community/gpt2-large"
+    """Causal language model that evaluates the samples: any that transformers loads, by its name on the Hugging Face
+    hub, its folder, or a .gguf file; or a run of sedd train --objective autoregressive. Perplexities of different
+    judges cannot be compared."""
+    text: str | None = None
+    """File or folder of real text, which is evaluated too and is the reference of MAUVE. Default: the validation text
+    of the run, if it has one."""
+    mauve: list[str] = field(default_factory=list)
+    """Compare with real text by MAUVE, with the hidden states of the judge as features. Any of unconditional, prefix
+    (the first `given` tokens of a real text are given) and infill (half of them are given at each end)."""
+    given: int = 50
+    """For prefix and infill: number of given tokens of a real text."""
+    compared: int = 100
+    """Number of tokens that MAUVE compares, from the start of each text."""
+    temperature: float = 1.0
+    """Below 1, more probable tokens are preferred; above 1, less probable ones. 1 samples the model's distribution."""
+    top_p: float = 1.0
+    """Sample only from the fewest, most probable tokens with this total probability."""
+    classifier: str | None = None
+    """For images: the file of the classifier (.safetensors) whose features are compared. If it does not exist, the
+    classifier is trained and written there. Default: a file in the cache folder of the data. Results of different
+    classifiers cannot be compared."""
+    reference: int = 50_000
+    """For images: number of training images to compare with, if there are so many."""
+    seed: int = 0
+    """Random seed. The same seed gives the same samples."""
+    batch_size: int | None = None
+    """Number of samples at a time. Default: 8 texts, or 100 images."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: the GPU if one is present and this build supports it, else the CPU."""
+    json: str | None = None
+    """Write results and texts to this file after each number of steps. If the file exists, its results are kept and
+    only the missing ones are computed."""
+    plot: str | None = None
+    """Write a plot to this file: perplexity and entropy, or FID and Inception score, against the number of steps."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_options(self, positive=_POSITIVE, outputs=("json", "plot"))
+        check_choice(self.temperature, self.top_p)
+        if not self.steps or min(self.steps) < 1:
+            raise ValueError(f"steps: expected numbers of at least 1, got {self.steps}")
+        for name, values, known in (("samplers", self.samplers or [], SAMPLERS), ("mauve", self.mauve, SETTINGS)):
+            for value in values:
+                check_one_of(name, value, known)
+        if self.samplers == []:
+            raise ValueError(f"samplers: expected at least one of {', '.join(SAMPLERS)}; got none")
+        self.steps = list(dict.fromkeys(self.steps))
+        self.samplers = None if self.samplers is None else list(dict.fromkeys(self.samplers))
+        if set(self.mauve) - {"unconditional"} and self.given >= self.compared:
+            raise ValueError(f"given: expected fewer than the {self.compared} compared tokens, got {self.given}")
+        if self.text is not None and not Path(self.text).exists():
+            raise FileNotFoundError(f"text: no such file or folder: {self.text}")
 
 
 class Quality(ABC):

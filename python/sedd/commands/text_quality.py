@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sedd.commands.judge import Judge, RunJudge, load_judge
-from sedd.commands.quality import Quality, Row, Write, with_error
+from sedd.commands.quality import SETTINGS, GenerativeOptions, Quality, Row, Write, with_error
 from sedd.data.text import DataConfig, load_blocks, load_text, valid_batches
 from sedd.data.tokenizer import EOT_TEXT
 from sedd.files import finite
@@ -24,12 +24,8 @@ from sedd.hub.pretrained import LoadedModel
 from sedd.options import renamed
 from sedd.progress import console
 
-if TYPE_CHECKING:
-    from sedd.commands.generative import GenerativeOptions
+__all__ = ["TextQuality", "diversity", "measure"]
 
-__all__ = ["SETTINGS", "TextQuality", "diversity", "measure"]
-
-SETTINGS = ("unconditional", "prefix", "infill")
 MAUVE_SEEDS = 5  # random clusterings, as in appendix A.4 of Deschenaux & Gulcehre 2024
 
 
