@@ -60,7 +60,7 @@ def read_picture(file: Path | BinaryIO, size: tuple[int, int] | None = None) -> 
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no PNG file, or damaged, or has another size.
+        ValueError: it is no PNG file, or damaged, or has another size or 16 bits.
         ImportError: Pillow is not installed.
     """
     name = file if isinstance(file, Path) else "picture"
@@ -69,13 +69,22 @@ def read_picture(file: Path | BinaryIO, size: tuple[int, int] | None = None) -> 
     image = import_pillow()
     try:
         with image.open(file, formats=["PNG"]) as picture:
-            found = picture.size
-            if size is None or found == size:
+            wrong = _wrong(picture, size)
+            if wrong is None:
                 picture.load()
                 return picture.copy()
     except (OSError, SyntaxError, ValueError, EOFError, image.DecompressionBombError) as error:
         raise ValueError(f"{name}: expected a PNG file, got one that cannot be read: {error}") from error
-    raise ValueError(f"{name}: expected an image of {size[1]} x {size[0]} pixels, got {found[1]} x {found[0]}")
+    raise ValueError(f"{name}: {wrong}")
+
+
+def _wrong(picture: Any, size: tuple[int, int] | None) -> str | None:
+    """What is wrong with a PNG file that is open but not decoded."""
+    columns, rows = picture.size
+    if size is not None and size != (columns, rows):
+        return f"expected an image of {size[1]} x {size[0]} pixels, got {rows} x {columns}"
+    mode = str(picture.tile[0][3]) if picture.tile else picture.mode  # in the file; Pillow reads 16 bits in colour as 8
+    return f"expected values of 8 bits ({', '.join(MODES)}), got {mode}" if ";16" in mode else None
 
 
 def grid(pictures: Pixels, columns: int | None = None) -> Pixels:

@@ -285,6 +285,7 @@ async function start() {
   imageFields.hidden = model.shape.length === 0;
   if (model.shape.length > 0) {
     painter = new Painter(model);
+    texts.className = "images";
     run.textContent = "Sample";
   }
   for (const id of ["label-field", "guidance-field"]) document.getElementById(id).hidden = model.classes === 0;
