@@ -270,7 +270,8 @@ def test_mistakes(outside: Path, name: str, error: type[Exception], message: str
 @pytest.mark.parametrize("method", ["labels", "labelled_batches"])
 @pytest.mark.usefixtures("outside")
 def test_a_corpus_that_does_not_tell_the_classes(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = import_outside("my_corpus:Ramps")
+    import_outside("my_corpus:Ramps")
+    kind = CORPORA["my_corpus:Ramps"]
     corpus = kind(DataConfig(), get_tokenizer("bytes"), 16)
     arguments = ("validation", 3) if method == "labels" else (4,)
     options = {} if method == "labels" else {"seed": 0}

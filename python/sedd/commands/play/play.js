@@ -105,7 +105,7 @@ function makeResult(isText) {
   }
   const [shown, canvas, button] = ["div", "canvas", "button"].map((kind) => document.createElement(kind));
   shown.className = "image";
-  Object.assign(button, { type: "button", textContent: "Paint on this image", disabled: true });
+  Object.assign(button, { type: "button", textContent: "Paint on this", disabled: true });
   shown.append(canvas, button);
   return shown;
 }
