@@ -118,7 +118,6 @@ function showFrame(frame) {
     if (!isText) {
       const [canvas, button] = texts.children[i].children;
       drawImage(canvas, model, pieces, frame.masked[i], frame.entropy === null ? null : frame.entropy[i]);
-      button.disabled = true;
       button.onclick = () => startPainting(pieces, pieces);
       return;
     }
@@ -150,6 +149,11 @@ function showFrame(frame) {
 }
 
 // ---- the image to paint on ----
+
+// Whether the results can be painted on: not while they have MASK.
+function allowPainting(isAllowed) {
+  for (const button of texts.querySelectorAll("button")) button.disabled = !isAllowed;
+}
 
 function startPainting(name, values, ranges) {
   painter.show(name, values, ranges);
@@ -208,6 +212,7 @@ async function write() {
   const body = readForm();
   stop.disabled = false;
   run.disabled = true;
+  allowPainting(false);
   progress.value = 0;
   legend.hidden = !body.entropy || !model.entropy;
   say("Starting …");
@@ -241,7 +246,7 @@ async function write() {
         }
       } else {
         draw();
-        for (const button of texts.querySelectorAll("button")) button.disabled = false;
+        allowPainting(true);
         progress.value = progress.max;
         const address = permalink({ ...body, seed: event.seed });
         const isShort = address.length <= LONGEST_LINK;
