@@ -419,7 +419,7 @@ def test_which_labels_are_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("two_kinds")
-def test_without_any_label_training_does_not_see_the_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_any_label_training_does_not_see_the_classes(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     folder = run(tmp_path / "run", "--steps=4", "--label_dropout=1", "--checkpoint_every=2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,116 @@ def test_grey_pictures_have_one_channel(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 3), np.uint16)).save(tmp_path / "9.png")
     with pytest.raises(ValueError, match=r"9\.png: expected values of 8 bits \(1, L, LA, P, RGB, RGBA\), got I;16"):
         corpus(tmp_path)
+
+
+def test_pictures_with_16_bits_in_colour_are_refused(tmp_path: Path) -> None:
+    """Pillow reads them as pictures with 8 bits."""
+
+    def part(kind: bytes, content: bytes) -> bytes:
+        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+    head = (3).to_bytes(4, "big") + (4).to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])  # 3 x 4, 16 bits, colour
+    rows = b"".join(b"\0" + bytes(range(18)) for _ in range(4))
+    parts = part(b"IHDR", head) + part(b"IDAT", zlib.compress(rows)) + part(b"IEND", b"")
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+    with pytest.raises(ValueError, match=r"deep\.png: expected values of 8 bits .*, got RGB;16B"):
+        corpus(tmp_path)
+
+
+def test_hidden_files_are_no_pictures(tmp_path: Path) -> None:
+    """Such as those of editors and of macOS."""
+    for number, picture in enumerate(rgb(5)):
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+    (tmp_path / ".checkpoints").mkdir()
+    Image.fromarray(rgb(1, 9)[0]).save(tmp_path / ".checkpoints" / "0.png")
+    (tmp_path / "._0.png").write_bytes(b"no picture")
+    found = corpus(tmp_path, valid_fraction=0.3)
+    assert len(found.valid(9)) + int(found.describe().split()[0]) == 5
+
+
+def test_images_of_several_shapes_in_the_splits(tmp_path: Path) -> None:
+    folder = idx_folder(tmp_path / "mnist")
+    (folder / "t10k-images-idx3-ubyte").write_bytes(idx(7, 2, 2))
+    with pytest.raises(
+        ValueError, match=r"source: expected images of one shape, got \[3, 2, 1\] and, in 'test', \[2, 2, 1\]"
+    ):
+        corpus(folder)
+
+
+def with_classes(source: str, folder: Path) -> ImageCorpus:
+    """Images of a source, of which each value of class k is in [80 k, 80 k + 80). No training image has class 2."""
+    labels = {"train": np.arange(40) % 2, "test": np.arange(9) % 3}
+    shape = (4, 3, 1) if source == "idx" else (4, 3, 3)
+    pixels = {
+        split: (80 * found.reshape(-1, 1, 1, 1) + RANDOM.integers(0, 80, (len(found), *shape))).astype(np.uint8)
+        for split, found in labels.items()
+    }
+    folder.mkdir()
+    if source == "png":
+        for number, (picture, label) in enumerate(zip(pixels["train"], labels["train"], strict=True)):
+            (folder / "xy"[label]).mkdir(exist_ok=True)
+            Image.fromarray(picture).save(folder / "xy"[label] / f"{number}.png")
+    if source == "idx":
+        for prefix, split in (("train", "train"), ("t10k", "test")):
+            content = pixels[split].tobytes()
+            (folder / f"{prefix}-images-idx3-ubyte").write_bytes(idx(len(labels[split]), 4, 3, content=content))
+            content = labels[split].astype(np.uint8).tobytes()
+            (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(idx(len(labels[split]), content=content))
+    if source == "table":
+        features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=3)})
+        table = {
+            split: datasets.Dataset.from_dict(
+                {"img": list(map(Image.fromarray, pixels[split])), "label": labels[split]}, features=features
+            )
+            for split in labels
+        }
+        datasets.DatasetDict(table).save_to_disk(folder)
+    return corpus(folder, valid_fraction=0.3, cache_dir=str(folder.parent / "cache"))
+
+
+@pytest.mark.parametrize("source", ["png", "idx", "table"])
+def test_classes_belong_to_their_images(source: str, tmp_path: Path) -> None:
+    found = with_classes(source, tmp_path / "images")
+    assert found.classes == (2 if source == "png" else 3)
+    valid, test = found.valid(99), found.test(99)
+    assert torch.equal(valid[:, 0] // 80, found.labels("validation", 99))
+    assert torch.equal(valid[:5, 0] // 80, found.labels("validation", 5))
+    tokens, labels = next(found.labelled_batches(40 - len(valid), seed=0))
+    assert torch.equal(tokens[:, 0] // 80, labels)
+    assert len(labels.unique()) == 2
+    if test is None:
+        assert source == "png"
+    else:
+        assert torch.equal(test[:, 0] // 80, found.labels("test", 99))
+        assert sorted(found.labels("test", 99).unique().tolist()) == [0, 1, 2]
+
+
+def table(folder: Path, pictures: list[Any], labels: list[int | None]) -> ImageCorpus:
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=2)})
+    datasets.Dataset.from_dict({"img": pictures, "label": labels}, features=features).save_to_disk(folder / "saved")
+    return corpus(folder / "saved", valid_fraction=0.3, cache_dir=str(folder / "cache"))
+
+
+@pytest.mark.parametrize("label", [None, -1])
+def test_images_without_a_class(tmp_path: Path, label: int | None) -> None:
+    """Test images of the hub often have none. They can be read, but not with their classes."""
+    found = table(tmp_path, list(map(Image.fromarray, rgb(20))), [label] * 20)
+    assert next(found.batches(5, seed=0)).shape == (5, 36)
+    message = r"model\.classes: expected a class of each image, got images without one"
+    with pytest.raises(ValueError, match=message):
+        next(found.labelled_batches(5, seed=0))
+    with pytest.raises(ValueError, match=message):
+        found.labels("validation", 20)
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_row_without_an_image(tmp_path: Path, number: int) -> None:
+    pictures: list[Any] = list(map(Image.fromarray, rgb(5)))
+    pictures[number] = None
+    with pytest.raises(
+        ValueError, match=r"source: expected an image in each row of 'train' of .*, got a row without one"
+    ):
+        table(tmp_path, pictures, [0] * 5)
 
 
 def test_a_table_of_datasets(tmp_path: Path) -> None:

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import math
-import os
-import shutil
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +19,11 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("rich")
 
 import torch
+from playing import ask, done, events, fill, get, in_browser, launched, leave, opened, serving, texts
 
 from sedd.cli import main
+from sedd.commands.play.app import MOST_UNREAD, _Job
+from sedd.commands.play.writing import Frame, Request, Written
 from sedd.commands.sample import parse_template
 from sedd.diffusion import sample
 from sedd.hub import load_model
@@ -35,9 +31,6 @@ from sedd.hub import load_model
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-in_browser = pytest.mark.skipif(BROWSER is None, reason="no browser: install Debian's chromium (CI does)")
-JSON = {"Content-Type": "application/json"}
 PROMPT = "7 {{12}} öüé{{5}}"
 
 
@@ -52,63 +45,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "cats"
 
 
-@contextmanager
-def serving(run: Path, *options: str) -> Iterator[str]:
-    """The address of a server that runs until the end of the block."""
-    line = [sys.executable, "-m", "sedd", "play", str(run), "--port=0", *options]
-    process = subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "300"}
-    )
-    try:
-        assert process.stdout is not None
-        words = process.stdout.readline().split()
-        if not words:
-            raise AssertionError(process.communicate()[1])
-        yield next(word for word in words if word.startswith("http")).split("/")[2]
-    finally:
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    assert "Traceback" not in errors
-
-
 @pytest.fixture(scope="module")
 def server(run: Path) -> Iterator[str]:
     with serving(run) as address:
         yield address
-
-
-def ask(server: str, body: Any, path: str = "/v1/completions", headers: dict[str, str] = JSON) -> tuple[int, Any]:
-    connection = http.client.HTTPConnection(server, timeout=120)
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    connection.request("POST", path, data, headers)
-    answer = connection.getresponse()
-    text = answer.read().decode()
-    connection.close()
-    return answer.status, json.loads(text) if text.startswith("{") else text
-
-
-def get(server: str, path: str, **headers: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection(server, timeout=60)
-    connection.request("GET", path, headers=headers)
-    answer = connection.getresponse()
-    return answer.status, answer.read().decode()
-
-
-def texts(server: str, **body: Any) -> list[str]:
-    status, answer = ask(server, body)
-    assert status == 200, answer
-    return [choice["text"] for choice in answer["choices"]]
-
-
-def events(server: str, **body: Any) -> list[dict[str, Any]]:
-    status, answer = ask(server, {**body, "stream": True})
-    assert status == 200, answer
-    parts = answer.split("\n\n")
-    assert parts[-2:] == ["data: [DONE]", ""]
-    found = [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
-    # the request of another test may still be leaving the queue
-    return [event for event in found if event["object"] != "text_completion.queued"]
 
 
 # ---- the endpoint ----
@@ -247,16 +187,6 @@ def test_ten_clients_at_once(server: str) -> None:
 LONG = {"max_tokens": 4096, "steps": 4096}  # for minutes
 
 
-def leave(server: str, body: dict[str, Any]) -> socket.socket:
-    """Sends a request, and returns its connection, which nobody reads."""
-    host, port = server.split(":")
-    connection = socket.create_connection((host, int(port)))
-    data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {server}\r\nContent-Type: application/json\r\n"
-    connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-    return connection
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_work_stops_when_the_client_leaves(server: str, stream: bool) -> None:
     connection = leave(server, {**LONG, "stream": stream})
@@ -288,6 +218,31 @@ def test_a_full_queue(run: Path) -> None:
         assert ask(server, {"steps": 1})[0] == 200
 
 
+def test_waiting_requests_that_leave_make_room(run: Path) -> None:
+    """At once, not when the request before them is finished."""
+    with serving(run, "--waiting=1") as server:
+        working = leave(server, {**LONG, "stream": True})
+        assert b"text_completion.step" in working.recv(1 << 16) + working.recv(1 << 16)
+        for _ in range(3):
+            waiting = leave(server, {**LONG, "stream": True})
+            assert b"text_completion.queued" in waiting.recv(1 << 16) + waiting.recv(1 << 16)
+            waiting.close()
+            time.sleep(1)
+        working.close()
+
+
+def test_a_client_that_reads_slowly_misses_frames() -> None:
+    """Frames that nobody reads do not fill the memory; the newest ones and the texts stay."""
+    length = MOST_UNREAD // 16 // 3  # three frames of 16 texts may wait
+    layout = torch.zeros(length, dtype=torch.int64), torch.zeros(length, dtype=torch.bool)
+    job = _Job(Request(n=16), layout)
+    frames = [Frame(step, 9, [], [], [], None) for step in range(9)]
+    finished = Written([], [], [], 0, 0, 1)
+    for event in (*frames, finished):
+        job.add(event)
+    assert [job.events.get_nowait() for _ in range(job.events.qsize())] == [frames[7], frames[8], finished]
+
+
 # ---- the command ----
 
 
@@ -298,51 +253,16 @@ def test_a_port_in_use(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"port: expected a free one on 127.0.0.1, got {port}" in capsys.readouterr().err
 
 
-# ---- images ----
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server with a model of images that has classes."""
-    pytest.importorskip("sklearn")
-    folder = tmp_path_factory.mktemp("digits")
-    sizes = ["--model.n_blocks=1", "--model.n_heads=2", "--model.hidden_size=32", "--model.classes=10"]
-    source = ["--corpus=images", "--data.source=digits", f"--data.cache_dir={folder}", f"--run_dir={folder / 'run'}"]
-    more = ["--objective=md4", "--steps=20", "--valid_every=20", "--warmup=5"]
-    assert main(["train", *sizes, *source, *more]) == 0
-    with serving(folder / "run") as address:
-        yield address
-
-
-def test_images(digits: str) -> None:
-    body = {"steps": 6, "seed": 3, "n": 2, "label": 4, "guidance": 2.0}
-    *frames, last = events(digits, **body, entropy=True)
-    images = [choice["image"] for choice in last["choices"]]
-    assert images == frames[-1]["pieces"]
-    assert last["choices"][0]["shape"] == [8, 8, 1]
-    assert all(0 <= value < 256 for value in images[0])
-    assert [len(image) for image in images] == [64, 64]
-    other = events(digits, **body | {"label": 5})[-1]["choices"][0]["image"]
-    assert other != images[0]
-
-
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"prompt": "{{3}}"}, "prompt: expected none for a model of images"),
-        ({"label": 10}, "label: expected a class in [0, 10), got 10"),
-        ({"guidance": 2}, "guidance: expected 1 without a label, got 2.0"),
+        ({"label": 1}, "label: expected none for a model without classes, got 1"),
+        ({"image": "valid:0", "mask": [[0, 1]]}, "image: expected none, as this is not a model of images"),
     ],
 )
-def test_bad_requests_for_images(digits: str, body: Any, message: str) -> None:
-    status, answer = ask(digits, body)
-    assert status == 400
-    assert answer["error"]["message"].startswith(message), answer
-
-
-def test_a_class_for_a_model_of_text(server: str) -> None:
-    _, answer = ask(server, {"label": 1})
-    assert answer["error"]["message"] == "label: expected none for a model without classes, got 1"
+def test_requests_for_images_to_a_model_of_text(server: str, body: Any, message: str) -> None:
+    assert ask(server, body)[1]["error"]["message"] == message
+    assert ask(server, {"image": "valid:0"}, "/v1/images")[0] == 400
 
 
 # ---- the page ----
@@ -350,36 +270,14 @@ def test_a_class_for_a_model_of_text(server: str) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=options)
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def page(browser: Any, server: str) -> Iterator[Page]:
-    page = browser.new_page(viewport={"width": 1200, "height": 900})
-    messages: list[str] = []
-    page.on("pageerror", lambda error: messages.append(str(error)))
-    page.on("console", lambda said: messages.append(said.text) if said.type == "error" else None)
-    page.goto(f"http://{server}/")
-    page.locator("option[value=tweedie]").wait_for(state="attached")
-    yield page
-    page.close()
-    assert [message for message in messages if "status of 400" not in message] == []
-
-
-def fill(page: Page, **values: object) -> None:
-    for name, value in values.items():
-        page.fill(f"[name={name}]", str(value))
-
-
-def done(page: Page) -> str:
-    page.locator("#status", has_text="Done").wait_for(timeout=60_000)
-    return page.locator("#texts").text_content() or ""
+    with opened(browser, f"http://{server}/") as page:
+        yield page
 
 
 @in_browser
@@ -444,17 +342,19 @@ def test_mistakes_and_stopping(page: Page) -> None:
 
 
 @in_browser
-def test_the_canvas_of_an_image(browser: Any, digits: str) -> None:
-    page = browser.new_page(viewport={"width": 1200, "height": 900})
-    page.goto(f"http://{digits}/?steps=6&n=2&seed=3&label=4&entropy=false")
-    page.locator("#status", has_text="Done").wait_for(timeout=60_000)
-    assert not page.locator("#prompt").is_visible()
-    shown = page.locator("canvas").first.evaluate(
-        "canvas => Array.from(canvas.getContext('2d').getImageData(0, 0, 8, 8).data).filter((_, i) => i % 4 === 0)"
-    )
-    _, answer = ask(digits, {"steps": 6, "n": 2, "seed": 3, "label": 4})
-    assert shown == answer["choices"][0]["image"]
-    page.close()
+def test_what_is_too_long_for_a_link(page: Page) -> None:
+    fill(page, prompt="é" * 1500 + "{{3}}", steps=1, n=1)
+    page.click("#run")
+    done(page)
+    assert "There is no link" in (page.locator("#status").text_content() or "")
+    assert "?" not in page.url
+    assert page.locator("#link").is_disabled()
+
+
+@in_browser
+def test_a_damaged_link(page: Page, server: str) -> None:
+    page.goto(f"http://{server}/?sampler_params=%7B")
+    page.locator("#status.error", has_text="sampler_params that cannot be read").wait_for()
 
 
 @in_browser

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from sedd.cli import main
 from sedd.data.corpora import CORPORA
-from sedd.data.tokenizer import TOKENIZERS
+from sedd.data.options import DataConfig
+from sedd.data.tokenizer import TOKENIZERS, get_tokenizer
 from sedd.diffusion import OBJECTIVES, SAMPLERS, SCHEDULES
 from sedd.hub import load_model
 from sedd.registry import import_outside
@@ -264,3 +265,22 @@ def test_a_file_never_imports(outside: Path, kind: str, capsys: pytest.CaptureFi
 def test_mistakes(outside: Path, name: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         import_outside(name)
+
+
+@pytest.mark.parametrize("method", ["labels", "labelled_batches"])
+@pytest.mark.usefixtures("outside")
+def test_a_corpus_that_does_not_tell_the_classes(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import_outside("my_corpus:Ramps")
+    kind = CORPORA["my_corpus:Ramps"]
+    corpus = kind(DataConfig(), get_tokenizer("bytes"), 16)
+    arguments = ("validation", 3) if method == "labels" else (4,)
+    options = {} if method == "labels" else {"seed": 0}
+    with pytest.raises(
+        NotImplementedError, match=f"^{method}: expected a corpus with classes, got Ramps, which has none"
+    ):
+        getattr(corpus, method)(*arguments, **options)
+    monkeypatch.setattr(kind, "classes", 10)
+    with pytest.raises(
+        NotImplementedError, match=f"^{method}: expected a method of Ramps, which has 10 classes, got none"
+    ):
+        getattr(corpus, method)(*arguments, **options)

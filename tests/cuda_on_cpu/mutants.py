@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -824,7 +825,7 @@ MUTANTS = [
         family="generalized_masked",
     ),
     Mutant(
-        "every lane writes a segment's sums",
+        "every lane writes a segment's sums of masked diffusion",
         "generalized_masked.cu",
         "if (lane_of() == 0) segments[",
         "segments[",
@@ -839,7 +840,7 @@ MUTANTS = [
         family="generalized_masked",
     ),
     Mutant(
-        "MASK has a gradient",
+        "MASK has a gradient in masked diffusion",
         "generalized_masked.cu",
         "row_logits<T>(p, place.row), count, place.segment, -1,",
         "row_logits<T>(p, place.row), all, place.segment, -1,",
@@ -1182,6 +1183,8 @@ MUTANTS = [
         )
     ),
 ]
+if repeated := [name for name, count in Counter(mutant.name for mutant in MUTANTS).items() if count > 1]:
+    raise ValueError(f"MUTANTS: expected different names, got several of {', '.join(map(repr, repeated))}")
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -47,8 +47,8 @@ class Corpus(ABC):
         """Endless training batches [batch_size, L], int64, in an order that depends only on the seed."""
 
     def labelled_batches(self, batch_size: int, *, seed: int) -> Batches:
-        """The same batches with the class of each block, for a corpus with classes."""
-        raise NotImplementedError
+        """The same batches with the class of each block. A corpus with classes must define this method."""
+        raise self._without_classes("labelled_batches")
 
     @abstractmethod
     def valid(self, count: int) -> Tensor:
@@ -59,8 +59,19 @@ class Corpus(ABC):
         return None
 
     def labels(self, split: str, count: int) -> Tensor:
-        """The classes [≤ count], int64, of the blocks of a split, 'validation' or 'test', for a corpus with classes."""
-        raise NotImplementedError
+        """The classes [≤ count], int64, of the blocks of a split, 'validation' or 'test'.
+
+        A corpus with classes must define this method.
+        """
+        raise self._without_classes("labels")
+
+    def _without_classes(self, method: str) -> NotImplementedError:
+        name = type(self).__name__
+        if self.classes:
+            return NotImplementedError(
+                f"{method}: expected a method of {name}, which has {self.classes} classes, got none"
+            )
+        return NotImplementedError(f"{method}: expected a corpus with classes, got {name}, which has none")
 
     @abstractmethod
     def n_bytes(self, blocks: Tensor) -> int:

@@ -9,7 +9,7 @@ import gzip
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class ImageSet:
     Attributes:
         chunks: their values, uint8, one image after another, in chunks of any length.
         shape: rows, columns and channels of an image.
-        labels: the class of each image [n], int64; None if there are no classes.
+        labels: the class of each image [n], int64, -1 for an image without one; None if there are no classes.
         classes: number of classes.
     """
 
@@ -56,6 +56,18 @@ def open_images(config: DataConfig) -> Mapping[str, ImageSet]:
         ValueError: a file is damaged, or the source has no images, or images of several shapes.
         ImportError: a package is not installed.
     """
+    found = _open(config)
+    first = next(iter(found.values()))
+    for split, images in found.items():
+        if images.shape != first.shape:
+            raise ValueError(
+                f"source: expected images of one shape, got {list(first.shape)} and, in {split!r}, "
+                f"{list(images.shape)} in {config.source}"
+            )
+    return found
+
+
+def _open(config: DataConfig) -> Mapping[str, ImageSet]:
     source = config.source
     path = Path(source).expanduser()
     if source not in NAMED and (is_saved(source) or not path.exists()):
@@ -111,8 +123,9 @@ def _idx_folder(folder: Path) -> Mapping[str, ImageSet]:
                 f"{folder}: expected a label for each of {len(images)} images of {split}, got {len(labels)}"
             )
         shape = (images.shape[1], images.shape[2], 1)
-        found[split] = ImageSet([images.reshape(-1)], shape, labels.astype(np.int64), 1 + int(labels.max()))
-    return found
+        found[split] = ImageSet([images.reshape(-1)], shape, labels.astype(np.int64))
+    classes = 1 + max(int(images.labels.max()) for images in found.values() if images.labels is not None)
+    return {split: replace(images, classes=classes) for split, images in found.items()}
 
 
 def _plain_or_compressed(folder: Path, name: str) -> Path:
@@ -165,8 +178,12 @@ def read_idx(path: Path, axes: int) -> Pixels:
 
 
 def _png_folder(folder: Path) -> ImageSet:
-    """All PNG files below a folder, in the order of their names. If all are in subfolders, these are the classes."""
-    files = sorted(path for path in folder.rglob("*.[pP][nN][gG]") if path.is_file())
+    """All PNG files below a folder, in the order of their names. If all are in subfolders, these are the classes.
+
+    Hidden files, and those in hidden folders, are left out.
+    """
+    found = [path for path in folder.rglob("*.[pP][nN][gG]") if path.is_file()]
+    files = sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
     if not files:
         raise FileNotFoundError(f"source: expected a folder with PNG or IDX files, got {folder}, which has none")
     values: list[Pixels] = []
@@ -198,16 +215,7 @@ def _size(values: Pixels) -> str:
 def _from_datasets(config: DataConfig) -> Mapping[str, ImageSet]:
     """The splits of a hub data set or of a folder written by ``save_to_disk``."""
     import_pillow()  # datasets decodes pictures with it
-    found: dict[str, ImageSet] = {}
-    for split, rows in open_splits(config).items():
-        first = next(iter(found.values()), None)
-        found[split] = _table(rows, split, config.source)
-        if first is not None and found[split].shape != first.shape:
-            raise ValueError(
-                f"source: expected images of one shape, got {list(first.shape)} and, in {split!r}, "
-                f"{list(found[split].shape)} in {config.source}"
-            )
-    return found
+    return {split: _table(rows, split, config.source) for split, rows in open_splits(config).items()}
 
 
 def _table(rows: Any, split: str, source: str) -> ImageSet:
@@ -220,7 +228,9 @@ def _table(rows: Any, split: str, source: str) -> ImageSet:
     if images is None or not len(rows):
         have = ", ".join(map(repr, rows.features)) if len(rows) else "no rows"
         raise ValueError(f"source: expected a column of images in {split!r} of {source}, got {have}")
-    first = rows[0][images]
+    first, where = rows[0][images], f"{split!r} of {source}"
+    if first is None:
+        raise _no_image(where)
     channels = _channels(first)
     shape = (first.height, first.width, channels)
     values = rows.map(
@@ -230,17 +240,23 @@ def _table(rows: Any, split: str, source: str) -> ImageSet:
         input_columns=[images],
         remove_columns=rows.column_names,
         features=datasets.Features({"values": datasets.Sequence(datasets.Value("uint8"))}),
-        fn_kwargs={"shape": shape, "where": f"{split!r} of {source}"},
+        fn_kwargs={"shape": shape, "where": where},
         desc="Reading images",
     )
     chunks = [chunk.flatten().to_numpy() for chunk in values.with_format("arrow")[:]["values"].chunks]
     if labels is None:
         return ImageSet(chunks, shape)
-    column = rows.select_columns([labels]).with_format("numpy")[:][labels]
-    return ImageSet(chunks, shape, np.asarray(column, np.int64), rows.features[labels].num_classes)
+    column = rows.select_columns([labels]).with_format("arrow")[:][labels].fill_null(-1).to_numpy()
+    return ImageSet(chunks, shape, column, rows.features[labels].num_classes)
+
+
+def _no_image(where: str) -> ValueError:
+    return ValueError(f"source: expected an image in each row of {where}, got a row without one")
 
 
 def _encode(pictures: list[Any], shape: tuple[int, int, int], where: str) -> dict[str, list[Pixels]]:
+    if any(picture is None for picture in pictures):
+        raise _no_image(where)
     values = [to_tokens(picture, shape[2]) for picture in pictures]
     for other in values:
         if other.shape != shape:

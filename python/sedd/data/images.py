@@ -63,7 +63,7 @@ class ImageCorpus(Corpus):
 
     def batches(self, batch_size: int, *, seed: int) -> Batches:
         """See :meth:`Corpus.batches`."""
-        return _ImageBatches(self._train, batch_size, seed, flips=self._flips, labelled=False)
+        return _ImageBatches(self._train, batch_size, seed, flips=self._flips)
 
     def labelled_batches(self, batch_size: int, *, seed: int) -> Batches:
         """See :meth:`Corpus.labelled_batches`."""
@@ -127,13 +127,16 @@ class _Split:
         """The classes of the images that begin there."""
         if self.images.labels is None:
             raise ValueError("model.classes: expected images with classes, got a split without them")
-        return torch.from_numpy(self.images.labels[starts // self.blocks.length])
+        found = self.images.labels[starts // self.blocks.length]
+        if (found < 0).any():
+            raise ValueError("model.classes: expected a class of each image, got images without one")
+        return torch.from_numpy(found)
 
 
 class _ImageBatches(BlockBatches):
     """Batches of images, some of them mirrored. The offset of a mirrored one is inverted: ~start."""
 
-    def __init__(self, split: _Split, batch_size: int, seed: int, *, flips: bool, labelled: bool) -> None:
+    def __init__(self, split: _Split, batch_size: int, seed: int, *, flips: bool, labelled: bool = False) -> None:
         super().__init__(split.blocks, batch_size, seed)
         self._identity["kind"] = "mirrored images" if flips else "images"
         self._split, self._flips, self._labelled = split, flips, labelled

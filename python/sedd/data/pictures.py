@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,23 +62,40 @@ def to_tokens(picture: Any, channels: int) -> Pixels:
     return values.reshape(*values.shape[:2], channels)
 
 
-def read_picture(path: Path) -> Any:
+def read_picture(file: Path | BinaryIO, size: tuple[int, int] | None = None) -> Any:
     """Reads a PNG file as a picture of Pillow.
+
+    Args:
+        file: its path, or an open file, which messages call ``picture``.
+        size: columns and rows that it must have. They are compared before any pixel is decoded.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no PNG file, or damaged.
+        ValueError: it is no PNG file, or damaged, or has another size or 16 bits.
         ImportError: Pillow is not installed.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a PNG file, got no such file")
+    name = file if isinstance(file, Path) else "picture"
+    if isinstance(file, Path) and not file.is_file():
+        raise FileNotFoundError(f"{name}: expected a PNG file, got no such file")
     image = import_pillow()
     try:
-        with image.open(path, formats=["PNG"]) as picture:
-            picture.load()
-            return picture.copy()
+        with image.open(file, formats=["PNG"]) as picture:
+            wrong = _wrong(picture, size)
+            if wrong is None:
+                picture.load()
+                return picture.copy()
     except (OSError, SyntaxError, ValueError, EOFError, image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: expected a PNG file, got one that cannot be read: {error}") from error
+        raise ValueError(f"{name}: expected a PNG file, got one that cannot be read: {error}") from error
+    raise ValueError(f"{name}: {wrong}")
+
+
+def _wrong(picture: Any, size: tuple[int, int] | None) -> str | None:
+    """What is wrong with a PNG file that is open but not decoded."""
+    columns, rows = picture.size
+    if size is not None and size != (columns, rows):
+        return f"expected an image of {size[1]} x {size[0]} pixels, got {rows} x {columns}"
+    mode = str(picture.tile[0][3]) if picture.tile else picture.mode  # in the file; Pillow reads 16 bits in colour as 8
+    return f"expected values of 8 bits ({', '.join(MODES)}), got {mode}" if ";16" in mode else None
 
 
 def grid(pictures: Pixels, columns: int | None = None) -> Pixels:

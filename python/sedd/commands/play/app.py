@@ -9,12 +9,12 @@ import math
 import time
 import uuid
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from threading import Event
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -24,7 +24,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from torch import Tensor
 
-from sedd.commands.play.writing import CancelledError, Frame, Request, Written, check, write
+from sedd.commands.play.painting import Images
+from sedd.commands.play.writing import Frame, Request, Written, check, write
 from sedd.diffusion.sampler import Sampler
 from sedd.diffusion.samplers import SAMPLERS, find_sampler
 from sedd.hub.pretrained import LoadedModel
@@ -34,12 +35,24 @@ from sedd.progress import printable
 __all__ = ["make_app"]
 
 MOST_BYTES = 1 << 20  # of a request
+MOST_UNREAD = 1 << 17  # tokens in the frames that wait for a client
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src data:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
 }
-PAGE = {"": "text/html", "play.js": "text/javascript", "play.css": "text/css"}
+PAGE = {"": "text/html", "play.js": "text/javascript", "painter.js": "text/javascript", "play.css": "text/css"}
+
+
+Body = TypeVar("Body")
+
+
+@dataclass
+class ImageRequest:
+    """A request for the values of an image, the body of ``POST /v1/images``."""
+
+    image: str | list[int] = ""
+    """See :meth:`Images.read`."""
 
 
 @dataclass
@@ -50,6 +63,14 @@ class _Job:
     layout: tuple[Tensor, Tensor]
     events: asyncio.Queue[Frame | Written | Exception] = field(default_factory=asyncio.Queue)
     cancelled: Event = field(default_factory=Event)
+    work: Future[None] | None = None
+
+    def add(self, event: Frame | Written | Exception) -> None:
+        """Adds an event. A client that reads slowly misses the oldest frames that it has not read."""
+        tokens = self.request.n * len(self.layout[0])
+        if self.events.qsize() >= max(1, MOST_UNREAD // tokens):
+            self.events.get_nowait()
+        self.events.put_nowait(event)
 
 
 class _RefusedError(Exception):
@@ -69,6 +90,7 @@ class _Server:
         self.name = (loaded.path.parent.parent if loaded.config else loaded.path).resolve().name
         self.jobs: list[_Job] = []
         self.pool = ThreadPoolExecutor(1, "sedd-play")
+        self.images, self.reader = Images(loaded), ThreadPoolExecutor(1, "sedd-play-images")
 
     # ---- answers ----
 
@@ -89,6 +111,7 @@ class _Server:
             "length": model.config.length,
             "shape": list(model.config.shape),  # of images; nothing for texts
             "classes": model.config.classes,
+            "most_bytes": MOST_BYTES,
             "most_entropy": round(min(5.0, math.log(self.loaded.diffusion.process.dim)), 1),  # the darkest shade
             "samplers": {name: _parameters(kind) for name, kind in SAMPLERS.items() if self._suits(name)},
             "entropy": not self.loaded.diffusion.objective.autoregressive,
@@ -97,20 +120,27 @@ class _Server:
 
     async def completions(self, http: HttpRequest) -> Response:
         """Texts for a request."""
-        try:
-            job = self._queue(await self._read(http))
-        except (ValueError, _RefusedError) as error:
-            status = error.status if isinstance(error, _RefusedError) else 400
-            return JSONResponse(_error(error), status, headers=HEADERS)
+        request = await self._read(http, Request)
+        job = self._queue(request, None if request.image is None else (await self._image(request.image))[0])
         if job.request.stream:
             headers = {**HEADERS, "X-Accel-Buffering": "no"}
             return StreamingResponse(self._stream(job), media_type="text/event-stream", headers=headers)
         return await self._answer(job, http)
 
-    async def _read(self, http: HttpRequest) -> Request:
-        kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # which no form of another site can send
-            raise _RefusedError(415, f"Content-Type: expected application/json, got {kind or 'nothing'}")
+    async def image(self, http: HttpRequest) -> Response:
+        """The values of an image: what is painted on."""
+        values, label = await self._image((await self._read(http, ImageRequest)).image)
+        shape = list(self.loaded.model.config.shape)
+        answer = {"object": "image", "image": values.tolist(), "shape": shape, "label": label}
+        return JSONResponse(answer, headers=HEADERS)
+
+    async def _image(self, image: str | list[int]) -> tuple[Tensor, int | None]:
+        return await asyncio.get_running_loop().run_in_executor(self.reader, self.images.read, image)
+
+    async def _read(self, http: HttpRequest, kind: type[Body]) -> Body:
+        sent = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if sent != "application/json":  # which no form of another site can send
+            raise _RefusedError(415, f"Content-Type: expected application/json, got {sent or 'nothing'}")
         body = b""
         async for part in http.stream():
             body += part
@@ -123,27 +153,30 @@ class _Server:
         if not isinstance(values, dict):
             raise ValueError(f"body: expected a JSON object, got {type(values).__name__}")
         given = {name: value for name, value in values.items() if value is not None}
-        return build(Request, checked(Request, given))
+        return build(kind, checked(kind, given))
 
-    def _queue(self, request: Request) -> _Job:
-        layout = check(self.loaded, request)
+    def _queue(self, request: Request, image: Tensor | None) -> _Job:
+        layout = check(self.loaded, request, image)
         if len(self.jobs) > self.waiting:  # the first one is at work
             raise _RefusedError(429, f"server: expected at most {self.waiting} waiting requests; try again later")
         job = _Job(request, layout)
         self.jobs.append(job)
-        loop = asyncio.get_running_loop()
-        self.pool.submit(self._work, job, loop)
+        job.work = self.pool.submit(self._work, job, asyncio.get_running_loop())
         return job
+
+    def _leave(self, job: _Job) -> None:
+        """The client does not wait any more: the job leaves the queue, or ends after the present step."""
+        job.cancelled.set()
+        if job.work is not None and job.work.cancel():
+            self.jobs.remove(job)
 
     def _work(self, job: _Job, loop: asyncio.AbstractEventLoop) -> None:
         """In the thread that works."""
 
         def put(event: Frame | Written | Exception) -> None:
-            loop.call_soon_threadsafe(job.events.put_nowait, event)
+            loop.call_soon_threadsafe(job.add, event)
 
         try:
-            if job.cancelled.is_set():
-                raise CancelledError
             on_frame = put if job.request.stream else None
             put(write(self.loaded, job.request, job.layout, on_frame, job.cancelled))
         except Exception as error:  # the server goes on
@@ -159,7 +192,7 @@ class _Server:
         finally:
             gone.cancel()
             if not result.done():
-                job.cancelled.set()
+                self._leave(job)
                 result.cancel()
         if result.cancelled() or not result.done():
             return Response(status_code=499)  # nobody reads it
@@ -167,7 +200,7 @@ class _Server:
         if isinstance(found, Written):
             return JSONResponse(self._completion(job, found), headers=HEADERS)
         assert isinstance(found, Exception)
-        return JSONResponse(_error(found), 500, headers=HEADERS)
+        return JSONResponse(_error(found), 400 if isinstance(found, ValueError) else 500, headers=HEADERS)
 
     async def _stream(self, job: _Job) -> AsyncIterator[str]:
         try:
@@ -177,13 +210,13 @@ class _Server:
             while True:
                 found = await job.events.get()
                 if isinstance(found, Frame):
-                    yield _event({"object": "text_completion.step", "seed": job.request.seed, **asdict(found)})
+                    yield _event({"object": "text_completion.step", "seed": job.request.seed, **vars(found)})
                     continue
                 yield _event(self._completion(job, found) if isinstance(found, Written) else _error(found))
                 yield "data: [DONE]\n\n"
                 return
         finally:
-            job.cancelled.set()
+            self._leave(job)
 
     def _completion(self, job: _Job, written: Written) -> dict[str, Any]:
         alone = "{{" not in job.request.prompt
@@ -234,6 +267,11 @@ def _error(error: Exception) -> dict[str, Any]:
     return {"error": {"message": printable(message), "type": "invalid_request_error" if known else "server_error"}}
 
 
+async def _refuse(_: HttpRequest, error: Exception) -> Response:
+    """The answer to a request that is wrong."""
+    return JSONResponse(_error(error), error.status if isinstance(error, _RefusedError) else 400, headers=HEADERS)
+
+
 async def _disconnected(http: HttpRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
@@ -264,13 +302,16 @@ def make_app(loaded: LoadedModel, host: str = "127.0.0.1", waiting: int = 32) ->
         for job in server.jobs:
             job.cancelled.set()
         server.pool.shutdown(cancel_futures=True)
+        server.reader.shutdown(cancel_futures=True)
 
     return Starlette(
         routes=[
             *(Route(f"/{name}", server.page) for name in PAGE),
             Route("/v1/models", server.models),
             Route("/v1/completions", server.completions, methods=["POST"]),
+            Route("/v1/images", server.image, methods=["POST"]),
         ],
+        exception_handlers={ValueError: _refuse, _RefusedError: _refuse},
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=_hosts(host))],
         lifespan=lifespan,
     )

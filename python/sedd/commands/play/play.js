@@ -5,8 +5,14 @@ const form = document.getElementById("form");
 const [prompt_, gap, gapSize, run, stop, link, progress, status_, texts, params, legend] = [
   "prompt", "gap", "gap-size", "run", "stop", "link", "progress", "status", "texts", "params", "legend",
 ].map((id) => document.getElementById(id));
+const [imageFields, showValid, valid, file] = ["image-fields", "show-valid", "valid", "file"].map((id) =>
+  document.getElementById(id),
+);
+const LONGEST_LINK = 8000; // characters
 const NUMBERS = ["steps", "temperature", "top_p", "n", "seed", "label", "guidance"];
 let model = null;
+let painter = null; // of a model of images
+const UNREACHABLE = "The server does not answer. Is sedd play still running?";
 let running = null; // an AbortController
 
 function say(text, isError = false) {
@@ -32,7 +38,8 @@ function showParameters(values = {}) {
 
 function readForm() {
   const body = { sampler: form.sampler.value, entropy: form.entropy.checked };
-  if (model.shape.length === 0) body.prompt = prompt_.value;
+  if (painter === null) body.prompt = prompt_.value;
+  else if (painter.name !== null) Object.assign(body, { image: painter.name, mask: painter.ranges() });
   for (const name of NUMBERS) {
     const isUsed = model.classes > 0 || !["label", "guidance"].includes(name);
     if (form[name].value !== "" && isUsed) body[name] = Number(form[name].value);
@@ -50,13 +57,17 @@ function fillForm(query) {
   if (query.has("sampler") && query.get("sampler") in model.samplers) form.sampler.value = query.get("sampler");
   for (const name of NUMBERS) if (query.has(name)) form[name].value = query.get(name);
   if (query.has("entropy")) form.entropy.checked = query.get("entropy") === "true";
-  let given = {};
+  showParameters(readLink(query, "sampler_params", {}));
+}
+
+// The text of a link as JSON, or what stands for nothing if it cannot be read.
+function readLink(query, name, nothing) {
   try {
-    given = JSON.parse(query.get("sampler_params") ?? "{}") ?? {};
+    return JSON.parse(query.get(name)) ?? nothing;
   } catch {
-    say("The link has sampler parameters that cannot be read.", true);
+    say(`The link has a value of ${name} that cannot be read.`, true);
+    return nothing;
   }
-  showParameters(given);
 }
 
 function permalink(body) {
@@ -85,34 +96,29 @@ stop.addEventListener("click", () => running?.abort());
 
 // ---- the texts ----
 
-// Values as grey or coloured pixels. MASK is grey, or as warm as its entropy.
-function drawImage(canvas, values, masked, entropy) {
-  const [height, width, channels] = model.shape;
-  if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
-  const context = canvas.getContext("2d");
-  const image = context.createImageData(width, height);
-  for (let pixel = 0; pixel < height * width; pixel++) {
-    for (let k = 0; k < 3; k++) {
-      const at = pixel * channels + (channels === 3 ? k : 0);
-      const share = entropy === null || entropy[at] === null ? 0 : Math.min(1, entropy[at] / model.most_entropy);
-      image.data[4 * pixel + k] = masked[at] ? [128 + 96 * share, 128 - 6 * share, 128 - 128 * share][k] : values[at];
-    }
-    image.data[4 * pixel + 3] = 255;
+// The element of a text, or the canvas of an image with a button.
+function makeResult(isText) {
+  if (isText) {
+    const shown = document.createElement("p");
+    shown.className = "text";
+    return shown;
   }
-  context.putImageData(image, 0, 0);
+  const [shown, canvas, button] = ["div", "canvas", "button"].map((kind) => document.createElement(kind));
+  shown.className = "image";
+  Object.assign(button, { type: "button", textContent: "Paint on this", disabled: true });
+  shown.append(canvas, button);
+  return shown;
 }
 
 function showFrame(frame) {
   const isText = model.shape.length === 0;
   while (texts.children.length > frame.pieces.length) texts.lastChild.remove();
-  while (texts.children.length < frame.pieces.length) {
-    const shown = document.createElement(isText ? "p" : "canvas");
-    shown.className = isText ? "text" : "";
-    texts.append(shown);
-  }
+  while (texts.children.length < frame.pieces.length) texts.append(makeResult(isText));
   frame.pieces.forEach((pieces, i) => {
     if (!isText) {
-      drawImage(texts.children[i], pieces, frame.masked[i], frame.entropy === null ? null : frame.entropy[i]);
+      const [canvas, button] = texts.children[i].children;
+      drawImage(canvas, model, pieces, frame.masked[i], frame.entropy === null ? null : frame.entropy[i]);
+      button.onclick = () => startPainting(pieces, pieces);
       return;
     }
     const spans = [];
@@ -142,6 +148,47 @@ function showFrame(frame) {
   });
 }
 
+// ---- the image to paint on ----
+
+// Whether the results can be painted on: not while they have MASK.
+function allowPainting(isAllowed) {
+  for (const button of texts.querySelectorAll("button")) button.disabled = !isAllowed;
+}
+
+function startPainting(name, values, ranges) {
+  painter.show(name, values, ranges);
+  painter.box.scrollIntoView({ block: "nearest" });
+}
+
+// Asks for the values of an image, and shows it.
+async function showImage(name, ranges) {
+  try {
+    const body = JSON.stringify({ image: name });
+    if (body.length > model.most_bytes) throw new Error(`The file is too large: at most ${model.most_bytes} bytes in base64.`);
+    const response = await fetch("v1/images", { method: "POST", headers: { "Content-Type": "application/json" }, body });
+    const answer = await response.json();
+    if (!response.ok) throw new Error(answer.error.message);
+    startPainting(typeof name === "string" && name.startsWith("valid:") ? name : answer.image, answer.image, ranges);
+    say(answer.label === null ? "" : `Class ${answer.label}`);
+    return true;
+  } catch (error) {
+    say(error instanceof TypeError ? UNREACHABLE : error.message, true);
+    return false;
+  }
+}
+
+showValid.addEventListener("click", () => showImage(`valid:${valid.value}`));
+file.addEventListener("change", () => {
+  if (file.files.length === 0) return;
+  const reader = new FileReader();
+  reader.onload = () => showImage(reader.result);
+  reader.onerror = () => say("The file cannot be read.", true);
+  reader.readAsDataURL(file.files[0]);
+  file.value = ""; // the same file can be chosen again
+});
+
+// ---- a request ----
+
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -165,6 +212,7 @@ async function write() {
   const body = readForm();
   stop.disabled = false;
   run.disabled = true;
+  allowPainting(false);
   progress.value = 0;
   legend.hidden = !body.entropy || !model.entropy;
   say("Starting …");
@@ -198,15 +246,18 @@ async function write() {
         }
       } else {
         draw();
+        allowPainting(true);
         progress.value = progress.max;
-        say(`Done, seed ${event.seed}.`);
-        history.replaceState(null, "", permalink({ ...body, seed: event.seed }));
-        link.disabled = false;
+        const address = permalink({ ...body, seed: event.seed });
+        const isShort = address.length <= LONGEST_LINK;
+        history.replaceState(null, "", isShort ? address : location.pathname);
+        link.disabled = !isShort;
+        say(`Done, seed ${event.seed}.${isShort ? "" : " There is no link: the request is too long for one."}`);
       }
     }
   } catch (error) {
     if (own.signal.aborted) say("Stopped.");
-    else say(error instanceof TypeError ? "The server does not answer. Is sedd play still running?" : error.message, true);
+    else say(error instanceof TypeError ? UNREACHABLE : error.message, true);
   } finally {
     if (running === own) {
       running = null;
@@ -225,7 +276,7 @@ async function start() {
   try {
     model = (await (await fetch("v1/models")).json()).data[0];
   } catch {
-    say("The server does not answer. Is sedd play still running?", true);
+    say(UNREACHABLE, true);
     return;
   }
   document.title = `${model.id} · sedd play`;
@@ -236,11 +287,22 @@ async function start() {
   form.entropy.checked = form.entropy.checked && model.entropy;
   form.entropy.disabled = !model.entropy;
   document.getElementById("text-fields").hidden = model.shape.length > 0;
+  imageFields.hidden = model.shape.length === 0;
+  if (model.shape.length > 0) {
+    painter = new Painter(model);
+    texts.className = "images";
+    run.textContent = "Sample";
+  }
   for (const id of ["label-field", "guidance-field"]) document.getElementById(id).hidden = model.classes === 0;
   if (model.classes > 0) form.label.max = model.classes - 1;
   prompt_.value = `{{${Math.min(model.length, 64)}}}`;
   const query = new URLSearchParams(location.search);
   fillForm(query);
+  if (painter !== null && query.has("image")) {
+    const image = query.get("image");
+    const ranges = [readLink(query, "mask", [])].flat().filter(Array.isArray);
+    if (!(await showImage(image.startsWith("[") ? readLink(query, "image", "") : image, ranges))) return;
+  }
   if (query.has("seed")) write();
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sedd.commands.play.painting import painted
 from sedd.commands.sample import GAP, parse_template
 from sedd.commands.sampler_params import choose_sampler
 from sedd.diffusion.sampler import Sampler
@@ -32,8 +33,9 @@ class CancelledError(Exception):
 class Request:
     """A request for texts or images, the body of ``POST /v1/completions``.
 
-    A model of images takes no text. Of a model of text, either the prompt has gaps ``{{n}}`` of n tokens, which are
-    filled, or ``max_tokens`` new tokens stand between ``prompt`` and ``suffix``. An empty request is for a whole block.
+    A model of images takes no text. It samples whole images, or the pixels ``mask`` of ``image``. Of a model of text,
+    either the prompt has gaps ``{{n}}`` of n tokens, which are filled, or ``max_tokens`` new tokens stand between
+    ``prompt`` and ``suffix``. An empty request is for a whole block.
     """
 
     prompt: str = ""
@@ -64,6 +66,10 @@ class Request:
     """For a model of images with classes: the class. Default: none."""
     guidance: float = 1.0
     """See sedd sample --help."""
+    image: str | list[int] | None = None
+    """For a model of images: the image of which a part is sampled, see :meth:`Images.read`. Default: none."""
+    mask: list[tuple[int, int]] = field(default_factory=list)
+    """The part of the image that is sampled, see :func:`painted`."""
     model: str | None = None
     """Not used: there is one model."""
 
@@ -80,13 +86,15 @@ class Request:
             raise ValueError(f"seed: expected a number in [0, 2^63), got {self.seed}")
         if GAP.search(self.prompt) and (self.suffix or self.max_tokens is not None):
             raise ValueError("prompt: expected no gaps {{n}} together with suffix or max_tokens, got both")
+        if self.mask and self.image is None:
+            raise ValueError(f"mask: expected none without an image, got {len(self.mask)} ranges")
 
     def chosen(self) -> Sampler | str | None:
         """The sampler, with its parameters if there are any."""
         return choose_sampler(self.sampler, self.steps, self.sampler_params)
 
-    def layout(self, loaded: LoadedModel) -> tuple[Tensor, Tensor]:
-        """The given tokens and where they are given, [L] each."""
+    def layout(self, loaded: LoadedModel, image: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The given tokens and where they are given, [L] each; ``image`` has the values that :attr:`image` names."""
         classes = loaded.model.config.classes
         if self.label is not None and not 0 <= self.label < classes:
             wanted = f"a class in [0, {classes})" if classes else "none for a model without classes"
@@ -97,6 +105,8 @@ class Request:
             for name in ("prompt", "suffix", "max_tokens"):
                 if getattr(self, name):
                     raise ValueError(f"{name}: expected none for a model of images, got {getattr(self, name)!r}")
+            if image is not None:
+                return image, ~painted(self.mask, loaded.model.config.shape)
             length = loaded.model.config.length
             return torch.zeros(length, dtype=torch.int64), torch.zeros(length, dtype=torch.bool)
         if GAP.search(self.prompt):
@@ -187,14 +197,19 @@ class _Entropies:
         return self._last
 
 
-def check(loaded: LoadedModel, request: Request) -> tuple[Tensor, Tensor]:
+def check(loaded: LoadedModel, request: Request, image: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Checks a request against a model, and returns its layout.
 
+    Args:
+        loaded: the model.
+        request: the request.
+        image: the values [L] of the image that the request names.
+
     Raises:
-        ValueError: the sampler does not suit the model, or the text cannot be encoded.
+        ValueError: the sampler does not suit the model, the text cannot be encoded, or the mask does not fit.
     """
     find_sampler(loaded.diffusion, request.chosen(), request.steps)
-    return request.layout(loaded)
+    return request.layout(loaded, image)
 
 
 def write(
