@@ -573,7 +573,6 @@ def test_inpainting_keeps_what_is_given(
         (["infill", "RUN", "valid", "--keep=left", "--num=9999"], "--num: expected at most 72 validation images"),
         (["infill", "RUN", "none.png", "--keep=left"], "none.png: expected a PNG file, got no such file"),
         (["infill", "RUN", "big.png", "--keep=left"], "big.png: expected an image of 8 x 8 pixels, got 9 x 8"),
-        (["convert", "RUN", "out"], "save_pretrained: expected a model of text, got one of images"),
     ],
 )
 def test_mistakes(

@@ -126,6 +126,7 @@ def test_every_format_round_trips(name: str, tmp_path: Path) -> None:
         "README.md",
         "config.json",
         "model.safetensors",
+        "modeling_sedd.py",
     ]
     x, sigma = torch.randint(258, (3, 10), generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 1.0, 5.0])
     expected = released.log_score(weights, x, sigma, scale_by_sigma=True)
@@ -222,7 +223,8 @@ def test_a_repository_is_downloaded_and_pushed(tmp_path: Path, monkeypatch: pyte
     assert model.push_to_hub("someone/toy", model_card_kwargs={"text": "It is a toy."}) == "address of someone/toy"
     card = (hub / "README.md").read_text()
     assert card.startswith("---\n")
-    assert "library_name: sedd" in card
+    assert "# someone/toy" in card
+    assert 'load_model("someone/toy")' in card
     assert "bytes tokens (257) in blocks of 24" in card
     assert "It is a toy." in card
     again = SEDD.from_pretrained("someone/toy", revision="main")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from sedd.data.tokenizer import Tokenizer
 from sedd.diffusion.diffusion import Mean, Score
-from sedd.diffusion.objectives import get_objective
+from sedd.diffusion.objectives import OBJECTIVES, get_objective
 from sedd.diffusion.schedule import Schedule
 from sedd.files import TEMPORARY, flush_folder, move_all, naming, save_tensors, write_json
 from sedd.hints import pip_install
+from sedd.hub.card import model_card
 from sedd.hub.formats import SCHEDULE, StoredModel, read_model, to_config
 from sedd.network import DiffusionTransformer, ModelConfig
 from sedd.training.weights import load_weights
@@ -37,43 +39,20 @@ else:
 
 __all__ = ["SEDD"]
 
-CARD = """---
-{{ card_data }}
----
-
-# A score-entropy diffusion language model
-
-{{ facts }}.
-
-The model generates all positions in parallel, in any number of steps, and fills gaps anywhere in a text
-([SEDD, Lou, Meng & Ermon 2024]({{ paper_url }})). Use it with the `sedd` package, from the command line or from Python:
-
-```sh
-sedd sample NAME --steps 128        # NAME: this repository, or its local folder
-sedd infill NAME 'Once upon a time{{ "{{60}}" }}The end.'
-sedd eval perplexity NAME FILE
-```
-
-```python
-from sedd import load_model, sample
-
-loaded = load_model("NAME")
-tokens = sample(loaded.diffusion, batch=1, length={{ length }}, steps=128)
-print(loaded.tokenizer.decode(tokens[0].tolist()))
-```
-{{ text | default("", true) }}
-"""
-"""Template of the model card; ``model_card_kwargs={"text": ...}`` of ``save_pretrained`` is appended to it."""
+CODE = "modeling_sedd.py"
+"""The file of this package that is saved with models, for programs without it."""
+AUTO = {
+    "model_type": "sedd",
+    "architectures": ["SEDDModel"],
+    "auto_map": {"AutoConfig": "modeling_sedd.SEDDConfig", "AutoModel": "modeling_sedd.SEDDModel"},
+}
+"""Entries of ``config.json`` with which ``transformers.AutoModel`` finds the classes of that file."""
 
 
 class SEDD(
     DiffusionTransformer,
     PyTorchModelHubMixin,
     library_name="sedd",
-    paper_url="https://arxiv.org/abs/2310.16834",
-    pipeline_tag="text-generation",
-    tags=["discrete-diffusion", "sedd"],
-    model_card_template=CARD,
 ):
     """A diffusion transformer that estimates the ratios p_t(y) / p_t(x_t), with process, schedule and tokeniser.
 
@@ -86,6 +65,9 @@ class SEDD(
         objective: the loss of the training, a key of :data:`sedd.diffusion.OBJECTIVES`. It says how the output of the
             head is read: as log-scores, or as logits of the clean token.
         objective_params: parameters of the objective; its defaults where left out.
+
+    Attributes:
+        source: where the model was loaded from; None for a new model. The model card tells of its training.
 
     Raises:
         ValueError: there is no preset or objective of that name, or the schedule does not suit the objective.
@@ -104,6 +86,7 @@ class SEDD(
         objective_params: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(config, process.dim)
+        self.source: Path | None = None
         self.process = process
         self.objective, self.objective_params = objective, dict(objective_params or {})
         made = get_objective(objective, **self.objective_params)
@@ -135,6 +118,7 @@ class SEDD(
                 stored.objective_params,
             )
         load_weights(model, stored.tensors, stored.file)
+        model.source = stored.path
         if isinstance(stored.schedule, nn.Module):
             stored.schedule.to(device)
         return model.to(device).eval()
@@ -169,9 +153,9 @@ class SEDD(
 
     def to_config(self) -> dict[str, Any]:
         """The content of ``config.json``, see :func:`sedd.hub.formats.to_config`."""
-        return to_config(
-            self.config, self.process, self.schedule, self.tokenizer, self.objective, self.objective_params
-        )
+        # the tokeniser of a run of images is that of its options, and has no meaning
+        tokenizer = None if self.config.shape else self.tokenizer
+        return to_config(self.config, self.process, self.schedule, tokenizer, self.objective, self.objective_params)
 
     def facts(self) -> str:
         """A one-line summary: parameters, noise, schedule and tokens.
@@ -182,10 +166,16 @@ class SEDD(
         config, sizes = self.to_config(), self.config
         count = sum(parameter.numel() for parameter in self.parameters())
         noise = ", ".join(f"{key} {value:g}" for key, value in config["noise"].items() if key != "type")
+        shape = " x ".join(map(str, sizes.shape))
+        tokens = (
+            f"{config['tokens']:,} values in images of {shape}"
+            if shape
+            else (f"{config['tokenizer'] or 'unnamed'} tokens ({config['tokens']:,}) in blocks of {sizes.length}")
+        )
         return (
             f"{count / 1e6:.1f} M parameters ({sizes.n_blocks} blocks of width {sizes.hidden_size}, "
             f"{sizes.n_heads} heads), {config['graph']['type']} noise, {config['noise']['type']} schedule ({noise}), "
-            f"{config['tokenizer'] or 'unnamed'} tokens ({config['tokens']:,}) in blocks of {sizes.length}"
+            f"{tokens}"
         )
 
     def save_pretrained(
@@ -197,39 +187,39 @@ class SEDD(
         model_card_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> str | None:
-        """Writes ``config.json``, ``model.safetensors`` and a model card to a folder: either all of them or none.
+        """Writes the model to a folder: all of its files or none.
 
-        The files of the tokeniser are written too, unless it is a registered one. An existing model card is not
-        changed. The metadata of ``model.safetensors`` contains a digest of its content, which is verified on loading.
-        :meth:`push_to_hub` uploads the same files.
+        The files are ``config.json``, ``model.safetensors``, a model card ``README.md``, and those of the tokeniser,
+        unless it is a registered one. ``modeling_sedd.py`` lets ``transformers.AutoModel`` load the folder without
+        this package; it is left out if the schedule or the objective is a class of your own. The metadata of
+        ``model.safetensors`` contains a digest of its content, which is verified on loading.
+
+        The model card has the training and the measured figures of the run that the model was loaded from. If it was
+        loaded from a model folder, the card of that folder is copied. Neither is done if the weights have changed. An
+        existing model card is not changed. :meth:`push_to_hub` uploads the same files.
 
         Args:
             save_directory: the folder; created if it does not exist.
             push_to_hub: whether to upload the files after writing them.
             repo_id: the repository on the hub; None: the name of the folder.
-            model_card_kwargs: values for the model card, such as ``text``.
+            model_card_kwargs: ``name`` in the model card (default: that of the folder), and ``text`` to add at its end.
             **kwargs: arguments of :meth:`push_to_hub`.
 
         Returns:
             The URL of the commit with ``push_to_hub=True``, else None.
 
         Raises:
-            ValueError: the model is autoregressive, of images or has no schedule, or its process has no name; or the
-                folder is a run or a checkpoint of ``sedd train``, whose files have the same names.
+            ValueError: the model is autoregressive or has no schedule, or its process has no name; the folder is a run
+                or a checkpoint of ``sedd train``, whose files have the same names; or a file in the folder ``eval`` of
+                the model's run is damaged.
             OSError: the files cannot be written; existing files are not changed.
             ImportError: ``huggingface_hub`` is not installed.
         """
-        if not hasattr(super(), "save_pretrained"):
-            raise ImportError(f"saving models needs huggingface_hub: {pip_install('train', 'huggingface_hub')}")
+        _need_hub(super())
         if self.causal:
             raise ValueError(
                 "save_pretrained: expected a diffusion model, got an autoregressive one, a baseline that has no model "
                 "card; keep its run"
-            )
-        if self.config.shape:
-            raise ValueError(
-                "save_pretrained: expected a model of text, got one of images, which this format cannot store yet; "
-                "keep its run"
             )
         folder = Path(save_directory)
         if any((folder / name).exists() for name in ("checkpoints", "state.json", ".lock")):
@@ -241,7 +231,7 @@ class SEDD(
             with TemporaryDirectory(prefix=TEMPORARY, dir=folder.parent) as temporary:
                 new = Path(temporary, "new")
                 new.mkdir()
-                super().save_pretrained(new, model_card_kwargs=model_card_kwargs)
+                super().save_pretrained(new, model_card_kwargs={"name": folder.name, **(model_card_kwargs or {})})
                 if (folder / "README.md").exists():
                     (new / "README.md").unlink()
                 flush_folder(new)
@@ -251,19 +241,67 @@ class SEDD(
             return address
         return None
 
+    def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> str:
+        """Uploads the files of :meth:`save_pretrained` to a repository on the Hugging Face hub.
+
+        Args:
+            repo_id: the repository; created if it does not exist.
+            model_card_kwargs: as of :meth:`save_pretrained`; ``name`` is the repository by default.
+            **kwargs: arguments of ``PyTorchModelHubMixin.push_to_hub`` of huggingface_hub, such as ``private``.
+
+        Returns:
+            The URL of the commit.
+        """
+        _need_hub(super())
+        given = {"name": repo_id, **(model_card_kwargs or {})}
+        address: str = super().push_to_hub(repo_id, model_card_kwargs=given, **kwargs)
+        return address
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        write_json(save_directory / "config.json", self.to_config())
-        if isinstance(self.tokenizer, Tokenizer):
+        auto = AUTO if self._has_code() else {}
+        write_json(save_directory / "config.json", {**auto, **self.to_config()})
+        if auto:
+            shutil.copyfile(Path(__file__).with_name(CODE), save_directory / CODE)
+        if isinstance(self.tokenizer, Tokenizer) and not self.config.shape:
             for name, text in self.tokenizer.files().items():
                 (save_directory / name).write_text(text, encoding="utf-8")
         schedule: Any = self.schedule
         learned = schedule.state_dict(prefix=SCHEDULE) if isinstance(schedule, nn.Module) else {}
         save_tensors(save_directory / "model.safetensors", {**self.state_dict(), **learned}, {"format": "pt"})
 
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
-        """The model card, from :data:`CARD`."""
-        given = {"facts": self.facts(), "length": str(self.config.length)}
-        return super().generate_model_card(*args, **{**given, **kwargs})
+    def _has_code(self) -> bool:
+        """Whether the saved file has the schedule and the objective: they are classes of this package."""
+        kinds = (type(self.schedule), OBJECTIVES[self.objective])
+        return all(kind.__module__.startswith("sedd.") for kind in kinds)
+
+    def generate_model_card(self, *, name: str, text: str = "") -> Any:
+        """Makes the model card; see :meth:`save_pretrained`.
+
+        Args:
+            name: the name of the repository or folder.
+            text: Markdown to add at the end.
+        """
+        stored = self._stored()
+        if stored is not None and stored.config is None:
+            card = stored.file.with_name("README.md")
+            if card.is_file() and not text:
+                from huggingface_hub import ModelCard
+
+                return ModelCard.load(card)
+        return model_card(name, self.facts(), self.to_config(), stored, text, auto=self._has_code())
+
+    def _stored(self) -> StoredModel | None:
+        """The model as it is stored at its source; None if it was changed or is no longer there."""
+        if self.source is None:
+            return None
+        try:
+            stored = read_model(self.source)
+            other = SEDD.from_stored(stored)
+        except (OSError, ValueError):
+            return None
+        theirs, mine = other.state_dict(), self.state_dict()
+        same = other.to_config() == self.to_config() and theirs.keys() == mine.keys()
+        return stored if same and all(torch.equal(mine[name].cpu(), theirs[name]) for name in mine) else None
 
     def forward(self, x_t: Tensor, sigma: Tensor) -> Tensor:
         """Returns the log-scores of all tokens at all positions, in the convention of the released models.
@@ -299,3 +337,8 @@ class SEDD(
         else:
             log_score = reference.implied_log_score(log_score, x_t, sigma.unsqueeze(-1), self.process)
         return log_score.scatter(-1, x_t.unsqueeze(-1), 0.0)
+
+
+def _need_hub(mixin: Any) -> None:
+    if not hasattr(mixin, "save_pretrained"):
+        raise ImportError(f"saving models needs huggingface_hub: {pip_install('train', 'huggingface_hub')}")

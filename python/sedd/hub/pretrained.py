@@ -93,6 +93,11 @@ def load_model(name_or_path: Path | str, device: torch.device | str = "cpu") -> 
         ValueError: as there; or the tensors do not fit the model, or its tokeniser is unknown.
     """
     stored = read_model(name_or_path)
+    if stored.sizes.shape and stored.config is None:
+        raise ValueError(
+            f"{stored.path}: expected a model of text or a run of sedd train, got a model of images without "
+            "the options of its data; SEDD.from_pretrained loads it"
+        )
     model = SEDD.from_stored(stored, device)
     if stored.tokenizer is None:
         raise ValueError(
