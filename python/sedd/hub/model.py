@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sedd.adapted import AdaptedTransformer
 from sedd.data.tokenizer import Tokenizer
 from sedd.diffusion.diffusion import Mean, Score
 from sedd.diffusion.objectives import get_objective
@@ -125,8 +127,10 @@ class SEDD(
         Raises:
             ValueError: the tensors do not fit the model; the message lists missing, unexpected and misshapen ones.
         """
-        with torch.device("meta"):  # initial weights would be overwritten
-            model = cls(
+        kind = AdaptedSEDD if stored.sizes.trunk else cls
+        # initial weights would be overwritten; adapted networks have buffers that are not stored
+        with nullcontext() if stored.sizes.trunk else torch.device("meta"):
+            model = kind(
                 stored.sizes,
                 stored.process,
                 stored.schedule,
@@ -226,6 +230,11 @@ class SEDD(
                 "save_pretrained: expected a diffusion model, got an autoregressive one, a baseline that has no model "
                 "card; keep its run"
             )
+        if self.config.trunk:
+            raise ValueError(
+                f"save_pretrained: expected a network of this package, got one adapted from "
+                f"{self.config.trunk['model_type']}, which this format cannot store yet; keep its run"
+            )
         if self.config.shape:
             raise ValueError(
                 "save_pretrained: expected a model of text, got one of images, which this format cannot store yet; "
@@ -299,3 +308,7 @@ class SEDD(
         else:
             log_score = reference.implied_log_score(log_score, x_t, sigma.unsqueeze(-1), self.process)
         return log_score.scatter(-1, x_t.unsqueeze(-1), 0.0)
+
+
+class AdaptedSEDD(SEDD, AdaptedTransformer):
+    """The same for a network adapted from a model of ``transformers``."""
