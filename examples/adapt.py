@@ -32,13 +32,13 @@ BATCH = 16
 
 
 def make_model() -> GPT2LMHeadModel:
-    """Creates a GPT-2 with 0.8 million parameters for 256 bytes and end-of-text."""
+    """Creates a GPT-2 with 0.4 million parameters for 256 bytes and end-of-text."""
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=257,
             n_positions=LENGTH + 1,
-            n_embd=128,
-            n_layer=4,
+            n_embd=96,
+            n_layer=3,
             n_head=4,
             bos_token_id=START,
             eos_token_id=START,
@@ -104,8 +104,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="a text file; its last tenth is held out")
     parser.add_argument("--out", type=Path, required=True, help="folder of the models; a new one")
-    parser.add_argument("--pretrain", type=int, default=1500, help="steps of GPT-2 (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=400, help="steps of each diffusion model (default: %(default)s)")
+    parser.add_argument("--pretrain", type=int, default=800, help="steps of GPT-2 (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each diffusion model (default: %(default)s)")
     parser.add_argument("--blocks", type=int, default=128, help="held-out sequences to score (default: %(default)s)")
     options = parser.parse_args()
     options.out.mkdir(parents=True)
@@ -127,7 +127,7 @@ def main() -> None:
     first: Tensor | None = None
     for name, run in runs.items():
         diffusion = load_model(run.run_dir).diffusion
-        result = elbo(diffusion, blocks, draws=16, generator=torch.Generator().manual_seed(0))
+        result = elbo(diffusion, blocks, draws=8, generator=torch.Generator().manual_seed(0))
         bits = result.sequences / LENGTH / math.log(2)
         first = bits if first is None else first
         gain, root = bits - first, math.sqrt(len(bits))

@@ -384,6 +384,17 @@ def test_what_is_refused(
 # -- files that are not trusted ----------------------------------------------------------------------------------------
 
 
+def test_weights_in_several_files(save: Callable[..., Any]) -> None:
+    path, model = save("llama")
+    wanted = read_init(path).tensors
+    Path(path, "model.safetensors").unlink()
+    model.save_pretrained(path, max_shard_size="5KB")
+    assert len([*Path(path).glob("model-*.safetensors")]) > 1
+    found = read_init(path).tensors
+    assert [*found] == [*wanted]
+    assert all(map(torch.equal, found.values(), wanted.values()))
+
+
 def test_a_pickle_is_read_without_code(save: Callable[..., Any], tmp_path: Path) -> None:
     path, model = save("gpt2")
     wanted = read_init(path).tensors

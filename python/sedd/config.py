@@ -175,7 +175,7 @@ class TrainConfig:
     tokenizer: str = "bytes"
     """How text becomes tokens: bytes (256 values), text8 (a-z and space), gpt2 (50,257 tokens), or a tokenizer.json of
     the tokenizers library (the file, a folder, or a Hugging Face repository), of which the run keeps a copy. Or a class
-    of your own as module:name. With init, the default is the tokeniser of that model."""
+    of your own as module:name. With init, the tokeniser of that model takes the place of bytes."""
     init: str | None = None
     """Fine-tuning: start from the weights of this model, in its sizes: a run, folder, file or repository, as for sedd
     sample; or a model of transformers (gpt2, llama, qwen2, bert or modernbert), which becomes a diffusion model.
