@@ -37,6 +37,20 @@ def test_bert_learns_from_the_first_step(capsys: pytest.CaptureFixture[str], mon
     assert int(written.max()) < 256, "no MASK is left"
 
 
+def test_adapting_gpt2(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "text.txt").write_text("".join(f"the cat {i} sat on the mat\n" for i in range(2000)))
+    words = ["text.txt", "--out", "new", "--pretrain", "40", "--steps", "2", "--blocks", "4"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["adapt.py", *words])
+    runpy.run_path(str(ROOT / "examples" / "adapt.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    found = dict(re.findall(r"^(\w.*?) +([\d.]+) ± ", printed, re.MULTILINE))
+    assert [*found][1:] == ["random weights", "GPT-2", "GPT-2, attention annealed", "GPT-2, without the shift"]
+    assert max(float(found[name]) for name in [*found][2:]) < float(found["random weights"]) - 1
+    assert "A sample of the annealed model:" in printed
+
+
 def test_decoding_with_and_without_logits() -> None:
     """Without randomness, the same tokens."""
     pytest.importorskip("transformers")

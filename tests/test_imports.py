@@ -11,10 +11,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"sedd": ROOT / "python" / "sedd", "sedd_ext": ROOT / "sedd_ext"}
 WINGS = {
     "sedd.network": set(),
+    "sedd.adapted": {"sedd.network"},
     "sedd.diffusion": {"sedd.network"},
     "sedd.data": set(),
-    "sedd.training": {"sedd.network", "sedd.diffusion", "sedd.data"},
-    "sedd.hub": {"sedd.network", "sedd.diffusion", "sedd.data", "sedd.training"},
+    "sedd.training": {"sedd.network", "sedd.adapted", "sedd.diffusion", "sedd.data"},
+    "sedd.hub": {"sedd.network", "sedd.adapted", "sedd.diffusion", "sedd.data", "sedd.training"},
     "sedd.recipes": set(),
     "sedd.commands": {"sedd.network", "sedd.diffusion", "sedd.data", "sedd.training", "sedd.hub", "sedd.recipes"},
 }

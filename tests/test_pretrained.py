@@ -206,7 +206,8 @@ def test_a_repository_is_downloaded_and_pushed(tmp_path: Path, monkeypatch: pyte
     def download(name: str, **options: Any) -> str:
         asked.append((name, options["revision"]))
         wanted = {"config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json", "tokenizer_config.json"}
-        assert wanted == set(options["allow_patterns"])
+        shards = {"model-*.safetensors", "model.safetensors.index.json"}
+        assert wanted | shards == set(options["allow_patterns"])
         return str(hub)
 
     monkeypatch.setattr(

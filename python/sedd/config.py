@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from sedd.data.corpora import CORPORA
 from sedd.data.options import DataConfig
+from sedd.diffusion.diffusion import Mean, Objective
 from sedd.diffusion.objectives import OBJECTIVES, get_objective, objective_params
 from sedd.diffusion.schedule import SCHEDULES, get_schedule, schedule_params
 from sedd.network import PRESETS, ModelConfig
@@ -101,18 +102,25 @@ class ModelOptions:
     embedding."""
     classes: int | None = None
     """Condition the model on the class of an image: the number of classes of the data."""
+    trunk: dict[str, Any] = field(default_factory=dict)
+    """The configuration of the model of transformers that init has adapted; not needed: that of init."""
+    shift: bool | None = None
+    """With init of a model of transformers: read the output of a position from the position before it, which predicts
+    the next token in a causal model. Default: true for a causal model."""
 
     def __post_init__(self) -> None:
         """Checks that the sizes fit together."""
         check_one_of("preset", self.preset, PRESETS)
         self.build()
 
+    def given(self) -> dict[str, Any]:
+        """Returns the values that are given, without the preset."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name != "preset"}
+        return {name: value for name, value in values.items() if value is not None and value != {}}
+
     def build(self) -> ModelConfig:
         """Returns the model configuration that these options describe."""
-        changed = {name: value for name, value in dataclasses.asdict(self).items() if name != "preset"}
-        return dataclasses.replace(
-            PRESETS[self.preset], **{name: value for name, value in changed.items() if value is not None}
-        )
+        return dataclasses.replace(PRESETS[self.preset], **self.given())
 
     def of_shape(self, shape: tuple[int, ...]) -> ModelOptions:
         """Returns these options with the length and the shape of blocks of several axes.
@@ -167,10 +175,14 @@ class TrainConfig:
     tokenizer: str = "bytes"
     """How text becomes tokens: bytes (256 values), text8 (a-z and space), gpt2 (50,257 tokens), or a tokenizer.json of
     the tokenizers library (the file, a folder, or a Hugging Face repository), of which the run keeps a copy. Or a class
-    of your own as module:name."""
+    of your own as module:name. With init, the tokeniser of that model takes the place of bytes."""
     init: str | None = None
-    """Fine-tuning: start from the weights of this model (a run, folder, file or repository, as for sedd sample), in its
-    sizes. --resume does not read it again."""
+    """Fine-tuning: start from the weights of this model, in its sizes: a run, folder, file or repository, as for sedd
+    sample; or a model of transformers (gpt2, llama, qwen2, bert or modernbert), which becomes a diffusion model.
+    --resume does not read it again."""
+    init_anneal: int = 0
+    """With init of a causal model of transformers: steps over which attention grows from causal to full. In step k,
+    each position sees the positions after it with probability k / init_anneal. 0: full attention from the start."""
     model: ModelOptions = field(default_factory=ModelOptions)
     """Model"""
     process: ProcessName = "absorbing"
@@ -284,7 +296,7 @@ class TrainConfig:
         for name in ("lr_final", "lr_decay", "label_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "seed", "valid_samples"):
+        for name in ("warmup", "weight_decay", "seed", "valid_samples", "init_anneal"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         for name, values in (("betas", self.betas), ("ema", (self.ema,))):
@@ -318,6 +330,8 @@ class TrainConfig:
         except TypeError as error:
             raise ValueError(f"objective_params: {error}") from error
         objective.check(self.make_process(2))
+        if self.model.trunk:
+            self._check_trunk(objective)
         objective.schedule(get_schedule(self.schedule, **self.schedule_params), self.make_process(2))
         if not OBJECTIVES[self.objective].autoregressive:
             if self.model.causal:
@@ -333,6 +347,24 @@ class TrainConfig:
                     f"{str(not wanted).lower()}; leave it out"
                 )
         self.model = dataclasses.replace(self.model, causal=True)
+
+    def _check_trunk(self, objective: Objective) -> None:
+        """Checks that the options suit a network that is adapted from a model of transformers."""
+        kind = f"for a network adapted from {self.model.trunk.get('model_type')}"
+        is_mean = isinstance(objective.parameterization(self.model.build()), Mean)
+        if objective.autoregressive or not is_mean:
+            raise ValueError(
+                f"objective: expected one that predicts the clean token, such as md4, {kind}, got {self.objective}"
+            )
+        wanted: dict[str, tuple[Any, Any]] = {
+            "process": (self.process, "absorbing"),
+            "corpus": (self.corpus, "text"),
+            "parallel.data": (self.parallel.data, "ddp"),
+            "parallel.vocab": (self.parallel.vocab, 1),
+        }
+        for name, (value, only) in wanted.items():
+            if value != only:
+                raise ValueError(f"{name}: expected {only} {kind}, got {value}")
 
     def writers(self) -> list[str]:
         """Returns the names in ``report_to``."""

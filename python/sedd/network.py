@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +49,10 @@ class ModelConfig:
             to that of the token. ``learned``: an embedding of the position is added instead.
         classes: number of classes of the data, if the network is conditioned on the class. An embedding of the class,
             or of no class, is added to that of the noise.
+        trunk: for a network adapted from a model of ``transformers`` (:class:`sedd.adapted.AdaptedTransformer`): the
+            ``model_type`` and the entries of its configuration. Empty for a :class:`DiffusionTransformer`.
+        shift: for an adapted network: the output of a position is read from the state of the position before it, which
+            predicts the next token in a causal model.
 
     Raises:
         ValueError: a size is not positive, sizes do not fit together, or dropout is not in [0, 1).
@@ -67,6 +71,8 @@ class ModelConfig:
     shape: tuple[int, ...] = ()
     positions: str = "rotary"
     classes: int = 0
+    trunk: dict[str, Any] = field(default_factory=dict)
+    shift: bool = False
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
@@ -361,6 +367,15 @@ class DiffusionTransformer(nn.Module):
         self.time_conditioning = config.time_conditioning
         self.causal = config.causal
         self.activation_checkpointing = False
+        self._build(config, dim)
+
+    def _build(self, config: ModelConfig, dim: int) -> None:
+        """Makes the layers."""
+        if config.trunk:
+            raise ValueError(
+                f"trunk: expected none for a DiffusionTransformer, got {config.trunk.get('model_type')}; "
+                "sedd.adapted.make_network makes the network"
+            )
         self.vocab_embed = _Embedding(config.hidden_size, dim)
         self.sigma_map = SigmaEmbedding(config.cond_dim)
         self.label_embed = LabelEmbedding(config.classes, config.cond_dim) if config.classes else None

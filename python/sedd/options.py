@@ -2,7 +2,8 @@
 
 The input is plain data: words of the command line, or JSON or YAML of a file. It is checked against the fields of a
 dataclass, whose types may be ``int``, ``float``, ``str``, ``bool``, a ``Literal``, lists, tuples and dictionaries of
-these, ``X | None``, and other dataclasses as groups. Other input is refused, and no name in it is imported.
+these, ``X | None``, and other dataclasses as groups; the values of a ``dict[str, Any]`` are not checked. Other input is
+refused, and no name in it is imported.
 """
 
 from __future__ import annotations
@@ -150,7 +151,8 @@ def add_options(
         parser: a parser or an argument group.
         kind: the dataclass. Fields that are dataclasses become groups of options ``--field.name``.
         skip: fields without an option.
-        keys: for each field that is a dictionary, its keys with their help; they become options ``--field.key``.
+        keys: for each field that is a dictionary, its keys with their help; they become options ``--field.key``. A
+            dictionary without keys has no options.
         prefix: prefix of field names, for example ``"data."``.
     """
     types, docs = get_type_hints(kind), _docs(kind)
@@ -164,7 +166,7 @@ def add_options(
             add_options(parser.add_argument_group(about), of, prefix=f"{name}.")  # type: ignore[arg-type]
             continue
         if get_origin(of) is dict:
-            for key, help in (keys or {})[field.name].items():
+            for key, help in (keys or {}).get(field.name, {}).items():
                 parser.add_argument(f"--{name}.{key}", default=argparse.SUPPRESS, metavar=_word(of), help=help)
             continue
         required = field.default is field.default_factory is dataclasses.MISSING
@@ -222,6 +224,8 @@ def _short(value: Any) -> str:
 def _convert(kind: Any, value: Any, name: str, words: bool) -> Any:
     """Converts a value to the type of a field."""
     origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
     if origin in (Union, UnionType):
         if NoneType in inner and (value is None or (words and value == "null")):
             return None

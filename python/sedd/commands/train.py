@@ -21,7 +21,7 @@ from sedd.diffusion.objectives import OBJECTIVES
 from sedd.diffusion.schedule import SCHEDULES, default_numbers
 from sedd.files import RunLock
 from sedd.hints import program
-from sedd.hub.model import SEDD
+from sedd.hub.init import read_init
 from sedd.options import build, prefixed
 from sedd.plain import merged
 from sedd.progress import console
@@ -54,6 +54,9 @@ examples:
   sedd train --config runs/book/config.json --lr 1e-3 --run_dir runs/book2
   sedd train --run_dir runs/book --resume --steps 40000
   sedd train --init runs/book --data.source mine.txt --run_dir runs/mine --lr 3e-4 --lr_schedule linear --steps 5000
+  sedd train --init openai-community/gpt2 --objective md4 --init_anneal 2000 --data.source mine.txt --lr 3e-4 \\
+      --run_dir runs/gpt2
+      turns GPT-2 into a diffusion model
   sedd train --corpus images --data.source digits --objective md4 --run_dir runs/digits
   sedd train --tokenizer tokenizer.json --data.source book.txt --lr_schedule wsd --max_minutes 60 --run_dir runs/pieces
   tensorboard --logdir runs
@@ -95,7 +98,7 @@ def _train(options: TrainConfig, resume: bool, lock: RunLock | None) -> int:
     out = console(stderr=True)
     out.quiet = not is_first()
     with prefixed("data.", DataConfig):
-        run = Run(options, resume=resume, console=out, lock=lock, load_init=SEDD.from_pretrained)
+        run = Run(options, resume=resume, console=out, lock=lock, load_init=read_init)
     state = run.state
     parameters = sum(p.numel() for p in state.diffusion.parameters())
     model = f"{options.model.preset} model" if options.init is None else f"model initialised from {options.init}"

@@ -49,9 +49,11 @@ from sedd.training.checkpoint import (
 )
 from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
 
-__all__ = ["StoredModel", "read_model", "to_config"]
+__all__ = ["StoredModel", "find_model", "read_model", "to_config"]
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+SHARDS = ("model-*.safetensors", "model.safetensors.index.json")
+"""The weights of a large model of ``transformers``."""
 PROCESSES = {"absorb": "absorbing", "absorbing_state": "absorbing", "uniform_state": "uniform"}
 SCHEDULE = "schedule."
 """Prefix of the parameters of a learned schedule in the files of tensors."""
@@ -110,7 +112,7 @@ def read_model(name_or_path: Path | str, *, config: Mapping[str, Any] | None = N
         ConnectionError: there is no such file or folder, and the hub cannot be reached.
         ValueError: a file is damaged, contains objects that are not data, or does not describe the model.
     """
-    path = _find(name_or_path, **hub)
+    path = find_model(name_or_path, **hub)
     while (checkpoint := _checkpoint(path)) is not None:
         if config:
             raise ValueError(
@@ -273,7 +275,7 @@ def _from_config(config: Mapping[str, Any], weights: Mapping[str, Tensor], path:
     given = {**_section(config, "model")}
     if "time_conditioning" in config:
         given.setdefault("time_conditioning", config["time_conditioning"])
-    fields = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    fields = vars(ModelConfig())
     for name, value in given.items():
         if name in fields and value is not None:
             value = tuple(value) if isinstance(value, list) else value
@@ -386,8 +388,12 @@ def _number(section: Mapping[str, Any], name: str) -> float:
 # -- location ----------------------------------------------------------------------------------------------------------
 
 
-def _find(name_or_path: Path | str, **hub: Any) -> Path:
-    """A local path unchanged, or the folder to which a repository on the hub is downloaded."""
+def find_model(name_or_path: Path | str, **hub: Any) -> Path:
+    """A local path unchanged, or the folder to which a repository on the hub is downloaded.
+
+    Raises:
+        FileNotFoundError, ConnectionError: as :func:`read_model`.
+    """
     path = Path(name_or_path).expanduser()
     if path.exists():
         return path
@@ -402,7 +408,9 @@ def _find(name_or_path: Path | str, **hub: Any) -> Path:
 
     try:
         return Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=["config.json", *WEIGHTS, *TOKENIZER_FILES], **hub)
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=["config.json", *WEIGHTS, *SHARDS, *TOKENIZER_FILES], **hub
+            )
         )
     except (LocalEntryNotFoundError, OSError) as error:
         if isinstance(error, HfHubHTTPError):

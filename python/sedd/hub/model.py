@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sedd.adapted import AdaptedTransformer
 from sedd.data.tokenizer import Tokenizer
 from sedd.diffusion.diffusion import Mean, Score
 from sedd.diffusion.objectives import OBJECTIVES, get_objective
@@ -108,8 +110,10 @@ class SEDD(
         Raises:
             ValueError: the tensors do not fit the model; the message lists missing, unexpected and misshapen ones.
         """
-        with torch.device("meta"):  # initial weights would be overwritten
-            model = cls(
+        kind = AdaptedSEDD if stored.sizes.trunk else cls
+        # initial weights would be overwritten; adapted networks have buffers that are not stored
+        with nullcontext() if stored.sizes.trunk else torch.device("meta"):
+            model = kind(
                 stored.sizes,
                 stored.process,
                 stored.schedule,
@@ -220,6 +224,11 @@ class SEDD(
             raise ValueError(
                 "save_pretrained: expected a diffusion model, got an autoregressive one, a baseline that has no model "
                 "card; keep its run"
+            )
+        if self.config.trunk:
+            raise ValueError(
+                f"save_pretrained: expected a network of this package, got one adapted from "
+                f"{self.config.trunk['model_type']}, which this format cannot store yet; keep its run"
             )
         folder = Path(save_directory)
         if any((folder / name).exists() for name in ("checkpoints", "state.json", ".lock")):
@@ -342,3 +351,7 @@ class SEDD(
 def _need_hub(mixin: Any) -> None:
     if not hasattr(mixin, "save_pretrained"):
         raise ImportError(f"saving models needs huggingface_hub: {pip_install('train', 'huggingface_hub')}")
+
+
+class AdaptedSEDD(SEDD, AdaptedTransformer):
+    """The same for a network adapted from a model of ``transformers``."""

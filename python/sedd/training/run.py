@@ -28,6 +28,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from sedd.adapted import AdaptedTransformer, make_network
 from sedd.config import TrainConfig
 from sedd.data.corpora import CORPORA
 from sedd.data.tokenizer import TOKENIZER_FILES, TOKENIZERS, get_tokenizer
@@ -37,7 +38,6 @@ from sedd.diffusion.objectives import get_objective
 from sedd.diffusion.samplers import sample
 from sedd.diffusion.schedule import get_schedule
 from sedd.files import RunLock, finite, naming, write_json, write_text
-from sedd.network import DiffusionTransformer
 from sedd.progress import is_interactive, progress_bar
 from sedd.training.checkpoint import (
     best_checkpoint,
@@ -49,7 +49,7 @@ from sedd.training.checkpoint import (
     read_tokenizer,
     set_damaged_aside,
 )
-from sedd.training.init import Pretrained, checked_init, with_sizes
+from sedd.training.init import Pretrained, check_causal, checked_init, with_sizes, with_tokenizer
 from sedd.training.log import Log
 from sedd.training.parallel import World
 from sedd.training.saving import Saver, save_checkpoint
@@ -107,7 +107,8 @@ class Run:
         console: for progress and messages; standard error if None.
         lock: the lock of ``config.run_dir``, if the caller holds it already. Of several processes, the first one needs
             it.
-        load_init: reads the model that ``config.init`` names, for example :meth:`sedd.hub.SEDD.from_pretrained`.
+        load_init: reads the model that ``config.init`` names: :func:`sedd.hub.read_init`, or
+            :meth:`sedd.hub.SEDD.from_pretrained`.
 
     Raises:
         BlockingIOError: another process trains in the run folder.
@@ -152,12 +153,13 @@ class Run:
                 f"run_dir: {self.run_dir} already contains a run (at {found[-1]}); continue it with "
                 "--resume, or start another with --run_dir NEW"
             )
-        checkpoint = self._last_checkpoint()
+        checkpoint, begin = self._last_checkpoint(), None
         if checkpoint is None:
+            begin = self._begin()
             kept = self.run_dir / TOKENIZER_FILES[0]
             again = resume and self.config.tokenizer not in TOKENIZERS and kept.is_file()
             self.tokenizer = get_tokenizer(str(kept) if again else self.config.tokenizer)
-        self._make_state(fresh=checkpoint is None)
+        self._make_state(begin)
         self.best: float | None = None  # the lowest validation bound so far
         self.saved_step: int | None = None
         self.signals = StopSignals(self.console)
@@ -177,14 +179,20 @@ class Run:
         # the given options: the sizes of a resumed run may come from its checkpoint
         write_json(self.run_dir / "config.json", (self.config if checkpoint is None else given).to_dict())
 
-    def _make_state(self, *, fresh: bool) -> None:
-        """Loads the data and makes the model; with ``fresh``, from the weights of ``--init`` if there is one."""
-        begin = None
-        if fresh and self.config.init is not None:
-            if self.load_init is None:
-                raise ValueError("init: expected load_init, which reads the model, for example SEDD.from_pretrained")
-            begin = self.load_init(self.config.init)
+    def _begin(self) -> Pretrained | None:
+        """The model to start from, whose tokeniser the run takes; None without ``--init``."""
+        if self.config.init is None:
+            return None
+        if self.load_init is None:
+            raise ValueError("init: expected load_init, which reads the model, for example sedd.hub.read_init")
+        begin = self.load_init(self.config.init)
+        self.config = with_tokenizer(self.config, begin)
+        return begin
+
+    def _make_state(self, begin: Pretrained | None) -> None:
+        """Loads the data and makes the model, from the weights of another one if it is given."""
         config = self.config = self.config if begin is None else checked_init(self.config, begin, self.tokenizer)
+        check_causal(config)
         sizes = config.model.build()
         if not is_interactive(self.console):
             self._say(f"preparing the {config.corpus} of {config.data.source}")
@@ -206,11 +214,14 @@ class Run:
         schedule = get_schedule(config.schedule, **config.schedule_params)
         objective = get_objective(config.objective, **config.objective_params)
         parameterization = objective.parameterization(sizes)
-        network = DiffusionTransformer(sizes, process.dim)
+        network = make_network(sizes, process.dim)
         if isinstance(parameterization, Score):
             parameterization.initialize(network.output_layer.linear.bias, process, schedule)
         if begin is not None:
-            load_weights(network, begin.state_dict(), Path(str(config.init)))
+            tensors = begin.state_dict()
+            if begin.process is None and isinstance(network, AdaptedTransformer):
+                tensors = network.with_vocabulary(tensors)
+            load_weights(network, tensors, Path(str(config.init)))
         diffusion = Diffusion(network, process, schedule, objective, parameterization)
         mine: Any = diffusion.schedule
         theirs: Any = None if begin is None else begin.schedule

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from sedd.adapted import visible_pairs
 from sedd.config import TrainConfig
 from sedd.data.batches import Batches
 from sedd.diffusion.diffusion import Diffusion
@@ -24,6 +25,9 @@ from sedd.training.parallel import World, by_mesh, clear_gradients, clip_gradien
 from sedd.training.weights import load_weights, stored_name
 
 __all__ = ["Pace", "TrainState"]
+
+ANNEALING = 2**32 - 1
+"""Distinguishes the random numbers of attention from those of the sequences, which are numbered from 0."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,8 @@ class TrainState:
         """
         config = self.config
         self.diffusion.train()
+        if config.init_anneal:
+            self._anneal()
         total = self._backward()
         norm = clip_gradients(self.diffusion.parameters(), config.clip)
         self.step += 1
@@ -142,6 +148,16 @@ class TrainState:
     def sequences_per_step(self) -> int:
         """Sequences that all processes together take in an optimiser step."""
         return self.config.batch_size * self.config.accumulate * self.world.data_size
+
+    def _anneal(self) -> None:
+        """Sets what attention sees in this step, the same for all sequences and in all processes."""
+        network: Any = self.diffusion.network
+        network.visible = None
+        if self.step < self.config.init_anneal:
+            numbers = np.random.SeedSequence([self.config.seed, self.step, ANNEALING]).generate_state(1, np.uint64)
+            generator = torch.Generator(self.device).manual_seed(int(numbers[0] >> np.uint64(1)))
+            length = network.config.length + network.config.shift
+            network.visible = visible_pairs(length, self.step / self.config.init_anneal, generator)
 
     def _backward(self) -> Tensor:
         """Accumulates the gradients of one step; returns its loss."""
