@@ -360,6 +360,10 @@ def test_the_brush(browser: Any, digits: str) -> None:
         page.uncheck("#erase")
         stroke(page, (6.5, 4.5), (9.5, 4.5), (9.5, 7.5), (7.5, 7.5))  # over the border
         assert is_orange(page) == is_painted([(38, 40), (63, 64)])
+        page.click("#clear")
+        page.fill("#brush", "4")
+        stroke(page, (4, 4))
+        assert is_orange(page) == is_painted([(19, 21), (26, 30), (34, 38), (43, 45)]), "it is round"
 
 
 @in_browser
