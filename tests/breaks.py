@@ -2448,7 +2448,7 @@ BREAKS = [
         "sedd takes the code file of a folder",
         "python/sedd/hub/pretrained.py",
         "    stored = read_model(name_or_path)\n",
-        "    stored = read_model(name_or_path)\n    exec((stored.path / 'modeling_sedd.py').read_text(), {'__name__': 'sedd'})\n",
+        "    stored = read_model(name_or_path)\n    exec((stored.path / 'modeling_sedd.py').read_text(), {})\n",
         "tests/test_automodel.py -k does_not_run",
     ),
     Break(
