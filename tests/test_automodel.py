@@ -237,7 +237,9 @@ def test_precisions_and_devices(tmp_path: Path) -> None:
     for dtype, close in ((torch.bfloat16, 0.3), (torch.float16, 0.05)):
         other = auto(tmp_path / "model", dtype=dtype, device_map="cpu")
         assert {parameter.dtype for parameter in other.parameters()} == {dtype}
-        assert other.rotary_emb.inv_freq.dtype == torch.float32
+        turned = twin(model).rotary_emb(torch.arange(2000))
+        for cast in (other, twin(model).to(dtype)):
+            assert all(torch.equal(*pair) for pair in zip(cast.rotary_emb(torch.arange(2000)), turned, strict=True))
         found = other(x, 0.5).log_score
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.detach(), expected, rtol=0, atol=close)

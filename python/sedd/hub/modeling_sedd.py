@@ -109,13 +109,19 @@ class SEDDRotary(nn.Module):
 
     def __init__(self, head_dim: int, shape: list[int], learned: bool) -> None:
         super().__init__()
-        self.shape, axes = shape, 2 if shape else 1
-        frequencies = (10_000.0 ** -(torch.arange(0, head_dim, 2 * axes, dtype=torch.float32) / head_dim)).repeat(axes)
-        self.register_buffer("inv_freq", torch.zeros_like(frequencies) if learned else frequencies)
+        self.head_dim, self.shape, self.learned = head_dim, shape, learned
+        self.register_buffer("inv_freq", self._frequencies(None))
+
+    def _frequencies(self, device: torch.device | None) -> Tensor:
+        axes = 2 if self.shape else 1
+        exponents = torch.arange(0, self.head_dim, 2 * axes, dtype=torch.float32, device=device) / self.head_dim
+        return (10_000.0**-exponents).repeat(axes) * (not self.learned)
 
     def forward(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """See the class; for positions [L]."""
-        frequencies, places = self.inv_freq.float(), places.float()
+        places, frequencies = places.float(), self.inv_freq
+        if frequencies.dtype != torch.float32:  # too coarse for the angles
+            frequencies = self._frequencies(places.device)
         if self.shape:
             pixels, half = places // self.shape[2], len(frequencies) // 2
             axes = (pixels // self.shape[1], pixels % self.shape[1])
@@ -193,7 +199,6 @@ class SEDDModel(PreTrainedModel):
     config_class = SEDDConfig
     base_model_prefix = "model"
     _no_split_modules = ["SEDDBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["rotary_emb"]  # noqa: RUF012
     _supports_sdpa = True
 
     def __init__(self, config: SEDDConfig) -> None:
