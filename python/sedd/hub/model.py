@@ -311,4 +311,4 @@ class SEDD(
 
 
 class AdaptedSEDD(SEDD, AdaptedTransformer):
-    """The same for a network adapted from a model of ``transformers``."""
+    """A :class:`SEDD` whose network is adapted from a model of ``transformers``."""
