@@ -354,4 +354,4 @@ def _need_hub(mixin: Any) -> None:
 
 
 class AdaptedSEDD(SEDD, AdaptedTransformer):
-    """The same for a network adapted from a model of ``transformers``."""
+    """A :class:`SEDD` whose network is adapted from a model of ``transformers``."""
