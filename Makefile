@@ -8,7 +8,7 @@ RUN := runs/demo
 FLAGS :=
 MINUTES ?= 5
 
-.PHONY: demo test test-all breaks bench docs cuda-check gpu-check gpu-check-offline gpu-profile lint format wheels clean help
+.PHONY: demo test test-all breaks bench docs hub cuda-check gpu-check gpu-check-offline gpu-profile lint format wheels clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -79,8 +79,11 @@ format: $(VENV)/.dev ## format with ruff and clang-format
 wheels: ## build the wheel and the source distribution into dist, and test them with TORCH="2.6.0 2.13.0" (2.13.0)
 	$(PYTHON) tests/wheels.py --out dist $(if $(TORCH),--torch $(TORCH))
 
+hub: $(VENV)/.dev ## write the operators in the layout of the Hugging Face kernels hub into build/hub/sedd-ext
+	$(BIN)/python tests/hub_layout.py sedd_ext --out build/hub/sedd-ext
+
 clean: ## remove the environment and all build outputs
-	rm -rf $(VENV) build dist *.egg-info sedd_ext/_C.*.so
+	rm -rf $(VENV) build dist *.egg-info sedd_ext/_C.*so
 
 # Environment with the package and the extra named by the stamp file; rebuilt when a source changes.
 $(VENV)/.%: $(SOURCES)

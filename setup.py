@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -26,7 +25,6 @@ class CMakeBuild(build_ext):
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target.parent,
             "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
             "SEDD_VERSION": self.distribution.get_version(),
             "SEDD_CUDA": os.environ.get("SEDD_CUDA", "auto"),
             "SEDD_CUDA_ARCHS": os.environ.get("SEDD_CUDA_ARCHS", ""),
@@ -36,4 +34,8 @@ class CMakeBuild(build_ext):
         subprocess.check_call(["cmake", "--build", build, "--target", "_C"])
 
 
-setup(ext_modules=[Extension("sedd_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("sedd_ext._C", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": CMakeBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("pip", "setuptools", "pybind11", "cmake", "ninja", "numpy", "torch", "pytest", "pytest-xdist", "hypothesis")
+PACKAGES = ("pip", "setuptools", "cmake", "ninja", "numpy", "torch", "pytest", "pytest-xdist", "hypothesis")
 PACKAGES += ("scipy", "safetensors", "tiktoken", "transformers", "rich", "datasets", "triton")
 
 
@@ -105,10 +105,6 @@ def in_place(environment: Mapping[str, str]) -> list[list[str]]:
         "SEDD_CUDA": environment["SEDD_CUDA"],
         "SEDD_CUDA_ARCHS": environment.get("SEDD_CUDA_ARCHS", ""),
     }
-    if importlib.util.find_spec("pybind11"):
-        import pybind11
-
-        options["pybind11_DIR"] = pybind11.get_cmake_dir()
     generator = ["-G", "Ninja"] if shutil.which("ninja", path=environment["PATH"]) else []
     shutil.rmtree(build, ignore_errors=True)  # what CMake remembers may be another Python's
     defines = [f"-D{name}={value}" for name, value in options.items()]

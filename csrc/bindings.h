@@ -1,11 +1,17 @@
 // The arguments of a kernel, by name: a Python dict becomes the kernel's parameter struct. Shared by the bindings of
-// the CPU and of the CUDA kernels. No Torch header, so that any version of torch fits.
+// the CPU and of the CUDA kernels. No Torch header, and of Python only the limited API, so that one build fits any
+// version of torch and any CPython from 3.10 on.
+//
+// As usual in Python's API, a function that fails sets Python's error and returns null, or false.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#define Py_LIMITED_API 0x03090000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
 
 #include <array>
-#include <string>
+#include <exception>
+#include <new>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -157,32 +163,43 @@ constexpr bool kAllMembersListed = !TakesValues<Struct, std::make_index_sequence
 // ---- values ----
 
 // The address of a tensor. None gives null. An int is already an address.
-inline void* to_address(PyObject* value, const char* name) {
+inline bool to_address(PyObject* value, const char* name, void*& result) {
     static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
-    if (value == Py_None) return nullptr;
-    if (PyLong_CheckExact(value)) return PyLong_AsVoidPtr(value);
-    PyObject* const address = PyObject_CallMethodNoArgs(value, data_ptr);
-    if (address == nullptr) {
-        pybind11::raise_from(
-            PyExc_TypeError,
-            (std::string(name) + ": expected a tensor, an address or None, got " + Py_TYPE(value)->tp_name).c_str());
-        return nullptr;
+    result = nullptr;
+    if (value == Py_None) return true;
+    if (PyLong_CheckExact(value)) {
+        result = PyLong_AsVoidPtr(value);
+        return !PyErr_Occurred();
     }
-    void* const result = PyLong_AsVoidPtr(address);
+    PyObject* const address = PyObject_CallMethodObjArgs(value, data_ptr, nullptr);
+    if (address == nullptr) {
+        if (PyErr_ExceptionMatches(PyExc_AttributeError)) {
+            PyErr_Clear();
+            PyObject* const type = PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(value)), "__name__");
+            if (type == nullptr) return false;
+            PyErr_Format(PyExc_TypeError, "%s: expected a tensor, an address or None, got %S", name, type);
+            Py_DECREF(type);
+        }
+        return false;
+    }
+    result = PyLong_AsVoidPtr(address);
     Py_DECREF(address);
-    return result;
+    return !PyErr_Occurred();
 }
 
 template <class Value>
-void convert(PyObject* value, const char* name, Value& result) {
+bool convert(PyObject* value, const char* name, Value& result) {
     if constexpr (std::is_pointer_v<Value>) {
-        result = static_cast<Value>(to_address(value, name));
+        void* address;
+        if (!to_address(value, name, address)) return false;
+        result = static_cast<Value>(address);
+        return true;
     } else if constexpr (std::is_floating_point_v<Value>) {
         result = PyFloat_AsDouble(value);
     } else {
         result = static_cast<Value>(PyLong_AsLongLong(value));
     }
-    if (PyErr_Occurred()) throw pybind11::error_already_set();
+    return !PyErr_Occurred();
 }
 
 // ---- a dict becomes structs ----
@@ -194,19 +211,24 @@ const std::array<PyObject*, kFieldCount<Struct>>& interned_names() {
     return names;
 }
 
+// The names of the arguments, a new tuple.
 template <class... Structs>
-pybind11::tuple argument_names() {
-    pybind11::list names;
-    const auto add = [&](const auto& fields) {
-        std::apply([&](const auto&... field) { (names.append(field.name), ...); }, fields);
+PyObject* argument_names() {
+    PyObject* const names = PyTuple_New((kFieldCount<Structs> + ...));
+    Py_ssize_t index = 0;
+    const auto add = [&](const auto& interned) {
+        for (PyObject* const name : interned) {
+            Py_INCREF(name);
+            PyTuple_SetItem(names, index++, name);
+        }
     };
-    (add(kFields<Structs>), ...);
-    return pybind11::tuple(names);
+    if (names != nullptr) (add(interned_names<Structs>()), ...);
+    return names;
 }
 
-// Reads the members for which kWanted<Value> is true from the dict.
+// Reads the members for which Wanted<Value> is true from the dict.
 template <template <class> class Wanted, class Struct>
-void read_members(const pybind11::dict& given, const char* kernel, Struct& result) {
+bool read_members(PyObject* given, const char* kernel, Struct& result) {
     static_assert(kAllMembersListed<Struct>, "fields_of must list every member of the struct");
     const auto& names = interned_names<Struct>();
     size_t index = 0;
@@ -214,15 +236,19 @@ void read_members(const pybind11::dict& given, const char* kernel, Struct& resul
         PyObject* const name = names[index++];
         using Value = std::remove_reference_t<decltype(result.*field.member)>;
         if constexpr (Wanted<Value>::value) {
-            PyObject* const value = PyDict_GetItemWithError(given.ptr(), name);
+            PyObject* const value = PyDict_GetItemWithError(given, name);
             if (value == nullptr) {
-                if (PyErr_Occurred()) throw pybind11::error_already_set();
-                throw pybind11::type_error(std::string(kernel) + ": expected an argument " + field.name + ", got none");
+                if (!PyErr_Occurred()) {
+                    PyErr_Format(PyExc_TypeError, "%s: expected an argument %s, got none", kernel, field.name);
+                }
+                return false;
             }
-            convert(value, field.name, result.*field.member);
+            return convert(value, field.name, result.*field.member);
+        } else {
+            return true;
         }
     };
-    std::apply([&](const auto&... fields) { (read(fields), ...); }, kFields<Struct>);
+    return std::apply([&](const auto&... fields) { return (read(fields) && ...); }, kFields<Struct>);
 }
 
 template <class>
@@ -230,29 +256,78 @@ using Every = std::true_type;
 template <class Value>
 using IsNumber = std::bool_constant<!std::is_pointer_v<Value>>;
 
-[[noreturn]] inline void refuse_unknown(const pybind11::dict& given, const char* kernel,
-                                        const pybind11::tuple& expected) {
-    for (const auto& item : given) {
-        if (!expected.contains(item.first)) {
-            throw pybind11::type_error(std::string(kernel) + ": expected the arguments " +
-                                       pybind11::str(pybind11::str(", ").attr("join")(expected)).cast<std::string>() +
-                                       "; got " + pybind11::str(item.first).cast<std::string>() + " too");
+inline bool is_dict(PyObject* given, const char* kernel) {
+    if (PyDict_Check(given)) return true;
+    PyErr_Format(PyExc_TypeError, "%s: expected a dict of its arguments", kernel);
+    return false;
+}
+
+// Sets the error for a name that the kernel does not have. Takes the tuple of those that it has.
+inline void refuse_unknown(PyObject* given, const char* kernel, PyObject* expected) {
+    PyObject* const comma = PyUnicode_FromString(", ");
+    PyObject* const list = comma && expected ? PyUnicode_Join(comma, expected) : nullptr;
+    PyObject* name;
+    PyObject* value;
+    Py_ssize_t position = 0;
+    while (list != nullptr && PyDict_Next(given, &position, &name, &value)) {
+        if (PySequence_Contains(expected, name) == 0) {
+            PyErr_Format(PyExc_TypeError, "%s: expected the arguments %S; got %S too", kernel, list, name);
+            break;
         }
     }
-    throw pybind11::type_error(std::string(kernel) + ": expected each argument once");
+    Py_XDECREF(list);
+    Py_XDECREF(comma);
+    Py_XDECREF(expected);
 }
 
 // Reads the members of the structs from a dict, which must have exactly their names.
 template <class... Structs>
-void read_arguments(const pybind11::dict& given, const char* kernel, Structs&... results) {
-    (read_members<Every>(given, kernel, results), ...);
-    if (given.size() != (kFieldCount<Structs> + ...)) {
+bool read_arguments(PyObject* given, const char* kernel, Structs&... results) {
+    if (!is_dict(given, kernel) || !(read_members<Every>(given, kernel, results) && ...)) return false;
+    if (PyDict_Size(given) != static_cast<Py_ssize_t>((kFieldCount<Structs> + ...))) {
         refuse_unknown(given, kernel, argument_names<Structs...>());
+        return false;
     }
+    return true;
 }
 
-// Adds name_cuda(arguments) to the module for every kernel, name_workspace(arguments), which returns the bytes of
+// ---- the module ----
+
+// Calls a function without Python's lock; false after a C++ exception, which becomes Python's error.
+template <class Function>
+bool without_lock(const Function& function) {
+    PyThreadState* const thread = PyEval_SaveThread();
+    try {
+        function();
+    } catch (const std::bad_alloc&) {
+        PyEval_RestoreThread(thread);
+        PyErr_NoMemory();
+        return false;
+    } catch (const std::exception& error) {
+        PyEval_RestoreThread(thread);
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+        return false;
+    }
+    PyEval_RestoreThread(thread);
+    return true;
+}
+
+// Adds a new object to a module or another object under a name, and releases it. False if it is null.
+inline bool add(PyObject* to, const char* name, PyObject* value) {
+    const bool added = value != nullptr && PyObject_SetAttrString(to, name, value) == 0;
+    Py_XDECREF(value);
+    return added;
+}
+
+// The same for a dict.
+inline bool add_item(PyObject* dict, const char* name, PyObject* value) {
+    const bool added = value != nullptr && PyDict_SetItemString(dict, name, value) == 0;
+    Py_XDECREF(value);
+    return added;
+}
+
+// Adds NAME_cuda(arguments) to the module for every kernel, NAME_workspace(arguments), which returns the bytes of
 // workspace that the kernel needs, and the names of the arguments to cuda_arguments.
-void bind_cuda(pybind11::module_& m);
+bool add_cuda(PyObject* module);
 
 }  // namespace sedd

@@ -11,26 +11,26 @@ Processes: :func:`Absorbing`, :func:`Uniform`, :func:`Hybrid`, :class:`RankOne`.
 import torch  # noqa: F401 - before the kernels: they use the OpenMP runtime that torch loads
 
 try:
-    from sedd_ext import _C
+    from . import _C
 except ImportError as error:
     raise ImportError(
         f"sedd_ext: no compiled kernels beside {__file__} ({error}). In a clone of the source this folder hides the "
         "installed package: run Python from another folder, or install with pip install -e ."
     ) from error
-from sedd_ext import reference
-from sedd_ext.generalized_masked import generalized_masked_loss
-from sedd_ext.linear_generalized_masked import linear_generalized_masked_loss
-from sedd_ext.linear_mean_prediction import linear_mean_prediction_loss
-from sedd_ext.linear_reverse import linear_reverse_sample
-from sedd_ext.linear_score_entropy import linear_score_entropy_loss
-from sedd_ext.linear_unmask import linear_unmask
-from sedd_ext.mean_prediction import mean_prediction_loss
-from sedd_ext.process import Absorbing, Hybrid, RankOne, Uniform
-from sedd_ext.reverse import reverse_probs, reverse_sample
-from sedd_ext.score_entropy import score_entropy_loss
-from sedd_ext.step import Euler, GeneralizedMasked, Tweedie
-from sedd_ext.transition import sample_transition, transition_column, transition_row
-from sedd_ext.unmask import Unmasked, unmask
+from . import reference
+from .generalized_masked import generalized_masked_loss
+from .linear_generalized_masked import linear_generalized_masked_loss
+from .linear_mean_prediction import linear_mean_prediction_loss
+from .linear_reverse import linear_reverse_sample
+from .linear_score_entropy import linear_score_entropy_loss
+from .linear_unmask import linear_unmask
+from .mean_prediction import mean_prediction_loss
+from .process import Absorbing, Hybrid, RankOne, Uniform
+from .reverse import reverse_probs, reverse_sample
+from .score_entropy import score_entropy_loss
+from .step import Euler, GeneralizedMasked, Tweedie
+from .transition import sample_transition, transition_column, transition_row
+from .unmask import Unmasked, unmask
 
 __version__: str = _C.__version__
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from sedd_ext import _C
+from . import _C
 
 
 def _cuda() -> str:

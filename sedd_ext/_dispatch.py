@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sedd_ext import _C
-from sedd_ext.process import RankOne
+from . import _C
+from .process import RankOne
 
 __all__: list[str] = []
 

@@ -15,12 +15,16 @@ from typing import Any, NoReturn, get_type_hints
 import torch
 from torch import Tensor
 
-from sedd_ext import _C
-from sedd_ext._dispatch import CUDA, DTYPES, FAMILIES, MEAN_STEPS, STEPS, compute_dtype, kind_of
+from . import _C
+from ._dispatch import CUDA, DTYPES, FAMILIES, MEAN_STEPS, STEPS, compute_dtype, kind_of
 
 __all__: list[str] = []
 
-LIBRARY = torch.library.Library("sedd_ext", "DEF")
+NAMESPACE = __name__.split(".")[0]
+"""``sedd_ext``; a copy of the package under another name, as from the kernels hub, registers operators of its own."""
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+OPERATORS = getattr(torch.ops, NAMESPACE)
+"""The registered operators, ``torch.ops.sedd_ext``."""
 
 _ANY_FLOAT = "a float32, bfloat16, float16 or float64 tensor"
 Rule = tuple[str, type[Exception], str]
@@ -258,8 +262,8 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     LIBRARY.impl(name, on_cpu, "CPU")
     for device in CUDA:
         LIBRARY.impl(name, on_any_device(implementation), device.upper())
-    torch.library.register_fake(f"sedd_ext::{name}", on_any_device(fake), lib=LIBRARY)
-    operator = getattr(torch.ops.sedd_ext, name)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", on_any_device(fake), lib=LIBRARY)
+    operator = getattr(OPERATORS, name)
 
     def call(*arguments: Any) -> Any:
         return on_cpu(*arguments) if _is_plain(arguments) else operator(*arguments)

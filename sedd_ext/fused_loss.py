@@ -13,9 +13,9 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from sedd_ext._autograd import gradient_function
-from sedd_ext._dispatch import compute_dtype, may_wait, per_row
-from sedd_ext._operators import define, schema
+from ._autograd import gradient_function
+from ._dispatch import compute_dtype, may_wait, per_row
+from ._operators import OPERATORS, define, schema
 
 __all__: list[str] = []
 
@@ -125,14 +125,14 @@ class FusedLoss:
         if factor is not None:
             return tuple(gradient * factor.to(gradient.dtype) for gradient in gradients)
         loss_weight = grad_loss.double() if a.loss_weight is None else a.loss_weight * grad_loss
-        operator = getattr(torch.ops.sedd_ext, self.name)
+        operator = getattr(OPERATORS, self.name)
         everything: tuple[Tensor, ...] = operator(*a._replace(loss_weight=loss_weight.contiguous()))
         return everything[1:]
 
     def _gradients(self, grad_loss: Tensor, *given: Any) -> tuple[Tensor, ...]:
         if not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and bool((grad_loss == 1).all()):
             return given[: len(self.names)]
-        gradients: tuple[Tensor, ...] = getattr(torch.ops.sedd_ext, f"{self.name}_backward")(grad_loss, *given)
+        gradients: tuple[Tensor, ...] = getattr(OPERATORS, f"{self.name}_backward")(grad_loss, *given)
         return gradients
 
     def _function(self) -> type[torch.autograd.Function]:
@@ -147,7 +147,7 @@ class FusedLoss:
 
             @staticmethod
             def forward(ctx: Any, *given: Any) -> Tensor:
-                loss, *gradients = getattr(torch.ops.sedd_ext, name)(*given)
+                loss, *gradients = getattr(OPERATORS, name)(*given)
                 ctx.save_for_backward(*gradients, *given[:tensors])
                 ctx.options = given[tensors:]
                 result: Tensor = loss

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sedd_ext import _C
-from sedd_ext._autograd import gradient_function
-from sedd_ext._dispatch import (
+from . import _C
+from ._autograd import gradient_function
+from ._dispatch import (
     DTYPES,
     STAGES,
     check_device,
@@ -23,7 +23,7 @@ from sedd_ext._dispatch import (
     per_row,
     raise_fault,
 )
-from sedd_ext._operators import define
+from ._operators import OPERATORS, define
 
 __all__ = ["generalized_masked_loss"]
 
@@ -142,8 +142,8 @@ define(f"generalized_masked_power(Tensor grad_loss, Tensor row_numbers, {_ARGUME
 _LogitsGradient, _PowerGradient = (
     gradient_function("generalized_masked_loss", compute)
     for compute in (
-        lambda *arguments: torch.ops.sedd_ext.generalized_masked_backward(*arguments),
-        lambda *arguments: torch.ops.sedd_ext.generalized_masked_power(*arguments),
+        lambda *arguments: OPERATORS.generalized_masked_backward(*arguments),
+        lambda *arguments: OPERATORS.generalized_masked_power(*arguments),
     )
 )
 
@@ -154,7 +154,7 @@ class _GeneralizedMasked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, x_t: Tensor, x_0: Tensor, t: Tensor, power: Tensor) -> Tensor:
         loss: Tensor
-        loss, numbers = torch.ops.sedd_ext.generalized_masked(logits, x_t, x_0, t, power)
+        loss, numbers = OPERATORS.generalized_masked(logits, x_t, x_0, t, power)
         ctx.save_for_backward(numbers, logits, x_t, x_0, t, power)
         return loss
 

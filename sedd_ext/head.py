@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sedd_ext import _C
-from sedd_ext._dispatch import DTYPES, check_device, compute_dtype, fresh, kind_of, may_wait, raise_fault
-from sedd_ext.split import Share, Sums, check_split
+from . import _C
+from ._dispatch import DTYPES, check_device, compute_dtype, fresh, kind_of, may_wait, raise_fault
+from .split import Share, Sums, check_split
 
 __all__: list[str] = []
 
@@ -447,7 +447,7 @@ def check_head(
     if capacity is not None and (not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 0):
         raise ValueError(f"capacity: expected an int of at least 0, or None, got {capacity!r}")
     dtype, device = weight.dtype, hidden.device.type
-    # torch.compile cannot ask whether autocast is available before torch 2.12
+    # torch.compile of torch 2.6 and 2.11 cannot trace is_autocast_available
     has_autocast = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
     if has_autocast and torch.is_autocast_enabled(device) and dtype != torch.float64:
         return hidden, weight, bias, torch.get_autocast_dtype(device), share

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sedd_ext import _C
-from sedd_ext._dispatch import DTYPES, STAGES, check_reduction, check_tokens, launch, per_row
-from sedd_ext.fused_loss import FusedLoss, empty_results, shared_arguments
-from sedd_ext.generalized_masked import NUMBERS, check_power, check_power_values, raise_row_fault
-from sedd_ext.head import Gradients, Head, Rows, Tile, buffer_size, check_head, float16_unit
-from sedd_ext.split import Sums, gather, most_rows
+from . import _C
+from ._dispatch import DTYPES, STAGES, check_reduction, check_tokens, launch, per_row
+from .fused_loss import FusedLoss, empty_results, shared_arguments
+from .generalized_masked import NUMBERS, check_power, check_power_values, raise_row_fault
+from .head import Gradients, Head, Rows, Tile, buffer_size, check_head, float16_unit
+from .split import Sums, gather, most_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -252,7 +252,9 @@ def linear_generalized_masked_loss(
         x_t=x_t,
         x_0=x_0,
         t=per_row("t", t, batch, device),
-        **share._asdict(),
+        dim=share.dim,
+        first=share.first,
+        group=share.group,
         dtype=dtype,
         buffer_bytes=buffer_bytes,
         capacity=capacity,

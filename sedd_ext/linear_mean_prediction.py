@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sedd_ext import _C
-from sedd_ext._dispatch import check_process, check_reduction, check_tokens, contiguous, per_row, stationary_for
-from sedd_ext.fused_loss import FusedLoss, empty_results, shared_arguments
-from sedd_ext.head import Gradients, Head, Rows, buffer_size, check_head, float16_unit
-from sedd_ext.mean_prediction import launch_mean_prediction
-from sedd_ext.process import RankOne
-from sedd_ext.split import Sums, gather, most_rows
+from . import _C
+from ._dispatch import check_process, check_reduction, check_tokens, contiguous, per_row, stationary_for
+from .fused_loss import FusedLoss, empty_results, shared_arguments
+from .head import Gradients, Head, Rows, buffer_size, check_head, float16_unit
+from .mean_prediction import launch_mean_prediction
+from .process import RankOne
+from .split import Sums, gather, most_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -202,7 +202,9 @@ def linear_mean_prediction_loss(
         stationary=stationary_for(process, dtype, device),
         family=process.family,
         mask=-1 if process.mask_id is None else process.mask_id,
-        **share._asdict(),
+        dim=share.dim,
+        first=share.first,
+        group=share.group,
         dtype=dtype,
         buffer_bytes=buffer_bytes,
         capacity=capacity,

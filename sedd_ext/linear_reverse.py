@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from sedd_ext import _C
-from sedd_ext._dispatch import (
+from . import _C
+from ._dispatch import (
     DTYPES,
     FAMILIES,
     STEPS,
@@ -24,14 +24,14 @@ from sedd_ext._dispatch import (
     raise_fault,
     stationary_for,
 )
-from sedd_ext._operators import define, schema
-from sedd_ext.head import Head, Rows, buffer_size, check_head, tile_shape
-from sedd_ext.linear_reverse_mean import Output, Product, sample_tempered
-from sedd_ext.process import RankOne
-from sedd_ext.reverse import check_tempering, draw_tempered
-from sedd_ext.reverse_mean import Numbers, check_score, mean_numbers
-from sedd_ext.split import Share, Sums, gather, most_rows
-from sedd_ext.step import NOISE_NAME, MeanStep, check_step
+from ._operators import OPERATORS, define, schema
+from .head import Head, Rows, buffer_size, check_head, tile_shape
+from .linear_reverse_mean import Output, Product, sample_tempered
+from .process import RankOne
+from .reverse import check_tempering, draw_tempered
+from .reverse_mean import Numbers, check_score, mean_numbers
+from .split import Share, Sums, gather, most_rows
+from .step import NOISE_NAME, MeanStep, check_step
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -239,9 +239,7 @@ def _sample_tempered(a: Arguments, temperature: float, top_p: float, generator: 
         x = out[at]
         log_score = linear(hidden[at].to(a.dtype), w, b)
         shift = None if shifts is None else shifts[at]
-        probs = torch.ops.sedd_ext.reverse_probs(
-            log_score, x, noise[at], shift, a.stationary, a.family, a.step, a.forbidden
-        )
+        probs = OPERATORS.reverse_probs(log_score, x, noise[at], shift, a.stationary, a.family, a.step, a.forbidden)
         here.copy_(draw_tempered(probs, x, temperature, top_p, uniforms[:, at]))
     live.restore_tokens(drawn, out)
     return out.view(a.x_t.shape)
@@ -267,7 +265,7 @@ def _sample_mean(
                 return draw_tempered(probs, x, temperature, top_p, uniforms)
 
             return sample_tempered(head, numbers, products, draw, generator)
-        result: Tensor = torch.ops.sedd_ext.linear_reverse_mean_sample(
+        result: Tensor = OPERATORS.linear_reverse_mean_sample(
             *head, *numbers, *share, *products, draw_seed(generator, x_t.device)
         )
         return result
@@ -369,7 +367,9 @@ def linear_reverse_sample(
         family=process.family,
         step=step.name,
         forbidden=process.mask_id if denoise and process.mask_id is not None else -1,
-        **share._asdict(),
+        dim=share.dim,
+        first=share.first,
+        group=share.group,
         dtype=dtype,
         buffer_bytes=buffer_bytes,
         capacity=capacity,
@@ -379,5 +379,5 @@ def linear_reverse_sample(
     with torch.autocast(device.type, enabled=False):
         if tempered:
             return _sample_tempered(arguments, temperature, top_p, generator)
-        result: Tensor = torch.ops.sedd_ext.linear_reverse_sample(*arguments, draw_seed(generator, device))
+        result: Tensor = OPERATORS.linear_reverse_sample(*arguments, draw_seed(generator, device))
         return result

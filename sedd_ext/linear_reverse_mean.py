@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from sedd_ext import _C
-from sedd_ext._dispatch import draw_seed
-from sedd_ext._operators import define, schema
-from sedd_ext.head import Head, Rows, is_noise
-from sedd_ext.reverse_mean import Numbers, check_numbers, launch_mean, raise_mean_fault
-from sedd_ext.split import Share, Sums, gather, most_rows
+from . import _C
+from ._dispatch import draw_seed
+from ._operators import OPERATORS, define, schema
+from .head import Head, Rows, is_noise
+from .reverse_mean import Numbers, check_numbers, launch_mean, raise_mean_fault
+from .split import Share, Sums, gather, most_rows
 
 __all__: list[str] = []
 
@@ -146,7 +146,7 @@ def sample_tempered(
     chunk = max(1, products.buffer_bytes // (dim * 16))
     for at, here in zip(rows.split(chunk), drawn.split(chunk), strict=True):
         logits = linear(hidden[at].to(products.dtype), w, b)
-        probs = torch.ops.sedd_ext.reverse_mean_probs(logits, *select(numbers, at))
+        probs = OPERATORS.reverse_mean_probs(logits, *select(numbers, at))
         here.copy_(draw(probs, out[at], uniforms[:, at]))
     live.restore_tokens(drawn, out)
     return out.view(numbers.x_t.shape)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sedd_ext import _C
-from sedd_ext._dispatch import (
+from . import _C
+from ._dispatch import (
     FAMILIES,
     Status,
     check_process,
@@ -20,10 +20,10 @@ from sedd_ext._dispatch import (
     per_row,
     stationary_for,
 )
-from sedd_ext.fused_loss import FusedLoss, empty_results, shared_arguments
-from sedd_ext.head import Gradients, Head, Rows, Tile, buffer_size, check_head, float16_unit
-from sedd_ext.process import RankOne
-from sedd_ext.split import Sums, most_rows
+from .fused_loss import FusedLoss, empty_results, shared_arguments
+from .head import Gradients, Head, Rows, Tile, buffer_size, check_head, float16_unit
+from .process import RankOne
+from .split import Sums, most_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -262,7 +262,9 @@ def linear_score_entropy_loss(
         stationary=stationary_for(process, dtype, device),
         family=process.family,
         neg_entropy=process.neg_entropy,
-        **share._asdict(),
+        dim=share.dim,
+        first=share.first,
+        group=share.group,
         dtype=dtype,
         buffer_bytes=buffer_bytes,
         capacity=capacity,

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from sedd_ext._dispatch import DTYPES, check_same_device, draw_seed, row_stride_of
-from sedd_ext._operators import define, schema
-from sedd_ext.head import buffer_size, check_head, product, row_stride
-from sedd_ext.split import Share, gather
-from sedd_ext.unmask import STATISTICS, Draw, Results, Unmasked, check_draw, fake_results, raise_bad_row, unmasked
+from ._dispatch import DTYPES, check_same_device, draw_seed, row_stride_of
+from ._operators import OPERATORS, define, schema
+from .head import buffer_size, check_head, product, row_stride
+from .split import Share, gather
+from .unmask import STATISTICS, Draw, Results, Unmasked, check_draw, fake_results, raise_bad_row, unmasked
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -204,5 +204,5 @@ def linear_unmask(
     head = Product(hidden, weight, bias, dtype, buffer_bytes)
     seed = draw_seed(generator, hidden.device)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        results = torch.ops.sedd_ext.linear_unmask(*head, *share, *draw, seed)
+        results = OPERATORS.linear_unmask(*head, *share, *draw, seed)
     return unmasked(results, statistics, dtype)

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sedd_ext import _C
-from sedd_ext._autograd import gradient_function
-from sedd_ext._dispatch import (
+from . import _C
+from ._autograd import gradient_function
+from ._dispatch import (
     DTYPES,
     FAMILIES,
     STAGES,
@@ -27,8 +27,8 @@ from sedd_ext._dispatch import (
     row_stride_of,
     stationary_for,
 )
-from sedd_ext._operators import define
-from sedd_ext.process import RankOne
+from ._operators import OPERATORS, define
+from .process import RankOne
 
 __all__ = ["mean_prediction_loss"]
 
@@ -137,9 +137,7 @@ define(f"mean_prediction({_ARGUMENTS}, bool needs_gradient) -> (Tensor, Tensor)"
 define(f"mean_prediction_backward(Tensor grad_loss, Tensor numbers, {_ARGUMENTS}) -> Tensor", _backward, _backward_fake)
 
 
-_Gradient = gradient_function(
-    "mean_prediction_loss", lambda *arguments: torch.ops.sedd_ext.mean_prediction_backward(*arguments)
-)
+_Gradient = gradient_function("mean_prediction_loss", lambda *arguments: OPERATORS.mean_prediction_backward(*arguments))
 
 
 class _MeanPrediction(torch.autograd.Function):
@@ -147,7 +145,7 @@ class _MeanPrediction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        loss, numbers = torch.ops.sedd_ext.mean_prediction(*arguments)
+        loss, numbers = OPERATORS.mean_prediction(*arguments)
         ctx.save_for_backward(numbers, *arguments[:6])
         ctx.options = arguments[6:-1]
         result: Tensor = loss

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from sedd_ext.process import RankOne
-from sedd_ext.step import GeneralizedMasked, MeanStep, Tweedie
-from sedd_ext.unmask import STATISTICS, Unmasked
+from .process import RankOne
+from .step import GeneralizedMasked, MeanStep, Tweedie
+from .unmask import STATISTICS, Unmasked
 
 __all__ = [
     "generalized_masked_loss",

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sedd_ext._dispatch import (
+from ._dispatch import (
     DTYPES,
     FAMILIES,
     STEPS,
@@ -25,10 +25,10 @@ from sedd_ext._dispatch import (
     raise_fault,
     stationary_for,
 )
-from sedd_ext._operators import define
-from sedd_ext.process import RankOne
-from sedd_ext.reverse_mean import check_score, mean_numbers
-from sedd_ext.step import NOISE_NAME, MeanStep, check_step
+from ._operators import OPERATORS, define
+from .process import RankOne
+from .reverse_mean import check_score, mean_numbers
+from .step import NOISE_NAME, MeanStep, check_step
 
 __all__ = ["reverse_probs", "reverse_sample"]
 
@@ -215,12 +215,12 @@ def reverse_probs(
     """
     if parameterization == "mean":
         mean = _mean_arguments(log_score, x_t, step, process, log_score_shift, denoise, sigma)
-        probs: Tensor = torch.ops.sedd_ext.reverse_mean_probs(*mean)
+        probs: Tensor = OPERATORS.reverse_mean_probs(*mean)
         return probs
     if parameterization != "score" or sigma is not None:
         check_score(parameterization, sigma)
     arguments = _arguments(log_score, x_t, step, process, log_score_shift, denoise)
-    result: Tensor = torch.ops.sedd_ext.reverse_probs(*arguments)
+    result: Tensor = OPERATORS.reverse_probs(*arguments)
     return result
 
 
@@ -272,17 +272,17 @@ def reverse_sample(
     if parameterization == "mean":
         arguments = _mean_arguments(log_score, x_t, step, process, log_score_shift, denoise, sigma)
         if not check_tempering(temperature, top_p):
-            drawn: Tensor = torch.ops.sedd_ext.reverse_mean_sample(*arguments, draw_seed(generator, x_t.device))
+            drawn: Tensor = OPERATORS.reverse_mean_sample(*arguments, draw_seed(generator, x_t.device))
             return drawn
-        operator = torch.ops.sedd_ext.reverse_mean_probs
+        operator = OPERATORS.reverse_mean_probs
     else:
         if parameterization != "score" or sigma is not None:
             check_score(parameterization, sigma)
         arguments = _arguments(log_score, x_t, step, process, log_score_shift, denoise)
         if not check_tempering(temperature, top_p):
-            result: Tensor = torch.ops.sedd_ext.reverse_sample(*arguments, draw_seed(generator, x_t.device))
+            result: Tensor = OPERATORS.reverse_sample(*arguments, draw_seed(generator, x_t.device))
             return result
-        operator = torch.ops.sedd_ext.reverse_probs
+        operator = OPERATORS.reverse_probs
     draw_seed(generator, x_t.device)  # checks the generator
     probs = operator(*arguments).view(-1, log_score.shape[-1])
     uniforms = torch.rand(2, x_t.numel(), dtype=torch.float64, device=x_t.device, generator=generator)

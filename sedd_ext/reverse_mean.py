@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sedd_ext import _C
-from sedd_ext._dispatch import (
+from . import _C
+from ._dispatch import (
     DTYPES,
     FAMILIES,
     MEAN_STEPS,
@@ -29,10 +29,10 @@ from sedd_ext._dispatch import (
     row_stride_of,
     stationary_for,
 )
-from sedd_ext._operators import define, schema
-from sedd_ext.generalized_masked import check_power, check_power_values
-from sedd_ext.process import RankOne
-from sedd_ext.step import NOISE_NAME, GeneralizedMasked, check_mean_step
+from ._operators import define, schema
+from .generalized_masked import check_power, check_power_values
+from .process import RankOne
+from .step import NOISE_NAME, GeneralizedMasked, check_mean_step
 
 __all__: list[str] = []
 

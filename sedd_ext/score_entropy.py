@@ -7,9 +7,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sedd_ext import _C
-from sedd_ext._autograd import gradient_function
-from sedd_ext._dispatch import (
+from . import _C
+from ._autograd import gradient_function
+from ._dispatch import (
     DTYPES,
     FAMILIES,
     check_log_score,
@@ -25,9 +25,9 @@ from sedd_ext._dispatch import (
     raise_fault,
     stationary_for,
 )
-from sedd_ext._operators import define, schema
-from sedd_ext.fused_loss import row_weights
-from sedd_ext.process import RankOne
+from ._operators import OPERATORS, define, schema
+from .fused_loss import row_weights
+from .process import RankOne
 
 __all__ = ["score_entropy_loss"]
 
@@ -136,13 +136,11 @@ define(
 )
 
 
-_Gradient = gradient_function(
-    "score_entropy_loss", lambda *arguments: torch.ops.sedd_ext.score_entropy_backward(*arguments)
-)
+_Gradient = gradient_function("score_entropy_loss", lambda *arguments: OPERATORS.score_entropy_backward(*arguments))
 
 
 def _in_place(gradient: Tensor, *others: Any) -> Tensor:
-    torch.ops.sedd_ext.score_entropy_sweep_backward(gradient, *others)
+    OPERATORS.score_entropy_sweep_backward(gradient, *others)
     return gradient
 
 
@@ -156,7 +154,7 @@ class _ScoreEntropy(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, ctx.family, ctx.neg_entropy = arguments
         ctx.save_for_backward(*tensors)
-        result: Tensor = torch.ops.sedd_ext.score_entropy(*arguments)
+        result: Tensor = OPERATORS.score_entropy(*arguments)
         return result
 
     @staticmethod
@@ -176,7 +174,7 @@ class _WeightedSum(torch.autograd.Function):
     def forward(ctx: Any, loss_weight: Tensor, *arguments: Any) -> Tensor:
         *tensors, ctx.family, ctx.neg_entropy = arguments
         ctx.save_for_backward(loss_weight, *tensors)
-        loss, ctx.gradient = torch.ops.sedd_ext.score_entropy_sweep(loss_weight, *arguments)
+        loss, ctx.gradient = OPERATORS.score_entropy_sweep(loss_weight, *arguments)
         result: Tensor = (loss * loss_weight.to(loss.dtype)).sum()
         return result
 

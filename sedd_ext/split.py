@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sedd_ext._dispatch import kind_of
+from ._dispatch import kind_of
 
 __all__: list[str] = []
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sedd_ext._dispatch import (
+from ._dispatch import (
     DTYPES,
     FAMILIES,
     check_process,
@@ -21,8 +21,8 @@ from sedd_ext._dispatch import (
     raise_fault,
     stationary_for,
 )
-from sedd_ext._operators import define
-from sedd_ext.process import RankOne
+from ._operators import define
+from .process import RankOne
 
 __all__ = ["sample_transition", "transition_column", "transition_row"]
 

@@ -25,10 +25,10 @@ except ImportError as error:
         "sedd_ext.triton_head: expected the package triton, which is not installed; pip install sedd_ext[triton]"
     ) from error
 
-from sedd_ext import linear_score_entropy as operator
-from sedd_ext._dispatch import FAMILIES, Status, launch
-from sedd_ext.fused_loss import FusedLoss
-from sedd_ext.head import Tile
+from . import linear_score_entropy as operator
+from ._dispatch import FAMILIES, Status, launch
+from .fused_loss import FusedLoss
+from .head import Tile
 
 __all__ = ["epilogue"]
 

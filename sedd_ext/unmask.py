@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, NoReturn, TypeGuard
 import torch
 from torch import Tensor
 
-from sedd_ext import _C
-from sedd_ext._dispatch import (
+from . import _C
+from ._dispatch import (
     DTYPES,
     _index,
     check_device,
@@ -21,7 +21,7 @@ from sedd_ext._dispatch import (
     kind_of,
     launch,
 )
-from sedd_ext._operators import define, schema
+from ._operators import OPERATORS, define, schema
 
 __all__ = ["Unmasked", "unmask"]
 
@@ -231,5 +231,5 @@ def unmask(
     check_device("logits", logits)
     batch, dim = logits.shape[:-1], logits.shape[-1]
     draw = check_draw(mask_id, dim, temperature, top_p, statistics, row_ids, batch, "logits")
-    results = torch.ops.sedd_ext.unmask(logits, *draw, draw_seed(generator, logits.device))
+    results = OPERATORS.unmask(logits, *draw, draw_seed(generator, logits.device))
     return unmasked(results, statistics, logits.dtype)

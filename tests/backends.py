@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import pybind11
 import torch
 from cuda_on_cpu import build
 from torch import Tensor
@@ -87,7 +86,7 @@ def emulated_kernels() -> Any:
             root / "tests/cuda_on_cpu/module.cpp",
         ],
         flags=["-O2", "-fvisibility=hidden"],
-        include=[sysconfig.get_path("include"), pybind11.get_include()],
+        include=[sysconfig.get_path("include")],
     )
     spec = importlib.util.spec_from_file_location("emulated", library)
     assert spec is not None

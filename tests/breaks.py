@@ -15,8 +15,6 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import pybind11
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -626,9 +624,30 @@ BREAKS = [
     Break(
         "an argument that a kernel does not have is ignored",
         "csrc/bindings.h",
-        "if (given.size() != (kFieldCount<Structs> + ...)) {",
+        "if (PyDict_Size(given) != static_cast<Py_ssize_t>((kFieldCount<Structs> + ...))) {",
         "if (false) {",
         "tests/test_build.py -k by_name",
+    ),
+    Break(
+        "a copy of the package registers its operators under the package's own name",
+        "sedd_ext/_operators.py",
+        'NAMESPACE = __name__.split(".")[0]',
+        'NAMESPACE = "sedd_ext"',
+        "tests/test_hub_layout.py -k loads",
+    ),
+    Break(
+        "an operator imports the installed package",
+        "sedd_ext/unmask.py",
+        "from . import _C",
+        "from sedd_ext import _C",
+        "tests/test_hub_layout.py -k loads",
+    ),
+    Break(
+        "builds of the hub's layout share a name",
+        "tests/hub_layout.py",
+        '"id": f"_sedd_ext_cpu_{identity}"',
+        '"id": "_sedd_ext_cpu"',
+        "tests/test_hub_layout.py -k another",
     ),
     Break(
         "the loss lacks its constant",
@@ -3149,7 +3168,6 @@ def build(folder: Path) -> None:
         options = {
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": folder / "sedd_ext",
             "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
             "SEDD_CUDA": "off",
         }
         defines = [f"-D{name}={value}" for name, value in options.items()]

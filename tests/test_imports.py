@@ -32,24 +32,35 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(tree: ast.AST, known: set[str]) -> set[str]:
+def source(node: ast.ImportFrom, package: str) -> str:
+    """The module that names are imported from. sedd_ext imports itself relatively, as the kernels hub renames it."""
+    if package == "sedd_ext" and node.level == 1:
+        return ".".join(filter(None, [package, node.module]))
+    assert node.level == 0, "imports are absolute"
+    module = str(node.module)
+    assert not (package == "sedd_ext" and module.split(".")[0] == package), "sedd_ext imports itself relatively"
+    return module
+
+
+def imports(tree: ast.AST, known: set[str], package: str) -> set[str]:
     """The modules that a module imports anywhere: at its top, in functions, and for type checkers only."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
+            module = source(node, package)
             for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                found.add(inner if inner in known or inner == "sedd_ext._C" else str(node.module))
+                inner = f"{module}.{alias.name}"
+                found.add(inner if inner in known or inner == "sedd_ext._C" else module)
     return found & known
 
 
 def graph() -> dict[str, set[str]]:
     known = modules()
     return {
-        name: imports(ast.parse(path.read_text(encoding="utf-8")), set(known)) - {name} for name, path in known.items()
+        name: imports(ast.parse(path.read_text(encoding="utf-8")), set(known), name.split(".")[0]) - {name}
+        for name, path in known.items()
     }
 
 

@@ -1,8 +1,6 @@
-// pybind11: the CUDA launchers, which return None or the error message of the CUDA runtime. An ordinary C++ file
+// Python: the CUDA launchers, which return None or the error message of the CUDA runtime. An ordinary C++ file
 // without headers of CUDA: tests/cuda_on_cpu compiles it too.
 #include "bindings.h"
-
-namespace py = pybind11;
 
 namespace sedd {
 namespace {
@@ -26,46 +24,80 @@ DType dtype_of(const ReverseChoiceParams&) { return DType::float64; }
 int64_t none(int64_t, int64_t, DType) { return 0; }
 
 template <class Params>
-void bind(py::module_& m, const char* name, const char* (*launch)(const Params&, const CudaLaunch&),
-          int64_t (*workspace)(int64_t rows, int64_t columns, DType dtype)) {
-    m.def((std::string(name) + "_cuda").c_str(), [name, launch](const py::dict& arguments) {
-        Params params;
-        CudaLaunch where;
-        read_arguments(arguments, name, params, where);
-        const py::gil_scoped_release release;
-        return launch(params, where);
-    });
-    m.def((std::string(name) + "_workspace").c_str(), [name, workspace](const py::dict& arguments) {
-        Params params;
-        read_members<IsNumber>(arguments, name, params);
-        return workspace(params.rows, columns(params), dtype_of(params));
-    });
-    m.attr("cuda_arguments")[name] = argument_names<Params, CudaLaunch>();
+using Launcher = const char* (*)(const Params&, const CudaLaunch&);
+using Workspace = int64_t (*)(int64_t rows, int64_t columns, DType dtype);
+
+template <class Params>
+PyObject* launch(PyObject* given, const char* kernel, Launcher<Params> launcher) {
+    Params params;
+    CudaLaunch where;
+    if (!read_arguments(given, kernel, params, where)) return nullptr;
+    const char* error = nullptr;
+    if (!without_lock([&] { error = launcher(params, where); })) return nullptr;
+    if (error != nullptr) return PyUnicode_FromString(error);
+    Py_RETURN_NONE;
 }
+
+// Takes the launcher for the type of its parameters only.
+template <class Params>
+PyObject* bytes_of(PyObject* given, const char* kernel, Launcher<Params>, Workspace workspace) {
+    Params params;
+    if (!is_dict(given, kernel) || !read_members<IsNumber>(given, kernel, params)) return nullptr;
+    return PyLong_FromLongLong(workspace(params.rows, columns(params), dtype_of(params)));
+}
+
+template <class Params>
+PyObject* names_of(Launcher<Params>) {
+    return argument_names<Params, CudaLaunch>();
+}
+
+struct Kernel {
+    const char* name;
+    PyMethodDef run;
+    PyMethodDef workspace;
+    PyObject* (*names)();
+};
+
+#define SEDD_KERNEL(name, workspace)                                                                                 \
+    {#name,                                                                                                          \
+     {#name "_cuda", [](PyObject*, PyObject* given) { return launch(given, #name, name##_cuda); }, METH_O, 0},       \
+     {#name "_workspace", [](PyObject*, PyObject* given) { return bytes_of(given, #name, name##_cuda, workspace); }, \
+      METH_O, 0},                                                                                                    \
+     [] { return names_of(name##_cuda); }}
+
+Kernel kernels[] = {
+    SEDD_KERNEL(score_entropy, score_entropy_workspace),
+    SEDD_KERNEL(score_entropy_backward, score_entropy_backward_workspace),
+    SEDD_KERNEL(score_entropy_tile, score_entropy_tile_workspace),
+    SEDD_KERNEL(mean_prediction, mean_prediction_workspace),
+    SEDD_KERNEL(mean_prediction_backward, none),
+    SEDD_KERNEL(transition_column, transition_workspace),
+    SEDD_KERNEL(transition_row, transition_workspace),
+    SEDD_KERNEL(sample_transition, none),
+    SEDD_KERNEL(reverse_probs, reverse_workspace),
+    SEDD_KERNEL(reverse_sample, reverse_workspace),
+    SEDD_KERNEL(reverse_tile, none),
+    SEDD_KERNEL(reverse_choose, none),
+    SEDD_KERNEL(reverse_mean_probs, none),
+    SEDD_KERNEL(reverse_mean_sample, none),
+    SEDD_KERNEL(reverse_mean_choose, none),
+    SEDD_KERNEL(unmask, none),
+    SEDD_KERNEL(generalized_masked, generalized_masked_workspace),
+    SEDD_KERNEL(generalized_masked_backward, generalized_masked_backward_workspace),
+    SEDD_KERNEL(generalized_masked_power, generalized_masked_power_workspace),
+};
 
 }  // namespace
 
-void bind_cuda(py::module_& m) {
-    m.attr("cuda_arguments") = py::dict();
-    bind(m, "score_entropy", score_entropy_cuda, score_entropy_workspace);
-    bind(m, "score_entropy_backward", score_entropy_backward_cuda, score_entropy_backward_workspace);
-    bind(m, "score_entropy_tile", score_entropy_tile_cuda, score_entropy_tile_workspace);
-    bind(m, "mean_prediction", mean_prediction_cuda, mean_prediction_workspace);
-    bind(m, "mean_prediction_backward", mean_prediction_backward_cuda, none);
-    bind(m, "transition_column", transition_column_cuda, transition_workspace);
-    bind(m, "transition_row", transition_row_cuda, transition_workspace);
-    bind(m, "sample_transition", sample_transition_cuda, none);
-    bind(m, "reverse_probs", reverse_probs_cuda, reverse_workspace);
-    bind(m, "reverse_sample", reverse_sample_cuda, reverse_workspace);
-    bind(m, "reverse_tile", reverse_tile_cuda, none);
-    bind(m, "reverse_choose", reverse_choose_cuda, none);
-    bind(m, "reverse_mean_probs", reverse_mean_probs_cuda, none);
-    bind(m, "reverse_mean_sample", reverse_mean_sample_cuda, none);
-    bind(m, "reverse_mean_choose", reverse_mean_choose_cuda, none);
-    bind(m, "unmask", unmask_cuda, none);
-    bind(m, "generalized_masked", generalized_masked_cuda, generalized_masked_workspace);
-    bind(m, "generalized_masked_backward", generalized_masked_backward_cuda, generalized_masked_backward_workspace);
-    bind(m, "generalized_masked_power", generalized_masked_power_cuda, generalized_masked_power_workspace);
+bool add_cuda(PyObject* module) {
+    PyObject* const arguments = PyDict_New();
+    if (!add(module, "cuda_arguments", arguments)) return false;
+    for (Kernel& kernel : kernels) {
+        if (!add(module, kernel.run.ml_name, PyCFunction_New(&kernel.run, nullptr))) return false;
+        if (!add(module, kernel.workspace.ml_name, PyCFunction_New(&kernel.workspace, nullptr))) return false;
+        if (!add_item(arguments, kernel.name, kernel.names())) return false;
+    }
+    return true;
 }
 
 }  // namespace sedd
