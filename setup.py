@@ -4,10 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    sys.exit("sedd_ext: expected a Python with the GIL, got a free-threaded one, which has no limited API")
 
 
 class CMakeBuild(build_ext):
@@ -17,6 +21,8 @@ class CMakeBuild(build_ext):
         """Configures and builds into the folder where setuptools expects the extension."""
         source = Path(__file__).parent.resolve()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        for old in target.parent.glob("_C.*so"):  # of another build, which Python might prefer to this one
+            old.unlink()
         build = Path(self.build_temp).resolve() / "cmake"
         # Anew: what CMake remembers of the last build, such as pip's isolated Ninja or a compiler, may be gone.
         shutil.rmtree(build, ignore_errors=True)

@@ -105,6 +105,8 @@ def in_place(environment: Mapping[str, str]) -> list[list[str]]:
         "SEDD_CUDA": environment["SEDD_CUDA"],
         "SEDD_CUDA_ARCHS": environment.get("SEDD_CUDA_ARCHS", ""),
     }
+    for old in (ROOT / "sedd_ext").glob("_C.*so"):  # of another build, which Python might prefer to this one
+        old.unlink()
     generator = ["-G", "Ninja"] if shutil.which("ninja", path=environment["PATH"]) else []
     shutil.rmtree(build, ignore_errors=True)  # what CMake remembers may be another Python's
     defines = [f"-D{name}={value}" for name, value in options.items()]

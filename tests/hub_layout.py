@@ -84,6 +84,15 @@ def write(package: Path, out: Path, license_name: str = "MIT") -> Path:
     return variant
 
 
+def check_cpu_only(package: Path) -> None:
+    """Raises a ValueError if the module of a package has CUDA kernels, and would be published as one without."""
+    module = package / "_C.abi3.so"
+    if module.is_file() and b"score_entropy_workspace\0" in module.read_bytes():
+        raise ValueError(
+            f"package: expected kernels of the CPU only, got CUDA kernels in {module}; build with SEDD_CUDA=off"
+        )
+
+
 def digest(data: bytes) -> bytes:
     """The SHA-256 digest of a file."""
     return hashlib.sha256(data).digest()
@@ -101,6 +110,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
             with zipfile.ZipFile(package) as wheel:
                 wheel.extractall(folder)
             package = Path(folder) / "sedd_ext"
+        check_cpu_only(package)
         print(write(package, options.out))
 
 

@@ -118,6 +118,17 @@ def test_another_build_has_another_name(repository: Path, tmp_path: Path) -> Non
     assert names[0] == names[1] != names[2]
 
 
+def test_cuda_kernels_are_not_published_as_those_of_the_cpu(tmp_path: Path) -> None:
+    module = tmp_path / "_C.abi3.so"
+    module.write_bytes(Path(sedd_ext._C.__file__).read_bytes())
+    if not sedd_ext._C.cuda:
+        hub_layout.main([str(tmp_path), "--out", str(tmp_path / "out")])
+        module.write_bytes(module.read_bytes() + b"score_entropy_workspace\0")
+    with pytest.raises(ValueError, match="package: expected kernels of the CPU only, got CUDA kernels"):
+        hub_layout.main([str(tmp_path), "--out", str(tmp_path / "again")])
+    assert not (tmp_path / "again").exists()
+
+
 def test_a_folder_without_the_module_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"package: expected .*_C\.abi3\.so, found none"):
         hub_layout.write(tmp_path, tmp_path / "out")

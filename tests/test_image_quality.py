@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -224,6 +225,28 @@ def test_images_of_another_size_or_without_classes(judge: Classifier, tmp_path: 
         find_classifier(found, "dots", None, str(tmp_path))
     with pytest.raises(ValueError, match="classifier: expected one of images of 5 x 4 x 3, got 8 x 8 x 1 in "):
         find_classifier(found, "dots", judge.path, None)
+
+
+def test_a_test_split_without_classes(digits: ImageCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The validation images measure the classifier; training images without a class are refused by the right name."""
+    labels = digits.labels
+
+    def no_labels(without: str) -> Any:
+        def read(split: str, count: int) -> Tensor:
+            if split == without:
+                raise ValueError("model.classes: expected a class of each image, got -1")
+            return labels("validation" if split == "test" else split, count)
+
+        return read
+
+    monkeypatch.setattr(classifier, "STEPS", 2)
+    monkeypatch.setattr(digits, "test", lambda count: digits.train(count))
+    monkeypatch.setattr(digits, "labels", no_labels("test"))
+    found = find_classifier(digits, "digits", tmp_path / "here", None)
+    assert found.accuracy_images == len(digits.valid(10_000))
+    monkeypatch.setattr(digits, "labels", no_labels("train"))
+    with pytest.raises(ValueError, match=r"^classifier: expected a class of each image"):
+        find_classifier(digits, "digits", tmp_path / "there", None)
 
 
 # -- sedd eval generative ----------------------------------------------------------------------------------------------

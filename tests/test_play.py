@@ -22,7 +22,7 @@ import torch
 from playing import ask, done, events, fill, get, in_browser, launched, leave, opened, serving, texts
 
 from sedd.cli import main
-from sedd.commands.play.app import MOST_UNREAD, _Job
+from sedd.commands.play.app import MOST_UNREAD, _hosts, _Job
 from sedd.commands.play.writing import Frame, Request, Written
 from sedd.commands.sample import parse_template
 from sedd.diffusion import sample
@@ -147,7 +147,11 @@ def test_the_samplers_of_the_model(server: str) -> None:
         ({"sampler_params": {"gamma": "1"}}, "sampler: expected the name"),
         ({"prompt": "{{0}}"}, "template: expected gaps of at least 1 token"),
         ({"prompt": "{{3}}", "max_tokens": 3}, "prompt: expected no gaps"),
-        ({"prompt": "{{9999}}"}, "prompt: expected at most 8192 tokens"),
+        ({"prompt": "{{8192}} and more"}, "prompt: expected at most 8192 tokens"),
+        ({"prompt": "{{9999}}"}, "prompt: expected gaps of at most 8192 tokens in all"),
+        ({"prompt": "{{5000}} {{5000}}"}, "prompt: expected gaps of at most 8192 tokens in all"),
+        ({"prompt": "{{" + "9" * 5000 + "}}"}, "prompt: expected gaps of at most 8192 tokens in all"),
+        (b"[" * 200_000, "body: expected JSON"),
         ({"prompt": "x" * 24}, "max_tokens: expected a number of new tokens"),
     ],
 )
@@ -163,6 +167,22 @@ def test_other_sites_are_refused(server: str) -> None:
     assert ask(server, {}, headers={"Content-Type": "text/plain"})[0] == 415
     assert get(server, "/", Host="example.org")[0] == 400
     assert get(server, "/", Host=f"localhost:{server.split(':')[1]}")[0] == 200
+
+
+def test_names_of_the_server() -> None:
+    """Browsers may ask for the page under the server's own names only, unless it listens on all addresses."""
+    assert _hosts("127.0.0.1") == ["127.0.0.1", "localhost", "[::1]"]
+    assert _hosts("::1")[0] == "[::1]"
+    assert _hosts("localhost") == ["localhost", "127.0.0.1"]
+    assert _hosts("192.168.1.5") == ["192.168.1.5"]
+    assert _hosts("myhost") == ["myhost"]
+    assert _hosts("0.0.0.0") == _hosts("::") == ["*"]
+
+
+def test_braces_that_are_no_gap_are_a_prompt(server: str) -> None:
+    status, answer = ask(server, {"prompt": "Dear {{name}}, ", "max_tokens": 5, "steps": 2})
+    assert status == 200
+    assert "Dear" not in answer["choices"][0]["text"]
 
 
 def test_large_requests_and_unknown_paths(server: str) -> None:

@@ -22,7 +22,7 @@ pytest.importorskip("yaml")
 import sedd.recipes
 from sedd.cli import _parse, main
 from sedd.commands import reproduce
-from sedd.commands.comparison import shown
+from sedd.commands.comparison import order_table, shown
 from sedd.commands.measures import MEASURES
 from sedd.config import TrainConfig, flat
 from sedd.hints import program
@@ -283,7 +283,7 @@ def test_mean_over_seeds() -> None:
     assert mean_figure([Figure(3.0, 0.5)]) == Figure(3.0, 0.5)
     mean = mean_figure([Figure(1.0, 0.6), Figure(3.0, 0.8)])
     assert mean.value == 2.0
-    assert mean.error == pytest.approx(math.sqrt(2 / 2 + 0.5 / 2))  # variance of the seeds, and of the evaluations
+    assert mean.error == pytest.approx(math.sqrt(2 / 2 + 0.5))  # variance of the seeds, and of an evaluation
     assert mean_figure([Figure(1.0, 0.1), Figure(2.0, None)]) == Figure(1.5, None)
 
 
@@ -328,6 +328,7 @@ def test_a_recipe_end_to_end(finished: Path, capsys: pytest.CaptureFixture[str])
     order = (finished / "order-smoke.md").read_text()
     assert cells in order
     assert others not in order
+    assert order == order_table("smoke", finished, seeds=3), "there is one seed"
     record = before["smoke/text8/md4/records/test.json"]
     assert record["seed"] == 0
     assert record["versions"]["torch"]

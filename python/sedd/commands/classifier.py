@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sedd.data.images import ImageCorpus
 from sedd.data.sources import import_datasets
 from sedd.files import load_tensors, save_tensors
+from sedd.options import renamed
 from sedd.progress import console, track
 from sedd.unfinished import identity
 
@@ -98,7 +99,8 @@ def find_classifier(corpus: ImageCorpus, source: str, path: Path | None, cache: 
     """
     if path is None:
         folder = Path(cache or import_datasets().config.HF_DATASETS_CACHE).expanduser()
-        path = folder / f"sedd-classifier-{_recipe(corpus)}.safetensors"
+        with renamed({"model.classes": "classifier"}):
+            path = folder / f"sedd-classifier-{_recipe(corpus)}.safetensors"
     if path.exists():
         found = _load(path, corpus.shape)
     else:
@@ -108,7 +110,8 @@ def find_classifier(corpus: ImageCorpus, source: str, path: Path | None, cache: 
                 "the file of a classifier of images of the same size"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = _train(corpus, source, path)
+        with renamed({"model.classes": "classifier"}):
+            found = _train(corpus, source, path)
     console().print(
         f"classifier {found.name}: finds the class of {found.accuracy:.1%} of {found.accuracy_images:,} held-out "
         f"images; {found.path}",
@@ -125,6 +128,7 @@ def _recipe(corpus: ImageCorpus) -> str:
 
 def _train(corpus: ImageCorpus, source: str, path: Path) -> Classifier:
     images, labels = corpus.train(MOST), corpus.labels("train", MOST)
+    split, held_out, held_out_labels = _held_out(corpus)
     steps = min(STEPS, -(-EPOCHS * len(images) // BATCH))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
@@ -140,8 +144,6 @@ def _train(corpus: ImageCorpus, source: str, path: Path) -> Classifier:
             loss.backward()
             optimizer.step()
             schedule.step()
-    split = "validation" if (held_out := corpus.test(MOST)) is None else "test"
-    held_out = corpus.valid(MOST) if held_out is None else held_out
     with torch.no_grad():
         guesses = torch.cat([network(part)[1].argmax(-1) for part in held_out.split(256)])
     about = {
@@ -149,12 +151,23 @@ def _train(corpus: ImageCorpus, source: str, path: Path) -> Classifier:
         "shape": list(corpus.shape),
         "classes": corpus.classes,
         "training_images": len(images),
-        "accuracy": float((guesses == corpus.labels(split, MOST)).double().mean()),
+        "accuracy": float((guesses == held_out_labels).double().mean()),
         "accuracy_images": len(held_out),
         "accuracy_split": split,
     }
     save_tensors(path, network.state_dict(), {"classifier": json.dumps(about)})
     return _classifier(network, about, path)
+
+
+def _held_out(corpus: ImageCorpus) -> tuple[str, Tensor, Tensor]:
+    """The name, images and classes of the test split; if it has none, or no classes, those of the validation split."""
+    images = corpus.test(MOST)
+    if images is not None:
+        try:
+            return "test", images, corpus.labels("test", MOST)
+        except ValueError:  # images without a class
+            pass
+    return "validation", corpus.valid(MOST), corpus.labels("validation", MOST)
 
 
 def _load(path: Path, shape: tuple[int, int, int]) -> Classifier:

@@ -122,7 +122,7 @@ class Comparison:
             f"{measured} of {total} pairs of rows are measured: {len(order.same)} in the paper's order, "
             f"{len(order.unclear)} not separated by our errors, {len(order.reversed)} reversed."
         ]
-        for what, pairs in (("Not separated", order.unclear), ("Reversed", order.reversed)):
+        for what, pairs in (("Not separated", order.unclear), ("Reversed; in the paper", order.reversed)):
             if pairs:
                 lines.append(f"{what}: {'; '.join(f'{first} before {second}' for first, second in pairs)}.")
         return lines
@@ -253,20 +253,25 @@ def _markdown_table(rows: list[list[str]]) -> list[str]:
     return [first, "| --- " * len(rows[0]) + "|", *others]
 
 
-def order_table(scale: Scale, out: Path) -> str:
+def order_table(scale: Scale, out: Path, seeds: int) -> str:
     """How the order of all recipes with a finished figure came out, as Markdown.
 
     Args:
         scale: the scale of the runs.
         out: folder of all results.
+        seeds: number of runs of each row; fewer are taken of a table that has fewer.
     """
     headings = ("page", "paper", "column", "pairs", "the paper's order", "not separated", "reversed", "not measured")
     rows = []
     for name in recipe_names():
         recipe = load_recipe(name)
         inputs = load_setting(recipe.setting, scale).inputs
-        comparison = Comparison(make_plan(recipe, scale, out, dict.fromkeys(inputs, Path("FILE"))), {})
-        if not comparison.figures:
+        files = dict.fromkeys(inputs, Path("FILE"))
+        for count in range(seeds, 0, -1):
+            comparison = Comparison(make_plan(recipe, scale, out, files, count), {})
+            if comparison.figures:
+                break
+        else:
             continue
         for column in recipe.columns:
             order, total = comparison.order(column)
@@ -299,7 +304,7 @@ def write_comparison(plan: Plan, failed: Mapping[str, str]) -> tuple[Path, Path]
     comparison = Comparison(plan, failed)
     markdown, page = (plan.out / f"{plan.recipe.name}-{plan.setting.scale}.{suffix}" for suffix in ("md", "html"))
     write_text(markdown, comparison.markdown())
-    write_text(plan.out / f"order-{plan.setting.scale}.md", order_table(plan.setting.scale, plan.out))
+    write_text(plan.out / f"order-{plan.setting.scale}.md", order_table(plan.setting.scale, plan.out, plan.seeds))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     folder = files("sedd.commands")
     template = environment.from_string(folder.joinpath("comparison.html").read_text(encoding="utf-8"))

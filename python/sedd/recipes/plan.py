@@ -65,6 +65,7 @@ class Plan:
         recipe, setting: what is planned.
         out: folder of all results.
         files: the user's files by name.
+        seeds: number of runs of each row.
         jobs: by name, each after those it needs.
         needs: for each job, the jobs it needs.
         cells: for each row and column, the evaluations with its figure, one for each seed, or why there is none.
@@ -75,6 +76,7 @@ class Plan:
     setting: Setting
     out: Path
     files: Mapping[str, Path]
+    seeds: int
     jobs: dict[str, Job]
     needs: dict[str, list[str]]
     cells: dict[tuple[str, str], list[Job] | str]
@@ -104,7 +106,7 @@ def make_plan(recipe: Recipe, scale: Scale, out: Path, data: Mapping[str, Path],
     Raises:
         ValueError: the recipe names a run or an evaluation that its setting does not have.
     """
-    plan = Plan(recipe, load_setting(recipe.setting, scale), out, data, {}, {}, {}, set())
+    plan = Plan(recipe, load_setting(recipe.setting, scale), out, data, seeds, {}, {}, {}, set())
     planner = _Planner(plan, scale, out / scale)
     for row in recipe.rows:
         for column in recipe.columns:

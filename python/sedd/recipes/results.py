@@ -78,7 +78,10 @@ def _row(rows: Sequence[Mapping[str, Any]], pick: Mapping[str, Any]) -> Mapping[
 
 
 def mean_figure(figures: Sequence[Figure]) -> Figure:
-    """The mean over seeds. Its error contains the spread of the seeds and the errors of their evaluations."""
+    """The mean over seeds. Its error contains the spread of the seeds and the error of an evaluation.
+
+    The runs are evaluated on the same data, whose choice more runs do not make better.
+    """
     count = len(figures)
     mean = statistics.fmean(figure.value for figure in figures)
     if count == 1:
@@ -86,5 +89,5 @@ def mean_figure(figures: Sequence[Figure]) -> Figure:
     if not math.isfinite(mean) or any(figure.error is None for figure in figures):
         return Figure(mean, None)
     of_seeds = statistics.variance(figure.value for figure in figures) / count
-    of_evaluations = statistics.fmean((figure.error or 0.0) ** 2 for figure in figures) / count
+    of_evaluations = statistics.fmean((figure.error or 0.0) ** 2 for figure in figures)
     return Figure(mean, math.sqrt(of_seeds + of_evaluations))

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sedd.commands.play.painting import Images
 from sedd.commands.play.writing import Frame, Request, Written, check, write
+from sedd.commands.sample import GAP
 from sedd.diffusion.sampler import Sampler
 from sedd.diffusion.samplers import SAMPLERS, find_sampler
 from sedd.hub.pretrained import LoadedModel
@@ -148,7 +149,7 @@ class _Server:
                 raise _RefusedError(413, f"body: expected at most {MOST_BYTES} bytes, got more")
         try:
             values = json.loads(body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"body: expected JSON, got something else ({error})") from error
         if not isinstance(values, dict):
             raise ValueError(f"body: expected a JSON object, got {type(values).__name__}")
@@ -219,7 +220,7 @@ class _Server:
             self._leave(job)
 
     def _completion(self, job: _Job, written: Written) -> dict[str, Any]:
-        alone = "{{" not in job.request.prompt
+        alone = GAP.search(job.request.prompt) is None
         choices: list[dict[str, Any]] = [
             {"text": gaps[0] if alone else text, "gaps": gaps}
             for text, gaps in zip(written.texts, written.gaps, strict=True)
@@ -278,12 +279,15 @@ async def _disconnected(http: HttpRequest) -> None:
 
 
 def _hosts(host: str) -> list[str]:
-    """The names under which browsers may ask for the page: on loopback, none that another site can point to it."""
+    """The names under which browsers may ask for the page, which no other site can point to it; for 0.0.0.0, any."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
-        return [host, "localhost", "127.0.0.1"] if host == "localhost" else ["*"]
-    return ["localhost", "127.0.0.1", "[::1]", str(address)] if address.is_loopback else ["*"]
+        return [host, *(["127.0.0.1"] if host == "localhost" else [])]
+    if address.is_unspecified:
+        return ["*"]
+    name = f"[{address}]" if address.version == 6 else str(address)
+    return list(dict.fromkeys([name, *(["localhost", "127.0.0.1", "[::1]"] if address.is_loopback else [])]))
 
 
 def make_app(loaded: LoadedModel, host: str = "127.0.0.1", waiting: int = 32) -> Starlette:

@@ -86,6 +86,9 @@ class Request:
             raise ValueError(f"seed: expected a number in [0, 2^63), got {self.seed}")
         if GAP.search(self.prompt) and (self.suffix or self.max_tokens is not None):
             raise ValueError("prompt: expected no gaps {{n}} together with suffix or max_tokens, got both")
+        sizes = GAP.findall(self.prompt)
+        if any(len(size) > 9 for size in sizes) or sum(map(int, sizes)) > MOST_TOKENS:
+            raise ValueError(f"prompt: expected gaps of at most {MOST_TOKENS} tokens in all, got more")
         if self.mask and self.image is None:
             raise ValueError(f"mask: expected none without an image, got {len(self.mask)} ranges")
 
