@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sedd.adapted import FAMILIES, AdaptedTransformer, visible_pairs
 from sedd.config import ModelOptions, ParallelOptions, TrainConfig
 from sedd.data.options import DataConfig
 from sedd.diffusion import sample
-from sedd.hub import load_model, read_init
+from sedd.diffusion.schedule import get_schedule
+from sedd.hub import SEDD, load_model, read_init
 from sedd.training.run import Run
+from sedd_ext import Absorbing
 
 transformers = pytest.importorskip("transformers")
 ROWS = 260
@@ -181,7 +183,12 @@ def test_it_is_the_masked_model_with_its_own_mask(
     run = begin(make_config(init=path))
     assert run.tokenizer.vocab_size == 257
     assert run.tokenizer.name.startswith("json-")
-    assert run.config.tokenizer == path
+    assert run.config.tokenizer == f"{path}/tokenizer.json"
+    run.train()
+    again = Run(make_config(init=path, steps=8), load_init=read_init, resume=True)
+    assert (again.state.step, again.tokenizer.name) == (6, run.tokenizer.name), "it resumes with the options it had"
+    assert json.loads(Path(run.run_dir, "config.json").read_text())["tokenizer"] == f"{path}/tokenizer.json"
+    run = begin(make_config(init=path, run_dir=str(run.run_dir) + "_2"))
     network, x = network_of(run), texts().masked_fill(texts() == own, 0)
     is_masked = torch.arange(LENGTH) % 3 == 0
     with torch.no_grad():
@@ -361,6 +368,7 @@ def test_sizes_and_options(save: Callable[..., Any], make_config: Callable[..., 
     ("kind", "changes", "message"),
     [
         ("gpt2", {"objective": "score_entropy"}, r"objective: expected one that predicts .*gpt2, got score_entropy"),
+        ("gpt2", {"objective": "genmd4"}, r"objective: expected one that .* one schedule for all tokens.*got genmd4"),
         ("gpt2", {"objective": "autoregressive"}, r"objective: expected one that predicts .*, got autoregressive"),
         ("gpt2", {"objective": "udlm", "process": "uniform"}, r"process: expected absorbing .*, got uniform"),
         ("gpt2", {"parallel": ParallelOptions(data="fsdp")}, r"parallel.data: expected ddp .*, got fsdp"),
@@ -379,6 +387,50 @@ def test_what_is_refused(
     path, _ = save(kind)
     with pytest.raises(ValueError, match=message):
         begin(make_config(**{"init": path, **changes}))
+
+
+def test_sizes_beside_the_trunk_are_those_of_the_trunk(save: Callable[..., Any]) -> None:
+    sizes = read_init(save("gpt2", resid_pdrop=0.3, attn_pdrop=0.1, embd_pdrop=0.0)[0]).config
+    config = dataclasses.replace(sizes, length=8)
+    dropouts = {module.p for module in AdaptedTransformer(config, MASK + 1).modules() if isinstance(module, nn.Dropout)}
+    assert dropouts == {0.3, 0.1, 0.0}, "the model's own"
+    for name, value in (("hidden_size", 32), ("n_blocks", 9), ("n_heads", 1), ("time_conditioning", True)):
+        with pytest.raises(ValueError, match=f"{name}: expected .*, as in trunk, got {value}"):
+            AdaptedTransformer(dataclasses.replace(config, **{name: value}), MASK + 1)  # type: ignore[arg-type]
+
+
+def test_rows_that_nothing_names_are_refused(save: Callable[..., Any], make_config: Callable[..., TrainConfig]) -> None:
+    path, _ = save("gpt2", vocab_size=600)
+    with pytest.raises(
+        ValueError, match=r"tokenizer: expected the tokeniser of the model in init, which has 600 tokens"
+    ):
+        begin(make_config(init=path))
+
+
+def test_a_folder_with_the_name_of_a_tokeniser(
+    save: Callable[..., Any], make_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = save("gpt2")
+    words = {"type": "WordLevel", "vocab": {**{f"w{i}": i for i in range(1, ROWS)}, "</s>": 0}, "unk_token": "w1"}
+    described = {"version": "1.0", "model": words, "pre_tokenizer": {"type": "Whitespace"}}
+    Path(path, "tokenizer.json").write_text(json.dumps(described))
+    monkeypatch.chdir(tmp_path)
+    run = begin(make_config(init="gpt2"))
+    assert run.tokenizer.name.startswith("json-")
+    assert run.config.tokenizer == "gpt2/tokenizer.json"
+
+
+def test_a_model_folder_is_not_adapted(save: Callable[..., Any], tmp_path: Path) -> None:
+    """The format of saved models has no networks of others: a trunk in it would choose one."""
+    SEDD("tiny", Absorbing(256), schedule=get_schedule("loglinear")).save_pretrained(tmp_path / "saved")
+    config = tmp_path / "saved" / "config.json"
+    saved = config.read_text()
+    for name, value in (("trunk", {"model_type": "gpt2"}), ("shift", True)):
+        changed = json.loads(saved)
+        changed["model"][name] = value
+        config.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=f"model.{name}: expected none"):
+            SEDD.from_pretrained(tmp_path / "saved")
 
 
 # -- files that are not trusted ----------------------------------------------------------------------------------------

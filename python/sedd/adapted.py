@@ -81,6 +81,8 @@ FAMILIES: dict[str, Family] = {
 """The supported models by the ``model_type`` of their configuration."""
 FIXED = {"use_cache": False, "is_decoder": False, "add_cross_attention": False, "pad_token_id": None}
 """Entries of the configuration that have these values whatever the checkpoint says."""
+PADDING = 128
+"""Vocabularies are padded by fewer rows than this."""
 MOST_TOKENS = 1024
 """The largest default length. Models with more positions can be given a larger one."""
 
@@ -257,8 +259,14 @@ class AdaptedTransformer(DiffusionTransformer):
         kind = config.trunk.get("model_type", "")
         model_class = trunk_class(config.trunk)
         self.family = FAMILIES[kind]
-        changes = {"vocab_size": dim, **dict.fromkeys(self.family.dropout, config.dropout)}
+        changes: dict[str, Any] = {"vocab_size": dim}
+        if config.dropout != config.trunk.get(self.family.dropout[0]):
+            changes.update(dict.fromkeys(self.family.dropout, config.dropout))
         inner = trunk_config(config.trunk, **changes)
+        own = {"hidden_size": inner.hidden_size, "n_blocks": inner.num_hidden_layers, "time_conditioning": False}
+        for name, value in {**own, "n_heads": inner.num_attention_heads}.items():
+            if getattr(config, name) != value:
+                raise ValueError(f"{name}: expected {value}, as in trunk, got {getattr(config, name)}")
         try:
             model = model_class._from_config(inner, attn_implementation="sdpa")
         except Exception as error:  # whatever the library raises for values that do not fit together
@@ -343,15 +351,17 @@ class AdaptedTransformer(DiffusionTransformer):
         trunk = self.trunk
         return trunk.embedding if trunk.head_weight is None else trunk.head_weight, trunk.head_bias
 
-    def with_vocabulary(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def with_vocabulary(self, tensors: Mapping[str, Tensor], *, known: bool) -> dict[str, Tensor]:
         """The tensors of a checkpoint with the rows of this network: those of its first n tokens, and MASK.
 
         Args:
             tensors: tensors by the names of this network. Those of the vocabulary have a row for each token of the
                 checkpoint, and a last one for MASK.
+            known: whether the tokeniser is known to be that of the checkpoint. Otherwise the checkpoint must not have
+                :data:`PADDING` tokens more.
 
         Raises:
-            ValueError: the checkpoint has fewer tokens.
+            ValueError: the checkpoint has fewer tokens, or too many more.
         """
         result = dict(tensors)
         for name in (f"trunk.{name}" for name in self.trunk.vocabulary()):
@@ -360,5 +370,10 @@ class AdaptedTransformer(DiffusionTransformer):
             rows, n = len(result[name]) - 1, self.dim - 1
             if n > rows:
                 raise ValueError(f"tokenizer: expected at most the {rows} tokens of the model in init, got {n}")
+            if not known and rows - n >= PADDING:
+                raise ValueError(
+                    f"tokenizer: expected the tokeniser of the model in init, which has {rows} tokens and no "
+                    f"tokenizer.json, got the default with {n}; give it by --tokenizer"
+                )
             result[name] = torch.cat([result[name][:n], result[name][-1:]])
         return result

@@ -182,7 +182,8 @@ class TrainConfig:
     --resume does not read it again."""
     init_anneal: int = 0
     """With init of a causal model of transformers: steps over which attention grows from causal to full. In step k,
-    each position sees the positions after it with probability k / init_anneal. 0: full attention from the start."""
+    counted from 0, each position sees the positions after it with probability k / init_anneal. 0: full attention from
+    the start."""
     model: ModelOptions = field(default_factory=ModelOptions)
     """Model"""
     process: ProcessName = "absorbing"
@@ -351,10 +352,11 @@ class TrainConfig:
     def _check_trunk(self, objective: Objective) -> None:
         """Checks that the options suit a network that is adapted from a model of transformers."""
         kind = f"for a network adapted from {self.model.trunk.get('model_type')}"
-        is_mean = isinstance(objective.parameterization(self.model.build()), Mean)
-        if objective.autoregressive or not is_mean:
+        parameterization = objective.parameterization(self.model.build())
+        if objective.autoregressive or not isinstance(parameterization, Mean) or parameterization.per_token:
             raise ValueError(
-                f"objective: expected one that predicts the clean token, such as md4, {kind}, got {self.objective}"
+                "objective: expected one that predicts the clean token with one schedule for all tokens, such as md4, "
+                f"{kind}, got {self.objective}"
             )
         wanted: dict[str, tuple[Any, Any]] = {
             "process": (self.process, "absorbing"),

@@ -56,22 +56,29 @@ class Rotary(nn.Module):
     def __init__(self, head_dim: int, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.shape = shape
-        axes = 2 if shape else 1
+        self.register_buffer("inv_freq", self._exact(head_dim))
+
+    def _exact(self, head_dim: int) -> Tensor:
+        axes = 2 if self.shape else 1
         exponents = torch.arange(0, head_dim, 2 * axes, dtype=torch.float32) / head_dim
-        self.register_buffer("inv_freq", (10_000.0**-exponents).repeat(axes))
+        return (10_000.0**-exponents).repeat(axes)
 
     def forward(self, length: int, start: int = 0) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the positions from ``start`` on."""
-        places = torch.arange(start, start + length, device=self.inv_freq.device, dtype=torch.float32)
+        frequencies = self.inv_freq
+        places = torch.arange(start, start + length, device=frequencies.device, dtype=torch.float32)
+        if frequencies.dtype.itemsize < 4:  # too coarse for the angles; zeros are those of learned positions
+            exact = self._exact(2 * len(frequencies)).to(frequencies.device)
+            frequencies = exact.where(frequencies != 0, 0.0)
         if self.shape:
             _, columns, channels = self.shape
             pixels = places // channels
-            half = len(self.inv_freq) // 2
+            half = len(frequencies) // 2
             angles = torch.cat(
-                [torch.outer(axis, self.inv_freq[:half]) for axis in (pixels // columns, pixels % columns)], dim=1
+                [torch.outer(axis, frequencies[:half]) for axis in (pixels // columns, pixels % columns)], dim=1
             )
         else:
-            angles = torch.outer(places, self.inv_freq)
+            angles = torch.outer(places, frequencies)
         return angles.cos(), angles.sin()
 
 

@@ -275,6 +275,9 @@ def _from_config(config: Mapping[str, Any], weights: Mapping[str, Tensor], path:
     given = {**_section(config, "model")}
     if "time_conditioning" in config:
         given.setdefault("time_conditioning", config["time_conditioning"])
+    for name in ("trunk", "shift"):
+        if given.get(name):
+            raise ValueError(f"model.{name}: expected none, as this format has no models adapted from others, got one")
     fields = vars(ModelConfig())
     for name, value in given.items():
         if name in fields and value is not None:

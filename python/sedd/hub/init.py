@@ -77,9 +77,10 @@ def _of_transformers(path: Path, found: Mapping[str, Any]) -> Begin:
         check_one_of("model_type", str(found["model_type"]), FAMILIES)
     except ValueError as error:
         raise ValueError(f"init: {path / 'config.json'}: {error}") from None
-    tokenizer = get_tokenizer(str(path)) if (path / TOKENIZER_FILES[0]).is_file() else None
+    file = path / TOKENIZER_FILES[0]
+    tokenizer = get_tokenizer(str(file)) if file.is_file() else None
     trunk = Trunk(model := _read_transformers(path, found), found["model_type"])
-    mask = _mask_token(path / TOKENIZER_FILES[0])
+    mask = _mask_token(file)
     own = set(trunk.vocabulary())
     tensors = {
         f"trunk.{name}": _with_mask(value, mask) if name in own else value for name, value in trunk.state_dict().items()

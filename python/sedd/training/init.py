@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from sedd.adapted import FAMILIES
 from sedd.config import ModelOptions, TrainConfig
-from sedd.data.tokenizer import TOKENIZERS, Tokenizer
+from sedd.data.tokenizer import TOKENIZER_FILES, TOKENIZERS, Tokenizer
 from sedd.diffusion.schedule import Schedule
 from sedd.network import ModelConfig
 from sedd_ext import RankOne
@@ -86,7 +87,9 @@ def with_tokenizer(config: TrainConfig, begin: Pretrained) -> TrainConfig:
         return config
     own = begin.tokenizer
     if isinstance(own, Tokenizer):
-        own = own.name if own.name in TOKENIZERS else str(config.init)
+        file = Path(str(config.init))
+        folder = file.parent if file.is_file() else config.init
+        own = own.name if own.name in TOKENIZERS else f"{folder}/{TOKENIZER_FILES[0]}"
     return dataclasses.replace(config, tokenizer=own)
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from sedd.adapted import AdaptedTransformer, make_network
 from sedd.config import TrainConfig
 from sedd.data.corpora import CORPORA
-from sedd.data.tokenizer import TOKENIZER_FILES, TOKENIZERS, get_tokenizer
+from sedd.data.tokenizer import TOKENIZER_FILES, TOKENIZERS, Tokenizer, get_tokenizer
 from sedd.diffusion.diffusion import Diffusion, Score
 from sedd.diffusion.likelihood import elbo
 from sedd.diffusion.objectives import get_objective
@@ -158,7 +158,10 @@ class Run:
             begin = self._begin()
             kept = self.run_dir / TOKENIZER_FILES[0]
             again = resume and self.config.tokenizer not in TOKENIZERS and kept.is_file()
-            self.tokenizer = get_tokenizer(str(kept) if again else self.config.tokenizer)
+            own = None if begin is None or self.config.tokenizer == given.tokenizer else begin.tokenizer
+            self.tokenizer = (
+                own if isinstance(own, Tokenizer) else get_tokenizer(str(kept) if again else self.config.tokenizer)
+            )
         self._make_state(begin)
         self.best: float | None = None  # the lowest validation bound so far
         self.saved_step: int | None = None
@@ -177,6 +180,7 @@ class Run:
             if not found or not (self.run_dir / name).exists():
                 write_text(self.run_dir / name, text)
         # the given options: the sizes of a resumed run may come from its checkpoint
+        given = dataclasses.replace(given, tokenizer=self.config.tokenizer)  # it may be that of --init
         write_json(self.run_dir / "config.json", (self.config if checkpoint is None else given).to_dict())
 
     def _begin(self) -> Pretrained | None:
@@ -220,7 +224,9 @@ class Run:
         if begin is not None:
             tensors = begin.state_dict()
             if begin.process is None and isinstance(network, AdaptedTransformer):
-                tensors = network.with_vocabulary(tensors)
+                # without --tokenizer and tokenizer.json, nothing says what the rows are
+                known = begin.tokenizer is not None or config.tokenizer != TrainConfig.tokenizer
+                tensors = network.with_vocabulary(tensors, known=known)
             load_weights(network, tensors, Path(str(config.init)))
         diffusion = Diffusion(network, process, schedule, objective, parameterization)
         mine: Any = diffusion.schedule
@@ -460,6 +466,8 @@ class Run:
         checkpoint = self.run_dir / "checkpoints" / name
         saved = read_config(checkpoint)
         config = self.config = with_sizes(self.config, saved.model)
+        if config.init is not None and config.tokenizer == TrainConfig.tokenizer:
+            config = self.config = dataclasses.replace(config, tokenizer=saved.tokenizer)
         self.tokenizer = read_tokenizer(checkpoint, saved)
         changed = config.differences(saved)
         if "tokenizer" in changed and get_tokenizer(config.tokenizer).name == self.tokenizer.name:
