@@ -98,8 +98,12 @@ PyObject* available_isas(PyObject*, PyObject*) {
     const int count = sedd::available_isas(names, 8);
     for (int i = 0; i < count && list != nullptr; ++i) {
         PyObject* const name = PyUnicode_FromString(names[i]);
-        if (name != nullptr) PyList_Append(list, name);
+        const bool added = name != nullptr && PyList_Append(list, name) == 0;
         Py_XDECREF(name);
+        if (!added) {
+            Py_DECREF(list);
+            return nullptr;
+        }
     }
     return list;
 }
