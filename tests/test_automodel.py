@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from sedd.data.tokenizer import JsonTokenizer
 from sedd.diffusion import OBJECTIVES, SCHEDULES, Diffusion, get_objective, get_schedule
 from sedd.diffusion.schedule import LogLinear, Polynomial
 from sedd.hub import SEDD, load_model
+from sedd.hub.card import _is_repository, _public
 from sedd.hub.modeling_sedd import SCORE_OBJECTIVES, SEDDConfig, SEDDModel
 from sedd.network import ModelConfig
 from sedd_ext import Absorbing, Hybrid, Uniform, reference
@@ -412,7 +414,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main(["eval", "perplexity", str(run), *words]) == 0
     generative = {
         "settings": {
-            "model": "elsewhere/step_00000003",
+            "model": "/elsewhere/run/checkpoints/step_00000003",
             "judge": "/home/someone/gpt2",
             "num": 7,
             "seed": 0,
@@ -422,16 +424,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (run / "eval" / "generative.json").write_text(json.dumps(generative))
     tasks = {
-        "model": "step_00000003",
+        "model": str(run / "checkpoints" / "step_00000003"),
         "draws": 9,
         "results": {"piqa": {"acc,none": 0.51234, "acc_stderr,none": 0.0123}},
     }
     (run / "eval" / "tasks.json").write_text(json.dumps(tasks))
     (run / "eval" / "latency.json").write_text(json.dumps({"rows": [{"steps": 4, "seconds": 1.5}]}))
     other = json.loads((run / "eval" / "perplexity.json").read_text())
-    other["model"] = "step_00000002"
+    other["model"] = str(run / "checkpoints" / "step_00000002")
     other["texts"]["validation text"]["nats_per_token"] = 7.77
     (run / "eval" / "other.json").write_text(json.dumps(other))
+    other["model"] = str(run.with_name("second") / "checkpoints" / "step_00000003")
+    (run / "eval" / "second.json").write_text(json.dumps(other))
     return run
 
 
@@ -472,13 +476,66 @@ def test_the_card_of_a_run_has_its_training_and_its_figures(run: Path, tmp_path:
         "| seed | 0 |",
         "held out from book.txt",
         "`sedd eval perplexity RUN --draws 2 --blocks 5 --seed 0`",
-        "`sedd eval generative RUN --steps 4 --num 7 --judge gpt2 --seed 0`",
+        "`sedd eval generative RUN --samplers tweedie --steps 4 --num 7 --length 8 --judge gpt2 --seed 0`",
+        "these commands leave some out.",
         "`sedd eval harness RUN --tasks piqa --draws 9`",
     ):
         assert line in card.text, line
-    assert "7.77" not in card.content  # of another checkpoint
+    assert "7.77" not in card.content  # of another checkpoint, and of another run at the same step
     assert str(run.parent) not in card.content
     assert "/home/someone" not in card.content
+
+
+def test_figures_of_another_run_that_has_the_same_name_are_left_out(run: Path, tmp_path: Path) -> None:
+    """Both runs exist, and the last three parts of their paths are the same."""
+    copy = tmp_path / run.name
+    shutil.copytree(run, copy)
+    assert SEDD.from_pretrained(run).generate_model_card(name="m").content.count("nats per token (upper bound)") > 2
+    content = SEDD.from_pretrained(copy).generate_model_card(name="m").content
+    assert "RUN --draws" not in content
+    assert "RUN --tasks" not in content
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("openai-community/gpt2", "openai-community/gpt2"),
+        ("wikitext", "wikitext"),
+        ("private/book.txt", "book.txt"),
+        ("private/client/books", "books"),
+        ("~/books", "books"),
+        (".", "local data"),
+        ("..", "local data"),
+        ("/", "local data"),
+    ],
+)
+def test_of_local_files_only_the_names_are_shown(source: str, shown: str) -> None:
+    """Also of files that do not exist in the current folder."""
+    assert _public(source) == shown
+    assert _is_repository(source) == (source == "openai-community/gpt2")
+
+
+def test_the_card_has_no_folders_of_texts(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    found = json.loads((copy / "eval" / "perplexity.json").read_text())
+    row = found["texts"]["validation text"] | {"reading": "held out from private/book.txt"}
+    found["model"] = str(copy / "checkpoints" / "step_00000003")
+    found["texts"] = {"validation text": row, "private/one/book.txt": row, "private/two/book.txt": row}
+    (copy / "eval" / "perplexity.json").write_text(json.dumps(found))
+    content = SEDD.from_pretrained(copy).generate_model_card(name="m").content
+    assert "private" not in content
+    assert "held out from book.txt;" in content
+    assert "`sedd eval perplexity RUN book.txt --draws 2" in content
+
+
+def test_a_readme_that_is_no_card_of_this_package_is_not_copied(tmp_path: Path) -> None:
+    SEDD(ModelConfig(16, 1, 2, 8, 6), Absorbing(27), LogLinear(), "text8").save_pretrained(tmp_path / "model")
+    for text in ("My notes.\n", "---\ntags: [mine]\n---\nMy notes.\n", "---\na: [\n---\nMy notes.\n"):
+        (tmp_path / "model" / "README.md").write_text(text)
+        card = SEDD.from_pretrained(tmp_path / "model").generate_model_card(name="m")
+        assert "My notes." not in card.content
+        assert "# m" in card.content
 
 
 def test_a_changed_model_has_no_figures_and_an_unchanged_one_keeps_its_card(run: Path, tmp_path: Path) -> None:

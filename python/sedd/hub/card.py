@@ -31,6 +31,22 @@ DECODE = {
     "tokenizer.json": "print(AutoTokenizer.from_pretrained(name).decode(tokens[0]))",
 }
 """How a program without sedd shows tokens, by the entry ``tokenizer`` of ``config.json``."""
+FILES = [
+    ".txt",
+    ".md",
+    ".csv",
+    ".json",
+    ".jsonl",
+    ".gz",
+    ".zst",
+    ".parquet",
+    ".safetensors",
+    ".pt",
+    ".pth",
+    ".bin",
+    ".gguf",
+]
+"""Suffixes of files, which names of repositories on the hub do not have."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +97,16 @@ def measured(stored: StoredModel) -> list[Figure]:
     for path in sorted((run / "eval").glob("[!.]*.json")):
         results = read_json(path)
         model = results.get("model") or _mapping(results.get("settings")).get("model")
-        if isinstance(model, str) and Path(model).name == stored.path.name:
+        if isinstance(model, str) and _same_checkpoint(Path(model), stored.path):
             found += [*_perplexity(results), *_generative(results), *_harness(results)]
-    source = config.data.source  # the name of a file is enough, its folders are private
-    return [
-        Figure(figure.metric, figure.value, figure.error, figure.data, figure.details.replace(source, _public(source)),
-               figure.command)
-        for figure in found
-    ]  # fmt: skip
+    return found
+
+
+def _same_checkpoint(path: Path, checkpoint: Path) -> bool:
+    """Whether results name this checkpoint. A run may have been moved: then the last three parts of the path decide."""
+    if path.exists():
+        return path.resolve() == checkpoint.resolve()
+    return path.parts[-3:] == checkpoint.resolve().parts[-3:]  # run, checkpoints, step
 
 
 def _validation(file: Path, step: int, config: TrainConfig) -> Iterator[Figure]:
@@ -113,18 +131,15 @@ def _perplexity(results: Mapping[str, Any]) -> Iterator[Figure]:
         for title, row in _mapping(results.get(kind)).items():
             if row.get("standard_error") is None or not row.get("nats_per_token"):
                 continue
-            which = (
-                f" --split {title}"
-                if kind == "data"
-                else ""
-                if title == "validation text"
-                else f" {shlex.quote(title)}"
-            )
+            data, source = _public(title), r"(held out from |data of )(.+?)(?=, in blocks|$)"
+            reading = re.sub(source, lambda found: found[1] + _public(found[2]), row["reading"])
+            which = "" if title == "validation text" else f" {shlex.quote(data)}"
+            which = f" --split {title}" if kind == "data" else which
             command = (
                 f"sedd eval perplexity RUN{which} --draws {row['draws']} --blocks {row['blocks']} --seed {row['seed']}"
             )
             details = (
-                f"{row['reading']}; {row['blocks']:,} blocks of {row['length']}, {row['draws']} noise levels for each, "
+                f"{reading}; {row['blocks']:,} blocks of {row['length']}, {row['draws']} noise levels for each, "
                 f"seed {row['seed']}"
             )
             nats, error = row["nats_per_token"], row["standard_error"]
@@ -134,7 +149,7 @@ def _perplexity(results: Mapping[str, Any]) -> Iterator[Figure]:
                         continue
                     own = value * error if name == "perplexity" else value * error / nats
                     metric = f"{name.replace('_', ' ')} (upper bound)"
-                    yield Figure(metric, value, own, title, details, command)
+                    yield Figure(metric, value, own, data, details, command)
 
 
 def _generative(results: Mapping[str, Any]) -> Iterator[Figure]:
@@ -142,10 +157,17 @@ def _generative(results: Mapping[str, Any]) -> Iterator[Figure]:
     settings, rows = results.get("settings"), results.get("rows")
     if not isinstance(settings, dict) or not isinstance(rows, list) or "judge" not in settings:
         return
-    steps = ",".join(dict.fromkeys(str(row["steps"]) for row in rows))
-    choice = "".join(f" --{name} {settings[name]:g}" for name in ("temperature", "top_p") if settings.get(name, 1) != 1)
     judge, count, seed = _public(settings["judge"]), settings["num"], settings["seed"]
-    command = f"sedd eval generative RUN --steps {steps} --num {count} --judge {judge} --seed {seed}{choice}"
+    options: dict[str, Any] = {"samplers": list(dict.fromkeys(row["sampler"] for row in rows))}
+    options["steps"] = list(dict.fromkeys(row["steps"] for row in rows))
+    options |= {name: settings.get(name) for name in ("num", "length", "judge", "seed", "batch_size", "text", "mauve")}
+    options |= {name: settings[name] for name in ("temperature", "top_p") if settings.get(name, 1) != 1}
+    options |= {name: settings.get(name) for name in ("given", "compared") if settings.get("mauve")}
+    command = "sedd eval generative RUN"
+    for name, value in options.items():
+        if value not in (None, []):
+            text = ",".join(map(str, value)) if isinstance(value, list) else _public(str(value))
+            command += f" --{name} {shlex.quote(text)}"
     for row in rows:
         data = f"{count:,} samples, {row['sampler']}, {row['steps']} steps"
         details = f"texts of {settings['length']} tokens, judged by {judge}, seed {seed}"
@@ -175,8 +197,11 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 def _public(source: str) -> str:
     """The name of a data set, or that of a local file or folder without the folders that it is in."""
-    local = os.path.isabs(source) or source.startswith(("~", ".")) or Path(source).exists()
-    return Path(source).name if local else source
+    path = Path(source)
+    local = os.path.isabs(source) or source.startswith(("~", ".")) or source.count("/") > 1 or path.exists()
+    if not local and path.suffix.lower() not in FILES:
+        return source
+    return path.name if path.name.strip(".~") else "local data"
 
 
 def _is_repository(source: str) -> bool:
@@ -322,6 +347,8 @@ def _table(figures: list[Figure]) -> Iterator[str]:
         if figure.data not in data:
             data.append(figure.data)
     yield "\n".join(f"* {'; '.join(data)}: {details}. `{command}`" for (details, command), data in how.items())
+    if any(command.startswith(("sedd eval perplexity", "sedd eval harness")) for _, command in how):
+        yield "`sedd eval perplexity` and `sedd eval harness` do not record all options: these commands leave some out."
 
 
 def _limits(config: Mapping[str, Any], auto: bool) -> str:

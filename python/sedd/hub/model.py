@@ -199,8 +199,9 @@ class SEDD(
         ``model.safetensors`` contains a digest of its content, which is verified on loading.
 
         The model card has the training and the measured figures of the run that the model was loaded from. If it was
-        loaded from a model folder, the card of that folder is copied. Neither is done if the weights have changed. An
-        existing model card is not changed. :meth:`push_to_hub` uploads the same files.
+        loaded from a model folder, the card that this package wrote there is copied. Neither is done if the weights
+        have changed. An existing model card in ``save_directory`` is not changed; :meth:`push_to_hub` replaces the one
+        on the hub.
 
         Args:
             save_directory: the folder; created if it does not exist.
@@ -253,6 +254,8 @@ class SEDD(
     def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> str:
         """Uploads the files of :meth:`save_pretrained` to a repository on the Hugging Face hub.
 
+        A new model card replaces ``README.md`` on the hub, unless ``ignore_patterns="README.md"`` is given.
+
         Args:
             repo_id: the repository; created if it does not exist.
             model_card_kwargs: as of :meth:`save_pretrained`; ``name`` is the repository by default.
@@ -292,11 +295,9 @@ class SEDD(
         """
         stored = self._stored()
         if stored is not None and stored.config is None:
-            card = stored.file.with_name("README.md")
-            if card.is_file() and not text:
-                from huggingface_hub import ModelCard
-
-                return ModelCard.load(card)
+            card = _own_card(stored.file.with_name("README.md"))
+            if card is not None and not text:
+                return card
         return model_card(name, self.facts(), self.to_config(), stored, text, auto=self._has_code())
 
     def _stored(self) -> StoredModel | None:
@@ -346,6 +347,18 @@ class SEDD(
         else:
             log_score = reference.implied_log_score(log_score, x_t, sigma.unsqueeze(-1), self.process)
         return log_score.scatter(-1, x_t.unsqueeze(-1), 0.0)
+
+
+def _own_card(file: Path) -> Any:
+    """The model card in a file; None if it is not one of this package."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        card = ModelCard.load(file) if file.is_file() else None
+    except (ValueError, YAMLError):
+        return None
+    return card if card is not None and "discrete-diffusion" in (card.data.tags or ()) else None
 
 
 def _need_hub(mixin: Any) -> None:
