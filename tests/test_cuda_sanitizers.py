@@ -26,7 +26,7 @@ def run_driver(kind: Literal["address", "thread"], *arguments: str) -> subproces
         if re.search("cannot find .*(asan|tsan|ubsan)", str(error)):
             pytest.skip(f"the compiler has no {kind} sanitizer")
         raise
-    result = mutants.run(program, *arguments)
+    result = mutants.run(program, *arguments, limit=900)  # five minutes are too few where the cores are busy
     if "unexpected memory mapping" in result.stderr:
         pytest.skip("ThreadSanitizer cannot live with this system's address space randomisation")
     return result
@@ -40,11 +40,13 @@ def check_clean(result: subprocess.CompletedProcess[str], at_least: int) -> None
     assert int(count[1]) >= at_least
 
 
+@pytest.mark.timeout(1200)
 def test_no_access_beyond_memory() -> None:
     """All shapes, each under one of the schedules in turn: also where values would not show it."""
     check_clean(run_driver("address", "--in-turn"), 5000)
 
 
+@pytest.mark.timeout(1200)
 def test_no_races() -> None:
     check_clean(run_driver("thread", "--quick", "--in-turn", "greedy", "random"), 500)
 

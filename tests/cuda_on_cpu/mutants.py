@@ -1187,10 +1187,10 @@ if repeated := [name for name, count in Counter(mutant.name for mutant in MUTANT
     raise ValueError(f"MUTANTS: expected different names, got several of {', '.join(map(repr, repeated))}")
 
 
-def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The driver's run; where it goes on and on, subprocess.TimeoutExpired."""
+def run(program: Path, *arguments: str, limit: float = 300) -> subprocess.CompletedProcess[str]:
+    """The driver's run; subprocess.TimeoutExpired after ``limit`` seconds, as a mistake may make it go on and on."""
     command = [program, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | OPTIONS, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | OPTIONS, timeout=limit)
 
 
 def first_line(result: subprocess.CompletedProcess[str]) -> str:
