@@ -121,7 +121,7 @@ def test_a_run_goes_on_bit_for_bit_after_every_fault(tmp_path: Path, monkeypatch
     splits = SimpleNamespace(train=TokenBlocks([tokens[400:]], 8), valid=TokenBlocks([tokens[:400]], 8))
     monkeypatch.setattr(torch.utils.tensorboard, "SummaryWriter", NoCurves)
     monkeypatch.setattr(sedd.data.corpora, "load_blocks", lambda *_: splits)
-    monkeypatch.setattr(sedd.training.run, "DiffusionTransformer", Toy)
+    monkeypatch.setattr(sedd.training.run, "make_network", Toy)
     run, begun = tmp_path / "disk" / "run", tmp_path / "begun"
     sizes = ModelOptions(**SIZES, scale_by_sigma=False)
     config = TrainConfig(run_dir=str(run), tokenizer="text8", model=sizes, batch_size=2, steps=4)
