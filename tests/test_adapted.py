@@ -13,6 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+pytest.importorskip("rich")
+pytest.importorskip("datasets")
+pytest.importorskip("tensorboard")
+pytest.importorskip("transformers")
+
+import transformers
+
 from sedd.adapted import FAMILIES, AdaptedTransformer, visible_pairs
 from sedd.config import ModelOptions, ParallelOptions, TrainConfig
 from sedd.data.options import DataConfig
@@ -22,7 +29,6 @@ from sedd.hub import SEDD, load_model, read_init
 from sedd.training.run import Run
 from sedd_ext import Absorbing
 
-transformers = pytest.importorskip("transformers")
 ROWS = 260
 """Tokens of the models: three more than there are bytes and end-of-text, as if padded."""
 LENGTH = 16
