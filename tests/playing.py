@@ -121,5 +121,9 @@ def fill(page: Page, **values: object) -> None:
 
 
 def done(page: Page) -> str:
-    page.locator("#status", has_text="Done").wait_for(timeout=60_000)
+    status = page.locator("#status")
+    try:
+        page.locator("#status", has_text="Done").wait_for(timeout=60_000)
+    except Exception as error:
+        raise AssertionError(f"the page says {status.text_content()!r} after a minute") from error
     return page.locator("#texts").text_content() or ""

@@ -39,6 +39,8 @@ class Painter {
       this.#stroke(event);
     });
     this.canvas.addEventListener("pointermove", (event) => this.#last && this.#stroke(event));
+    // A quick stroke of a finger would scroll on after it ends, and the next tap would only stop that.
+    this.canvas.addEventListener("touchstart", (event) => event.preventDefault(), { passive: false });
     for (const end of ["pointerup", "pointercancel"]) this.canvas.addEventListener(end, () => (this.#last = null));
     document.getElementById("clear").addEventListener("click", () => this.#change(() => false));
     document.getElementById("invert").addEventListener("click", () => this.#change((is) => !is));
