@@ -76,7 +76,7 @@ format: $(VENV)/.dev ## format with ruff and clang-format
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
-wheels: ## build the wheel and the source distribution into dist, and test them with TORCH="2.6.0 2.13.0" (2.13.0)
+wheels: ## build the wheel and the source distribution into dist, and test them with TORCH="python3.10:2.6.0 2.13.0" (2.13.0)
 	$(PYTHON) tests/wheels.py --out dist $(if $(TORCH),--torch $(TORCH))
 
 hub: $(VENV)/.dev ## write the operators in the layout of the Hugging Face kernels hub into build/hub/sedd-ext

@@ -1,10 +1,11 @@
 """Builds what a release uploads, and tests it as a user has it: installed, outside the source tree, with several torch.
 
-``python tests/wheels.py --torch 2.6.0 2.11.0 2.13.0`` (or ``make wheels TORCH="..."``) builds the source distribution,
-and from it a wheel without CUDA kernels for any Python; auditwheel writes the tag of the oldest glibc that the wheel
-runs with, and must find nothing to bundle. Then, for each torch, it makes an empty environment, installs the wheel, and
-runs tests of the operators on the CPU. With the last torch of the list it installs the source distribution too, and
-runs the tests of the build.
+``python tests/wheels.py --torch python3.10:2.6.0 2.13.0`` (or ``make wheels TORCH="..."``) builds the source
+distribution, and from it a wheel without CUDA kernels for any Python; auditwheel writes the tag of the oldest glibc
+that the wheel runs with, and must find nothing to bundle. Then, for each torch, it makes an empty environment of the
+Python before the colon, by default of the one that runs this script. It installs the wheel there, and runs tests of the
+operators on the CPU. With the last torch of the list it installs the source distribution too, and runs the tests of the
+build.
 
 PyPI's torch for x86-64 is a CUDA build: with what it needs, an environment takes 5 GB, and is removed before the next.
 """
@@ -18,7 +19,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import venv
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,9 +53,9 @@ def run(*command: str | Path, cwd: Path, **variables: str) -> str:
     return printed
 
 
-def make_environment(folder: Path) -> Path:
-    """Makes an empty environment; returns its Python."""
-    venv.create(folder, with_pip=True)
+def make_environment(folder: Path, python: str = sys.executable) -> Path:
+    """Makes an empty environment of a Python; returns its own."""
+    run(python, "-m", "venv", folder, cwd=folder.parent)
     return folder / "bin" / "python"
 
 
@@ -79,10 +79,19 @@ def build(work: Path) -> tuple[Path, Path]:
     return work / "dist" / sdist.name, wheel
 
 
-def test(package: Path, torch: str, tests: Sequence[Path], work: Path) -> str:
-    """Installs a package beside a torch into an empty environment and runs the tests; returns their last line."""
+def test(package: Path, wanted: str, tests: Sequence[Path], work: Path) -> str:
+    """Installs a package into an empty environment and runs the tests; returns a line with their results.
+
+    Args:
+        package: the wheel or the source distribution.
+        wanted: the version of torch, and the Python before it if it is not the one that runs this.
+        tests: files of tests.
+        work: an empty folder.
+    """
     folder = work / "user"
-    python = make_environment(folder)
+    python, torch = wanted.rpartition(":")[::2]
+    python = make_environment(folder, python or sys.executable)
+    version = run(python, "--version", cwd=work).strip()
     pip = [python, "-m", "pip", "install", "--quiet"]
     run(*pip, f"torch=={torch}", cwd=work)
     run(*pip, package, *PACKAGES, cwd=work, **BUILDS)
@@ -93,13 +102,19 @@ def test(package: Path, torch: str, tests: Sequence[Path], work: Path) -> str:
     options = ["-q", "--backend", "cpu", "-p", "no:cacheprovider", "-c", tests[0].parents[1] / "pyproject.toml"]
     printed = run(python, "-m", "pytest", *options, *tests, cwd=work, OMP_NUM_THREADS="1")
     shutil.rmtree(folder)
-    return printed.strip().splitlines()[-1]
+    return f"{package.name}, {version}, torch {torch}: {printed.strip().splitlines()[-1]}"
 
 
 def main() -> None:
     """Builds, tests, and prints a line for each environment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torch", nargs="+", default=["2.13.0"], help="versions to test with (default: 2.13.0)")
+    parser.add_argument(
+        "--torch",
+        nargs="+",
+        default=["2.13.0"],
+        help="versions to test with (default: 2.13.0)",
+        metavar="[PYTHON:]TORCH",
+    )
     parser.add_argument("--out", type=Path, help="folder for the wheel and the source distribution")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -111,14 +126,13 @@ def main() -> None:
         shutil.rmtree(sources / "sedd_ext")  # the installed package alone can be imported
         shutil.rmtree(sources / "python")
         tests = [sources / "tests" / name for name in TESTS]
-        lines = [f"{wheel.name}, torch {torch}: {test(wheel, torch, tests, work)}" for torch in options.torch]
-        torch = options.torch[-1]
-        lines.append(f"{sdist.name}, torch {torch}: {test(sdist, torch, tests[:1], work)}")
+        lines = [test(wheel, torch, tests, work) for torch in options.torch]
+        lines.append(test(sdist, options.torch[-1], tests[:1], work))
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
             for package in (sdist, wheel):
                 shutil.copy(package, options.out)
-        print(*lines, f"Python {sys.version.split()[0]}", sep="\n")
+        print(*lines, sep="\n")
 
 
 if __name__ == "__main__":
