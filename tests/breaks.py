@@ -3053,6 +3053,27 @@ BREAKS = [
         "tests/test_conditioning.py -k bad_labels",
     ),
     Break(
+        "FID of given classes: without the classes",
+        "python/sedd/commands/generative.py",
+        "labels=None if labels is None else labels[first : first + count],",
+        "labels=None,",
+        "tests/test_image_quality.py -k given_classes",
+    ),
+    Break(
+        "FID of given classes: the same classes in each batch",
+        "python/sedd/commands/generative.py",
+        "else labels[first : first + count],",
+        "else labels[:count],",
+        "tests/test_image_quality.py -k given_classes",
+    ),
+    Break(
+        "FID of given classes: the seed does not choose them",
+        "python/sedd/commands/image_quality.py",
+        "generator=torch.Generator().manual_seed(options.seed))",
+        "generator=torch.Generator().manual_seed(0))",
+        "tests/test_image_quality.py -k given_classes",
+    ),
+    Break(
         "guidance: away from the class",
         "python/sedd/diffusion/walk.py",
         "torch.lerp(network.hidden(tokens, sigma), conditional, self.guidance)",

@@ -313,6 +313,38 @@ def test_the_whole_command(
     assert "json: expected results with the same options, weights and data" in capsys.readouterr().err
 
 
+def test_samples_of_given_classes(
+    judge: Classifier, digits: ImageCorpus, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [f"--run_dir={tmp_path / 'run'}", f"--data.cache_dir={folder / 'cache'}"]
+    assert main(["train", *TINY, "--model.classes=10", *folders]) == 0
+    options = ["--samplers", "tweedie", "--steps", "2", "--batch_size", "25", "--seed", "3"]
+    rows = {}
+    for guidance in ((), ("--guidance", "1"), ("--guidance", "3")):
+        rows[guidance] = evaluate(tmp_path, *options, *guidance)
+        (tmp_path / "fid.json").unlink()
+    loaded, train = load_model(tmp_path / "run"), digits.train(10**4)
+    drawn = torch.randint(len(train), (40,), generator=torch.Generator().manual_seed(3))
+    labels = digits.labels("train", len(train))[drawn]
+    assert len(set(labels.tolist())) > 5
+    for guidance, found in rows.items():
+        generator = torch.Generator().manual_seed(3)
+        images = torch.cat(
+            [
+                sample(
+                    loaded.diffusion, batch=len(part), length=64, steps=2, generator=generator,
+                    labels=part if guidance else None, guidance=float(guidance[1]) if guidance else 1.0,
+                )
+                for part in labels.split(25)
+            ]
+        )  # fmt: skip
+        features, _ = judge.read(images)
+        assert found["rows"][0]["fid"] == pytest.approx(fid(judge.read(train)[0].numpy(), features.numpy()), rel=1e-5)
+        assert ("Samples have the classes of training images" in found["note"]) == bool(guidance)
+    assert len({found["rows"][0]["fid"] for found in rows.values()}) == 3
+    assert "with guidance 3" in capsys.readouterr().out.replace("\n", " ")
+
+
 def test_fewer_real_images_than_samples(judge: Classifier, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["eval", "generative", str(folder / "run"), "--num", "400", "--steps", "1", "--samplers", "tweedie"]
     assert main([*line, "--reference", "100"]) == 0
@@ -326,6 +358,7 @@ def test_fewer_real_images_than_samples(judge: Classifier, folder: Path, capsys:
         (["--judge", "gpt2"], "--judge: expected no value for a model of images, got 'gpt2'"),
         (["--length", "8"], "--length: expected no value for a model of images, got 8"),
         (["--mauve", "prefix"], "--mauve: expected no value for a model of images, got ['prefix']"),
+        (["--guidance", "1"], "--guidance: expected no value for a model without classes, got 1"),
         (["--num", "1"], "--num: expected at least 2 images, which have a covariance, got 1"),
         (["--reference", "1"], "--reference: expected at least 2 images, which have a covariance, got 1"),
         (["--samplers", "magic"], "--samplers: expected one of"),

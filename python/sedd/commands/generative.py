@@ -53,6 +53,8 @@ examples:
   sedd eval generative runs/default --mauve unconditional,prefix,infill --text real.txt
   sedd eval generative runs/digits --steps 4,16,64 --plot fid.png
       images
+  sedd eval generative runs/classes --steps 64 --guidance 2
+      images of given classes
 """
 
 
@@ -89,7 +91,7 @@ def generative(run: str, options: GenerativeOptions) -> int:
         for steps in [length] if loaded.model.causal else options.steps:
             if (sampler, steps) in done:
                 continue
-            write = partial(_write, loaded, options, (num, length), batch_size, sampler, steps)
+            write = partial(_write, loaded, options, quality.labels, (num, length), batch_size, sampler, steps)
             report["rows"].append(_row(sampler, steps, write, quality, num))
             report["rows"].sort(key=lambda row: (list(SAMPLERS).index(row["sampler"]), row["steps"]))
             if options.json:
@@ -136,13 +138,17 @@ def _known(options: GenerativeOptions, settings: dict[str, Any]) -> list[dict[st
 def _write(
     loaded: LoadedModel,
     options: GenerativeOptions,
+    labels: Tensor | None,
     shape: tuple[int, int],
     batch_size: int,
     sampler: str,
     steps: int,
     fixed: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """Samples blocks of ``shape`` [num, L]. ``fixed``: tokens [num, L] and a mask [L] of the given positions."""
+    """Samples blocks of ``shape`` [num, L], with classes [num].
+
+    ``fixed``: tokens [num, L] and a mask [L] of the given positions.
+    """
     device = loaded.diffusion.device
     generator = torch.Generator(device).manual_seed(options.seed)
     parts = []
@@ -161,6 +167,8 @@ def _write(
             fixed=None if fixed is None else (fixed[0][first : first + count], fixed[1]),
             progress=console().is_terminal,
             autocast_dtype=loaded.autocast_dtype,
+            labels=None if labels is None else labels[first : first + count],
+            guidance=1.0 if options.guidance is None else options.guidance,
         )
         parts.append(part.cpu())
     return torch.cat(parts)

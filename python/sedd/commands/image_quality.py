@@ -131,6 +131,11 @@ class ImageQuality(Quality):
         if not isinstance(corpus, ImageCorpus):
             raise ValueError(f"run: expected a model of text or images, got {loaded.path}, of {loaded.config.corpus}")
         reference, test = corpus.train(options.reference), corpus.test(num)
+        if options.guidance is not None:
+            if not loaded.model.config.classes:
+                raise ValueError(f"guidance: expected no value for a model without classes, got {options.guidance:g}")
+            drawn = torch.randint(len(reference), (num,), generator=torch.Generator().manual_seed(options.seed))
+            self.labels = corpus.labels("train", len(reference))[drawn]
         self._real, split = (corpus.valid(num), "validation") if test is None else (test, "test")
         data, path = loaded.config.data, options.classifier
         classifier = find_classifier(corpus, data.source, None if path is None else Path(path), data.cache_dir)
@@ -143,6 +148,8 @@ class ImageQuality(Quality):
             f"with the same classifier ({classifier.name}) and the same number of images. FID from {len(reference):,} "
             f"training images; real images: {len(self._real):,} {split} images{few}."
         )
+        if self.labels is not None:
+            self.note += f" Samples have the classes of training images, with guidance {options.guidance:g}."
         self.settings = {
             "classifier": classifier.name,
             "classifier_accuracy": classifier.accuracy,

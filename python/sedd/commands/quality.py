@@ -59,6 +59,10 @@ class GenerativeOptions:
     """Below 1, more probable tokens are preferred; above 1, less probable ones. 1 samples the model's distribution."""
     top_p: float = 1.0
     """Sample only from the fewest, most probable tokens with this total probability."""
+    guidance: float | None = None
+    """For images and a model with classes: sample with the classes of randomly chosen training images. 1 samples the
+    model's distribution; above 1, samples are more typical of their class, and steps take twice as long. Default:
+    samples have no class."""
     classifier: str | None = None
     """For images: the file of the classifier (.safetensors) whose features are compared. If it does not exist, the
     classifier is trained and written there. Default: a file in the cache folder of the data. Results of different
@@ -108,6 +112,7 @@ class Quality(ABC):
         title: title of the table.
         note: what has to be said wherever results are shown; empty if there is nothing.
         settings: what results depend on, beside the options.
+        labels: the class of each sample [num], int64; None to sample without classes.
         tensors: tensors on which results depend, beside the parameters of the model.
         panels: for the plot, values with their label and scale.
     """
@@ -120,6 +125,7 @@ class Quality(ABC):
     title: str
     note: str = ""
     settings: Mapping[str, Any]
+    labels: Tensor | None = None
     tensors: list[Tensor]
     panels: tuple[tuple[str, str, str], ...]
 

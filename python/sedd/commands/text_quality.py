@@ -125,7 +125,7 @@ class TextQuality(Quality):
 
     unit, real_name = "text", "real text"
     num, batch_size = 32, 8
-    others = ("classifier", "reference")
+    others = ("guidance", "classifier", "reference")
 
     def __init__(self, loaded: LoadedModel, options: GenerativeOptions, num: int, batch_size: int) -> None:
         if options.mauve:
