@@ -120,6 +120,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder).resolve()
         sdist, wheel = build(work)
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            for package in (sdist, wheel):
+                shutil.copy(package, options.out)
         with tarfile.open(sdist) as archive:
             archive.extractall(work / "sources", filter="data")
         (sources,) = (work / "sources").iterdir()
@@ -128,10 +132,6 @@ def main() -> None:
         tests = [sources / "tests" / name for name in TESTS]
         lines = [test(wheel, torch, tests, work) for torch in options.torch]
         lines.append(test(sdist, options.torch[-1], tests[:1], work))
-        if options.out:
-            options.out.mkdir(parents=True, exist_ok=True)
-            for package in (sdist, wheel):
-                shutil.copy(package, options.out)
         print(*lines, sep="\n")
 
 
