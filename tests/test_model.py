@@ -11,7 +11,7 @@ from toy import diffusion
 from sedd.diffusion.likelihood import elbo
 from sedd.diffusion.schedule import LogLinear
 from sedd.hub import SEDD
-from sedd.network import PRESETS, ModelConfig
+from sedd.network import PRESETS, DiffusionTransformer, ModelConfig
 from sedd.runtime import device_of
 from sedd.training.weights import load_weights
 from sedd_ext import Absorbing, Hybrid, RankOne, Uniform
@@ -291,3 +291,16 @@ def test_unknown_preset():
     message = "config: expected a ModelConfig or one of tiny, small, medium, large, got 'huge'"
     with pytest.raises(ValueError, match=message):
         SEDD("huge", Absorbing(5))
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_rounded_frequencies_become_exact_again(half: torch.dtype) -> None:
+    config = ModelConfig(hidden_size=32, n_blocks=1, n_heads=2, cond_dim=8, length=8)
+    saved, exact = DiffusionTransformer(config, 11).to(half).state_dict(), DiffusionTransformer(config, 11)
+    rounded, wanted = saved["rotary_emb.inv_freq"].float(), exact.rotary_emb.inv_freq.clone()
+    assert not torch.equal(rounded, wanted)
+    exact.load_state_dict(saved)
+    assert torch.equal(exact.rotary_emb.inv_freq, wanted)
+    for others in (2 * rounded, torch.zeros_like(rounded)):  # of another model, and of learned positions
+        exact.load_state_dict({**saved, "rotary_emb.inv_freq": others})
+        assert torch.equal(exact.rotary_emb.inv_freq, others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -62,6 +63,13 @@ class Rotary(nn.Module):
         axes = 2 if self.shape else 1
         exponents = torch.arange(0, head_dim, 2 * axes, dtype=torch.float32) / head_dim
         return (10_000.0**-exponents).repeat(axes)
+
+    def _load_from_state_dict(self, *arguments: Any, **more: Any) -> None:
+        """Weights that were saved in half precision have rounded frequencies; these become exact again."""
+        super()._load_from_state_dict(*arguments, **more)
+        found, exact = self.inv_freq, self._exact(2 * len(self.inv_freq)).to(self.inv_freq.device)
+        if any(torch.equal(found, exact.to(half).to(found.dtype)) for half in (torch.bfloat16, torch.float16)):
+            found.copy_(exact)
 
     def forward(self, length: int, start: int = 0) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the positions from ``start`` on."""
