@@ -3053,6 +3053,13 @@ BREAKS = [
         "tests/test_conditioning.py -k bad_labels",
     ),
     Break(
+        "painting: a quick stroke swallows the next tap",
+        "python/sedd/commands/play/painter.js",
+        'this.canvas.addEventListener("touchstart", (event) => event.preventDefault(), { passive: false });',
+        "",
+        "tests/test_play_images.py -k finger",
+    ),
+    Break(
         "FID of given classes: without the classes",
         "python/sedd/commands/generative.py",
         "labels=None if labels is None else labels[first : first + count],",

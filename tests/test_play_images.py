@@ -375,6 +375,8 @@ def test_painting_with_a_finger_on_a_narrow_page(browser: Any, digits: str) -> N
         page.locator("#status", has_text="Class ").wait_for()
         page.fill("#brush", "1")
         page.locator("#paint").scroll_into_view_if_needed()
+        touched = "document.getElementById('paint').dispatchEvent(new Event('touchstart', {cancelable: true}))"
+        assert page.evaluate(touched) is False, "a quick stroke would scroll on, and the next tap would only stop that"
         top = page.evaluate("scrollY")
         touch = page.context.new_cdp_session(page)
 
