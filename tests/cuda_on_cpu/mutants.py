@@ -1215,16 +1215,15 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.driver = cache(lambda: self.compiled(build.HERE / "driver.cpp", "driver", "-O2"))
-        self.originals: dict[tuple[str, Check], Path] = {}
+        self.originals: dict[str, Path] = {}
         self.lock = Lock()
 
-    def original(self, family: str, check: Check) -> Path:
-        """The source without a mutant, compiled when first asked for."""
+    def original(self, family: str) -> Path:
+        """The source without a mutant and without a sanitizer, as nothing of it runs; compiled when first asked for."""
         with self.lock:
-            if (family, check) not in self.originals:
-                source = build.ROOT / f"csrc/cuda/{family}.cu"
-                self.originals[family, check] = self.compiled(source, f"{family}-{check}", *CHECKS[check])
-            return self.originals[family, check]
+            if family not in self.originals:
+                self.originals[family] = self.compiled(build.ROOT / f"csrc/cuda/{family}.cu", family)
+            return self.originals[family]
 
     def compiled(self, source: Path, name: str, *flags: str, csrc: Path = build.ROOT / "csrc") -> Path:
         includes = (f"-I{csrc}", f"-I{build.HERE / 'include'}")
@@ -1248,7 +1247,7 @@ class Bench:
             others = (family for family in FAMILIES if family != mutant.family)
             source = csrc / f"cuda/{mutant.family}.cu"
             changed = self.compiled(source, csrc.parent.name, *CHECKS[check], csrc=csrc)
-            objects = [self.driver(), changed, *(self.original(family, check) for family in others)]
+            objects = [self.driver(), changed, *(self.original(family) for family in others)]
             program = self.program(f"{csrc.parent.name}.out", check, objects)
             result = run(program, "--only", mutant.family, *ARGUMENTS[check])
             program.unlink()
@@ -1266,7 +1265,7 @@ class Bench:
             yield csrc
 
 
-def catch_all(mutants: Iterable[Mutant] = MUTANTS) -> dict[Mutant, str | None]:
+def catch_all(mutants: Iterable[Mutant]) -> dict[Mutant, str | None]:
     """What is said of each; two are worked on at a time."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         bench = Bench(Path(folder))
