@@ -303,7 +303,7 @@ def test_a_resumed_run_takes_the_same_steps(save: Callable[..., Any], make_confi
 
 
 def test_a_run_loads_samples_and_starts_another(
-    save: Callable[..., Any], make_config: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+    save: Callable[..., Any], make_config: Callable[..., TrainConfig]
 ) -> None:
     from sedd.cli import main
 
@@ -335,9 +335,6 @@ def test_a_run_loads_samples_and_starts_another(
         ["report", config.run_dir, "--steps", "4"],
     ):
         assert main(words) == 0, words
-    assert main(["convert", config.run_dir, config.run_dir + "_out"]) == 2
-    assert "save_pretrained: expected a network of this package, got one adapted from gpt2" in capsys.readouterr().err
-
     again = dataclasses.replace(config, init=config.run_dir, run_dir=config.run_dir + "_again")
     start = begin(again).state.diffusion.network.state_dict()
     assert all(torch.equal(start[name], value) for name, value in model.state_dict().items())
@@ -426,16 +423,105 @@ def test_a_folder_with_the_name_of_a_tokeniser(
     assert run.config.tokenizer == "gpt2/tokenizer.json"
 
 
-def test_a_model_folder_is_not_adapted(save: Callable[..., Any], tmp_path: Path) -> None:
-    """The format of saved models has no networks of others: a trunk in it would choose one."""
+# -- a model folder ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def converted(
+    save: Callable[..., Any], make_config: Callable[..., TrainConfig], tmp_path: Path
+) -> Callable[..., tuple[SEDD, Path]]:
+    from sedd.cli import main
+
+    def convert(kind: str) -> tuple[SEDD, Path]:
+        """The model of a run, and the folder that it was saved in."""
+        config = make_config(init=save(kind)[0])
+        begin(config).train()
+        assert main(["convert", config.run_dir, str(tmp_path / "saved")]) == 0
+        return SEDD.from_pretrained(config.run_dir), tmp_path / "saved"
+
+    return convert
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_saved_model_is_the_model(
+    kind: str, converted: Callable[..., tuple[SEDD, Path]], make_config: Callable[..., TrainConfig]
+) -> None:
+    from sedd.cli import main
+
+    model, folder = converted(kind)
+    loaded = load_model(folder)
+    network = loaded.model
+    assert isinstance(network, AdaptedTransformer)
+    assert isinstance(model, AdaptedTransformer)
+    assert network.config == model.config
+    assert loaded.tokenizer.name == "bytes"
+    weights = model.state_dict()
+    assert [*network.state_dict()] == [*weights]
+    assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
+    assert torch.equal(logits(network, texts()), logits(model, texts()))
+    assert main(["sample", str(folder), "--steps", "4", "--num", "1"]) == 0
+
+    second = begin(make_config(init=str(folder), run_dir=str(folder) + "_run"))
+    start = second.state.diffusion.network.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in start.items())
+
+    assert not (folder / "modeling_sedd.py").exists()
+    assert "auto_map" not in (folder / "config.json").read_text()
+    card = (folder / "README.md").read_text()
+    assert f"({kind}: 2 blocks of width 16, 2 heads)" in card
+    assert "With `transformers` and the package `sedd_ext`" in card
+    assert "AutoModel" not in card
+    network.save_pretrained(folder.with_name("again"))
+    for name in ("config.json", "README.md"):
+        assert (folder.with_name("again") / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.trunk.model_type": "t5"}, "model_type: expected one of gpt2, .* got 't5'"),
+        ({"model.trunk": {"n_layer": 2}}, "model_type: expected one of gpt2, .* got 'None'"),
+        ({"model.trunk": "gpt2"}, "model.trunk: expected dict, got 'gpt2'"),
+        ({"model.trunk.auto_map": {"AutoModel": "code.Model"}}, "trunk.auto_map: expected an entry of GPT2Config"),
+        ({"model.trunk.n_layer": 3}, "n_blocks: expected 3, as in trunk, got 2"),
+        ({"model.trunk.n_inner": 32}, r"expected the tensors .*misshapen \(trunk.body.h.0.mlp.c_fc.weight"),
+        ({"model.trunk": {}, "model.shift": True}, "expected those of a SEDD"),
+        ({"tokens": None}, "tokens: expected the size of the vocabulary without MASK, got None"),
+        ({"tokens": True}, "tokens: expected the size of the vocabulary without MASK, got True"),
+        ({"tokens": 300, "tokenizer": None}, r"expected the tensors .*misshapen \(trunk.body.wte.weight"),
+        ({"graph.type": "uniform"}, "process: expected absorbing for a network adapted from gpt2, got uniform"),
+        ({"objective": "score_entropy"}, "objective: expected one that predicts the clean token .*gpt2, got score"),
+        ({"objective": "genmd4"}, "objective: expected one that predicts the clean token .*gpt2, got genmd4"),
+    ],
+)
+def test_a_changed_config_is_refused(
+    changes: dict[str, Any], message: str, converted: Callable[..., tuple[SEDD, Path]]
+) -> None:
+    file = converted("gpt2")[1] / "config.json"
+    config = json.loads(file.read_text())
+    for name, value in changes.items():
+        *path, last = name.split(".")
+        section = config
+        for part in path:
+            section = section[part]
+        section[last] = value
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        SEDD.from_pretrained(file.parent)
+
+
+def test_a_network_of_this_package_is_not_adapted(tmp_path: Path) -> None:
     SEDD("tiny", Absorbing(256), schedule=get_schedule("loglinear")).save_pretrained(tmp_path / "saved")
-    config = tmp_path / "saved" / "config.json"
-    saved = config.read_text()
-    for name, value in (("trunk", {"model_type": "gpt2"}), ("shift", True)):
+    file = tmp_path / "saved" / "config.json"
+    saved = file.read_text()
+    for changes, message in (
+        ({"shift": True}, "model.shift: expected false for a network of this package, got true"),
+        ({"trunk": {"model_type": "gpt2"}}, "objective: expected one that predicts the clean token"),
+    ):
         changed = json.loads(saved)
-        changed["model"][name] = value
-        config.write_text(json.dumps(changed))
-        with pytest.raises(ValueError, match=f"model.{name}: expected none"):
+        changed["model"].update(changes)
+        file.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=message):
             SEDD.from_pretrained(tmp_path / "saved")
 
 

@@ -515,6 +515,22 @@ def test_of_local_files_only_the_names_are_shown(source: str, shown: str) -> Non
     assert _is_repository(source) == (source == "openai-community/gpt2")
 
 
+@pytest.mark.parametrize(
+    ("init", "base", "shown"),
+    [("openai-community/gpt2", "openai-community/gpt2", "openai-community/gpt2"), ("private/my/gpt2", None, "gpt2")],
+)
+def test_the_card_names_the_model_of_the_hub_that_training_began_with(
+    init: str, base: str | None, shown: str, run: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    file = copy / "checkpoints" / "step_00000003" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init": init}))
+    card = SEDD.from_pretrained(copy).generate_model_card(name="m")
+    assert card.data.base_model == base
+    assert f"| fine-tuned from | {shown} |" in card.text
+
+
 def test_the_card_has_no_folders_of_texts(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)

@@ -269,6 +269,7 @@ def test_given_tokens_are_kept(model: Path, judge_folder: Path, monkeypatch: pyt
         (["--temperature", "0"], "temperature: expected a positive number, got 0.0"),
         (["--length", "1", "--num", "1"], "judge: expected texts of at least 2 tokens of tiny-judge, got 1"),
         (["--classifier", "x"], "classifier: expected no value for a model of texts, got 'x'"),
+        (["--guidance", "2"], "guidance: expected no value for a model of texts, got 2.0"),
         (["--plot", "steps.foo"], "plot: expected a file name that ends in"),
     ],
 )

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from sedd.data.corpora import CORPORA
 from sedd.data.options import DataConfig
-from sedd.diffusion.diffusion import Mean, Objective
-from sedd.diffusion.objectives import OBJECTIVES, get_objective, objective_params
+from sedd.diffusion.diffusion import Objective
+from sedd.diffusion.objectives import OBJECTIVES, check_adapted, get_objective, objective_params
 from sedd.diffusion.schedule import SCHEDULES, get_schedule, schedule_params
 from sedd.network import PRESETS, ModelConfig
 from sedd.options import build, check_one_of, checked, renamed
@@ -352,14 +352,8 @@ class TrainConfig:
     def _check_trunk(self, objective: Objective) -> None:
         """Checks that the options suit a network that is adapted from a model of transformers."""
         kind = f"for a network adapted from {self.model.trunk.get('model_type')}"
-        parameterization = objective.parameterization(self.model.build())
-        if objective.autoregressive or not isinstance(parameterization, Mean) or parameterization.per_token:
-            raise ValueError(
-                "objective: expected one that predicts the clean token with one schedule for all tokens, such as md4, "
-                f"{kind}, got {self.objective}"
-            )
+        check_adapted(objective, self.make_process(2), self.model.build())
         wanted: dict[str, tuple[Any, Any]] = {
-            "process": (self.process, "absorbing"),
             "corpus": (self.corpus, "text"),
             "parallel.data": (self.parallel.data, "ddp"),
             "parallel.vocab": (self.parallel.vocab, 1),

@@ -57,26 +57,21 @@ class Rotary(nn.Module):
     def __init__(self, head_dim: int, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.shape = shape
-        self.register_buffer("inv_freq", self._exact(head_dim))
+        self.register_buffer("inv_freq", self.exact(head_dim))
+        self.register_load_state_dict_post_hook(restore_frequencies)  # type: ignore[no-untyped-call]  # torch has no types
 
-    def _exact(self, head_dim: int) -> Tensor:
+    def exact(self, head_dim: int) -> Tensor:
+        """The angles of neighbouring positions [d_head / 2], in float32."""
         axes = 2 if self.shape else 1
         exponents = torch.arange(0, head_dim, 2 * axes, dtype=torch.float32) / head_dim
         return (10_000.0**-exponents).repeat(axes)
-
-    def _load_from_state_dict(self, *arguments: Any, **more: Any) -> None:
-        """Weights that were saved in half precision have rounded frequencies; these become exact again."""
-        super()._load_from_state_dict(*arguments, **more)
-        found, exact = self.inv_freq, self._exact(2 * len(self.inv_freq)).to(self.inv_freq.device)
-        if any(torch.equal(found, exact.to(half).to(found.dtype)) for half in (torch.bfloat16, torch.float16)):
-            found.copy_(exact)
 
     def forward(self, length: int, start: int = 0) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the positions from ``start`` on."""
         frequencies = self.inv_freq
         places = torch.arange(start, start + length, device=frequencies.device, dtype=torch.float32)
         if frequencies.dtype.itemsize < 4:  # too coarse for the angles; zeros are those of learned positions
-            exact = self._exact(2 * len(frequencies)).to(frequencies.device)
+            exact = self.exact(2 * len(frequencies)).to(frequencies.device)
             frequencies = exact.where(frequencies != 0, 0.0)
         if self.shape:
             _, columns, channels = self.shape
@@ -88,6 +83,13 @@ class Rotary(nn.Module):
         else:
             angles = torch.outer(places, frequencies)
         return angles.cos(), angles.sin()
+
+
+def restore_frequencies(rotary: Rotary, keys: Any) -> None:
+    """After weights were loaded: frequencies that had been rounded to half precision become exact again."""
+    found, exact = rotary.inv_freq, rotary.exact(2 * len(rotary.inv_freq)).to(rotary.inv_freq.device)
+    if any(torch.equal(found, exact.to(half).to(found.dtype)) for half in (torch.bfloat16, torch.float16)):
+        found.copy_(exact)
 
 
 class LearnedPositions(nn.Module):

@@ -11,12 +11,14 @@ from torch import Tensor
 from sedd.diffusion.ablations import ConcreteScore, ImplicitScoreEntropy, TauLDR
 from sedd.diffusion.autoregressive import Autoregressive
 from sedd.diffusion.d3pm import D3PM
-from sedd.diffusion.diffusion import Objective
+from sedd.diffusion.diffusion import Mean, Objective
 from sedd.diffusion.genmd4 import GenMD4
 from sedd.diffusion.position_loss import GIDD, MD4, UDLM, MeanPrediction, ScoreEntropy
 from sedd.diffusion.schedule import construct, default_numbers
+from sedd.network import ModelConfig
+from sedd_ext import RankOne
 
-__all__ = ["OBJECTIVES", "get_objective", "objective_params", "sample_times"]
+__all__ = ["OBJECTIVES", "check_adapted", "get_objective", "objective_params", "sample_times"]
 
 
 def sample_times(
@@ -96,3 +98,22 @@ def get_objective(name: str, **params: float) -> Objective:
 def objective_params(name: str, params: Mapping[str, float]) -> dict[str, float]:
     """All parameters of the objective of that name: the given ones, and defaults for the others."""
     return {**default_numbers(OBJECTIVES[name]), **params}
+
+
+def check_adapted(objective: Objective, process: RankOne, sizes: ModelConfig) -> None:
+    """Checks that objective and process suit a network adapted from a model of ``transformers``, which ignores σ̄.
+
+    Raises:
+        ValueError: the objective does not predict the clean token with one schedule for all tokens, or the process is
+            not absorbing.
+    """
+    parameterization = objective.parameterization(sizes)
+    kind = f"for a network adapted from {sizes.trunk.get('model_type')}"
+    if objective.autoregressive or not isinstance(parameterization, Mean) or parameterization.per_token:
+        name = next(name for name, its_class in OBJECTIVES.items() if type(objective) is its_class)
+        raise ValueError(
+            "objective: expected one that predicts the clean token with one schedule for all tokens, such as md4, "
+            f"{kind}, got {name}"
+        )
+    if process.family != "absorbing":
+        raise ValueError(f"process: expected absorbing {kind}, got {process.family}")

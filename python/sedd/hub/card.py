@@ -246,6 +246,7 @@ def model_card(
         pipeline_tag=task,
         tags=["discrete-diffusion", "sedd"],
         datasets=[run.data.source] if run is not None and _is_repository(run.data.source) else None,
+        base_model=run.init if run is not None and run.init is not None and _is_repository(run.init) else None,
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -290,7 +291,8 @@ def _use(name: str, config: Mapping[str, Any], auto: bool) -> Iterator[str]:
             "print(model.process, model.schedule, model.objective)\n```"
         )
         return
-    yield "With the package `sedd_ext`, which has compiled kernels and runs no code of this repository:"
+    packages = "With `transformers` and the package" if config["model"]["trunk"] else "With the package"
+    yield f"{packages} `sedd_ext`, which has compiled kernels and runs no code of this repository:"
     yield (
         f"```python\nfrom sedd import load_model, sample\n\nloaded = load_model({json.dumps(name)})\n"
         f"tokens = sample(loaded.diffusion, batch=1, length={config['model']['length']}, steps=128)\n"

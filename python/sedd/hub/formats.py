@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from sedd.config import TrainConfig
 from sedd.data.tokenizer import TOKENIZER_FILES, TOKENIZERS, Tokenizer, get_tokenizer
-from sedd.diffusion.objectives import get_objective, objective_params
+from sedd.diffusion.objectives import check_adapted, get_objective, objective_params
 from sedd.diffusion.schedule import SCHEDULES, Schedule, get_schedule
 from sedd.hints import program
 from sedd.hub.weights import PICKLES, read_weights
@@ -256,6 +256,51 @@ def _from_config(config: Mapping[str, Any], weights: Mapping[str, Tensor], path:
     algorithm = _section(config, "algo")  # of DUO's checkpoints, whose top level has none of these entries
     config = {"diffusion": ALGORITHMS.get(str(algorithm.get("name"))), **algorithm, **config}
     objective, params = _objective(config)
+    given = {**_section(config, "model")}
+    dim, sizes = _adapted_sizes(config) if given.get("trunk") else _found_sizes(weights)
+    if "time_conditioning" in config:
+        given.setdefault("time_conditioning", config["time_conditioning"])
+    if given.get("shift") and not given.get("trunk"):
+        raise ValueError("model.shift: expected false for a network of this package, got true")
+    fields = vars(ModelConfig())
+    for name, value in given.items():
+        if name in fields and value is not None:
+            value = tuple(value) if isinstance(value, list) else value
+            whole = isinstance(fields[name], float) and type(value) is int
+            if type(value) is not type(fields[name]) and not whole:
+                raise ValueError(f"model.{name}: expected {type(fields[name]).__name__}, got {value!r}")
+            if name in sizes and value != sizes[name]:
+                raise ValueError(f"model.{name}: expected {sizes[name]} for these tensors, got {value}")
+            sizes[name] = value
+    process = _process(config, dim)
+    if process.family == "rank_one":  # models saved before the shift existed were trained without it
+        sizes.setdefault("hybrid_shift", False)
+    built = ModelConfig(**sizes)
+    if built.trunk:
+        check_adapted(get_objective(objective, **params), process, built)
+    tokens = dim - (process.mask_id is not None)
+    if config.get("tokens", tokens) != tokens or isinstance(config.get("tokens"), bool):
+        raise ValueError(
+            f"tokens: expected {tokens} for an embedding of {dim} rows (including MASK), got {config['tokens']}"
+        )
+    tokenizer = _tokenizer(config, tokens, file.parent)
+    tensors = dict(weights)
+    schedule = _for_objective(_schedule(config), process, objective, params, tensors)
+    return StoredModel(
+        path,
+        file,
+        built,
+        process,
+        schedule,
+        tokenizer,
+        tensors,
+        objective=objective,
+        objective_params=params,
+    )
+
+
+def _found_sizes(weights: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
+    """The size of the vocabulary, MASK included, and the dimensions that the tensors have."""
     embedding = weights.get("vocab_embed.embedding")
     frequencies = weights.get("rotary_emb.inv_freq")
     if embedding is None or embedding.dim() != 2 or frequencies is None or not frequencies.numel():
@@ -272,44 +317,15 @@ def _from_config(config: Mapping[str, Any], weights: Mapping[str, Tensor], path:
     }
     if (conditioning := weights.get("sigma_map.mlp.0.bias")) is not None:
         sizes["cond_dim"] = conditioning.numel()
-    given = {**_section(config, "model")}
-    if "time_conditioning" in config:
-        given.setdefault("time_conditioning", config["time_conditioning"])
-    for name in ("trunk", "shift"):
-        if given.get(name):
-            raise ValueError(f"model.{name}: expected none, as this format has no models adapted from others, got one")
-    fields = vars(ModelConfig())
-    for name, value in given.items():
-        if name in fields and value is not None:
-            value = tuple(value) if isinstance(value, list) else value
-            whole = isinstance(fields[name], float) and type(value) is int
-            if type(value) is not type(fields[name]) and not whole:
-                raise ValueError(f"model.{name}: expected {type(fields[name]).__name__}, got {value!r}")
-            if name in sizes and value != sizes[name]:
-                raise ValueError(f"model.{name}: expected {sizes[name]} for these tensors, got {value}")
-            sizes[name] = value
-    process = _process(config, dim)
-    if process.family == "rank_one":  # models saved before the shift existed were trained without it
-        sizes.setdefault("hybrid_shift", False)
-    tokens = dim - (process.mask_id is not None)
-    if config.get("tokens", tokens) != tokens or isinstance(config.get("tokens"), bool):
-        raise ValueError(
-            f"tokens: expected {tokens} for an embedding of {dim} rows (including MASK), got {config['tokens']}"
-        )
-    tokenizer = _tokenizer(config, tokens, file.parent)
-    tensors = dict(weights)
-    schedule = _for_objective(_schedule(config), process, objective, params, tensors)
-    return StoredModel(
-        path,
-        file,
-        ModelConfig(**sizes),
-        process,
-        schedule,
-        tokenizer,
-        tensors,
-        objective=objective,
-        objective_params=params,
-    )
+    return dim, sizes
+
+
+def _adapted_sizes(config: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """The same for a network adapted from a model of ``transformers``: the configuration has its dimensions."""
+    tokens = config.get("tokens")
+    if type(tokens) is not int or tokens < 1:
+        raise ValueError(f"tokens: expected the size of the vocabulary without MASK, got {tokens!r}")
+    return tokens + 1, {}
 
 
 def _tokenizer(config: Mapping[str, Any], tokens: int, folder: Path) -> str | Tokenizer | None:

@@ -176,8 +176,9 @@ class SEDD(
             if shape
             else (f"{config['tokenizer'] or 'unnamed'} tokens ({config['tokens']:,}) in blocks of {sizes.length}")
         )
+        network = f"{sizes.trunk['model_type']}: " if sizes.trunk else ""
         return (
-            f"{count / 1e6:.1f} M parameters ({sizes.n_blocks} blocks of width {sizes.hidden_size}, "
+            f"{count / 1e6:.1f} M parameters ({network}{sizes.n_blocks} blocks of width {sizes.hidden_size}, "
             f"{sizes.n_heads} heads), {config['graph']['type']} noise, {config['noise']['type']} schedule ({noise}), "
             f"{tokens}"
         )
@@ -195,8 +196,9 @@ class SEDD(
 
         The files are ``config.json``, ``model.safetensors``, a model card ``README.md``, and those of the tokeniser,
         unless it is a registered one. ``modeling_sedd.py`` lets ``transformers.AutoModel`` load the folder without
-        this package; it is left out if the schedule or the objective is a class of your own. The metadata of
-        ``model.safetensors`` contains a digest of its content, which is verified on loading.
+        this package; it is left out if the schedule or the objective is a class of your own, and for networks adapted
+        from models of ``transformers``. The metadata of ``model.safetensors`` contains a digest of its content, which
+        is verified on loading.
 
         The model card has the training and the measured figures of the run that the model was loaded from. If it was
         loaded from a model folder, the card that this package wrote there is copied. Neither is done if the weights
@@ -225,11 +227,6 @@ class SEDD(
             raise ValueError(
                 "save_pretrained: expected a diffusion model, got an autoregressive one, a baseline that has no model "
                 "card; keep its run"
-            )
-        if self.config.trunk:
-            raise ValueError(
-                f"save_pretrained: expected a network of this package, got one adapted from "
-                f"{self.config.trunk['model_type']}, which this format cannot store yet; keep its run"
             )
         folder = Path(save_directory)
         if any((folder / name).exists() for name in ("checkpoints", "state.json", ".lock")):
@@ -282,7 +279,9 @@ class SEDD(
         save_tensors(save_directory / "model.safetensors", {**self.state_dict(), **learned}, {"format": "pt"})
 
     def _has_code(self) -> bool:
-        """Whether the saved file has the schedule and the objective: they are classes of this package."""
+        """Whether the saved file has the network, the schedule and the objective: they are classes of this package."""
+        if self.config.trunk:
+            return False
         kinds = (type(self.schedule), OBJECTIVES[self.objective])
         return all(kind.__module__.startswith("sedd.") for kind in kinds)
 
