@@ -2984,7 +2984,7 @@ BREAKS = [
     ),
     Break(
         "adapted: any objective is taken",
-        "python/sedd/config.py",
+        "python/sedd/diffusion/objectives.py",
         "if objective.autoregressive or not isinstance(parameterization, Mean) or parameterization.per_token:",
         "if False:",
         "tests/test_adapted.py -k refused",
