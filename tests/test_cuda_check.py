@@ -436,6 +436,7 @@ def nvcc(check: Any) -> str:
 
 @pytest.mark.usefixtures("nvcc")
 @pytest.mark.costly("csrc/*.h", "csrc/common", "csrc/cuda", "benchmarks/cuda_check.py")
+@pytest.mark.timeout(1800)
 def test_the_rules_hold_on_all_gpus(check: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert check.main(["--check-only"]) == 0, capsys.readouterr().out
 
