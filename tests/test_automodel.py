@@ -6,12 +6,14 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -427,6 +429,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tasks = {
         "model": str(run / "checkpoints" / "step_00000003"),
         "draws": 9,
+        "options": {"tasks": ["piqa"], "draws": 9, "limit": 50, "include_path": "/home/someone/tasks"},
         "results": {"piqa": {"acc,none": 0.51234, "acc_stderr,none": 0.0123}},
     }
     (run / "eval" / "tasks.json").write_text(json.dumps(tasks))
@@ -478,13 +481,38 @@ def test_the_card_of_a_run_has_its_training_and_its_figures(run: Path, tmp_path:
         "held out from book.txt",
         "`sedd eval perplexity RUN --draws 2 --blocks 5 --seed 0`",
         "`sedd eval generative RUN --samplers tweedie --steps 4 --num 7 --length 8 --judge gpt2 --seed 0`",
-        "these commands leave some out.",
-        "`sedd eval harness RUN --tasks piqa --draws 9`",
+        "`sedd eval harness RUN --tasks piqa --draws 9 --limit 50 --include_path tasks`",
     ):
         assert line in card.text, line
     assert "7.77" not in card.content  # of another checkpoint, and of another run at the same step
     assert str(run.parent) not in card.content
     assert "/home/someone" not in card.content
+
+
+def test_the_commands_of_the_card_measure_its_figures(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the folder of the text, as the card has only its name."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    for file in (copy / "eval").iterdir():
+        file.unlink()
+    (tmp_path / "lines.txt").write_text("the cat\n\nsat on\nthe mat\n" * 40)
+    (tmp_path / "other").mkdir()
+    words = ["--documents", "line", "--draws", "3", "--seed", "5", "--blocks", "9", "--batch_size", "4"]
+    file = copy / "eval" / "lines.json"
+    assert main(["eval", "perplexity", str(copy), str(tmp_path / "lines.txt"), *words, "--json", str(file)]) == 0
+    measured = json.loads(file.read_text())
+    content = SEDD.from_pretrained(copy).generate_model_card(name="m").content
+    (command,) = re.findall(r"`(sedd eval perplexity RUN lines.txt [^`]*)`", content)
+    monkeypatch.chdir(tmp_path)
+    again = shlex.split(command.replace("RUN", str(copy)))[1:]
+    assert main([*again, "--json", str(tmp_path / "again.json")]) == 0
+    assert json.loads((tmp_path / "again.json").read_text()) == measured | {"options": ANY}
+    (row,) = measured["texts"].values()
+    (name,) = measured["texts"]
+    assert name == "lines.txt"
+    assert row["blocks"] == 9
 
 
 def test_figures_of_another_run_that_has_the_same_name_are_left_out(run: Path, tmp_path: Path) -> None:

@@ -183,7 +183,9 @@ def test_tasks_end_to_end(model: Path, tasks: Path, tmp_path: Path, capsys: pyte
     names = "choose,choose_wrong,last_word"
     line = ["eval", "harness", str(model), "--tasks", names, "--include_path", str(tasks), "--draws", "200"]
     assert main([*line, "--json", str(out)]) == 0
-    results = json.loads(out.read_text())["results"]
+    written = json.loads(out.read_text())
+    assert written["options"] == {"tasks": names.split(","), "include_path": str(tasks), "draws": 200}
+    results = written["results"]
     assert results["choose"]["acc,none"] == 1.0
     assert results["choose_wrong"]["acc,none"] == 0.0
     assert results["last_word"]["acc,none"] == 0.75

@@ -276,6 +276,22 @@ def _parse(kind: type, word: str) -> Any:
         return word
 
 
+def changed(options: Any, without: Collection[str] = ()) -> dict[str, Any]:
+    """The options that have another value than their default, by name.
+
+    Args:
+        options: a dataclass.
+        without: names of fields to leave out.
+    """
+    values = {field.name: (field, getattr(options, field.name)) for field in dataclasses.fields(options)}
+    return {name: value for name, (field, value) in values.items() if name not in without and value != _default(field)}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field; MISSING if it has none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def check_options(options: Any, positive: Sequence[str], outputs: Sequence[str] = ()) -> None:
     """Checks positive numbers and output paths before the work begins.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from sedd.commands.command import RUN, Command
 from sedd.files import write_json
 from sedd.hints import pip_install
-from sedd.options import check_options
+from sedd.options import changed, check_options
 from sedd.progress import console
 from sedd.runtime import resolve_device
 
@@ -106,7 +106,8 @@ def harness(run: str, options: HarnessOptions) -> int:
         kept = {name: results[name] for name in ("results", "configs", "versions", "n-samples") if name in results}
         # JSON cannot represent functions in a task's configuration, which become text, and NaN, which becomes null
         plain = json.loads(json.dumps(kept, default=str), parse_constant=lambda _: None)
-        write_json(Path(options.json), {"model": str(model.loaded.path), "draws": options.draws, **plain})
+        about = {"model": str(model.loaded.path), "options": changed(options, without=("device", "json"))}
+        write_json(Path(options.json), {**about, "draws": options.draws, **plain})
     return 0
 
 

@@ -29,7 +29,7 @@ from sedd.diffusion.likelihood import ElboResult, elbo, joined
 from sedd.figures import check_figure, write_figure
 from sedd.files import finite, write_json
 from sedd.hub.pretrained import LoadedModel, load_model
-from sedd.options import check_one_of, check_options, prefixed, renamed
+from sedd.options import changed, check_one_of, check_options, prefixed, renamed
 from sedd.progress import console, track
 from sedd.runtime import resolve_device
 from sedd.unfinished import identity
@@ -201,7 +201,7 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
                 nats, bits = row["nats_per_token"], row["bits_per_byte"]
                 table.add_row(other, "", f"{nats:.4f}", f"{row['perplexity']:.2f}", "", f"{bits:.4f}")
         if options.json:
-            write_json(Path(options.json), {"model": str(loaded.path), "texts": figures})
+            write_json(Path(options.json), {"model": str(loaded.path), "options": _given(options), "texts": figures})
         if options.plot:
             plot_bound(result, options.plot)
         if unfinished is not None:
@@ -212,6 +212,11 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
     for note in notes:
         out.print(note)
     return 0
+
+
+def _given(options: PerplexityOptions) -> dict[str, Any]:
+    """The options that say what was measured, for the results."""
+    return changed(options, without=("device", "cache_dir", "json", "plot"))
 
 
 def _bits_per_dim(loaded: LoadedModel, options: PerplexityOptions, out: Console) -> int:
@@ -236,7 +241,8 @@ def _bits_per_dim(loaded: LoadedModel, options: PerplexityOptions, out: Console)
     others = {f"bits_per_{unit}": bits, f"bits_per_{unit}_standard_error": error}
     figures = _figures(result, rules, options, others)
     if options.json:
-        write_json(Path(options.json), {"model": str(loaded.path), "data": {split: figures}})
+        about = {"model": str(loaded.path), "options": _given(options)}
+        write_json(Path(options.json), {**about, "data": {split: figures}})
     if options.plot:
         plot_bound(result, options.plot)
     if unfinished is not None:

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,11 +133,10 @@ def _perplexity(results: Mapping[str, Any]) -> Iterator[Figure]:
                 continue
             data, source = _public(title), r"(held out from |data of )(.+?)(?=, in blocks|$)"
             reading = re.sub(source, lambda found: found[1] + _public(found[2]), row["reading"])
-            which = "" if title == "validation text" else f" {shlex.quote(data)}"
-            which = f" --split {title}" if kind == "data" else which
-            command = (
-                f"sedd eval perplexity RUN{which} --draws {row['draws']} --blocks {row['blocks']} --seed {row['seed']}"
-            )
+            which = "" if title == "validation text" or kind == "data" else f" {shlex.quote(data)}"
+            counts = {name: row[name] for name in ("draws", "blocks", "seed")}
+            given = counts | ({"split": title} if kind == "data" else {}) | _mapping(results.get("options")) | counts
+            command = f"sedd eval perplexity RUN{which}{_words(given, without=('texts', 'max_minutes'))}"
             details = (
                 f"{reading}; {row['blocks']:,} blocks of {row['length']}, {row['draws']} noise levels for each, "
                 f"seed {row['seed']}"
@@ -163,11 +162,7 @@ def _generative(results: Mapping[str, Any]) -> Iterator[Figure]:
     options |= {name: settings.get(name) for name in ("num", "length", "judge", "seed", "batch_size", "text", "mauve")}
     options |= {name: settings[name] for name in ("temperature", "top_p") if settings.get(name, 1) != 1}
     options |= {name: settings.get(name) for name in ("given", "compared") if settings.get("mauve")}
-    command = "sedd eval generative RUN"
-    for name, value in options.items():
-        if value not in (None, []):
-            text = ",".join(map(str, value)) if isinstance(value, list) else _public(str(value))
-            command += f" --{name} {shlex.quote(text)}"
+    command = f"sedd eval generative RUN{_words(options)}"
     for row in rows:
         data = f"{count:,} samples, {row['sampler']}, {row['steps']} steps"
         details = f"texts of {settings['length']} tokens, judged by {judge}, seed {seed}"
@@ -180,7 +175,8 @@ def _generative(results: Mapping[str, Any]) -> Iterator[Figure]:
 def _harness(results: Mapping[str, Any]) -> Iterator[Figure]:
     """Of ``sedd eval harness``."""
     tasks, counts = _mapping(results.get("results")), _mapping(results.get("n-samples"))
-    command = f"sedd eval harness RUN --tasks {','.join(tasks)} --draws {results.get('draws')}"
+    given = {"tasks": list(tasks), "draws": results.get("draws")}
+    command = f"sedd eval harness RUN{_words(given | _mapping(results.get('options')))}"
     for task, row in tasks.items():
         count = _mapping(counts.get(task)).get("effective")
         details = f"lm-evaluation-harness{'' if count is None else f', {count:,} examples'}"
@@ -189,6 +185,16 @@ def _harness(results: Mapping[str, Any]) -> Iterator[Figure]:
                 error = row.get(name.replace(",", "_stderr,"))
                 metric = name.replace(",none", "")
                 yield Figure(metric, value, error if isinstance(error, float) else None, task, details, command)
+
+
+def _words(options: Mapping[str, Any], without: Collection[str] = ()) -> str:
+    """Options as words of a command line, each after a space; of local files, only the names."""
+    words = ""
+    for name, value in options.items():
+        if name not in without and value not in (None, []):
+            text = ",".join(map(str, value)) if isinstance(value, list) else _public(str(value))
+            words += f" --{name} {shlex.quote(text)}"
+    return words
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -349,8 +355,6 @@ def _table(figures: list[Figure]) -> Iterator[str]:
         if figure.data not in data:
             data.append(figure.data)
     yield "\n".join(f"* {'; '.join(data)}: {details}. `{command}`" for (details, command), data in how.items())
-    if any(command.startswith(("sedd eval perplexity", "sedd eval harness")) for _, command in how):
-        yield "`sedd eval perplexity` and `sedd eval harness` do not record all options: these commands leave some out."
 
 
 def _limits(config: Mapping[str, Any], auto: bool) -> str:
