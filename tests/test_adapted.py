@@ -483,7 +483,10 @@ def test_a_saved_model_is_the_model(
         ({"model.trunk": {"n_layer": 2}}, "model_type: expected one of gpt2, .* got 'None'"),
         ({"model.trunk": "gpt2"}, "model.trunk: expected dict, got 'gpt2'"),
         ({"model.trunk.auto_map": {"AutoModel": "code.Model"}}, "trunk.auto_map: expected an entry of GPT2Config"),
-        ({"model.trunk.n_layer": 3}, "n_blocks: expected 3, as in trunk, got 2"),
+        (
+            {"model.trunk.n_layer": 3},
+            "safetensors: invalid configuration: n_blocks: expected 3, as in trunk, got 2",
+        ),
         ({"model.trunk.n_inner": 32}, r"expected the tensors .*misshapen \(trunk.body.h.0.mlp.c_fc.weight"),
         ({"model.trunk": {}, "model.shift": True}, "expected those of a SEDD"),
         ({"tokens": None}, "tokens: expected the size of the vocabulary without MASK, got None"),

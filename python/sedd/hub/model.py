@@ -108,19 +108,23 @@ class SEDD(
         """Builds a model from the result of :func:`sedd.hub.formats.read_model`, in evaluation mode.
 
         Raises:
-            ValueError: the tensors do not fit the model; the message lists missing, unexpected and misshapen ones.
+            ValueError: the sizes do not fit together, or the tensors do not fit the model; the message lists missing,
+                unexpected and misshapen ones.
         """
         kind = AdaptedSEDD if stored.sizes.trunk else cls
         # initial weights would be overwritten; adapted networks have buffers that are not stored
-        with nullcontext() if stored.sizes.trunk else torch.device("meta"):
-            model = kind(
-                stored.sizes,
-                stored.process,
-                stored.schedule,
-                stored.tokenizer,
-                stored.objective,
-                stored.objective_params,
-            )
+        try:
+            with nullcontext() if stored.sizes.trunk else torch.device("meta"):
+                model = kind(
+                    stored.sizes,
+                    stored.process,
+                    stored.schedule,
+                    stored.tokenizer,
+                    stored.objective,
+                    stored.objective_params,
+                )
+        except ValueError as error:
+            raise ValueError(f"{stored.file}: invalid configuration: {error}") from error
         load_weights(model, stored.tensors, stored.file)
         model.source = stored.path
         if isinstance(stored.schedule, nn.Module):
