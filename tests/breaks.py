@@ -3060,6 +3060,13 @@ BREAKS = [
         "tests/test_adapted.py -k not_adapted",
     ),
     Break(
+        "mutants: those of a family are not tried",
+        "tests/cuda_on_cpu/mutants.py",
+        '"score_entropy", "transition", "unmask")',
+        '"score_entropy", "transition")',
+        "tests/test_labels.py -k every_mutant",
+    ),
+    Break(
         "card: the command of a perplexity has the counts alone",
         "python/sedd/hub/card.py",
         '_mapping(results.get("options")) | counts',

@@ -26,6 +26,7 @@ from sedd.data.options import DataConfig
 from sedd.diffusion import sample
 from sedd.diffusion.schedule import get_schedule
 from sedd.hub import SEDD, load_model, read_init
+from sedd.hub.model import AdaptedSEDD
 from sedd.training.run import Run
 from sedd_ext import Absorbing
 
@@ -498,9 +499,12 @@ def test_a_saved_model_is_the_model(
     ],
 )
 def test_a_changed_config_is_refused(
-    changes: dict[str, Any], message: str, converted: Callable[..., tuple[SEDD, Path]]
+    changes: dict[str, Any], message: str, save: Callable[..., Any], tmp_path: Path
 ) -> None:
-    file = converted("gpt2")[1] / "config.json"
+    sizes = read_init(save("gpt2")[0]).config
+    AdaptedSEDD(sizes, Absorbing(257), get_schedule("loglinear"), "bytes", "md4").save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / "config.json"
+    SEDD.from_pretrained(file.parent)
     config = json.loads(file.read_text())
     for name, value in changes.items():
         *path, last = name.split(".")

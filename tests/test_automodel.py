@@ -498,7 +498,6 @@ def test_the_commands_of_the_card_measure_its_figures(
     for file in (copy / "eval").iterdir():
         file.unlink()
     (tmp_path / "lines.txt").write_text("the cat\n\nsat on\nthe mat\n" * 40)
-    (tmp_path / "other").mkdir()
     words = ["--documents", "line", "--draws", "3", "--seed", "5", "--blocks", "9", "--batch_size", "4"]
     file = copy / "eval" / "lines.json"
     assert main(["eval", "perplexity", str(copy), str(tmp_path / "lines.txt"), *words, "--json", str(file)]) == 0
@@ -509,10 +508,7 @@ def test_the_commands_of_the_card_measure_its_figures(
     again = shlex.split(command.replace("RUN", str(copy)))[1:]
     assert main([*again, "--json", str(tmp_path / "again.json")]) == 0
     assert json.loads((tmp_path / "again.json").read_text()) == measured | {"options": ANY}
-    (row,) = measured["texts"].values()
-    (name,) = measured["texts"]
-    assert name == "lines.txt"
-    assert row["blocks"] == 9
+    assert measured["texts"]["lines.txt"]["blocks"] == 9
 
 
 def test_figures_of_another_run_that_has_the_same_name_are_left_out(run: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from backends import BACKENDS, SCHEDULES, Backend, running_on
 from breaks import BREAKS, Break
 from conftest import ROOT
-from cuda_on_cpu.mutants import MUTANTS, Mutant
+from cuda_on_cpu.mutants import FAMILIES, MUTANTS, Mutant
 from explicit import PROCESSES, random_log_score, random_rows
 from torch import Tensor
 
@@ -138,6 +138,11 @@ def test_instruction_sets_have_kernels_of_their_own() -> None:
                     continue  # no sum, and the same operations
                 same = torch.equal(mine[name], theirs[name])
                 assert same == (one == other), f"{name} of {one} and {other}"
+
+
+def test_every_mutant_is_tried() -> None:
+    """The sanitizers' tests of the mutants go through the families."""
+    assert {mutant.family for mutant in MUTANTS} == set(FAMILIES)
 
 
 def test_mistakes_can_still_be_made() -> None:
