@@ -2997,6 +2997,28 @@ BREAKS = [
         "tests/test_adapted.py -k refused",
     ),
     Break(
+        "adapted: memory is allocated before the tensors are compared",
+        "python/sedd/hub/model.py",
+        """            with torch.device("meta"):
+                model = make()
+        except ValueError as error:
+            raise ValueError(f"{stored.file}: invalid configuration: {error}") from error
+        if stored.sizes.trunk:""",
+        """            with torch.device("cpu" if stored.sizes.trunk else "meta"):
+                model = make()
+        except ValueError as error:
+            raise ValueError(f"{stored.file}: invalid configuration: {error}") from error
+        if stored.sizes.trunk:""",
+        "tests/test_adapted.py -k changed_config",
+    ),
+    Break(
+        "adapted: any number of blocks is built",
+        "python/sedd/hub/formats.py",
+        "if built.n_blocks > len(weights):",
+        "if False:",
+        "tests/test_adapted.py -k changed_config",
+    ),
+    Break(
         "adapted: dropout of the checkpoint stays",
         "python/sedd/adapted.py",
         "            changes.update(dict.fromkeys(self.family.dropout, config.dropout))\n",

@@ -489,6 +489,15 @@ def test_a_saved_model_is_the_model(
             "safetensors: invalid configuration: n_blocks: expected 3, as in trunk, got 2",
         ),
         ({"model.trunk.n_inner": 32}, r"expected the tensors .*misshapen \(trunk.body.h.0.mlp.c_fc.weight"),
+        # 64 terabytes: nothing is allocated before the tensors are compared
+        (
+            {"model.trunk.n_inner": 10**12},
+            r"misshapen \(trunk.body.h.0.mlp.c_fc.weight \[16, 64\] instead of \[16, 1000",
+        ),
+        (
+            {"model.trunk.n_layer": 1000, "model.n_blocks": 1000},
+            "model.n_blocks: expected at most .*, one per tensor, got 1000",
+        ),
         ({"model.trunk": {}, "model.shift": True}, "expected those of a SEDD"),
         ({"tokens": None}, "tokens: expected the size of the vocabulary without MASK, got None"),
         ({"tokens": True}, "tokens: expected the size of the vocabulary without MASK, got True"),

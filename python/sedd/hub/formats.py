@@ -257,7 +257,7 @@ def _from_config(config: Mapping[str, Any], weights: Mapping[str, Tensor], path:
     config = {"diffusion": ALGORITHMS.get(str(algorithm.get("name"))), **algorithm, **config}
     objective, params = _objective(config)
     given = {**_section(config, "model")}
-    dim, sizes = _adapted_sizes(config) if given.get("trunk") else _found_sizes(weights)
+    dim, sizes = (_adapted_dim(config), {}) if given.get("trunk") else _found_sizes(weights)
     if "time_conditioning" in config:
         given.setdefault("time_conditioning", config["time_conditioning"])
     if given.get("shift") and not given.get("trunk"):
@@ -277,6 +277,8 @@ def _from_config(config: Mapping[str, Any], weights: Mapping[str, Tensor], path:
         sizes.setdefault("hybrid_shift", False)
     built = ModelConfig(**sizes)
     if built.trunk:
+        if built.n_blocks > len(weights):
+            raise ValueError(f"model.n_blocks: expected at most {len(weights)}, one per tensor, got {built.n_blocks}")
         check_adapted(get_objective(objective, **params), process, built)
     tokens = dim - (process.mask_id is not None)
     if config.get("tokens", tokens) != tokens or isinstance(config.get("tokens"), bool):
@@ -320,12 +322,12 @@ def _found_sizes(weights: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
     return dim, sizes
 
 
-def _adapted_sizes(config: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-    """The same for a network adapted from a model of ``transformers``: the configuration has its dimensions."""
+def _adapted_dim(config: Mapping[str, Any]) -> int:
+    """The size of the vocabulary, MASK included, of a network adapted from a model of ``transformers``."""
     tokens = config.get("tokens")
     if type(tokens) is not int or tokens < 1:
         raise ValueError(f"tokens: expected the size of the vocabulary without MASK, got {tokens!r}")
-    return tokens + 1, {}
+    return tokens + 1
 
 
 def _tokenizer(config: Mapping[str, Any], tokens: int, folder: Path) -> str | Tokenizer | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from sedd.hints import pip_install
 from sedd.hub.card import model_card
 from sedd.hub.formats import SCHEDULE, StoredModel, read_model, to_config
 from sedd.network import DiffusionTransformer, ModelConfig
-from sedd.training.weights import load_weights
+from sedd.training.weights import check_weights, load_weights
 from sedd_ext import RankOne, reference
 
 if TYPE_CHECKING:
@@ -112,19 +112,24 @@ class SEDD(
                 unexpected and misshapen ones.
         """
         kind = AdaptedSEDD if stored.sizes.trunk else cls
-        # initial weights would be overwritten; adapted networks have buffers that are not stored
+        make = partial(
+            kind,
+            stored.sizes,
+            stored.process,
+            stored.schedule,
+            stored.tokenizer,
+            stored.objective,
+            stored.objective_params,
+        )
+        # no memory is allocated before the tensors are known to fit
         try:
-            with nullcontext() if stored.sizes.trunk else torch.device("meta"):
-                model = kind(
-                    stored.sizes,
-                    stored.process,
-                    stored.schedule,
-                    stored.tokenizer,
-                    stored.objective,
-                    stored.objective_params,
-                )
+            with torch.device("meta"):
+                model = make()
         except ValueError as error:
             raise ValueError(f"{stored.file}: invalid configuration: {error}") from error
+        if stored.sizes.trunk:  # it has buffers that are not stored
+            check_weights(model, stored.tensors, stored.file)
+            model = make()
         load_weights(model, stored.tensors, stored.file)
         model.source = stored.path
         if isinstance(stored.schedule, nn.Module):
