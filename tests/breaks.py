@@ -779,7 +779,7 @@ BREAKS = [
     ),
     Break(
         "numbers of a model's configuration may be NaN",
-        "python/sedd/hub/formats.py",
+        "python/sedd/hub/configuration.py",
         "    if not math.isfinite(number):\n",
         "    if False:\n",
         "tests/test_pretrained.py -k will_not_do",
@@ -1397,21 +1397,21 @@ BREAKS = [
     ),
     Break(
         "duo: noise is absorbing",
-        "python/sedd/hub/formats.py",
+        "python/sedd/hub/configuration.py",
         '"distillation"), "uniform")',
         '"distillation"), "absorbing")',
         "tests/test_pretrained.py -k duo",
     ),
     Break(
         "mean: a stored model forgets its objective",
-        "python/sedd/hub/formats.py",
+        "python/sedd/hub/configuration.py",
         '**({} if objective == "score_entropy" else {"objective": objective}),',
         "",
         "tests/test_pretrained.py -k clean_token",
     ),
     Break(
         "mean: SUBS is read as log-scores",
-        "python/sedd/hub/formats.py",
+        "python/sedd/hub/configuration.py",
         '"subs": "mean_prediction"',
         '"subs": "score_entropy"',
         "tests/test_pretrained.py -k clean_token",
@@ -3013,7 +3013,7 @@ BREAKS = [
     ),
     Break(
         "adapted: any number of blocks is built",
-        "python/sedd/hub/formats.py",
+        "python/sedd/hub/configuration.py",
         "if built.n_blocks > len(weights):",
         "if False:",
         "tests/test_adapted.py -k changed_config",
@@ -3055,14 +3055,14 @@ BREAKS = [
     ),
     Break(
         "adapted: a saved model has any objective and process",
-        "python/sedd/hub/formats.py",
+        "python/sedd/hub/configuration.py",
         "    if built.trunk:\n",
         "    if False:\n",
         "tests/test_adapted.py -k changed_config",
     ),
     Break(
         "adapted: a saved model has a bool of tokens",
-        "python/sedd/hub/formats.py",
+        "python/sedd/hub/configuration.py",
         "if type(tokens) is not int or tokens < 1:",
         "if not isinstance(tokens, int) or tokens < 1:",
         "tests/test_adapted.py -k changed_config",
@@ -3076,7 +3076,7 @@ BREAKS = [
     ),
     Break(
         "adapted: a network of this package has the shift",
-        "python/sedd/hub/formats.py",
+        "python/sedd/hub/configuration.py",
         'if given.get("shift") and not given.get("trunk"):',
         "if False:",
         "tests/test_adapted.py -k not_adapted",

@@ -16,7 +16,7 @@ import torch
 
 import sedd_ext
 from sedd.config import TrainConfig
-from sedd.hub.formats import StoredModel
+from sedd.hub.configuration import StoredModel
 from sedd.plain import read_json
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from sedd.diffusion.schedule import Schedule
 from sedd.files import TEMPORARY, flush_folder, move_all, naming, save_tensors, write_json
 from sedd.hints import pip_install
 from sedd.hub.card import model_card
-from sedd.hub.formats import SCHEDULE, StoredModel, read_model, to_config
+from sedd.hub.configuration import SCHEDULE, StoredModel, to_config
+from sedd.hub.formats import read_model
 from sedd.network import DiffusionTransformer, ModelConfig
 from sedd.training.weights import check_weights, load_weights
 from sedd_ext import RankOne, reference
@@ -165,7 +166,7 @@ class SEDD(
         return cls.from_stored(read_model(pretrained_model_name_or_path, config=config, **hub), device)
 
     def to_config(self) -> dict[str, Any]:
-        """The content of ``config.json``, see :func:`sedd.hub.formats.to_config`."""
+        """The content of ``config.json``, see :func:`sedd.hub.configuration.to_config`."""
         # the tokeniser of a run of images is that of its options, and has no meaning
         tokenizer = None if self.config.shape else self.tokenizer
         return to_config(self.config, self.process, self.schedule, tokenizer, self.objective, self.objective_params)
@@ -174,7 +175,7 @@ class SEDD(
         """A one-line summary: parameters, noise, schedule and tokens.
 
         Raises:
-            ValueError: as :func:`sedd.hub.formats.to_config`.
+            ValueError: as :func:`sedd.hub.configuration.to_config`.
         """
         config, sizes = self.to_config(), self.config
         count = sum(parameter.numel() for parameter in self.parameters())
