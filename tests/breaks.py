@@ -1,7 +1,8 @@
 """Mistakes put into the package and into its tests, one at a time, to see that a test notices every one.
 
 ``python tests/breaks.py [NAME]...`` prints the table; it exits with 1 if a mistake survives. Each mistake is made in a
-copy of the repository, where the tests named with it are run. Those of ``csrc/cuda`` are in ``cuda_on_cpu/mutants.py``.
+copy of the repository, where the tests named with it are run. Without a mistake, they have to pass there. Mistakes in
+``csrc/cuda`` are in ``cuda_on_cpu/mutants.py``.
 """
 
 from __future__ import annotations
@@ -991,8 +992,22 @@ BREAKS = [
     Break(
         "judge: a run scores the first token too",
         "python/sedd/commands/judge.py",
-        "device=device), given=1)",
-        "device=device), given=0)",
+        "device=x_0.device), given=1)",
+        "device=x_0.device), given=0)",
+        "tests/test_autoregressive.py -k judges",
+    ),
+    Break(
+        "judge: MAUVE compares the states of the first token",
+        "python/sedd/commands/judge.py",
+        "states[places] = found[:, -1]",
+        "states[places] = found[:, 0]",
+        "tests/test_autoregressive.py -k judges",
+    ),
+    Break(
+        "judge: texts get the states of each other",
+        "python/sedd/commands/judge.py",
+        "            states[places] = found[:, -1]",
+        "            states[sorted(places, reverse=True)] = found[:, -1]",
         "tests/test_autoregressive.py -k judges",
     ),
     Break(
@@ -3333,7 +3348,8 @@ def build(folder: Path) -> None:
 def main(names: list[str]) -> int:
     """Prints what notices each mistake; returns how the command ends."""
     chosen = [mistake for mistake in BREAKS if not names or any(name in mistake.name for name in names)]
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
     survivors = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -3343,6 +3359,9 @@ def main(names: list[str]) -> int:
         (folder / "build").mkdir()
         if (ROOT / "build" / "cuda_on_cpu").exists():
             shutil.copytree(ROOT / "build" / "cuda_on_cpu", folder / "build" / "cuda_on_cpu")
+        for tests in dict.fromkeys(mistake.tests for mistake in chosen):
+            if failed := red(tests, folder):
+                raise RuntimeError(f"{tests}: expected to pass before anything is broken, got a failure of {failed}")
         # those that need no compiler first: a broken _C would stay
         for mistake in sorted(chosen, key=lambda mistake: mistake.file.startswith("csrc/")):
             noticed = run(mistake, folder)

@@ -440,8 +440,16 @@ def test_a_run_judges_samples(config: Any, tmp_path: Path, capsys: pytest.Captur
     assert main(f"eval generative {run} --num 2 --judge {other}".split()) == 2
     error = re.sub(r"\s+", " ", capsys.readouterr().err)
     assert "--judge: expected a causal language model, got" in error
-    with pytest.raises(ValueError, match="judge: expected a model of transformers for MAUVE"):
-        judge.features([" "], 1)
+    features = judge.features(texts, 2)
+    for place, text in enumerate(("the cat sat", " ", "a", "on the mat", "longer than the ")):
+        alone = judge.loaded.model.hidden(torch.tensor([list(text.encode())]), torch.ones(1))[0, -1]
+        torch.testing.assert_close(features[place], alone.detach(), rtol=1e-5, atol=1e-5)
+    pytest.importorskip("mauve")
+    words = f"eval generative {other} --judge {run} --num 4 --steps 2 --samplers tweedie --json {figures}"
+    figures.unlink()
+    assert main(f"{words} --mauve prefix --given 4 --compared 8".split()) == 0
+    (row,) = json.loads(figures.read_text())["rows"]
+    assert 0 < row["mauve_prefix"] <= 1
 
 
 def test_the_report_of_a_run(config: Any) -> None:

@@ -258,7 +258,7 @@ def test_given_tokens_are_kept(model: Path, judge_folder: Path, monkeypatch: pyt
         (["--mauve", "[all]"], "mauve: expected one of unconditional, prefix, infill; got 'all'"),
         (["--mauve", "[prefix]"], "given, compared: expected at most 16, the length of a text, got 50, 100"),
         (["--mauve", "[prefix]", "--given", "4", "--compared", "8"], "text: expected real text for MAUVE, got none"),
-        (["--text", "none.txt"], "text: no such file or folder: none.txt"),
+        (["--text", "none.txt"], "--text: expected a file or folder, got 'none.txt', which does not exist"),
         (["--num", "0"], "num: expected at least 1, got 0"),
         (
             ["--samplers", "[]"],

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import breaks
 import pytest
 import torch
 from backends import BACKENDS, SCHEDULES, Backend, running_on
@@ -151,3 +152,9 @@ def test_mistakes_can_still_be_made() -> None:
     files += [(mutant, f"csrc/cuda/{mutant.file}") for mutant in MUTANTS]
     counts = {mistake.name: (ROOT / file).read_text("utf-8").count(mistake.text) for mistake, file in files}
     assert {name: count for name, count in counts.items() if count != 1} == {}
+
+
+def test_tests_that_fail_anyway_notice_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breaks, "red", lambda tests, folder: "tests/test_it.py::test_it")
+    with pytest.raises(RuntimeError, match="expected to pass before anything is broken, got a failure of tests/t"):
+        breaks.main([BREAKS[0].name])

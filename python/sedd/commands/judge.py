@@ -49,13 +49,9 @@ class Judge(ABC):
     def knows_end(self) -> bool:
         """Whether it reads :data:`sedd.data.tokenizer.EOT_TEXT` as end-of-text."""
 
+    @abstractmethod
     def features(self, texts: Sequence[str], batch_size: int) -> Tensor:
-        """The last hidden state of the last token of each text [n, d], float32, which MAUVE compares.
-
-        Raises:
-            ValueError: the judge has none.
-        """
-        raise ValueError(f"judge: expected a model of transformers for MAUVE, got {self.name}")
+        """The last hidden state of the last token of each text [n, d], float32, on the CPU, which MAUVE compares."""
 
 
 @dataclass(frozen=True)
@@ -145,27 +141,45 @@ class RunJudge(Judge):
         self, texts: Sequence[Sequence[int]], batch_size: int, progress: bool = False
     ) -> tuple[Tensor, Tensor]:
         """:meth:`read` for texts of a model with the same tokeniser, so that end-of-text remains one token."""
-        length, device, dtype = (
-            self.loaded.model.config.length,
-            self.loaded.diffusion.device,
-            self.loaded.autocast_dtype,
-        )
-        encoded = [tokens[:length] for tokens in texts]
-        by_length = defaultdict(list)  # texts of one length need no padding
-        for i, ids in enumerate(encoded):
-            by_length[len(ids)].append(i)
-        batches = [
-            group[first : first + batch_size]
-            for n, group in by_length.items()
-            for first in range(0, len(group) if n > 1 else 0, batch_size)
-        ]
         nats = torch.zeros(len(texts), dtype=torch.float64)
-        for batch in track(batches, "judging", progress):
-            x_0 = torch.tensor([encoded[i] for i in batch], device=device)
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                loss = self.loaded.diffusion.loss(x_0, x_0, torch.ones(len(batch), device=device), given=1)
-            nats[batch] = loss.double().cpu()
-        return nats, torch.tensor([max(0, len(ids) - 1) for ids in encoded])
+        counts = torch.zeros(len(texts), dtype=torch.int64)
+        for places, x_0 in track(self._batches(texts, batch_size, 2), "judging", progress):
+            with self._autocast():
+                loss = self.loaded.diffusion.loss(x_0, x_0, torch.ones(len(x_0), device=x_0.device), given=1)
+            nats[places] = loss.double().cpu()
+            counts[places] = x_0.shape[1] - 1
+        return nats, counts
+
+    @torch.no_grad()
+    def features(self, texts: Sequence[str], batch_size: int) -> Tensor:
+        """See :meth:`Judge.features`."""
+        encoded = [self.loaded.tokenizer.encode(text or " ") for text in texts]
+        states = torch.zeros(len(texts), self.loaded.model.config.hidden_size)
+        for places, tokens in self._batches(encoded, batch_size, 1):
+            with self._autocast():
+                found = self.loaded.model.hidden(tokens, torch.ones(1, device=tokens.device))
+            states[places] = found[:, -1].float().cpu()
+        return states
+
+    def _batches(
+        self, texts: Sequence[Sequence[int]], batch_size: int, at_least: int
+    ) -> list[tuple[list[int], Tensor]]:
+        """The texts of at least so many tokens: their places, and their tokens [n, L] on the device."""
+        by_length = defaultdict(list)  # texts of one length need no padding
+        for place, tokens in enumerate(texts):
+            by_length[min(len(tokens), self.loaded.model.config.length)].append(place)
+        device = self.loaded.diffusion.device
+        return [
+            (places, torch.tensor([texts[place][:length] for place in places], device=device))
+            for length, group in by_length.items()
+            if length >= at_least
+            for first in range(0, len(group), batch_size)
+            for places in [group[first : first + batch_size]]
+        ]
+
+    def _autocast(self) -> torch.autocast:
+        dtype = self.loaded.autocast_dtype
+        return torch.autocast(self.loaded.diffusion.device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def load_judge(name: str, device: torch.device | str = "cpu") -> Judge:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -96,8 +95,6 @@ class GenerativeOptions:
         self.samplers = None if self.samplers is None else list(dict.fromkeys(self.samplers))
         if set(self.mauve) - {"unconditional"} and self.given >= self.compared:
             raise ValueError(f"given: expected fewer than the {self.compared} compared tokens, got {self.given}")
-        if self.text is not None and not Path(self.text).exists():
-            raise FileNotFoundError(f"text: no such file or folder: {self.text}")
 
 
 class Quality(ABC):

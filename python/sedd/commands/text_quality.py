@@ -144,8 +144,6 @@ class TextQuality(Quality):
         self._loaded, self._options, self._batch_size = loaded, options, batch_size
         self._real = _real(loaded, length, options, num, batch_size)
         self._judge = load_judge(options.judge, loaded.diffusion.device)
-        if options.mauve:
-            self._judge.features([" "], 1)  # it may have none
         self.title = f"{num} texts of {length} tokens each"
         self.settings = {"judge": self._judge.name, "length": length}
         self.tensors = [*self._judge.parameters(), *([] if self._real is None else [self._real])]
