@@ -1004,6 +1004,20 @@ BREAKS = [
         "tests/test_autoregressive.py -k judges",
     ),
     Break(
+        "judge: the given tokens count as a part of the continuation",
+        "python/sedd/commands/text_quality.py",
+        "return perplexity(both[0] - first[0], both[1] - first[1], judge",
+        "return perplexity(*both, judge",
+        "tests/test_autoregressive.py -k judges",
+    ),
+    Break(
+        "judge: the error of a perplexity is too small",
+        "python/sedd/commands/text_quality.py",
+        "float(counts.double().mean())\n        error *= math.exp(mean)",
+        "float(counts.double().sum())\n        error *= math.exp(mean)",
+        "tests/test_autoregressive.py -k judges",
+    ),
+    Break(
         "judge: texts get the states of each other",
         "python/sedd/commands/judge.py",
         "            states[places] = found[:, -1]",

@@ -445,11 +445,21 @@ def test_a_run_judges_samples(config: Any, tmp_path: Path, capsys: pytest.Captur
         alone = judge.loaded.model.hidden(torch.tensor([list(text.encode())]), torch.ones(1))[0, -1]
         torch.testing.assert_close(features[place], alone.detach(), rtol=1e-5, atol=1e-5)
     pytest.importorskip("mauve")
-    words = f"eval generative {other} --judge {run} --num 4 --steps 2 --samplers tweedie --json {figures}"
+    (tmp_path / "real.txt").write_text("the quick brown fox jumps over the lazy dog, and then it sleeps.")
+    words = f"eval generative {other} --judge {run} --num 4 --steps 2 --samplers tweedie --text {tmp_path}/real.txt"
     figures.unlink()
-    assert main(f"{words} --mauve prefix --given 4 --compared 8".split()) == 0
-    (row,) = json.loads(figures.read_text())["rows"]
-    assert 0 < row["mauve_prefix"] <= 1
+    assert main(f"{words} --mauve prefix --given 4 --compared 8 --json {figures}".split()) == 0
+    found = json.loads(figures.read_text())
+    assert 0 < found["rows"][0]["mauve_prefix"] <= 1
+    real = torch.frombuffer(bytearray((tmp_path / "real.txt").read_bytes()), dtype=torch.uint8).long().view(4, 16)
+    network = judge.loaded.model
+    logits = network.head(network.hidden(real[:, :8], torch.ones(1)))[:, 3:7, :-1]  # MASK is never written
+    log_p = logits.detach().double().log_softmax(-1)
+    nats = -log_p.gather(-1, real[:, 4:8, None]).squeeze(-1)
+    assert found["real"]["perplexity_prefix"] == pytest.approx(float(nats.mean().exp()), rel=1e-5)
+    error = nats.mean(1).std() / 2 * nats.mean().exp()
+    assert found["real"]["perplexity_prefix_error"] == pytest.approx(float(error), rel=1e-3)
+    assert found["rows"][0]["perplexity_prefix"] > 1
 
 
 def test_the_report_of_a_run(config: Any) -> None:

@@ -74,34 +74,52 @@ def _mauve(real: Tensor, written: Tensor) -> float:
 
 def measure(tokens: Tensor, loaded: LoadedModel, judge: Judge, batch_size: int, progress: bool) -> dict[str, Any]:
     """Measures of texts [n, L] that do not need real text."""
-    if isinstance(judge, RunJudge) and judge.loaded.tokenizer.name == loaded.tokenizer.name:
-        nats, counts = judge.read_tokens(tokens.tolist(), batch_size, progress)
-    else:
-        nats, counts = judge.read(_texts(tokens, loaded, judge), batch_size, progress)
+    nats, counts = _read(tokens, loaded, judge, batch_size, progress)
     if not counts.sum():
         raise ValueError(
             f"judge: expected texts of at least 2 tokens of {judge.name}, got 1, which has no context; increase "
             f"--length ({tokens.shape[1]})"
         )
-    per_token = nats / counts.clamp(min=1)
-    mean = float(nats.sum() / counts.sum())
-    if not math.isfinite(mean):
-        raise ValueError(
-            f"judge: expected a finite likelihood, got {mean} nats per token from {judge.name}; check its weights"
-        )
-    figures: dict[str, Any] = {
-        "perplexity": math.exp(mean),
-        "perplexity_error": None,
-        "perplexity_mean_of_exp": finite(float(per_token.exp().mean())),
-    }
-    if len(nats) > 1:
-        # standard error of a ratio of sums: texts are independent, tokens are not
-        error = float((nats - mean * counts).std()) / math.sqrt(len(nats)) / float(counts.double().mean())
-        figures["perplexity_error"] = math.exp(mean) * error
+    figures: dict[str, Any] = perplexity(nats, counts, judge.name)
+    figures["perplexity_mean_of_exp"] = finite(float((nats / counts.clamp(min=1)).exp().mean()))
     for name, values in diversity(tokens).items():
         figures[name] = float(values.mean())
         figures[f"{name}_std"] = float(values.std()) if len(values) > 1 else None
     return figures
+
+
+def perplexity(nats: Tensor, counts: Tensor, judge: str, suffix: str = "") -> dict[str, float | None]:
+    """The perplexity of texts and its standard error.
+
+    Args:
+        nats: negative log-likelihood of each text [n], float64.
+        counts: number of scored tokens of each text [n], int64.
+        judge: the name of the judge, for the error message.
+        suffix: what follows the names of the figures.
+
+    Raises:
+        ValueError: the likelihood is not finite.
+    """
+    mean = float(nats.sum() / counts.sum())
+    if not math.isfinite(mean):
+        raise ValueError(
+            f"judge: expected a finite likelihood, got {mean} nats per token from {judge}; check its weights"
+        )
+    error = None
+    if len(nats) > 1:
+        # standard error of a ratio of sums: texts are independent, tokens are not
+        error = float((nats - mean * counts).std()) / math.sqrt(len(nats)) / float(counts.double().mean())
+        error *= math.exp(mean)
+    return {f"perplexity{suffix}": math.exp(mean), f"perplexity{suffix}_error": error}
+
+
+def _read(
+    tokens: Tensor, loaded: LoadedModel, judge: Judge, batch_size: int, progress: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood and number of scored tokens of each text [n, L], see :meth:`Judge.read`."""
+    if isinstance(judge, RunJudge) and judge.loaded.tokenizer.name == loaded.tokenizer.name:
+        return judge.read_tokens(tokens.tolist(), batch_size, progress)
+    return judge.read(_texts(tokens, loaded, judge), batch_size, progress)
 
 
 def _texts(tokens: Tensor, loaded: LoadedModel, judge: Judge) -> list[str]:
@@ -156,7 +174,8 @@ class TextQuality(Quality):
         """See :meth:`Quality.real`."""
         if self._real is None:
             return None
-        return measure(self._real, self._loaded, self._judge, self._batch_size, progress)
+        row = measure(self._real, self._loaded, self._judge, self._batch_size, progress)
+        return row | self._continuation(self._real) if "prefix" in self._options.mauve else row
 
     def measure(self, samples: Tensor, write: Write) -> Row:
         """See :meth:`Quality.measure`."""
@@ -173,8 +192,18 @@ class TextQuality(Quality):
             texts = samples if setting == "unconditional" else write((self._real, given))
             pair = [_texts(tokens[:, : options.compared], loaded, judge) for tokens in (self._real, texts)]
             row[f"mauve_{setting}"] = _mauve(*(judge.features(side, self._batch_size) for side in pair))
+            if setting == "prefix":
+                row |= self._continuation(texts)
         row["texts"] = [loaded.tokenizer.decode(tokens.tolist()) for tokens in samples]
         return row
+
+    def _continuation(self, texts: Tensor) -> dict[str, float | None]:
+        """Perplexity of the compared tokens after the given ones: of both, without that of the given ones."""
+        options, loaded, judge = self._options, self._loaded, self._judge
+        both, first = (
+            _read(texts[:, :length], loaded, judge, self._batch_size) for length in (options.compared, options.given)
+        )
+        return perplexity(both[0] - first[0], both[1] - first[1], judge.name, "_prefix")
 
     def columns(self, rows: list[Row]) -> list[tuple[str, Callable[[Row], str]]]:
         """See :meth:`Quality.columns`."""
@@ -186,6 +215,7 @@ class TextQuality(Quality):
             ("repeated", lambda row: f"{row['repetition']:.3f}"),
             ("seconds\nper text", lambda row: f"{row['seconds_per_text']:.2f}"),
             *((name.replace("mauve_", "MAUVE\n"), lambda row, name=name: f"{row[name]:.3f}") for name in mauves),
+            *([("perplexity\nafter prefix", with_error("perplexity_prefix"))] if "mauve_prefix" in mauves else []),
         ]
 
 
