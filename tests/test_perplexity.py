@@ -61,6 +61,9 @@ def test_files_in_one_table(model: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "416 of 421 tokens, in 52 blocks of 8" in printed
     # a smaller sample of the same text, another reading of it
     assert evaluate(model, str(tmp_path / "a.txt"), "--blocks", "3", "--draws", "2")["a.txt"]["tokens"] == 24
+    two = evaluate(model, str(tmp_path / "a.txt"), "--blocks", "2", "--draws", "2")["a.txt"]
+    mean, of_both = two["perplexity_mean_of_exp"], two["perplexity"]  # (a + b) / 2, and the root of a b
+    assert two["perplexity_mean_of_exp_error"] == pytest.approx(math.sqrt(mean**2 - of_both**2), rel=1e-4)
     lines = evaluate(model, str(tmp_path / "a.txt"), "--documents", "line", "--detokenizer", "lm1b", "--draws", "1")
     assert lines["a.txt"]["tokens_of_text"] == (len("one two, three") + 1 + len("four") + 1) * 20
     assert lines["a.txt"]["reading"] == "each line a document, detokeniser lm1b, bytes tokens"
@@ -89,7 +92,7 @@ def test_figures_that_are_no_numbers(model: Path, tmp_path: Path, capsys: pytest
     changed.save_pretrained(tmp_path / "steep")
     (steep,) = evaluate(tmp_path / "steep", str(text), "--draws", "2").values()
     assert steep["nats_per_token"] > 710
-    assert steep["perplexity"] is steep["perplexity_mean_of_exp"] is None
+    assert steep["perplexity"] is steep["perplexity_mean_of_exp"] is steep["perplexity_mean_of_exp_error"] is None
     assert "inf" in capsys.readouterr().out
     with torch.no_grad():
         changed.output_layer.linear.bias[ord("o")] = math.nan
@@ -108,16 +111,20 @@ def test_the_papers_sets_by_name(model: Path, monkeypatch: pytest.MonkeyPatch) -
         "billion-word-benchmark/lm1b": ["A sentence , and no more ."] * 2,
         "ptb-text-only/ptb_text_only": ["it did n't rise $ N"] * 2,
     }
+    train = {"text": [" Training text . \n"]}
     asked: list[Any] = []
 
     def load_dataset(name: str, subset: str | None, revision: str | None, **_: Any) -> Any:
         asked.append((name, subset, revision))
         column = "sentence" if name == "ptb-text-only/ptb_text_only" else "text"
-        return datasets.DatasetDict({"test": datasets.Dataset.from_dict({column: rows[name]})})
+        return datasets.DatasetDict(
+            {"test": datasets.Dataset.from_dict({column: rows[name]}), "train": datasets.Dataset.from_dict(train)}
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     texts = {
         "wikitext2": "\n= Title =\nA text, of lines-yes.\n",
+        "wikitext2-train": " Training text.\n",
         "wikitext103": "\n= Title =\nA text, of lines-yes.\n",
         "lambada": '"A passage" that ends in a word█' * 2,
         "lm1b": "A sentence, and no more.█" * 2,

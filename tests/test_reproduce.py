@@ -10,7 +10,9 @@ import os
 import re
 import shlex
 import signal
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ pytest.importorskip("rich")
 pytest.importorskip("yaml")
 
 import sedd.recipes
-from sedd.cli import _parse, main
+from sedd.cli import _given_options, _parse, main
 from sedd.commands import reproduce
 from sedd.commands.comparison import order_table, shown
 from sedd.commands.measures import MEASURES
@@ -82,12 +84,14 @@ def test_every_option_is_one_of_its_command(name: str, scale: Any, tmp_path: Pat
             continue
         PARSED.add(names)
         line = reproduce.command_line(job).removeprefix(f"{program()} ")
-        words = vars(_parse(shlex.split(line)))
+        words = _parse(shlex.split(line))
+        given = build(type(options), _given_options(words.run_command, words))
         if job.evaluation is None:
-            assert words["run_dir"] == options.run_dir == str(job.folder)
+            assert given == options
+            assert given.run_dir == str(job.folder)
         else:
-            assert (words["measure"], words["run"], words["json"]) == (job.command, job.model, str(job.results))
-            assert words.get("texts", []) == getattr(options, "texts", [])
+            assert (words.measure, words.run) == (job.command, job.model)
+            assert given == dataclasses.replace(options, json=str(job.results))
     order = list(plan.jobs)
     assert all(order.index(need) < order.index(name) for name, needs in plan.needs.items() for need in needs)
 
@@ -238,7 +242,8 @@ def test_two_standard_errors_separate() -> None:
 
 def test_figures_of_every_evaluation() -> None:
     text = {"nats_per_token": 2.0, "standard_error": 0.1, "perplexity": 7.4, "bits_per_byte": 3.0}
-    document = {"texts": {"unigram": {"perplexity": 9.0}, "x.txt": {**text, "perplexity_mean_of_exp": 8.0}}}
+    text |= {"perplexity_mean_of_exp": 8.0, "perplexity_mean_of_exp_error": 0.9}
+    document = {"texts": {"unigram": {"perplexity": 9.0}, "x.txt": text}}
 
     def find(command: str, found: Any, value: str, scale: float = 1.0, **pick: Any) -> Figure:
         return find_figure(command, found, value, pick, scale)
@@ -246,7 +251,7 @@ def test_figures_of_every_evaluation() -> None:
     assert find("perplexity", document, "nats_per_token") == Figure(2.0, 0.1)
     assert find("perplexity", document, "bits_per_byte") == Figure(3.0, pytest.approx(0.15))
     assert find("perplexity", document, "perplexity") == Figure(7.4, pytest.approx(0.74))
-    assert find("perplexity", document, "perplexity_mean_of_exp") == Figure(8.0, pytest.approx(0.8))
+    assert find("perplexity", document, "perplexity_mean_of_exp") == Figure(8.0, 0.9)
     document["texts"]["x.txt"]["perplexity_mean_of_exp"] = 1e20
     assert find("perplexity", document, "perplexity_mean_of_exp") == Figure(1e20, None), "a few blocks dominate it"
     document["texts"]["x.txt"]["bits_per_byte"] = None
@@ -439,6 +444,71 @@ def test_other_options_need_another_folder(finished: Path, tmp_path: Path, capsy
         path.write_text(text)
 
 
+def test_other_files_need_another_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Text is cut into parts once, so that another text would go unnoticed."""
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for path, letter in zip(texts, "ab", strict=True):
+        path.write_text(f"{letter} " * 2000)
+    words = ["reproduce", RECIPE, "--scale", "small", "--commands", "--out", str(tmp_path / "out")]
+    assert main([*words, "--data", f"text8={texts[0]}"]) == 0
+    texts[0].rename(tmp_path / "moved.txt")
+    assert main([*words, "--data", f"text8={tmp_path}/moved.txt"]) == 0, "the name does not matter"
+    assert main([*words, "--data", f"text8={texts[1]}"]) == 2
+    assert "--data: text8: expected the file of the results in" in capsys.readouterr().err
+    assert set((tmp_path / "out/small/data/text8.train.txt").read_text().split()) == {"a"}
+
+
+def test_results_are_those_of_the_present_training(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = finished / "smoke/text8/md4/records/train.json"
+    text = path.read_text()
+    try:
+        path.write_text(json.dumps({**json.loads(text), "started": "2030-01-01 00:00:00"}))
+        assert main([*WORDS, "--out", str(finished)]) == 2
+        error = re.sub(r"\s+", " ", capsys.readouterr().err)
+        assert "--out: expected results of the training of text8/md4 that began at 2030-01-01 00:00:00" in error
+    finally:
+        path.write_text(text)
+
+
+def test_a_run_is_not_continued_with_other_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same recipe with the settings of another version; how a step is divided may change."""
+    job = next(iter(made(tmp_path, "smoke", RECIPE).jobs.values()))
+    monkeypatch.setattr(reproduce.train, "COMMAND", SimpleNamespace(run=lambda **given: given["resume"]))
+    config = job.folder / "config.json"
+    config.parent.mkdir(parents=True)
+    for changes, refused in (
+        ({}, ""),
+        ({"batch_size": 2, "accumulate": 2}, ""),
+        ({"batch_size": 2}, "expected a run with sequences of a step = 4 in .*, got 2"),
+        ({"steps": 5}, "expected a run with steps = 4 in .*, got 5"),
+        ({"lr": 0.5}, "expected a run with lr = 0.002 in .*, got 0.5"),
+    ):
+        config.write_text(json.dumps({**reproduce.check_job(job).to_dict(), **changes}))
+        with pytest.raises(ValueError, match=refused) if refused else nullcontext():
+            assert reproduce._do(job)
+
+
+def test_results_without_the_value_are_no_figure(finished: Path) -> None:
+    """Those of an older version: the page says so, and the other cells have their figures."""
+    path = finished / "smoke/text8/md4/eval/test.json"
+    text = path.read_text()
+    try:
+        path.write_text(text.replace('"bits_per_byte"', '"bits_per_word"'))
+        table = order_table("smoke", finished, seeds=1)
+    finally:
+        path.write_text(text)
+    assert "| bits per character | 2 | 0 | 0 | 0 | 2 |" in table
+
+
+def test_seeds_have_folders_of_their_own(tmp_path: Path) -> None:
+    """Also where the recipe has a row with another seed."""
+    for name in recipe_names():
+        plan = made(tmp_path, "small", name, seeds=3)
+        trainings = [job for job in plan.jobs.values() if job.command == "train"]
+        different = [{key: value for key, value in job.options.items() if key != "run_dir"} for job in trainings]
+        assert all(different.count(options) == 1 for options in different), name
+
+
 def test_commands_that_a_cluster_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The printed commands give the results that a later call finds."""
     assert main([*WORDS, "--out", str(tmp_path), "--commands"]) == 0
@@ -491,7 +561,7 @@ def test_mistakes(words: str, message: str, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_list(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for gpus, here in ((0, "small, smoke"), (8, "full, small, smoke")):
+    for gpus, here in ((0, "small, smoke"), (8, "small, smoke")):
         monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
         assert main(["reproduce", "list"]) == 0
         out = capsys.readouterr().out

@@ -94,7 +94,10 @@ class Comparison:
             elif lacking := [job for job in jobs if not job.record.is_file()]:
                 self.reasons[cell] = self._why(lacking[0])
             else:
-                self.figures[cell] = mean_figure([self._figure(cell, job) for job in jobs])
+                try:
+                    self.figures[cell] = mean_figure([self._figure(cell, job) for job in jobs])
+                except ValueError as error:  # an older version wrote other results
+                    self.reasons[cell] = str(error)
 
     def _why(self, job: Job) -> str:
         return f"failed: {self.failed[job.name]}" if job.name in self.failed else NOT_FINISHED
@@ -259,7 +262,7 @@ def order_table(scale: Scale, out: Path, seeds: int) -> str:
     Args:
         scale: the scale of the runs.
         out: folder of all results.
-        seeds: number of runs of each row; fewer are taken of a table that has fewer.
+        seeds: number of runs of each row; fewer are taken of a table that has more figures with fewer.
     """
     headings = ("page", "paper", "column", "pairs", "the paper's order", "not separated", "reversed", "not measured")
     rows = []
@@ -267,11 +270,9 @@ def order_table(scale: Scale, out: Path, seeds: int) -> str:
         recipe = load_recipe(name)
         inputs = load_setting(recipe.setting, scale).inputs
         files = dict.fromkeys(inputs, Path("FILE"))
-        for count in range(seeds, 0, -1):
-            comparison = Comparison(make_plan(recipe, scale, out, files, count), {})
-            if comparison.figures:
-                break
-        else:
+        comparisons = [Comparison(make_plan(recipe, scale, out, files, n), {}) for n in range(seeds, 0, -1)]
+        comparison = max(comparisons, key=lambda found: len(found.figures))  # the first one of several
+        if not comparison.figures:
             continue
         for column in recipe.columns:
             order, total = comparison.order(column)

@@ -43,9 +43,9 @@ with its prior term) and its standard error. Perplexity is exp(mean nats per tok
 blocks of exp(nats per token), as in the SEDD paper. An autoregressive model has an exact likelihood. Without a text,
 scores the validation text of the run and compares the model with a unigram and a bigram model of the training text.
 
-A text is wikitext2, wikitext103, lambada, lm1b or ptb (the test sets of the papers, from the Hugging Face hub, with
-their detokenisers), a file, a folder, or the name of a hub data set. Each document ends with end-of-text; documents are
-concatenated and cut into blocks of the model's length.
+A text is wikitext2, wikitext2-train, wikitext103, lambada, lm1b or ptb (the texts of the papers, from the Hugging Face
+hub, with their detokenisers), a file, a folder, or the name of a hub data set. Each document ends with end-of-text;
+documents are concatenated and cut into blocks of the model's length.
 
 For a run of images, prints the bound in bits per dimension, with its standard error, of the test
 images, or of the validation images if there are no test images.
@@ -77,19 +77,20 @@ class TextSet:
 
 
 def _hub(source: str, detokenizer: Detokenizer, joined: bool = False, **options: Any) -> TextSet:
-    return TextSet(DataConfig(source, train_split="test", detokenizer=detokenizer, **options), joined)
+    return TextSet(DataConfig(source, detokenizer=detokenizer, **{"train_split": "test", **options}), joined)
 
 
 _WIKITEXT = "Salesforce/wikitext"
 _PARQUET = "refs/convert/parquet"  # for data sets that were published as scripts
 TEXTS = {
     "wikitext2": _hub(_WIKITEXT, "wikitext", joined=True, subset="wikitext-2-raw-v1"),
+    "wikitext2-train": _hub(_WIKITEXT, "wikitext", joined=True, subset="wikitext-2-raw-v1", train_split="train"),
     "wikitext103": _hub(_WIKITEXT, "wikitext", joined=True, subset="wikitext-103-raw-v1"),
     "lambada": _hub("EleutherAI/lambada_openai", "lambada", subset="en"),
     "lm1b": _hub("billion-word-benchmark/lm1b", "lm1b", revision=_PARQUET),
     "ptb": _hub("ptb-text-only/ptb_text_only", "ptb", revision=_PARQUET, text_column="sentence"),
 }
-"""The test sets of tables 1 to 3 of the SEDD paper, by name."""
+"""The texts of tables 1 to 3 of the SEDD paper, by name. It reports WikiText2 on the training text."""
 
 
 @dataclass
@@ -171,9 +172,11 @@ def perplexity(run: str, options: PerplexityOptions) -> int:
         n_bytes = partial(count_bytes, tokenizer=loaded.tokenizer)
         result = _score(loaded, wanted, n_bytes, title, options, unfinished, out)
         scored = wanted[: len(result.sequences)]
+        exp = (result.sequences / result.length).exp()
         others = {
             "perplexity": result.perplexity,
             "perplexity_mean_of_exp": result.perplexity_mean_of_exp,
+            "perplexity_mean_of_exp_error": float(exp.std()) / math.sqrt(len(exp)) if len(exp) > 1 else None,
             "bits_per_byte": result.bits_per_byte,
             "tokens_of_text": blocks.n_tokens,
             "bytes": result.n_bytes,

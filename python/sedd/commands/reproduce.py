@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import hashlib
 import random
 import shlex
 import time
@@ -113,7 +114,7 @@ def _list(scale: Scale) -> None:
             setting = load_setting(recipe.setting, at)
             plan = make_plan(recipe, at, Path(), dict.fromkeys(setting.inputs, Path("FILE")))
             times[at] = _duration(plan.minutes, setting.gpus) if plan.jobs else "-"
-            if plan.jobs and setting.gpus <= gpus:
+            if plan.jobs and setting.gpus <= min(gpus, 1):  # jobs run in one process
                 here.append(at)
             if at == "small":
                 small = sorted(_inputs_of(plan))
@@ -167,8 +168,13 @@ def _files(given: Sequence[str], inputs: Mapping[str, str]) -> dict[str, Path]:
 
 
 def _prepare(plan: Plan, folder: Path, given: Sequence[str]) -> None:
-    """Makes the files in ``folder`` that the jobs read: parts of the user's files, or made-up text."""
+    """Makes the files in ``folder`` that the jobs read: parts of the user's files, or made-up text.
+
+    Raises:
+        ValueError: a file is not the one that ``folder`` has results of.
+    """
     files = _files(given, plan.setting.inputs)
+    _check_same(files, folder / "files.json")
     for name, part in sorted(plan.data, key=str):
         path = data_file(folder, name, part)
         made_up = plan.setting.scale == "smoke"
@@ -181,6 +187,21 @@ def _prepare(plan: Plan, folder: Path, given: Sequence[str]) -> None:
             content = content[begin:end]
         with whole_file(path) as temporary:
             temporary.write_bytes(content)
+
+
+def _check_same(files: Mapping[str, Path], path: Path) -> None:
+    """Compares the content of files with that of the first call, and adds that of others, by their SHA-256."""
+    known = read_json(path) if path.is_file() else {}
+    found = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items() if file.is_file()}
+    for name, digest in found.items():
+        if known.get(name, digest) != digest:
+            raise ValueError(
+                f"data: {name}: expected the file of the results in {path.parent}, got {files[name]} with another "
+                "content; give that file, or another --out"
+            )
+    if found.keys() - known.keys():
+        _make_folder(path.parent)
+        write_json(path, {**known, **found})
 
 
 def _content(path: Path) -> bytes:
@@ -234,10 +255,26 @@ def _do(job: Job) -> int:
     """Runs a job; returns the exit code of its command."""
     if job.command == "train":
         resume = (job.folder / "config.json").is_file()
+        if resume:
+            _check_resumable(job)
         return train.COMMAND.run(given=checked(TrainConfig, job.options), config=(), resume=resume)
     _make_folder(job.results.parent)
     options = dataclasses.replace(check_job(job), json=str(job.results))
     return MEASURES[job.command].run(job.model, options)
+
+
+def _check_resumable(job: Job) -> None:
+    """Raises a ValueError if the run that is there has other options, apart from how a step is divided."""
+    stored = flat(read_json(job.folder / "config.json"))
+    wanted = flat(check_job(job).to_dict())
+    for options in (stored, wanted):
+        options["sequences of a step"] = options.pop("batch_size") * options.pop("accumulate")
+    for name in ("sequences of a step", *(name for name in flat(job.options) if name in wanted and name != "run_dir")):
+        if stored.get(name) != wanted[name]:
+            raise ValueError(
+                f"out: expected a run with {name} = {wanted[name]} in {job.folder}, got {stored.get(name)}; give "
+                f"another --out, or delete {job.folder}"
+            )
 
 
 class _Runner:
@@ -261,7 +298,7 @@ class _Runner:
         _make_folder(self.out / scale)
         _prepare(self.plan, self.out / scale, self.data)
         jobs = list(self.plan.jobs.values())
-        left = [job for job in jobs if not _finished(job)]
+        left = [job for job in jobs if not self.finished(job)]
         self.say(f"{self.plan.recipe.name} at scale {scale}: {len(jobs) - len(left)} of {len(jobs)} jobs are finished")
         self.pages()
         for job in left:
@@ -301,8 +338,37 @@ class _Runner:
         self.expected, self.spent = self.expected + job.minutes, self.spent + seconds / 60
         _make_folder(job.record.parent)
         done = {"command": command_line(job), "options": job.options, "started": started, "seconds": seconds}
+        done["trained"] = self.trained(job)
         write_json(job.record, {**done, **provenance(getattr(check_job(job), "seed", None))})
         return 0
+
+    def trained(self, job: Job) -> dict[str, str]:
+        """When the trainings that a job needs were started, by name, as far as they are finished."""
+        needs = [self.plan.jobs[name] for name in self.plan.needs[job.name]]
+        return {need.name: read_json(need.record)["started"] for need in needs if need.record.is_file()}
+
+    def finished(self, job: Job) -> bool:
+        """Whether the job's record is there.
+
+        Raises:
+            ValueError: it is that of another job, or of another training.
+        """
+        if not job.record.is_file():
+            return False
+        record = read_json(job.record)
+        if record.get("options") != job.options:
+            raise ValueError(
+                f"out: expected results of the same options and files in {job.record}, got others; give another --out, "
+                f"or delete {job.folder}"
+            )
+        earlier = record.get("trained", {})
+        for name, started in self.trained(job).items():
+            if earlier.get(name, started) != started:
+                raise ValueError(
+                    f"out: expected results of the training of {name} that began at {started} in {job.record}, got "
+                    f"those of one that began at {earlier[name]}; delete {job.record} and {job.results}"
+                )
+        return True
 
     def pages(self) -> tuple[Path, Path]:
         """Writes the comparison of what is finished."""
@@ -323,22 +389,6 @@ def _make_folder(path: Path) -> None:
 
 def _doing(job: Job) -> str:
     return f"training {job.run}" if job.evaluation is None else f"evaluating {job.name}"
-
-
-def _finished(job: Job) -> bool:
-    """Whether the job's record is there.
-
-    Raises:
-        ValueError: it is that of another job.
-    """
-    if not job.record.is_file():
-        return False
-    if read_json(job.record).get("options") != job.options:
-        raise ValueError(
-            f"out: expected results of the same options and files in {job.record}, got others; give another --out, or "
-            f"delete {job.folder}"
-        )
-    return True
 
 
 COMMAND = Command(

@@ -23,7 +23,7 @@ from sedd.hub.card import model_card
 from sedd.hub.configuration import SCHEDULE, StoredModel, to_config
 from sedd.hub.formats import read_model
 from sedd.network import DiffusionTransformer, ModelConfig
-from sedd.training.weights import check_weights, load_weights
+from sedd.training.weights import load_weights
 from sedd_ext import RankOne, reference
 
 if TYPE_CHECKING:
@@ -122,16 +122,16 @@ class SEDD(
             stored.objective,
             stored.objective_params,
         )
-        # no memory is allocated before the tensors are known to fit
+        # names and shapes of the tensors are compared before memory is allocated
         try:
             with torch.device("meta"):
                 model = make()
         except ValueError as error:
             raise ValueError(f"{stored.file}: invalid configuration: {error}") from error
-        if stored.sizes.trunk:  # it has buffers that are not stored
-            check_weights(model, stored.tensors, stored.file)
-            model = make()
         load_weights(model, stored.tensors, stored.file)
+        if stored.sizes.trunk:  # its buffers are not stored, and are made with the initial weights
+            model = make()
+            load_weights(model, stored.tensors, stored.file)
         model.source = stored.path
         if isinstance(stored.schedule, nn.Module):
             stored.schedule.to(device)

@@ -44,8 +44,9 @@ def _perplexity(found: Mapping[str, Any], value: str, pick: Mapping[str, Any]) -
     number, nats, error = row[value], row["nats_per_token"], row["standard_error"]
     if number is None or nats is None or error is None:
         return number, None
-    if value == "perplexity_mean_of_exp" and number > 2 * row["perplexity"]:
-        return number, None  # a few blocks dominate the mean
+    if value == "perplexity_mean_of_exp":
+        dominated = number > 2 * row["perplexity"]  # by a few blocks
+        return number, None if dominated else row[f"{value}_error"]
     relative = error if value.startswith("perplexity") else error / nats
     return number, number * relative
 

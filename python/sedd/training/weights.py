@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-__all__ = ["check_weights", "load_weights", "stored_name"]
+__all__ = ["load_weights", "stored_name"]
 
 
 def stored_name(name: str) -> str:
@@ -24,24 +24,10 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
         path: the file, for the error message.
 
     Raises:
-        ValueError: as :func:`check_weights`.
+        ValueError: names or shapes differ from those of the module. The message lists missing, unexpected and misshapen
+            tensors, up to ten of each.
     """
-    check_weights(module, tensors, path)
-    if any(value.is_meta for value in module.state_dict().values()):
-        module.to_empty(device="cpu")
     names = {stored_name(name): name for name in module.state_dict()}
-    module.load_state_dict({names[name]: value for name, value in tensors.items()})
-
-
-def check_weights(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Compares names and shapes of tensors with those of a module.
-
-    Args:
-        module, tensors, path: as of :func:`load_weights`.
-
-    Raises:
-        ValueError: they differ. The message lists missing, unexpected and misshapen tensors, up to ten of each.
-    """
     wanted = {stored_name(name): list(value.shape) for name, value in module.state_dict().items()}
     found = {name: list(value.shape) for name, value in tensors.items()}
     wrong = {
@@ -60,3 +46,6 @@ def check_weights(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) 
             if names
         ]
         raise ValueError(f"{path}: expected the tensors of the configuration, got {'; '.join(lists)}")
+    if any(value.is_meta for value in module.state_dict().values()):
+        module.to_empty(device="cpu")
+    module.load_state_dict({names[name]: value for name, value in tensors.items()})
