@@ -151,6 +151,7 @@ def test_lengths_without_positions(sizes: dict[str, Any], length: int, message: 
         ({"shape": (3, 4, 0)}, "shape: expected rows, columns and channels"),
         ({"shape": (3, 4, 3)}, "length: expected 36, the tokens of a block of 3 x 4 x 3, got 24"),
         ({"shape": SHAPE, "hidden_size": 12}, "hidden_size: expected a multiple of 4"),
+        ({"shape": SHAPE, "hidden_size": 12, "positions": "learned"}, "hidden_size: expected a multiple of 4"),
         ({"positions": "sinus"}, "positions: expected one of rotary, learned, got 'sinus'"),
         ({"classes": -1}, "classes: expected at least 0, got -1"),
         ({"classes": 2, "causal": True}, "classes: expected 0 for a causal network, got 2"),

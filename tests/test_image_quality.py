@@ -201,11 +201,18 @@ def test_files_that_are_no_classifier(judge: Classifier, digits: ImageCorpus, tm
     tensors, metadata = load_tensors(judge.path)
     said = {"classifier": metadata["classifier"]}
     about = json.loads(said["classifier"])
+    images = str(about["accuracy_images"])
     for name, files, message in (
         ("other", ({"x": torch.zeros(3)}, {}), "classifier: expected a file of a classifier, written by sedd eval"),
         ("fewer", ({"logits.bias": tensors["logits.bias"]}, said), "expected a file of a classifier"),
         ("words", (tensors, {"classifier": json.dumps({**about, "shape": "8x8"})}), "expected a file of a classifier"),
         ("list", (tensors, {"classifier": "[1]"}), "expected a file of a classifier"),
+        (
+            "huge",
+            (tensors, {"classifier": json.dumps({**about, "classes": 10**12})}),
+            "expected a file of a classifier",
+        ),
+        ("endless", (tensors, {"classifier": said["classifier"].replace(images, "1e999")}), "a file of a classifier"),
         ("deep", (tensors, {"classifier": "[" * 10**5}), "expected a file of a classifier"),
     ):
         save_tensors(tmp_path / name, *files)

@@ -196,12 +196,23 @@ def test_grey_pictures_have_one_channel(tmp_path: Path) -> None:
         corpus(tmp_path)
 
 
+def part(kind: bytes, content: bytes) -> bytes:
+    """A part of a PNG file."""
+    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+
+def test_a_png_file_with_a_damaged_part(tmp_path: Path) -> None:
+    """For which Pillow raises an error of its own code."""
+    Image.fromarray(rgb(1)[0]).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    end = whole.index(b"IEND") - 4
+    (tmp_path / "a.png").write_bytes(whole[:end] + part(b"iCCP", b"") + whole[end:])
+    with pytest.raises(ValueError, match=r"a\.png: expected a PNG file, got one that cannot be read"):
+        corpus(tmp_path)
+
+
 def test_pictures_with_16_bits_in_colour_are_refused(tmp_path: Path) -> None:
     """Pillow reads them as pictures with 8 bits."""
-
-    def part(kind: bytes, content: bytes) -> bytes:
-        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
-
     head = (3).to_bytes(4, "big") + (4).to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])  # 3 x 4, 16 bits, colour
     rows = b"".join(b"\0" + bytes(range(18)) for _ in range(4))
     parts = part(b"IHDR", head) + part(b"IDAT", zlib.compress(rows)) + part(b"IEND", b"")
@@ -566,6 +577,7 @@ def test_inpainting_keeps_what_is_given(
     ("words", "message"),
     [
         (["sample", "RUN", "--live"], "live: expected no value for a model of images, got true"),
+        (["sample", "RUN", "--labels=" + "9" * 20], "--labels: expected none for a model without classes, got 999"),
         (["sample", "RUN", "--length=8"], "--length: expected no value for a model of images, got 8"),
         (["sample", "RUN", "--out=nowhere/x.png"], "--out: cannot write nowhere/x.png: no such folder"),
         (["infill", "RUN", "valid"], "--keep: expected upper, lower, left, right, or rows,columns"),

@@ -8,8 +8,10 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,10 +25,12 @@ from playing import ask, done, events, fill, get, in_browser, launched, leave, o
 
 from sedd.cli import main
 from sedd.commands.play.app import MOST_UNREAD, _hosts, _Job
-from sedd.commands.play.writing import Frame, Request, Written
+from sedd.commands.play.writing import Frame, Request, Written, check
 from sedd.commands.sample import parse_template
-from sedd.diffusion import sample
+from sedd.data.tokenizer import get_tokenizer
+from sedd.diffusion import MD4, UDLM, Diffusion, get_schedule, sample
 from sedd.hub import load_model
+from sedd_ext import Absorbing, Uniform
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -145,7 +149,12 @@ def test_the_samplers_of_the_model(server: str) -> None:
         ({"sampler": "autoregressive"}, "sampler: expected"),
         ({"sampler": "remask", "sampler_params": {"gamma": "1"}}, "sampler_params: sampler 'remask' has"),
         ({"sampler_params": {"gamma": "1"}}, "sampler: expected the name"),
-        ({"prompt": "{{0}}"}, "template: expected gaps of at least 1 token"),
+        (
+            {"sampler": "predictor_corrector", "sampler_params": {"correctors": "17"}},
+            "sampler_params: expected at most 16 correctors, got 17",
+        ),
+        ({"guidance": 1e308}, "guidance: expected a number from -1000 to 1000"),
+        ({"prompt": "{{0}}"}, "prompt: expected gaps of at least 1 token"),
         ({"prompt": "{{3}}", "max_tokens": 3}, "prompt: expected no gaps"),
         ({"prompt": "{{8192}} and more"}, "prompt: expected at most 8192 tokens"),
         ({"prompt": "{{9999}}"}, "prompt: expected gaps of at most 8192 tokens in all"),
@@ -204,7 +213,34 @@ def test_ten_clients_at_once(server: str) -> None:
     assert streamed == [text for [text] in alone]
 
 
+def test_clients_with_the_same_request(server: str) -> None:
+    """A permalink that several open at once: each has a place of its own in the queue, and leaves it."""
+    body = {"prompt": PROMPT, "steps": 20, "seed": 5}
+    alone = texts(server, **body)
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda stream: ask(server, {**body, "stream": stream}), [True, False] * 3))
+    assert [status for status, _ in answers] == [200] * 6
+    for _, answer in answers:
+        found = answer if isinstance(answer, dict) else json.loads(answer.split("\n\n")[-3].removeprefix("data: "))
+        assert [choice["text"] for choice in found["choices"]] == alone
+    time.sleep(1)
+    assert "text_completion.queued" not in ask(server, {**body, "stream": True})[1], "one that is finished still waits"
+
+
 LONG = {"max_tokens": 4096, "steps": 4096}  # for minutes
+
+
+def test_a_client_that_leaves_in_its_request(server: str) -> None:
+    """Its body is never whole. The server prints no traceback, as ``serving`` checks at the end."""
+    host, port = server.split(":")
+    for _ in range(3):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b'Content-Length: 1000\r\n\r\n{"prompt": '
+            )
+            time.sleep(0.2)
+    assert len(texts(server, prompt="{{4}}", steps=2)) == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -261,6 +297,32 @@ def test_a_client_that_reads_slowly_misses_frames() -> None:
     for event in (*frames, finished):
         job.add(event)
     assert [job.events.get_nowait() for _ in range(job.events.qsize())] == [frames[7], frames[8], finished]
+
+
+def test_the_last_frame_of_long_texts_is_not_missed() -> None:
+    """The page shows what is in it."""
+    layout = torch.zeros(MOST_UNREAD, dtype=torch.int64), torch.zeros(MOST_UNREAD, dtype=torch.bool)
+    job = _Job(Request(n=16), layout)
+    last, finished = Frame(9, 9, [], [], [], None), Written([], [], [], 0, 0, 1)
+    for event in (Frame(8, 9, [], [], [], None), last, finished):
+        job.add(event)
+    assert [job.events.get_nowait() for _ in range(job.events.qsize())] == [last, finished]
+
+
+def test_entropies_of_too_many_tokens() -> None:
+    """Without MASK, the distributions of all tokens are in memory at once."""
+    network = SimpleNamespace(config=SimpleNamespace(classes=0, length=8))
+    for process, objective, entropy, refused in (
+        (Uniform(50257), UDLM(), True, True),
+        (Uniform(50257), UDLM(), False, False),
+        (Absorbing(50257), MD4(), True, False),
+    ):
+        diffusion = Diffusion(network, process, get_schedule("loglinear"), objective)
+        known = {"diffusion": diffusion, "model": network, "tokenizer": get_tokenizer("bytes")}
+        loaded: Any = SimpleNamespace(is_text=True, **known)
+        request = Request(n=16, max_tokens=1000, entropy=entropy)
+        with pytest.raises(ValueError, match="entropy: expected at most ") if refused else nullcontext():
+            check(loaded, request)
 
 
 # ---- the command ----

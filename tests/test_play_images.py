@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import dataclasses
 import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,6 +26,7 @@ from PIL import Image
 from playing import ask, done, events, fill, in_browser, launched, opened, serving
 
 from sedd.cli import main
+from sedd.commands.play.app import _Server
 from sedd.commands.play.painting import Images, painted
 from sedd.diffusion import sample
 from sedd.hub import load_model
@@ -49,6 +53,21 @@ def digits(digits_run: Path) -> Iterator[str]:
     """The address of a server with this run."""
     with serving(digits_run) as address:
         yield address
+
+
+def test_images_that_wait_to_be_read(digits_run: Path) -> None:
+    """As many as other requests may wait; the others are refused, and nothing is left behind."""
+    server, go = _Server(load_model(digits_run), waiting=2), Event()
+    server.images = SimpleNamespace(read=lambda image: go.wait(60))  # type: ignore[assignment]
+
+    async def ask_five() -> list[Any]:
+        asked = [asyncio.create_task(server._image("valid:0")) for _ in range(5)]
+        await asyncio.sleep(0)  # all have begun
+        go.set()
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    assert [getattr(found, "status", None) for found in asyncio.run(ask_five())] == [None] * 3 + [429] * 2
+    assert server.reading == 0
 
 
 def data_url(picture: Any, kind: str = "PNG") -> str:
@@ -81,7 +100,7 @@ def test_images(digits: str) -> None:
         ({"prompt": "{{3}}"}, "prompt: expected none for a model of images"),
         ({"label": 10}, "label: expected a class in [0, 10), got 10"),
         ({"guidance": 2}, "guidance: expected 1 without a label, got 2.0"),
-        (b'{"label": 4, "guidance": NaN}', "guidance: expected a finite number, got nan"),
+        (b'{"label": 4, "guidance": NaN}', "guidance: expected a number from -1000 to 1000, got nan"),
         ({"image": 3}, "image: expected a list, got 3"),
         ({"image": [1, "a"]}, "image: expected a whole number, got 'a'"),
         ({"image": [0] * 63, "mask": MASK}, "image: expected 64 values, 8 x 8 x 1, got 63"),

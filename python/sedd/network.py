@@ -102,7 +102,7 @@ class ModelConfig:
                 f"length: expected {math.prod(self.shape)}, the tokens of a block of "
                 f"{' x '.join(map(str, self.shape))}, got {self.length}"
             )
-        if self.positions == "rotary" and self.hidden_size % (4 * self.n_heads):
+        if self.hidden_size % (4 * self.n_heads):
             raise ValueError(
                 f"hidden_size: expected a multiple of 4 * n_heads = {4 * self.n_heads} for rows and columns, "
                 f"got {self.hidden_size}"

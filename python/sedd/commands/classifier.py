@@ -174,10 +174,11 @@ def _load(path: Path, shape: tuple[int, int, int]) -> Classifier:
     tensors, metadata = load_tensors(path)
     try:
         about = json.loads(metadata["classifier"])
-        network = _Network(tuple(about["shape"]), about["classes"])
-        network.load_state_dict(tensors)
+        with torch.device("meta"):  # shapes are compared before memory is allocated
+            network = _Network(tuple(about["shape"]), about["classes"])
+        network.load_state_dict(tensors, assign=True)
         found = _classifier(network, about, path)
-    except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, RecursionError, OverflowError) as error:
         raise ValueError(
             f"classifier: expected a file of a classifier, written by sedd eval generative, got {path}; delete it or "
             "give another file"

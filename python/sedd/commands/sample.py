@@ -286,12 +286,12 @@ def _batches(
         compile_network(loaded.model)
     generator = torch.Generator(device).manual_seed(options.seed)
     out, classes = console(), loaded.model.config.classes
-    labels = (
-        torch.tensor([options.labels[i % len(options.labels)] for i in range(options.num)]) if options.labels else None
-    )
     if not all(0 <= label < classes for label in options.labels):
         wanted = f"classes in [0, {classes})" if classes else "none for a model without classes"
         raise ValueError(f"labels: expected {wanted}, got {','.join(map(str, options.labels))}")
+    labels = (
+        torch.tensor([options.labels[i % len(options.labels)] for i in range(options.num)]) if options.labels else None
+    )
     for first in range(0, options.num, options.batch_size):
         batch = min(options.batch_size, options.num - first)
         part = slice(None) if tokens.dim() == 1 else slice(first, first + batch)

@@ -84,7 +84,7 @@ def read_picture(file: Path | BinaryIO, size: tuple[int, int] | None = None) -> 
             if wrong is None:
                 picture.load()
                 return picture.copy()
-    except (OSError, SyntaxError, ValueError, EOFError, image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, LookupError, image.DecompressionBombError) as error:
         raise ValueError(f"{name}: expected a PNG file, got one that cannot be read: {error}") from error
     raise ValueError(f"{name}: {wrong}")
 

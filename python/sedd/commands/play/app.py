@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -56,7 +57,7 @@ class ImageRequest:
     """See :meth:`Images.read`."""
 
 
-@dataclass
+@dataclass(eq=False)  # equal requests of two clients are two jobs
 class _Job:
     """A request at work or in the queue. The events are frames, then the texts or an exception."""
 
@@ -69,7 +70,7 @@ class _Job:
     def add(self, event: Frame | Written | Exception) -> None:
         """Adds an event. A client that reads slowly misses the oldest frames that it has not read."""
         tokens = self.request.n * len(self.layout[0])
-        if self.events.qsize() >= max(1, MOST_UNREAD // tokens):
+        if self.events.qsize() >= max(2, MOST_UNREAD // tokens):  # the last frame and the texts
             self.events.get_nowait()
         self.events.put_nowait(event)
 
@@ -92,6 +93,7 @@ class _Server:
         self.jobs: list[_Job] = []
         self.pool = ThreadPoolExecutor(1, "sedd-play")
         self.images, self.reader = Images(loaded), ThreadPoolExecutor(1, "sedd-play-images")
+        self.reading = 0  # images that are read or wait for it
 
     # ---- answers ----
 
@@ -136,7 +138,12 @@ class _Server:
         return JSONResponse(answer, headers=HEADERS)
 
     async def _image(self, image: str | list[int]) -> tuple[Tensor, int | None]:
-        return await asyncio.get_running_loop().run_in_executor(self.reader, self.images.read, image)
+        self._check_room(self.reading)
+        self.reading += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.reader, self.images.read, image)
+        finally:
+            self.reading -= 1
 
     async def _read(self, http: HttpRequest, kind: type[Body]) -> Body:
         sent = http.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -158,12 +165,15 @@ class _Server:
 
     def _queue(self, request: Request, image: Tensor | None) -> _Job:
         layout = check(self.loaded, request, image)
-        if len(self.jobs) > self.waiting:  # the first one is at work
-            raise _RefusedError(429, f"server: expected at most {self.waiting} waiting requests; try again later")
+        self._check_room(len(self.jobs))
         job = _Job(request, layout)
         self.jobs.append(job)
         job.work = self.pool.submit(self._work, job, asyncio.get_running_loop())
         return job
+
+    def _check_room(self, count: int) -> None:
+        if count > self.waiting:  # the first one is at work
+            raise _RefusedError(429, f"server: expected at most {self.waiting} waiting requests; try again later")
 
     def _leave(self, job: _Job) -> None:
         """The client does not wait any more: the job leaves the queue, or ends after the present step."""
@@ -273,6 +283,11 @@ async def _refuse(_: HttpRequest, error: Exception) -> Response:
     return JSONResponse(_error(error), error.status if isinstance(error, _RefusedError) else 400, headers=HEADERS)
 
 
+async def _gone(_: HttpRequest, __: Exception) -> Response:
+    """For a client that has left in the middle of its request."""
+    return Response(status_code=499)  # nobody reads it
+
+
 async def _disconnected(http: HttpRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
@@ -315,7 +330,7 @@ def make_app(loaded: LoadedModel, host: str = "127.0.0.1", waiting: int = 32) ->
             Route("/v1/completions", server.completions, methods=["POST"]),
             Route("/v1/images", server.image, methods=["POST"]),
         ],
-        exception_handlers={ValueError: _refuse, _RefusedError: _refuse},
+        exception_handlers={ValueError: _refuse, _RefusedError: _refuse, ClientDisconnect: _gone},
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=_hosts(host))],
         lifespan=lifespan,
     )

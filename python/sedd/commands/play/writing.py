@@ -18,11 +18,14 @@ from sedd.diffusion.sampler import Sampler
 from sedd.diffusion.samplers import find_sampler, sample
 from sedd.diffusion.walk import Walk
 from sedd.hub.pretrained import LoadedModel
-from sedd.options import check_choice, check_options
+from sedd.options import check_choice, check_options, renamed
 
 __all__ = ["CancelledError", "Frame", "Request", "Written", "check", "write"]
 
 MOST_TEXTS, MOST_STEPS, MOST_TOKENS = 16, 4096, 8192
+MOST_CORRECTORS = 16  # work is not cancelled between those of a step
+MOST_GUIDANCE = 1000.0
+MOST_PROBABILITIES = 1 << 28  # of the distributions of a step, for entropies without MASK
 
 
 class CancelledError(Exception):
@@ -80,6 +83,10 @@ class Request:
             value = getattr(self, name)
             if value is not None and value > most:
                 raise ValueError(f"{name}: expected at most {most}, got {value}")
+        if not -MOST_GUIDANCE <= self.guidance <= MOST_GUIDANCE:
+            raise ValueError(
+                f"guidance: expected a number from {-MOST_GUIDANCE:g} to {MOST_GUIDANCE:g}, got {self.guidance}"
+            )
         if self.seed is None:
             self.seed = secrets.randbelow(2**31)
         if not 0 <= self.seed < 2**63:
@@ -113,7 +120,8 @@ class Request:
             length = loaded.model.config.length
             return torch.zeros(length, dtype=torch.int64), torch.zeros(length, dtype=torch.bool)
         if GAP.search(self.prompt):
-            tokens, is_fixed = parse_template(self.prompt, loaded.tokenizer)
+            with renamed({"template": "prompt"}):
+                tokens, is_fixed = parse_template(self.prompt, loaded.tokenizer)
         else:
             before, after = (loaded.tokenizer.encode(text) for text in (self.prompt, self.suffix))
             left = loaded.model.config.length - len(before) - len(after)
@@ -211,8 +219,17 @@ def check(loaded: LoadedModel, request: Request, image: Tensor | None = None) ->
     Raises:
         ValueError: the sampler does not suit the model, the text cannot be encoded, or the mask does not fit.
     """
-    find_sampler(loaded.diffusion, request.chosen(), request.steps)
-    return request.layout(loaded, image)
+    sampler = find_sampler(loaded.diffusion, request.chosen(), request.steps)
+    if (correctors := getattr(sampler, "correctors", 0)) > MOST_CORRECTORS:
+        raise ValueError(f"sampler_params: expected at most {MOST_CORRECTORS} correctors, got {correctors}")
+    layout, process = request.layout(loaded, image), loaded.diffusion.process
+    most = MOST_PROBABILITIES // process.dim
+    if request.entropy and process.family != "absorbing" and request.n * len(layout[0]) > most:
+        raise ValueError(
+            f"entropy: expected at most {most} tokens of all texts, got {request.n * len(layout[0])}; write fewer, or "
+            "leave the entropy out"
+        )
+    return layout
 
 
 def write(
@@ -259,21 +276,22 @@ def write(
         on_frame(Frame(step, steps, given, pieces, masked, found))
 
     assert request.seed is not None
-    written = sample(
-        loaded.diffusion,
-        batch=request.n,
-        length=len(tokens),
-        steps=request.steps,
-        sampler=request.chosen(),
-        temperature=request.temperature,
-        top_p=request.top_p,
-        generator=torch.Generator(device).manual_seed(request.seed),
-        fixed=(tokens, is_fixed) if bool(is_fixed.any()) else None,
-        on_step=show,
-        autocast_dtype=loaded.autocast_dtype,
-        labels=labels,
-        guidance=request.guidance,
-    ).cpu()
+    with renamed({"fixed": "prompt" if loaded.is_text else "mask"}):
+        written = sample(
+            loaded.diffusion,
+            batch=request.n,
+            length=len(tokens),
+            steps=request.steps,
+            sampler=request.chosen(),
+            temperature=request.temperature,
+            top_p=request.top_p,
+            generator=torch.Generator(device).manual_seed(request.seed),
+            fixed=(tokens, is_fixed) if bool(is_fixed.any()) else None,
+            on_step=show,
+            autocast_dtype=loaded.autocast_dtype,
+            labels=labels,
+            guidance=request.guidance,
+        ).cpu()
     texts = list(written) if loaded.is_text else []
     return Written(
         texts=[tokenizer.decode(row.tolist()) for row in texts],
