@@ -997,6 +997,20 @@ BREAKS = [
         "tests/test_autoregressive.py -k judges",
     ),
     Break(
+        "report: images have no class",
+        "python/sedd/commands/report.py",
+        "% classes if classes else None",
+        "% classes if False else None",
+        "tests/test_image_quality.py -k page_of_a_run_with_classes",
+    ),
+    Break(
+        "report: the options of an evaluation are a table of one cell",
+        "python/sedd/commands/report.py",
+        '"exact", "options"),',
+        '"exact"),',
+        "tests/test_image_quality.py -k page_of_a_run_with_images",
+    ),
+    Break(
         "play: equal requests are one job",
         "python/sedd/commands/play/app.py",
         "@dataclass(eq=False)  # equal",

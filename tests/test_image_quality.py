@@ -397,7 +397,7 @@ def make(folder: Path, *options: str) -> tuple[str, dict[str, Any]]:
     return page, json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
 
 
-def frames(folder: Path, sampler: str) -> tuple[list[list[int]], torch.Tensor]:
+def frames(folder: Path, sampler: str, labels: torch.Tensor | None = None) -> tuple[list[list[int]], torch.Tensor]:
     """The first image of all steps, and all images, from the sampler itself."""
     loaded, kept = load_model(folder / "run"), [[256] * 64]
     images = sample(
@@ -408,12 +408,24 @@ def frames(folder: Path, sampler: str) -> tuple[list[list[int]], torch.Tensor]:
         sampler=sampler,
         generator=torch.Generator().manual_seed(0),
         on_step=lambda step, steps, tokens: kept.append(tokens[0].tolist()),
+        labels=labels,
     )
     return kept, images
 
 
+def test_the_page_of_a_run_with_classes(folder: Path, tmp_path: Path) -> None:
+    folders = [f"--run_dir={tmp_path / 'run'}", f"--data.cache_dir={folder / 'cache'}"]
+    assert main(["train", *TINY, "--model.classes=10", *folders]) == 0
+    page, _ = make(tmp_path)
+    assert "reverse steps with tweedie, one class after another, seed 0." in page
+    _, images = frames(tmp_path, "tweedie", torch.arange(4))
+    assert not torch.equal(images, frames(tmp_path, "tweedie")[1])
+    assert "data:image/png;base64," + base64.b64encode(png(grid(to_pixels(images, (8, 8, 1))))).decode() in page
+
+
 def test_the_page_of_a_run_with_images(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figures = {"note": "a classifier, not Inception", "rows": [{"sampler": "tweedie", "steps": 4, "fid": 12.345}]}
+    figures: dict[str, Any] = {"note": "a classifier, not Inception", "options": {"guidance": 1.5}}
+    figures["rows"] = [{"sampler": "tweedie", "steps": 4, "fid": 12.345}]
     (folder / "run" / "eval").mkdir(exist_ok=True)
     (folder / "run" / "eval" / "generative.json").write_text(json.dumps(figures))
     page, film = make(folder)
@@ -421,6 +433,9 @@ def test_the_page_of_a_run_with_images(folder: Path, capsys: pytest.CaptureFixtu
     for words in ("bits/dim", "8 x 8 x 1, 256 values", "12.35", ">a classifier, not Inception</p>", "noise to image"):
         assert words in page
     assert "bits/token" not in page
+    assert ">options</td>" not in page, "a table of one cell"
+    assert "<dt>guidance</dt><dd>1.5</dd>" in page
+    assert "one class after another" not in page
     steps, images = frames(folder, "tweedie")
     assert "data:image/png;base64," + base64.b64encode(png(grid(to_pixels(images, (8, 8, 1))))).decode() in page
     assert film["shape"] == [8, 8, 1]

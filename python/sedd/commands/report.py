@@ -51,7 +51,8 @@ examples:
 MEDIA = {".png": "image/png", ".svg": "image/svg+xml"}
 DETAILS = {
     *("settings", "configs", "versions", "n-samples", "alias", "blocks", "length", "tokens_of_text", "bytes", "draws"),
-    *("seed", "reading", "prior", "monte_carlo_error", "bits_per_token", "perplexity_mean_of_exp", "exact"),
+    *("seed", "reading", "prior", "monte_carlo_error", "bits_per_token", "exact", "options"),
+    *("perplexity_mean_of_exp", "perplexity_mean_of_exp_error"),
 }
 """Entries of an evaluation that the page shows only in an expandable section."""
 
@@ -102,6 +103,8 @@ def report(run: str, options: ReportOptions) -> int:
     folder = loaded.path.parent.parent
     exact = loaded.diffusion.objective.autoregressive
     how = "One token at a time" if exact else f"{options.steps} reverse steps with {options.sampler or 'tweedie'}"
+    if loaded.model.config.classes:
+        how += ", one class after another"
     written, film = _film(loaded, options, options.samples or (64 if shape else 4))
     picture = _uri("image/png", png(grid(to_pixels(written, shape)))) if shape else None
     texts = [] if shape else [loaded.tokenizer.decode(row.tolist()) for row in written]
@@ -192,6 +195,7 @@ def _film(loaded: LoadedModel, options: ReportOptions, num: int) -> tuple[Tensor
         (num, length), generator=torch.Generator(device).manual_seed(options.seed), device=device
     )
     frames = [start[0].tolist()]
+    classes = loaded.model.config.classes
 
     def record(step: int, steps: int, tokens: Tensor) -> None:
         frames.append(tokens[0].tolist())
@@ -207,6 +211,7 @@ def _film(loaded: LoadedModel, options: ReportOptions, num: int) -> tuple[Tensor
         on_step=record,
         progress=console().is_terminal,
         autocast_dtype=loaded.autocast_dtype,
+        labels=torch.arange(num, device=device) % classes if classes else None,
     )
     mask = loaded.diffusion.process.mask_id
     if loaded.model.config.shape:
