@@ -2260,8 +2260,8 @@ BREAKS = [
     Break(
         "reproduce: the table of orders has pages without a figure",
         "python/sedd/commands/comparison.py",
-        "            if comparison.figures:\n                break\n",
-        "            break\n",
+        "        if not comparison.figures:\n            continue\n",
+        "",
         "tests/test_reproduce.py -k end_to_end",
     ),
     Break(
@@ -2288,7 +2288,7 @@ BREAKS = [
     Break(
         "reproduce: finished jobs run again",
         "python/sedd/commands/reproduce.py",
-        "left = [job for job in jobs if not _finished(job)]",
+        "left = [job for job in jobs if not self.finished(job)]",
         "left = jobs",
         "tests/test_reproduce.py -k end_to_end",
     ),
@@ -2309,8 +2309,8 @@ BREAKS = [
     Break(
         "reproduce: results of other options are taken",
         "python/sedd/commands/reproduce.py",
-        'read_json(job.record).get("options") != job.options',
-        "False",
+        'if record.get("options") != job.options:',
+        "if False:",
         "tests/test_reproduce.py -k other_options",
     ),
     Break(
@@ -2430,8 +2430,8 @@ BREAKS = [
     Break(
         "play: the queue has no end",
         "python/sedd/commands/play/app.py",
-        "if len(self.jobs) > self.waiting:",
-        "if False:",
+        "        self._check_room(len(self.jobs))\n",
+        "",
         "tests/test_play.py -k full_queue",
     ),
     Break(
