@@ -330,7 +330,7 @@ def test_paint_run_and_see(browser: Any, digits: str) -> None:
 @in_browser
 def test_painted_pixels_are_mask_until_they_are_sampled(browser: Any, digits: str) -> None:
     """Every picture of the walk has the given pixels."""
-    with opened(browser, f"http://{digits}/?entropy=false&n=1&steps=600", **TALL) as page:  # longer than a busy browser needs to draw
+    with opened(browser, f"http://{digits}/?entropy=false&n=1&steps=600", **TALL) as page:  # a busy browser draws late
         show_valid(page, 3)
         values = pixels(page)
         page.click("#invert")
