@@ -296,14 +296,19 @@ def test_a_signal_that_comes_twice(name: str, started: Callable[..., subprocess.
 
 
 def test_a_process_that_dies_is_started_again_from_the_last_checkpoint(source: Path, tmp_path: Path) -> None:
-    """torchrun does it; the second process kills itself once, after a checkpoint."""
+    """torchrun does it; the second process kills itself once, after a checkpoint.
+
+    The first process is slow to tell its error, and torchrun sends it SIGTERM in the meantime.
+    """
     run, code = tmp_path / "run", tmp_path / "dies.py"
     line = options(run, source, processes=2, steps=40, checkpoint_every=10)
     code.write_text(
-        "import os, signal, sys\n"
+        "import os, signal, sys, time\n"
         "from pathlib import Path\n"
-        "from sedd.cli import main\n"
+        "from sedd import cli\n"
         "from sedd.training.state import TrainState\n"
+        "printable = cli.printable\n"
+        "cli.printable = lambda text: time.sleep(2) or printable(text)\n"
         "step = TrainState.train_step\n"
         "def dies(self):\n"
         f"    mark = Path({str(tmp_path / 'died')!r})\n"
@@ -312,7 +317,7 @@ def test_a_process_that_dies_is_started_again_from_the_last_checkpoint(source: P
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return step(self)\n"
         "TrainState.train_step = dies\n"
-        f"sys.exit(main({line!r}))\n"
+        f"sys.exit(cli.main({line!r}))\n"
     )
     done = torchrun(2, "--max-restarts=1", str(code))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -20,6 +20,9 @@ class StopSignals:
     process may have received already. A second SIGHUP is ignored: when a terminal closes, the kernel and the shell
     may both send one. If SIGHUP was ignored before (nohup), it stays ignored.
 
+    Under torchrun, an error leaves the context's handlers in place: torchrun sends SIGTERM to the other processes as
+    soon as one has died, and each of them should still print its error.
+
     Attributes:
         signum: the signal that arrived, None if there was none.
 
@@ -44,8 +47,9 @@ class StopSignals:
                 signal.signal(number, self._stop)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._restore()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not _by_torchrun():
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
@@ -53,7 +57,7 @@ class StopSignals:
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
-        if "TORCHELASTIC_RUN_ID" in os.environ:
+        if _by_torchrun():
             for number in self._previous:  # at no moment may the second one kill the process
                 signal.signal(number, signal.SIG_IGN)
         else:
@@ -61,3 +65,7 @@ class StopSignals:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         if signum == signal.SIGHUP and self._on_terminal:
             self._console.quiet = True
+
+
+def _by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
