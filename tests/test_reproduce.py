@@ -9,7 +9,9 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -372,6 +374,7 @@ def test_a_stop_in_the_middle_of_training(
         nonlocal count
         count += 1
         if count == 6:  # each run takes 4
+            time.sleep(3)
             os.kill(os.getpid(), signal.SIGINT)
         return step(self)
 
@@ -389,6 +392,7 @@ def test_a_stop_in_the_middle_of_training(
     assert taken == [2, 3]
     after = records(tmp_path)
     assert {name: after[name] for name in before} == before
+    assert after["smoke/text8/genmd4/records/train.json"]["seconds"] > 3, "those of the first process are missing"
     for run in ("md4", "genmd4"):
         texts = [
             json.loads((out / "smoke" / "text8" / run / "eval" / "test.json").read_text())["texts"]
@@ -420,6 +424,8 @@ def test_a_job_that_fails_stops_only_those_that_need_it(
     def fail(job: Job) -> int:
         if job.name == "text8/md4":
             raise RuntimeError("the loss\nis NaN")
+        if job.command == "train":
+            shutil.copytree(finished / "smoke/text8/genmd4/checkpoints", job.folder / "checkpoints")
         job.results.parent.mkdir(parents=True, exist_ok=True)
         job.results.write_text((finished / "smoke/text8/genmd4/eval/test.json").read_text())
         return 0

@@ -28,6 +28,7 @@ from sedd.plain import read_json
 from sedd.progress import console, printable
 from sedd.recipes import Scale, load_recipe, load_setting, recipe_names
 from sedd.recipes.plan import Job, Plan, data_file, make_plan
+from sedd.training.checkpoint import list_checkpoints, read_state
 
 __all__ = ["ReproduceOptions", "check_job", "reproduce"]
 
@@ -335,6 +336,8 @@ class _Runner:
         if code := _do(job):
             return code
         seconds = time.monotonic() - clock
+        if job.evaluation is None:  # also those of earlier processes
+            seconds = read_state(list_checkpoints(job.folder)[-1])["elapsed"]
         self.expected, self.spent = self.expected + job.minutes, self.spent + seconds / 60
         _make_folder(job.record.parent)
         done = {"command": command_line(job), "options": job.options, "started": started, "seconds": seconds}
