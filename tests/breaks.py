@@ -3363,6 +3363,13 @@ BREAKS = [
         "tests/test_generative.py -k test_mistakes",
     ),
     Break(
+        "guidance: numbers too large for float32",
+        "python/sedd/options.py",
+        "if guidance is not None and not -1000 <= guidance <= 1000:",
+        "if False:",
+        "tests/test_conditioning.py tests/test_play.py",
+    ),
+    Break(
         "guidance: away from the class",
         "python/sedd/diffusion/walk.py",
         "torch.lerp(network.hidden(tokens, sigma), conditional, self.guidance)",

@@ -282,7 +282,10 @@ def test_guidance_1_is_no_guidance(sampler: str, monkeypatch: pytest.MonkeyPatch
     ("options", "message"),
     [
         ({"guidance": 2.0}, "guidance: expected 1 without labels or without a linear head, got 2.0"),
-        ({"labels": torch.zeros(3, dtype=torch.int64), "guidance": math.nan}, "guidance: expected a finite number"),
+        (
+            {"labels": torch.zeros(3, dtype=torch.int64), "guidance": math.nan},
+            "guidance: expected a number from -1000 to 1000, got nan",
+        ),
         ({"labels": torch.zeros(2, dtype=torch.int64)}, r"labels: expected an int64 tensor \[3\]"),
         ({"labels": torch.tensor([0, 1, 9])}, r"labels: expected values in \[0, 3\]"),
     ],
@@ -376,6 +379,7 @@ def test_a_run_with_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     for words, message in (
         (["--labels=2"], "labels: expected classes in [0, 2), got 2"),
         (["--guidance=2"], "guidance: expected 1 without labels"),
+        (["--labels=0,1", "--guidance=1e308"], "guidance: expected a number from -1000 to 1000, got 1e+308"),
     ):
         assert main(["sample", str(folder), "--steps=1", *words]) == 2
         assert message in capsys.readouterr().err

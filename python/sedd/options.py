@@ -321,13 +321,16 @@ def check_options(options: Any, positive: Sequence[str], outputs: Sequence[str] 
             raise PermissionError(f"{name}: cannot write {path}: no write permission for the folder {path.parent}")
 
 
-def check_choice(temperature: float, top_p: float) -> None:
+def check_choice(temperature: float, top_p: float, guidance: float | None = None) -> None:
     """Checks the sampling parameters.
 
     Raises:
-        ValueError: ``temperature`` is not positive and finite, or ``top_p`` not in (0, 1].
+        ValueError: ``temperature`` is not positive and finite, ``top_p`` not in (0, 1], or ``guidance`` not in
+            [-1000, 1000].
     """
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
+    if guidance is not None and not -1000 <= guidance <= 1000:
+        raise ValueError(f"guidance: expected a number from -1000 to 1000, got {guidance}")

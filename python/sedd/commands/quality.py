@@ -83,7 +83,7 @@ class GenerativeOptions:
     def __post_init__(self) -> None:
         """Checks the values."""
         check_options(self, positive=_POSITIVE, outputs=("json", "plot"))
-        check_choice(self.temperature, self.top_p)
+        check_choice(self.temperature, self.top_p, self.guidance)
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"steps: expected numbers of at least 1, got {self.steps}")
         for name, values, known in (("samplers", self.samplers or [], SAMPLERS), ("mauve", self.mauve, SETTINGS)):

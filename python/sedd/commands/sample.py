@@ -120,7 +120,7 @@ class SamplingOptions:
         check_options(self, positive=("num", "steps", "batch_size"), outputs=("json", "out"))
         if self.sampler is not None:
             check_one_of("sampler", self.sampler, SAMPLERS)
-        check_choice(self.temperature, self.top_p)
+        check_choice(self.temperature, self.top_p, self.guidance)
         self.chosen()  # mistakes are found before the model is loaded
 
     def chosen(self) -> Sampler | str | None:

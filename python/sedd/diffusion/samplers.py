@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -30,6 +29,7 @@ from sedd.diffusion.reverse_steps import (
 )
 from sedd.diffusion.sampler import Sampler
 from sedd.diffusion.walk import Walk
+from sedd.options import check_choice
 from sedd.progress import track
 from sedd_ext import RankOne
 
@@ -154,8 +154,7 @@ def sample(
         labels = _checked_labels(labels, batch).to(device)
         if diffusion.objective.autoregressive:
             raise ValueError("labels: expected none for an autoregressive model, got some")
-    if not math.isfinite(guidance):
-        raise ValueError(f"guidance: expected a finite number, got {guidance}")
+    check_choice(temperature, top_p, guidance)
     if guidance != 1 and (labels is None or diffusion.network.head_parameters() is None):
         raise ValueError(f"guidance: expected 1 without labels or without a linear head, got {guidance}")
     walk = Walk(

@@ -24,7 +24,6 @@ __all__ = ["CancelledError", "Frame", "Request", "Written", "check", "write"]
 
 MOST_TEXTS, MOST_STEPS, MOST_TOKENS = 16, 4096, 8192
 MOST_CORRECTORS = 16  # work is not cancelled between those of a step
-MOST_GUIDANCE = 1000.0
 MOST_PROBABILITIES = 1 << 28  # of the distributions of a step, for entropies without MASK
 
 
@@ -78,15 +77,11 @@ class Request:
 
     def __post_init__(self) -> None:
         check_options(self, positive=("max_tokens", "n", "steps"))
-        check_choice(self.temperature, self.top_p)
+        check_choice(self.temperature, self.top_p, self.guidance)
         for name, most in (("n", MOST_TEXTS), ("steps", MOST_STEPS), ("max_tokens", MOST_TOKENS)):
             value = getattr(self, name)
             if value is not None and value > most:
                 raise ValueError(f"{name}: expected at most {most}, got {value}")
-        if not -MOST_GUIDANCE <= self.guidance <= MOST_GUIDANCE:
-            raise ValueError(
-                f"guidance: expected a number from {-MOST_GUIDANCE:g} to {MOST_GUIDANCE:g}, got {self.guidance}"
-            )
         if self.seed is None:
             self.seed = secrets.randbelow(2**31)
         if not 0 <= self.seed < 2**63:
