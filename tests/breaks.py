@@ -3363,6 +3363,20 @@ BREAKS = [
         "tests/test_generative.py -k test_mistakes",
     ),
     Break(
+        "card: no figures of images",
+        "python/sedd/hub/card.py",
+        'not {"judge", "classifier"} & settings.keys()',
+        '"judge" not in settings',
+        "tests/test_image_quality.py -k card",
+    ),
+    Break(
+        "a GPU is not used, and nobody is told",
+        "python/sedd/runtime.py",
+        "            warnings.warn(\n",
+        "            str(\n",
+        "tests/test_cli.py -k devices",
+    ),
+    Break(
         "guidance: numbers too large for float32",
         "python/sedd/options.py",
         "if guidance is not None and not -1000 <= guidance <= 1000:",

@@ -35,7 +35,7 @@ from sedd.data.pictures import grid, png, to_pixels, write_png
 from sedd.data.tokenizer import get_tokenizer
 from sedd.diffusion.samplers import sample
 from sedd.files import load_tensors, save_tensors
-from sedd.hub import load_model
+from sedd.hub import SEDD, load_model
 from sedd.recipes.results import find_figure
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -317,6 +317,26 @@ def test_the_whole_command(
     line = ["eval", "generative", str(folder / "run"), "--json", str(folder / "fid.json"), "--num", "40", *options]
     assert main(line) == 2
     assert "json: expected results with the same options, weights and data" in capsys.readouterr().err
+
+
+def test_the_model_card_has_the_figures(judge: Classifier, folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    options = ["--num", "20", "--samplers", "tweedie", "--steps", "2", "--reference", "100"]
+    path = run / "eval" / "generative.json"
+    path.parent.mkdir(exist_ok=True)
+    assert main(["eval", "generative", str(run), "--json", str(path), *options]) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    content = SEDD.from_pretrained(run).generate_model_card(name="m").content
+    for metric, name in (("FID", "fid"), ("inception score", "inception_score")):
+        found = re.search(rf"\| 20 samples, tweedie, 2 steps \| {metric} \| ([\d.]+) ± ([\d.]+) \|", content)
+        assert found is not None
+        assert float(found[1]) == pytest.approx(row[name], abs=0.06 * row[f"{name}_error"])
+        assert float(found[2]) == pytest.approx(row[f"{name}_error"], rel=0.06)
+    assert f"100 training images, features of the classifier {judge.name}, not Inception's, seed 0" in content
+    command = "sedd eval generative RUN --samplers tweedie --steps 2 --num 20 --reference 100 --seed 0 --batch_size 100"
+    assert f"`{command}`" in content
+    assert str(tmp_path) not in content
 
 
 def test_samples_of_given_classes(

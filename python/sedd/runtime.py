@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -26,11 +27,20 @@ def device_of(module: _HasParameters) -> torch.device:
 def resolve_device(name: str) -> torch.device:
     """Returns the device of that name; ``"auto"`` is the GPU if there are one and kernels for it, else the CPU.
 
+    Warns if ``"auto"`` is the CPU although there is a GPU.
+
     Raises:
         ValueError: no such device on this machine, or no kernels for it in this build.
     """
     if name == "auto":
-        name = "cuda" if has_cuda_kernels and torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and not has_cuda_kernels:
+            warnings.warn(
+                "device: there is a GPU, but this build of sedd_ext has no CUDA kernels; using the CPU. To build them, "
+                "install nvcc and reinstall, see docs/operators.md",
+                stacklevel=2,
+            )
+            name = "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:

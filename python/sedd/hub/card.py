@@ -154,21 +154,28 @@ def _perplexity(results: Mapping[str, Any]) -> Iterator[Figure]:
 def _generative(results: Mapping[str, Any]) -> Iterator[Figure]:
     """Of ``sedd eval generative``."""
     settings, rows = results.get("settings"), results.get("rows")
-    if not isinstance(settings, dict) or not isinstance(rows, list) or "judge" not in settings:
+    if not isinstance(settings, dict) or not isinstance(rows, list) or not {"judge", "classifier"} & settings.keys():
         return
-    judge, count, seed = _public(settings["judge"]), settings["num"], settings["seed"]
+    count, seed = settings["num"], settings["seed"]
+    if "judge" in settings:
+        details = f"texts of {settings['length']} tokens, judged by {_public(settings['judge'])}, seed {seed}"
+    else:
+        details = (
+            f"{settings['training_images']:,} training images, features of the classifier "
+            f"{_public(settings['classifier'])}, not Inception's, seed {seed}"
+        )
     options: dict[str, Any] = {"samplers": list(dict.fromkeys(row["sampler"] for row in rows))}
     options["steps"] = list(dict.fromkeys(row["steps"] for row in rows))
-    options |= {name: settings.get(name) for name in ("num", "length", "judge", "seed", "batch_size", "text", "mauve")}
+    names = ("num", "length", "judge", "reference", "guidance", "seed", "batch_size", "text", "mauve")
+    options |= {name: settings.get(name) for name in names}
     options |= {name: settings[name] for name in ("temperature", "top_p") if settings.get(name, 1) != 1}
     options |= {name: settings.get(name) for name in ("given", "compared") if settings.get("mauve")}
     command = f"sedd eval generative RUN{_words(options)}"
     for row in rows:
         data = f"{count:,} samples, {row['sampler']}, {row['steps']} steps"
-        details = f"texts of {settings['length']} tokens, judged by {judge}, seed {seed}"
         for name, value in row.items():
             if isinstance(value, float) and (f"{name}_error" in row or name.startswith("mauve_")):
-                metric = "perplexity of samples" if name == "perplexity" else name.replace("_", " ")
+                metric = {"perplexity": "perplexity of samples", "fid": "FID"}.get(name, name.replace("_", " "))
                 yield Figure(metric, value, row.get(f"{name}_error"), data, details, command)
 
 
