@@ -1,6 +1,7 @@
 """Text to blocks: what is loaded, how it is divided and cut, in which order it comes, and how that resumes."""
 
 import gzip
+import importlib
 import itertools
 import json
 import os
@@ -14,8 +15,8 @@ import torch
 
 from sedd.data.batches import TokenBlocks
 from sedd.data.sources import stdlib_files
-from sedd.data.text import DataConfig, batches, load_blocks, valid_batches
-from sedd.data.tokenizer import get_tokenizer
+from sedd.data.text import DataConfig, batches, load_blocks, load_text, valid_batches
+from sedd.data.tokenizer import TOKENIZERS, _named_tokenizer, get_tokenizer
 
 datasets = pytest.importorskip("datasets")
 BYTES = get_tokenizer("bytes")
@@ -445,6 +446,11 @@ def test_hub_splits(config, hub):
     assert all(document.startswith("test") for document in split_documents(splits.valid))
 
 
+def test_the_validation_split_can_be_read_alone(config, hub):
+    hub(validation=datasets.Dataset.from_dict({"text": ["held out"]}))
+    assert load_text(config("some/set", train_split="validation"), BYTES, 1).n_tokens == len("held out") + 1
+
+
 def test_hub_without_validation_split(config, hub):
     hub()
     splits = load_blocks(config("some/set", valid_fraction=0.3), BYTES, 1)
@@ -474,6 +480,7 @@ def test_hub_errors(config, hub, options, message):
         (ConnectionError("down"), ConnectionError, "'some/set'.*cannot be reached.*down.*'stdlib'"),
         (datasets.exceptions.DatasetNotFoundError("none"), FileNotFoundError, "source: .*, got 'some/set': none"),
         (ValueError("Config name is missing; pick one of ['a', 'b']"), ValueError, "subset: .* None .*pick one of"),
+        (datasets.exceptions.DatasetGenerationError("damaged"), ValueError, "source: .*read 'some/set': damaged"),
     ],
 )
 def test_hub_failures(config, monkeypatch, error, kind, message):
@@ -596,6 +603,31 @@ def test_a_saved_data_set_that_has_changed_is_noticed(config, tmp_path):
     first = load_blocks(config(tmp_path / "saved"), BYTES, 1)
     datasets.Dataset.from_dict({"text": documents(30)}).save_to_disk(str(tmp_path / "saved"))
     assert load_blocks(config(tmp_path / "saved"), BYTES, 1).train.n_tokens > first.train.n_tokens
+
+
+def test_the_first_documents_of_a_text(config, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["one", "two", "three"])
+    assert load_text(config(path, max_documents=2), BYTES, 1).n_tokens == len("one") + len("two") + 2
+
+
+def test_the_code_of_a_tokeniser_has_changed(config, tmp_path, monkeypatch):
+    """Its name has not; the cached tokens are those of the old code."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    code = "from sedd.data.tokenizer import Bytes\nclass Mine(Bytes):\n    name = 'other:Mine'\n"
+    path = write_jsonl(tmp_path / "a.jsonl", ["abc"])
+    found = []
+    for more in (0, 1, 1):
+        (tmp_path / "other.py").write_text(
+            f"{code}    def encode_array(self, t): return super().encode_array(t) + {more}"
+        )
+        monkeypatch.delitem(sys.modules, "other", raising=False)
+        importlib.invalidate_caches()
+        _named_tokenizer.cache_clear()
+        monkeypatch.setitem(TOKENIZERS, "other:Mine", importlib.import_module("other").Mine)
+        blocks = load_text(config(path), get_tokenizer("other:Mine"), 4)
+        found.append(next(iter(valid_batches(blocks, 1)))[0, :3].tolist())
+    assert found == [[97, 98, 99], [98, 99, 100], [98, 99, 100]]
 
 
 def test_a_saved_data_set_that_will_not_do(config, tmp_path):

@@ -519,7 +519,7 @@ def test_bits_per_dimension(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     for words, message in (
         (["text.txt"], "texts: expected none"),
         (["--split", "test"], "--split: expected one of validation; got 'test'"),
-        (["--detokenizer", "ptb"], "--detokenizer: expected only with a text"),
+        (["--detokenizer", "ptb"], "--detokenizer: expected only with a file"),
     ):
         assert main(["eval", "perplexity", str(run), *words]) == 2
         assert message in capsys.readouterr().err

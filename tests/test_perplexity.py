@@ -233,6 +233,17 @@ def test_an_evaluation_bounded_in_time_says_how_much_it_scored(
     assert "max_minutes: expected a positive number, got 0.0" in capsys.readouterr().err
 
 
+def test_a_saved_folder_of_several_splits(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {"train": "a" * 40, "test": "b" * 50, "validation": "c" * 60}
+    splits = {name: datasets.Dataset.from_dict({"text": [text]}) for name, text in texts.items()}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    for words, split in (((), "test"), (("--split", "train"), "train"), (("--split", "validation"), "validation")):
+        found = evaluate(model, str(tmp_path / "saved"), "--draws", "1", *words)["saved"]
+        assert found["tokens_of_text"] == len(texts[split]) + 1
+    assert main(["eval", "perplexity", str(model), str(tmp_path / "saved"), "--split", "dev"]) == 2
+    assert "--split: expected a split of" in capsys.readouterr().err
+
+
 def test_mistakes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = str(tmp_path / "short.txt")
     Path(short).write_text("a")
@@ -241,6 +252,11 @@ def test_mistakes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([short], "short.txt: expected at least one block of 8 tokens, got 2 tokens"),
         (["ptb", "lambada", "ptb"], "texts: expected different texts, got 'ptb' more than once"),
         ([short, "--split", "test"], "split: expected no value for"),
+        (
+            ["wikitext2", "--split", "train"],
+            "--split: expected only with a file, a folder or a hub data set; wikitext2",
+        ),
+        (["ptb", "--detokenizer", "lm1b"], "--detokenizer: expected only with a file, a folder or a hub data set; ptb"),
         ([short, "--json", str(tmp_path)], f"json: cannot write {tmp_path}: expected a file, got a folder"),
         (["someone/text"], "could not load 'someone/text': there is no such file or folder, and the Hugging Face hub"),
     ):

@@ -22,7 +22,7 @@ from torch import Tensor
 from sedd.commands.command import RUN, Argument, Command
 from sedd.data.detokenize import Detokenizer
 from sedd.data.ngram import ngram_bits
-from sedd.data.sources import is_plain_text
+from sedd.data.sources import has_splits, is_plain_text
 from sedd.data.text import DataConfig, TokenBlocks, load_blocks, load_text, valid_batches
 from sedd.data.tokenizer import count_bytes
 from sedd.diffusion.likelihood import ElboResult, elbo, joined
@@ -102,7 +102,8 @@ class PerplexityOptions:
     subset: str | None = None
     """Configuration of a hub data set."""
     split: str | None = None
-    """Split of a hub data set; for a run of images, test or validation. Default: test, if there is one."""
+    """Split of a hub data set or of a folder written by `save_to_disk`; for a run of images, test or validation.
+    Default: test; for images, validation if there is no test."""
     text_column: str = "text"
     """Column (or JSON key) that contains the text."""
     documents: Literal["file", "paragraph", "line"] = "file"
@@ -306,6 +307,7 @@ def _blocks(loaded: LoadedModel, name: str, options: PerplexityOptions) -> tuple
             splits = load_blocks(data, loaded.tokenizer, length)
         return splits.valid, splits.train, f"held out from {loaded.config.data.source}"
     if name in TEXTS:
+        _check_reading(options, (), f"{name} is read as in the papers")
         known_set = TEXTS[name]
         data, joined = dataclasses.replace(known_set.data, cache_dir=options.cache_dir), known_set.joined
     else:
@@ -324,17 +326,17 @@ def _check_reading(options: PerplexityOptions, allowed: tuple[str, ...], why: st
     """Checks that no option is given that says how a text is read."""
     for option in ("subset", "split", "text_column", "documents", "detokenizer"):
         if option not in allowed and getattr(options, option) != getattr(PerplexityOptions(), option):
-            raise ValueError(f"{option}: expected only with a text; {why}")
+            raise ValueError(f"{option}: expected only with a file, a folder or a hub data set; {why}")
 
 
 def _data(name: str, options: PerplexityOptions) -> DataConfig:
-    local = Path(name).expanduser().exists()
-    if local and options.split is not None:
-        raise ValueError(f"split: expected no value for {name!r}, which is not a hub data set, got {options.split!r}")
+    one_split = Path(name).expanduser().exists() and not has_splits(name)
+    if one_split and options.split is not None:
+        raise ValueError(f"split: expected no value for {name!r}, which has no splits, got {options.split!r}")
     return DataConfig(
         name,
         subset=options.subset,
-        train_split="train" if local else options.split or "test",
+        train_split="train" if one_split else options.split or "test",
         text_column=options.text_column,
         documents=options.documents,
         detokenizer=options.detokenizer,

@@ -43,7 +43,7 @@ def open_source(config: DataConfig) -> tuple[Any, Any]:
     saved = is_saved(config.source)
     files = None if config.source == "stdlib" or saved else _local_files(config.source, "source")
     if config.source == "stdlib" or files or saved:
-        splits = saved and _saved_splits(config.source)
+        splits = has_splits(config.source)
         for field, value, default, there in (
             ("subset", config.subset, None, False),
             ("revision", config.revision, None, False),
@@ -67,7 +67,7 @@ def open_source(config: DataConfig) -> tuple[Any, Any]:
         rows, valid_rows = _read_files(files, config, "source"), None
     elif saved:
         found = _read_saved(config, "source")
-        rows, valid_rows = chosen(found, config) if _saved_splits(config.source) else (found, None)
+        rows, valid_rows = chosen(found, config) if has_splits(config.source) else (found, None)
     else:
         rows, valid_rows = chosen(_hub(config), config)
     if valid_files:
@@ -82,17 +82,18 @@ def open_splits(config: DataConfig) -> Mapping[str, Any]:
     if not is_saved(config.source):
         return _hub(config)
     found = _read_saved(config, "source")
-    splits: Mapping[str, Any] = found if _saved_splits(config.source) else {config.train_split: found}
+    splits: Mapping[str, Any] = found if has_splits(config.source) else {config.train_split: found}
     return splits
 
 
 def is_saved(source: str) -> bool:
     """Whether a source is a folder written by ``save_to_disk`` of `datasets`."""
     path = Path(source).expanduser()
-    return _saved_splits(source) or all((path / name).is_file() for name in ("state.json", "dataset_info.json"))
+    return has_splits(source) or all((path / name).is_file() for name in ("state.json", "dataset_info.json"))
 
 
-def _saved_splits(source: str) -> bool:
+def has_splits(source: str) -> bool:
+    """Whether a source is a folder of several splits written by ``save_to_disk`` of `datasets`."""
     return (Path(source).expanduser() / "dataset_dict.json").is_file()
 
 
@@ -100,7 +101,7 @@ def _read_saved(config: DataConfig, field: str) -> Any:
     """The rows of a folder written by ``save_to_disk``, or of each of its splits."""
     datasets = import_datasets()
     source = str(getattr(config, field))
-    if field == "valid_source" and _saved_splits(source):
+    if field == "valid_source" and has_splits(source):
         raise ValueError(
             f"{field}: expected one split, got {source}, which contains several; give the folder of one split"
         )
@@ -213,6 +214,8 @@ def _hub(config: DataConfig) -> Mapping[str, Any]:
             f"reached ({type(error).__name__}: {error}). Connect to the network and unset HF_HUB_OFFLINE, or use a "
             "file, a folder or 'stdlib'"
         ) from error
+    except datasets.exceptions.DatasetsError as error:
+        raise ValueError(f"source: could not read {source!r}: {error.__cause__ or error}") from error
     except ValueError as error:  # an unknown subset, or several without a choice: the message lists them
         raise ValueError(f"subset: could not load subset {config.subset!r} of {source!r}: {error}") from error
     return found
@@ -225,8 +228,9 @@ def chosen(found: Mapping[str, Split], config: DataConfig) -> tuple[Split, Split
         ValueError: there is no split of that name, or both are the same.
     """
     source, valid_split = config.source, config.valid_split
-    if valid_split is None and config.valid_source is None and "validation" in found:
-        valid_split = "validation"
+    default = "validation"
+    if valid_split is None and config.valid_source is None and default in found and config.train_split != default:
+        valid_split = default
     for field, split in (("train_split", config.train_split), ("valid_split", valid_split)):
         if split is not None and split not in found:
             raise ValueError(f"{field}: expected a split of {source!r} ({', '.join(map(repr, found))}), got {split!r}")

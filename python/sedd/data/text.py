@@ -13,6 +13,8 @@ is split at one position; its last part is the validation text.
 
 from __future__ import annotations
 
+import inspect
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +104,8 @@ def load_text(config: DataConfig, tokenizer: Tokenizer, length: int, *, joined: 
     """
     _check(config, length)
     rows, _ = open_source(config)
+    if config.max_documents is not None:
+        rows = rows.take(config.max_documents)
     _check_column(rows, config.text_column, "source")
     if joined:
         text = "".join(row or "" for row in rows[config.text_column])
@@ -158,10 +162,21 @@ def _keys(texts: list[str | None]) -> dict[str, list[int]]:
 
 
 def _encode(
-    texts: list[str | None], tokenizer: Tokenizer, detokenizer: Detokenizer, version: int
+    texts: list[str | None], tokenizer: Tokenizer, detokenizer: Detokenizer, version: int | str
 ) -> dict[str, list[Tokens]]:
     documents = (text for text in texts if text is not None and not is_blank(text))
     return {"tokens": [encode_document(detokenize(text, detokenizer), tokenizer) for text in documents]}
+
+
+def _version(tokenizer: Tokenizer) -> int | str:
+    """Of the content of the cache, which a tokeniser's name does not tell: the code of one from outside the package."""
+    module = inspect.getmodule(type(tokenizer))
+    if module is None or module.__name__.startswith("sedd."):
+        return _CACHE_VERSION
+    try:
+        return inspect.getsource(module)
+    except (OSError, TypeError):  # typed into an interpreter
+        return uuid.uuid4().hex
 
 
 def _tokenize(rows: Any, config: DataConfig, tokenizer: Tokenizer) -> list[Tokens]:
@@ -174,7 +189,7 @@ def _tokenize(rows: Any, config: DataConfig, tokenizer: Tokenizer) -> list[Token
         input_columns=[config.text_column],
         remove_columns=rows.column_names,
         features=datasets.Features({"tokens": datasets.Sequence(datasets.Value(tokenizer.dtype.__name__))}),
-        fn_kwargs={"tokenizer": tokenizer, "detokenizer": config.detokenizer, "version": _CACHE_VERSION},
+        fn_kwargs={"tokenizer": tokenizer, "detokenizer": config.detokenizer, "version": _version(tokenizer)},
         num_proc=config.num_proc if config.num_proc > 1 else None,
         desc=f"Tokenising ({tokenizer.name})",
     )
