@@ -460,6 +460,9 @@ def test_a_run_judges_samples(config: Any, tmp_path: Path, capsys: pytest.Captur
     error = nats.mean(1).std() / 2 * nats.mean().exp()
     assert found["real"]["perplexity_prefix_error"] == pytest.approx(float(error), rel=1e-3)
     assert found["rows"][0]["perplexity_prefix"] > 1
+    capsys.readouterr()
+    assert main(f"{words} --length 32 --num 2 --mauve unconditional --compared 20".split()) == 2
+    assert "--compared: expected at most 16, the length of the judge" in capsys.readouterr().err
 
 
 def test_the_report_of_a_run(config: Any) -> None:

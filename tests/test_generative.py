@@ -21,10 +21,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import sedd.commands.generative
 from sedd.cli import main
 from sedd.commands.judge import load_judge
-from sedd.commands.text_quality import _mauve, diversity
+from sedd.commands.text_quality import _mauve, diversity, measure
 from sedd.diffusion import SAMPLERS
 from sedd.diffusion.schedule import LogLinear
-from sedd.hub import SEDD
+from sedd.hub import SEDD, load_model
 from sedd.network import ModelConfig
 from sedd_ext import Absorbing
 
@@ -97,6 +97,68 @@ def test_a_folder_that_is_no_whole_judge(missing: str, judge_folder: Path, tmp_p
         path.unlink()
     with pytest.raises(ValueError, match=f"judge: expected a causal language model, got {folder}, which cannot be "):
         load_judge(str(folder))
+
+
+@pytest.mark.parametrize("damaged", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_judge(damaged: str, judge_folder: Path, tmp_path: Path) -> None:
+    """Whatever error the library that reads the file raises."""
+    folder = Path(shutil.copytree(judge_folder, tmp_path / "judge"))
+    content = (folder / damaged).read_text(errors="replace").replace('"n_embd": 16', '"n_embd": "wide"')
+    (folder / damaged).write_text(content if damaged == "config.json" else content[: len(content) // 2])
+    with pytest.raises(ValueError, match=f"judge: expected a causal language model, got {folder}, which cannot be "):
+        load_judge(str(folder))
+
+
+def test_a_judge_that_reads_no_token_after_the_given_ones(
+    model: Path, judge_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The judge has 40 positions."""
+    (model.parent / "real.txt").write_text("the quick brown fox jumps over the lazy dog " * 10)
+    words = ["--text", str(model.parent / "real.txt"), "--length", "60", "--num", "2", "--steps", "2"]
+    line = ["eval", "generative", str(model), "--judge", str(judge_folder), *words, "--mauve", "[prefix]"]
+    assert main([*line, "--given", "45", "--compared", "55"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "judge: expected one that reads more than the 45 given tokens of a text, got tiny-judge" in error
+
+
+def test_texts_that_the_judge_does_not_read_have_no_perplexity(model: Path, judge_folder: Path) -> None:
+    loaded, judge = load_model(model), load_judge(str(judge_folder))
+    letters = torch.tensor([[97, 98, 99], [120, 113, 113]])
+    figures = measure(letters, loaded, judge, 2, False)
+    one_byte = torch.tensor([[0xC3, 0xC3, 0xC3]]) * 0 + 255  # three bytes that are no text: one replacement each
+
+    class Deaf(type(judge)):  # type: ignore[misc]
+        def read(self, texts: Any, *rest: Any) -> Any:
+            nats, counts = super().read(texts, *rest)
+            lost = torch.tensor(["\ufffd" in text for text in texts])
+            return nats.masked_fill(lost, 0.0), counts.masked_fill(lost, 0)
+
+    deaf = Deaf(judge.name, judge.model, judge.tokenizer)
+    some = measure(torch.cat([letters, one_byte]), loaded, deaf, 3, False)
+    assert some["perplexity"] == pytest.approx(figures["perplexity"])
+    assert some["perplexity_mean_of_exp"] == pytest.approx(figures["perplexity_mean_of_exp"])
+    assert (figures["num"], some["num"]) == (2, 3)
+
+
+def test_rows_of_a_sampler_that_is_not_known_now(model: Path, judge_folder: Path) -> None:
+    options = ["--samplers", "tweedie", "--steps"]
+    found = evaluate(model, judge_folder, *options, "2")
+    path = model.parent / "figures.json"
+    own = {**found["rows"][0], "sampler": "mine:Own"}
+    path.write_text(json.dumps({**found, "rows": [own, *found["rows"]]}))
+    rows = evaluate(model, judge_folder, *options, "3")["rows"]
+    assert [(row["sampler"], row["steps"]) for row in rows] == [("tweedie", 2), ("tweedie", 3), ("mine:Own", 2)]
+
+
+def test_real_text_is_read_as_training_text_was(model: Path, judge_folder: Path) -> None:
+    (model.parent / "real.txt").write_text("a , b .\n\n" * 30)
+    options = ["--samplers", "tweedie", "--steps", "1", "--text", str(model.parent / "real.txt"), "--length", "8"]
+    found = evaluate(model, judge_folder, *options)
+    path = model.parent / "figures.json"
+    path.unlink()
+    other = evaluate(model, judge_folder, *options, "--documents", "paragraph", "--detokenizer", "wikitext")
+    assert (other["settings"]["documents"], other["settings"]["detokenizer"]) == ("paragraph", "wikitext")
+    assert other["real"]["unique"] > found["real"]["unique"], "the spaces before punctuation are gone"
 
 
 def test_diversity_by_hand() -> None:
@@ -256,7 +318,9 @@ def test_given_tokens_are_kept(model: Path, judge_folder: Path, monkeypatch: pyt
             f"samplers: expected one of {', '.join(SAMPLERS)}; got 'magic'",
         ),
         (["--mauve", "[all]"], "mauve: expected one of unconditional, prefix, infill; got 'all'"),
-        (["--mauve", "[prefix]"], "given, compared: expected at most 16, the length of a text, got 50, 100"),
+        (["--mauve", "[prefix]"], "compared: expected at most 16, the length of a text, got 100"),
+        (["--mauve", "[unconditional]", "--compared", "8"], "text: expected real text for MAUVE, got none"),
+        (["--detokenizer", "ptb"], "detokenizer: expected only with text, got 'ptb'; the run has its own"),
         (["--mauve", "[prefix]", "--given", "4", "--compared", "8"], "text: expected real text for MAUVE, got none"),
         (["--text", "none.txt"], "--text: expected a file or folder, got 'none.txt', which does not exist"),
         (["--num", "0"], "num: expected at least 1, got 0"),

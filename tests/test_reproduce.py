@@ -439,6 +439,20 @@ def test_a_job_that_fails_stops_only_those_that_need_it(
     assert "text8/md4 failed: the loss is NaN" in (tmp_path / "log.txt").read_text()
 
 
+def test_an_error_of_a_library_stops_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path) -> None:
+    class DamagedError(Exception):
+        """Is none of Python's own kinds."""
+
+    def fail(job: Job) -> int:
+        raise DamagedError("damaged")
+
+    monkeypatch.setattr(reproduce, "_do", fail)
+    assert main([*WORDS, "--out", str(tmp_path)]) == 1
+    log = (tmp_path / "log.txt").read_text()
+    assert "text8/md4 failed: damaged" in log
+    assert "text8/genmd4 failed: damaged" in log
+
+
 def test_other_options_need_another_folder(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = finished / "smoke/text8/md4/records/train.json"
     text = path.read_text()
@@ -506,6 +520,30 @@ def test_results_without_the_value_are_no_figure(finished: Path) -> None:
     assert "| bits per character | 2 | 0 | 0 | 0 | 2 |" in table
 
 
+def test_a_results_file_that_is_gone(finished: Path) -> None:
+    """Its job is done again, and other recipes are not stopped."""
+    path = finished / "smoke/text8/md4/eval/test.json"
+    text = path.read_text()
+    try:
+        path.unlink()
+        assert "| bits per character | 2 | 0 | 0 | 0 | 2 |" in order_table("smoke", finished, seeds=1)
+        assert main([*WORDS, "--out", str(finished)]) == 0
+        assert json.loads(path.read_text())["texts"] == json.loads(text)["texts"]
+    finally:
+        path.write_text(text)
+
+
+def test_each_model_is_trained_once(tmp_path: Path) -> None:
+    """At the scale full, where it takes days."""
+    jobs: dict[str, dict[str, Any]] = {}
+    for name in recipe_names():
+        for job in made(tmp_path, "full", name).jobs.values():
+            if job.command == "train":
+                jobs[job.name] = {key: value for key, value in job.options.items() if key != "run_dir"}
+    different = [json.dumps(options, sort_keys=True) for options in jobs.values()]
+    assert [name for name, options in zip(jobs, different, strict=True) if different.count(options) > 1] == []
+
+
 def test_seeds_have_folders_of_their_own(tmp_path: Path) -> None:
     """Also where the recipe has a row with another seed."""
     for name in recipe_names():
@@ -545,6 +583,20 @@ def test_parts_of_a_text(tmp_path: Path) -> None:
         assert content[cut - 1 : cut] == b"\n"
         assert 0 <= cut - share * len(content) <= 8
     assert (reproduce._cut(content, 0.0), reproduce._cut(content, 1.0)) == (0, len(content))
+
+
+def test_a_folder_whose_content_has_changed(tmp_path: Path) -> None:
+    folder, known = tmp_path / "texts", tmp_path / "out/files.json"
+    (folder / "more").mkdir(parents=True)
+    (folder / "more/a.txt").write_text("a text")
+    reproduce._check_same({"wikitext": folder}, known)
+    reproduce._check_same({"wikitext": folder}, known)
+    for change in (lambda: (folder / "b.txt").write_text(""), lambda: (folder / "more/a.txt").write_text("a test")):
+        change()
+        with pytest.raises(ValueError, match=r"data: wikitext: expected the file of the results in .*another content"):
+            reproduce._check_same({"wikitext": folder}, known)
+        known.unlink()
+        reproduce._check_same({"wikitext": folder}, known)
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ class Comparison:
         for cell, jobs in plan.cells.items():
             if isinstance(jobs, str):
                 self.reasons[cell] = jobs
-            elif lacking := [job for job in jobs if not job.record.is_file()]:
+            elif lacking := [job for job in jobs if not (job.record.is_file() and job.results.is_file())]:
                 self.reasons[cell] = self._why(lacking[0])
             else:
                 try:

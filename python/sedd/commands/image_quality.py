@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sedd.commands.classifier import FEATURES, find_classifier
-from sedd.commands.quality import GenerativeOptions, Quality, Row, Write, with_error
+from sedd.commands.quality import READING, GenerativeOptions, Quality, Row, Write, with_error
 from sedd.data.images import ImageCorpus
 from sedd.hints import pip_install
 from sedd.hub.pretrained import LoadedModel
@@ -119,7 +119,7 @@ class ImageQuality(Quality):
 
     unit, real_name = "image", "real images"
     num, batch_size = 1000, 100
-    others = ("judge", "text", "mauve", "given", "compared", "length")
+    others = ("judge", "text", *READING, "mauve", "given", "compared", "length")
 
     def __init__(self, loaded: LoadedModel, options: GenerativeOptions, num: int, batch_size: int) -> None:
         _metrics()  # before anything that takes time

@@ -221,13 +221,13 @@ def load_judge(name: str, device: torch.device | str = "cpu") -> Judge:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files raise errors of many libraries
         if path.exists():
             raise ValueError(
                 f"judge: expected a causal language model, got {path}, which cannot be loaded: {error}"
             ) from error
-        if isinstance(error, ValueError):  # the model exists on the hub, but is of another kind
-            raise
+        if not isinstance(error, OSError):  # the model exists on the hub, but is damaged or of another kind
+            raise ValueError(f"judge: expected a causal language model, got {name}: {error}") from error
         raise ConnectionError(
             f"judge: no such folder: {name!r}, and it cannot be loaded from the Hugging Face hub ({error}). Give the "
             "folder or the .gguf file of a causal language model"

@@ -5,14 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from sedd.data.detokenize import Detokenizer
 from sedd.diffusion.samplers import SAMPLERS
 from sedd.options import check_choice, check_one_of, check_options
 
-__all__ = ["SETTINGS", "GenerativeOptions", "Quality", "Row", "Write", "with_error"]
+__all__ = ["READING", "SETTINGS", "GenerativeOptions", "Quality", "Row", "Write", "with_error"]
 
 SETTINGS = ("unconditional", "prefix", "infill")
 """What texts are compared by MAUVE."""
@@ -21,6 +22,8 @@ Row = dict[str, Any]
 Write = Callable[["tuple[Tensor, Tensor] | None"], Tensor]
 """Samples blocks [num, L]; its argument are tokens [num, L] and a mask [L] of the given positions, or None."""
 
+READING = {"documents": "file", "detokenizer": "none"}
+"""How real text is read unless something else is given."""
 
 _POSITIVE = ("num", "length", "given", "compared", "reference", "batch_size")
 
@@ -47,6 +50,10 @@ class GenerativeOptions:
     text: str | None = None
     """File or folder of real text, which is evaluated too and is the reference of MAUVE. Default: the validation text
     of the run, if it has one."""
+    documents: Literal["file", "paragraph", "line"] = "file"
+    """For `text`: unit of a text file that counts as one document, which ends with end-of-text."""
+    detokenizer: Detokenizer = "none"
+    """For `text`: rules that remove the spaces around punctuation in some corpora. Use those of the training text."""
     mauve: list[str] = field(default_factory=list)
     """Compare with real text by MAUVE, with the hidden states of the judge as features. Any of unconditional, prefix
     (the first `given` tokens of a real text are given) and infill (half of them are given at each end)."""
@@ -93,6 +100,9 @@ class GenerativeOptions:
             raise ValueError(f"samplers: expected at least one of {', '.join(SAMPLERS)}; got none")
         self.steps = list(dict.fromkeys(self.steps))
         self.samplers = None if self.samplers is None else list(dict.fromkeys(self.samplers))
+        for name, default in READING.items():
+            if self.text is None and (value := getattr(self, name)) != default:
+                raise ValueError(f"{name}: expected only with text, got {value!r}; the run has its own")
         if set(self.mauve) - {"unconditional"} and self.given >= self.compared:
             raise ValueError(f"given: expected fewer than the {self.compared} compared tokens, got {self.given}")
 

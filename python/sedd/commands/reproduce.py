@@ -193,7 +193,7 @@ def _prepare(plan: Plan, folder: Path, given: Sequence[str]) -> None:
 def _check_same(files: Mapping[str, Path], path: Path) -> None:
     """Compares the content of files with that of the first call, and adds that of others, by their SHA-256."""
     known = read_json(path) if path.is_file() else {}
-    found = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items() if file.is_file()}
+    found = {name: _digest(file) for name, file in files.items()}
     for name, digest in found.items():
         if known.get(name, digest) != digest:
             raise ValueError(
@@ -203,6 +203,14 @@ def _check_same(files: Mapping[str, Path], path: Path) -> None:
     if found.keys() - known.keys():
         _make_folder(path.parent)
         write_json(path, {**known, **found})
+
+
+def _digest(path: Path) -> str:
+    """The SHA-256 of a file, or of the names and contents of the files in a folder."""
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    found = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    return hashlib.sha256(repr([(name, _digest(path / name)) for name in found]).encode()).hexdigest()
 
 
 def _content(path: Path) -> bytes:
@@ -314,8 +322,8 @@ class _Runner:
             except KeyboardInterrupt:
                 self.say(f"stopped in {job.name}; the same command continues")
                 raise
-            except (ValueError, OSError, ImportError, RuntimeError) as error:
-                self.failed[job.name] = " ".join(str(error).split())
+            except Exception as error:  # one that this job's libraries raise, too; the other jobs are still run
+                self.failed[job.name] = " ".join(str(error).split()) or type(error).__name__
                 self.say(f"{job.name} failed: {self.failed[job.name]}")
                 continue
             if code:
@@ -351,12 +359,12 @@ class _Runner:
         return {need.name: read_json(need.record)["started"] for need in needs if need.record.is_file()}
 
     def finished(self, job: Job) -> bool:
-        """Whether the job's record is there.
+        """Whether the job's record and its results are there.
 
         Raises:
             ValueError: it is that of another job, or of another training.
         """
-        if not job.record.is_file():
+        if not job.record.is_file() or (job.evaluation is not None and not job.results.is_file()):
             return False
         record = read_json(job.record)
         if record.get("options") != job.options:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -81,7 +81,9 @@ def measure(tokens: Tensor, loaded: LoadedModel, judge: Judge, batch_size: int, 
             f"--length ({tokens.shape[1]})"
         )
     figures: dict[str, Any] = perplexity(nats, counts, judge.name)
-    figures["perplexity_mean_of_exp"] = finite(float((nats / counts.clamp(min=1)).exp().mean()))
+    read = counts > 0
+    figures["perplexity_mean_of_exp"] = finite(float((nats[read] / counts[read]).exp().mean()))
+    figures["num"] = len(tokens)
     for name, values in diversity(tokens).items():
         figures[name] = float(values.mean())
         figures[f"{name}_std"] = float(values.std()) if len(values) > 1 else None
@@ -117,9 +119,14 @@ def _read(
     tokens: Tensor, loaded: LoadedModel, judge: Judge, batch_size: int, progress: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood and number of scored tokens of each text [n, L], see :meth:`Judge.read`."""
-    if isinstance(judge, RunJudge) and judge.loaded.tokenizer.name == loaded.tokenizer.name:
+    if _reads_tokens(judge, loaded):
         return judge.read_tokens(tokens.tolist(), batch_size, progress)
     return judge.read(_texts(tokens, loaded, judge), batch_size, progress)
+
+
+def _reads_tokens(judge: Judge, loaded: LoadedModel) -> TypeGuard[RunJudge]:
+    """Whether the judge has the tokeniser of the model."""
+    return isinstance(judge, RunJudge) and judge.loaded.tokenizer.name == loaded.tokenizer.name
 
 
 def _texts(tokens: Tensor, loaded: LoadedModel, judge: Judge) -> list[str]:
@@ -154,14 +161,18 @@ class TextQuality(Quality):
         length = options.length or loaded.model.config.length
         if loaded.model.causal and "infill" in options.mauve:
             raise ValueError("mauve: expected unconditional or prefix for an autoregressive model, got infill")
-        if options.mauve and max(options.given, options.compared) > length:
-            raise ValueError(
-                f"given, compared: expected at most {length}, the length of a text, got {options.given}, "
-                f"{options.compared}"
-            )
+        if options.mauve and options.compared > length:
+            raise ValueError(f"compared: expected at most {length}, the length of a text, got {options.compared}")
         self._loaded, self._options, self._batch_size = loaded, options, batch_size
         self._real = _real(loaded, length, options, num, batch_size)
         self._judge = load_judge(options.judge, loaded.diffusion.device)
+        if options.mauve and _reads_tokens(self._judge, loaded):
+            most = self._judge.loaded.model.config.length
+            if options.compared > most:
+                raise ValueError(
+                    f"compared: expected at most {most}, the length of the judge {self._judge.name}, got "
+                    f"{options.compared}"
+                )
         self.title = f"{num} texts of {length} tokens each"
         self.settings = {"judge": self._judge.name, "length": length}
         self.tensors = [*self._judge.parameters(), *([] if self._real is None else [self._real])]
@@ -203,6 +214,11 @@ class TextQuality(Quality):
         both, first = (
             _read(texts[:, :length], loaded, judge, self._batch_size) for length in (options.compared, options.given)
         )
+        if not (both[1] - first[1]).sum():
+            raise ValueError(
+                f"judge: expected one that reads more than the {options.given} given tokens of a text, got "
+                f"{judge.name}, which does not; give another judge, or fewer tokens (--given)"
+            )
         return perplexity(both[0] - first[0], both[1] - first[1], judge.name, "_prefix")
 
     def columns(self, rows: list[Row]) -> list[tuple[str, Callable[[Row], str]]]:
@@ -223,7 +239,8 @@ def _real(loaded: LoadedModel, length: int, options: GenerativeOptions, num: int
     """Real texts [num, length], as many as there are samples; None if there is no real text."""
     if options.text is not None:
         with renamed({"source": "text"}):
-            blocks = load_text(DataConfig(options.text), loaded.tokenizer, length)
+            data = DataConfig(options.text, documents=options.documents, detokenizer=options.detokenizer)
+            blocks = load_text(data, loaded.tokenizer, length)
     elif loaded.config is not None and (length == loaded.model.config.length or options.mauve):
         try:
             blocks = load_blocks(loaded.config.data, loaded.tokenizer, length).valid

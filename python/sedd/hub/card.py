@@ -170,6 +170,8 @@ def _generative(results: Mapping[str, Any]) -> Iterator[Figure]:
     options |= {name: settings.get(name) for name in names}
     options |= {name: settings[name] for name in ("temperature", "top_p") if settings.get(name, 1) != 1}
     options |= {name: settings.get(name) for name in ("given", "compared") if settings.get("mauve")}
+    reading = (("documents", "file"), ("detokenizer", "none"))
+    options |= {name: settings[name] for name, default in reading if settings.get(name, default) != default}
     command = f"sedd eval generative RUN{_words(options)}"
     for row in rows:
         data = f"{count:,} samples, {row['sampler']}, {row['steps']} steps"

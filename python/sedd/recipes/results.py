@@ -57,7 +57,7 @@ def _generative(found: Mapping[str, Any], value: str, pick: Mapping[str, Any]) -
     if f"{value}_error" in row:
         return row[value], row[f"{value}_error"]
     spread = row.get(f"{value}_std")
-    return row[value], None if spread is None else spread / math.sqrt(found["settings"]["num"])
+    return row[value], None if spread is None else spread / math.sqrt(row.get("num", found["settings"]["num"]))
 
 
 def _latency(found: Mapping[str, Any], value: str, pick: Mapping[str, Any]) -> Found:
