@@ -333,6 +333,8 @@ def test_a_port_in_use(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         port = taken.getsockname()[1]
         assert main(["play", str(run), f"--port={port}"]) == 2
     assert f"port: expected a free one on 127.0.0.1, got {port}" in capsys.readouterr().err
+    assert main(["play", str(run), "--host", "8.8.8.8"]) == 2
+    assert "--host: expected an address of this machine, got '8.8.8.8'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

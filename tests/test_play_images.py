@@ -29,7 +29,7 @@ from sedd.cli import main
 from sedd.commands.play.app import _Server
 from sedd.commands.play.painting import Images, painted
 from sedd.diffusion import sample
-from sedd.hub import load_model
+from sedd.hub import LoadedModel, load_model
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -209,6 +209,40 @@ def test_images_of_a_run_without_data(digits_run: Path) -> None:
     loaded = dataclasses.replace(load_model(digits_run), config=None)
     with pytest.raises(ValueError, match="image: the validation images cannot be read: run: expected a run of sedd"):
         Images(loaded).read("valid:0")
+
+
+def test_data_that_cannot_be_loaded_are_tried_once(digits_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each attempt may wait for a network. Other images are not affected."""
+    tried = []
+
+    def fail(*_: Any) -> None:
+        tried.append(1)
+        raise ConnectionError("the hub cannot be reached")
+
+    monkeypatch.setattr(LoadedModel, "corpus", fail)
+    images = Images(load_model(digits_run))
+    for _ in range(3):
+        with pytest.raises(ValueError, match=r"cannot be read: the hub cannot be reached; restart the server"):
+            images.read("valid:0")
+    assert len(tried) == 1
+    assert images.read([0] * 64)[0].shape == (64,)
+
+
+def test_a_slow_data_set_holds_up_no_other_image(digits_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, go, corpus = _Server(load_model(digits_run), waiting=2), Event(), LoadedModel.corpus
+    monkeypatch.setattr(LoadedModel, "corpus", lambda *given: go.wait(60) and corpus(*given))
+
+    async def ask_both() -> None:
+        named = asyncio.create_task(server._image("valid:0"))
+        await asyncio.sleep(0)  # it has begun
+        try:
+            values, _ = await asyncio.wait_for(server._image([0] * 64), timeout=30)
+            assert not named.done()
+        finally:
+            go.set()
+        assert values.shape == (await named)[0].shape == (64,)
+
+    asyncio.run(ask_both())
 
 
 def test_all_channels_of_a_painted_pixel_are_sampled() -> None:

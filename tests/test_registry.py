@@ -191,6 +191,10 @@ def test_one_of_each_kind(outside: Path, capsys: pytest.CaptureFixture[str]) -> 
     (row,) = json.loads((outside / "texts.json").read_text())
     assert len(row["tokens"]) == 16
     assert max(row["tokens"]) < 10, "digits, and no MASK"
+    assert row["text"] == " ".join(map(str, row["tokens"])), "as the corpus shows them"
+    for line in (["infill", "run", "1{{2}}3"], ["play", "run", "--port=0"]):
+        assert main([*line, *uses]) == 2
+        assert "run: expected a model of text, got" in " ".join(capsys.readouterr().err.split())
     loaded = load_model("run")
     learned = loaded.diffusion.schedule.state_dict()["log_power"]
     assert torch.equal(learned, load_file(checkpoint / "ema.safetensors")["schedule.log_power"])

@@ -270,6 +270,8 @@ def test_figures_of_every_evaluation() -> None:
     written = {"settings": {"num": 16}, "rows": rows, "real": {"perplexity": 1.0, "perplexity_error": 0.1}}
     assert find("generative", written, "perplexity", sampler="tweedie", steps=8) == Figure(7.0, 0.7)
     assert find("generative", written, "entropy", sampler="tweedie", steps=4) == Figure(2.0, 0.1)
+    written["real"] |= {"entropy": 3.0, "entropy_std": 0.4, "num": 4}  # fewer real texts than samples
+    assert find("generative", written, "entropy", sampler="real text") == Figure(3.0, 0.2)
     assert find("generative", written, "mauve_prefix", sampler="tweedie", steps=8) == Figure(0.9, None)
     assert find("generative", written, "perplexity", sampler="real text") == Figure(1.0, 0.1)
     with pytest.raises(ValueError, match="expected a result with perplexity, sampler tweedie, steps 16; got none"):

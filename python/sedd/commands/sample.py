@@ -173,6 +173,7 @@ def infill(run: str, template: str, options: InfillOptions, live: bool) -> int:
             written = _sampled(loaded, options, *given)
         paint(loaded, options, written, Path(options.out or "infill.png"), given)
         return 0
+    loaded.need_text()
     _check_text(out=options.out, keep=options.keep)
     with renamed({"fixed": "template"}):
         _generate(loaded, options, live, *parse_template(template, loaded.tokenizer))
@@ -216,10 +217,9 @@ def render(tokens: Tensor, is_fixed: Tensor, tokenizer: Tokenizer) -> Text:
     return text
 
 
-def _show(view: Live, step: int, steps: int, tokens: Tensor, *, is_fixed: Tensor, tokenizer: Tokenizer) -> None:
+def _show(view: Live, step: int, steps: int, tokens: Tensor, *, shown: Callable[[Tensor], Text]) -> None:
     """Displays the first text of a batch after a reverse step."""
-    text = render(tokens[0].cpu(), is_fixed, tokenizer)
-    view.update(Group(Rule(f"step {step} of {steps}", style="dim"), text), refresh=True)
+    view.update(Group(Rule(f"step {step} of {steps}", style="dim"), shown(tokens[0].cpu())), refresh=True)
 
 
 def _check_pictures(**given: Any) -> None:
@@ -237,15 +237,22 @@ def _check_text(**given: Any) -> None:
 
 
 def _generate(loaded: LoadedModel, options: SamplingOptions, live: bool, tokens: Tensor, is_fixed: Tensor) -> None:
-    """Samples texts around given tokens [L], and prints them."""
+    """Samples texts, or blocks of a corpus of one's own, around given tokens [L], and prints them."""
     out = console()
     texts: list[dict[str, Any]] = []
-    show = partial(_show, is_fixed=is_fixed, tokenizer=loaded.tokenizer) if live else None
-    for written in _batches(loaded, options, tokens, is_fixed, show):
+    corpus = None if loaded.is_text else loaded.corpus()
+
+    def read(row: Tensor) -> str:
+        return loaded.tokenizer.decode(row.tolist()) if corpus is None else str(corpus.show(row))
+
+    def shown(row: Tensor) -> Text:
+        return render(row, is_fixed, loaded.tokenizer) if corpus is None else Text(read(row).translate(CONTROLS))
+
+    for written in _batches(loaded, options, tokens, is_fixed, partial(_show, shown=shown) if live else None):
         for row in written:
             out.print(Rule(f"{len(texts) + 1} of {options.num}", style="dim"), width=min(out.width, 80))
-            out.print(render(row, is_fixed, loaded.tokenizer), soft_wrap=True)
-            texts.append({"text": loaded.tokenizer.decode(row.tolist()), "tokens": row.tolist()})
+            out.print(shown(row), soft_wrap=True)
+            texts.append({"text": read(row), "tokens": row.tolist()})
     if options.json:
         write_json(Path(options.json), texts)
 

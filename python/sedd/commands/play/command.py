@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
@@ -57,16 +58,22 @@ def play(run: str, options: PlayOptions) -> int:
     except ImportError as error:
         raise ImportError(f"sedd play needs {error.name}: {pip_install('train', str(error.name))}") from error
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:  # before the model is loaded
-        listener.bind((options.host, options.port))
-    except OSError as error:
-        raise OSError(
-            f"port: expected a free one on {options.host}, got {options.port} ({error.strerror}); --port 0 takes any"
-        ) from error
-    with listener:
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:  # before the model is loaded
+            listener.bind((options.host, options.port))
+        except OSError as error:
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                raise OSError(
+                    f"host: expected an address of this machine, got {options.host!r} ({error.strerror})"
+                ) from error
+            raise OSError(
+                f"port: expected a free one on {options.host}, got {options.port} ({error.strerror}); "
+                "--port 0 takes any"
+            ) from error
         loaded = load_model(run, resolve_device(options.device))
+        if not loaded.model.config.shape:
+            loaded.need_text()
         port = listener.getsockname()[1]
         host = f"[{options.host}]" if family == socket.AF_INET6 else options.host
         listener.listen()  # the address that is printed answers

@@ -58,7 +58,10 @@ class Images:
         if number is None:
             got = image if len(image) <= 40 else f"{image[:40]}..."
             raise ValueError(f"image: expected values, valid:N, or a PNG file as {_PNG}..., got {got!r}")
-        images, labels = self._valid
+        found = self._valid
+        if isinstance(found, str):
+            raise ValueError(f"image: the validation images cannot be read: {found}; restart the server to try again")
+        images, labels = found
         n = int(number[1])
         if n >= len(images):
             raise ValueError(f"image: expected a validation image in [0, {len(images)}), got {n}")
@@ -75,14 +78,17 @@ class Images:
         return torch.tensor(values)
 
     @cached_property
-    def _valid(self) -> tuple[Tensor, Tensor | None]:
-        """The first validation images of the run [n, L], and their classes [n] if the model has classes."""
+    def _valid(self) -> tuple[Tensor, Tensor | None] | str:
+        """The first validation images of the run [n, L], and their classes [n] if the model has classes.
+
+        If they cannot be read, the reason. It is kept: each attempt may wait for a network.
+        """
         try:
             corpus = self._loaded.corpus()
             images = corpus.valid(MOST_VALID)
             return images, corpus.labels("validation", MOST_VALID) if self._loaded.model.config.classes else None
         except (OSError, ImportError, ValueError) as error:
-            raise ValueError(f"image: the validation images cannot be read: {error}") from error
+            return str(error)
 
 
 def painted(ranges: list[tuple[int, int]], shape: tuple[int, ...]) -> Tensor:
