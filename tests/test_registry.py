@@ -173,7 +173,7 @@ def forget() -> None:
         sys.modules.pop(f"my_{kind}", None)
 
 
-def test_one_of_each_kind(outside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_of_each_kind(outside: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A learned schedule, an objective, a corpus and a sampler together, from training to a text."""
     options = [f"--{kind}={name_of(kind)}" for kind in ("schedule", "objective", "corpus")]
     assert train("run", *options, "--schedule_params.power=2") == 0, capsys.readouterr().err
@@ -192,6 +192,7 @@ def test_one_of_each_kind(outside: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert len(row["tokens"]) == 16
     assert max(row["tokens"]) < 10, "digits, and no MASK"
     assert row["text"] == " ".join(map(str, row["tokens"])), "as the corpus shows them"
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: pytest.fail("there is a page"))
     for line in (["infill", "run", "1{{2}}3"], ["play", "run", "--port=0"]):
         assert main([*line, *uses]) == 2
         assert "run: expected a model of text, got" in " ".join(capsys.readouterr().err.split())
