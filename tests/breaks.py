@@ -3540,7 +3540,7 @@ BREAKS = [
     Break(
         "guidance: numbers too large for float32",
         "python/sedd/options.py",
-        "if guidance is not None and not -1000 <= guidance <= 1000:",
+        "if not -1000 <= guidance <= 1000:",
         "if False:",
         "tests/test_conditioning.py tests/test_play.py",
     ),

@@ -28,6 +28,7 @@ __all__ = [
     "add_options",
     "build",
     "check_choice",
+    "check_guidance",
     "check_one_of",
     "check_options",
     "checked",
@@ -325,12 +326,18 @@ def check_choice(temperature: float, top_p: float, guidance: float | None = None
     """Checks the sampling parameters.
 
     Raises:
-        ValueError: ``temperature`` is not positive and finite, ``top_p`` not in (0, 1], or ``guidance`` not in
-            [-1000, 1000].
+        ValueError: ``temperature`` is not positive and finite, or ``top_p`` not in (0, 1]; or as
+            :func:`check_guidance`.
     """
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
-    if guidance is not None and not -1000 <= guidance <= 1000:
+    if guidance is not None:
+        check_guidance(guidance)
+
+
+def check_guidance(guidance: float) -> None:
+    """Raises a ValueError if ``guidance`` is not in [-1000, 1000]."""
+    if not -1000 <= guidance <= 1000:
         raise ValueError(f"guidance: expected a number from -1000 to 1000, got {guidance}")

@@ -29,7 +29,7 @@ from sedd.diffusion.reverse_steps import (
 )
 from sedd.diffusion.sampler import Sampler
 from sedd.diffusion.walk import Walk
-from sedd.options import check_choice
+from sedd.options import check_guidance
 from sedd.progress import track
 from sedd_ext import RankOne
 
@@ -154,7 +154,7 @@ def sample(
         labels = _checked_labels(labels, batch).to(device)
         if diffusion.objective.autoregressive:
             raise ValueError("labels: expected none for an autoregressive model, got some")
-    check_choice(temperature, top_p, guidance)
+    check_guidance(guidance)
     if guidance != 1 and (labels is None or diffusion.network.head_parameters() is None):
         raise ValueError(f"guidance: expected 1 without labels or without a linear head, got {guidance}")
     walk = Walk(
